@@ -1,0 +1,97 @@
+"""What a step refuses: arguments, features and losses that it cannot be exact with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip.cache.tower import Tower
+
+
+def checked_encoders(encoders: Any) -> nn.Module | tuple[nn.Module, ...]:
+    if isinstance(encoders, nn.Module) and not isinstance(encoders, nn.ModuleList):
+        names = list(inspect.signature(_innermost(encoders).forward).parameters)
+        if names[:1] == ["tower"]:
+            return encoders
+        raise ValueError(
+            f"encoders: expected a sequence of modules or one module with forward(tower, inputs), "
+            f"got {type(encoders).__name__} with forward({', '.join(names)}); write "
+            "(encoder, encoder) to use one module for two inputs"
+        )
+    modules = tuple(encoders)
+    for index, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"encoders: expected torch.nn.Module, got {type(module).__name__} at {index}; wrap "
+                "a function into a module so that its parameters can be found"
+            )
+    if not modules:
+        raise ValueError("encoders: expected at least one module, got none")
+    return modules
+
+
+def _innermost(module: Any) -> nn.Module:
+    """Below DistributedDataParallel (`module`) and torch.compile (`_orig_mod`)."""
+    for attribute in ("module", "_orig_mod"):
+        inner = getattr(module, attribute, None)
+        if isinstance(inner, nn.Module):
+            return _innermost(inner)
+    return module
+
+
+def checked_chunk_size(chunk_size: int | Sequence[int]) -> int | tuple[int, ...]:
+    sizes = (chunk_size,) if isinstance(chunk_size, int) else tuple(chunk_size)
+    if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(
+            f"chunk_size: expected a positive integer, or one for each input, got {chunk_size!r}; "
+            "take the largest that fits in memory, such as chunk_size=64"
+        )
+    return chunk_size if isinstance(chunk_size, int) else sizes
+
+
+def one_for_each(given: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(given, (list, tuple)):
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(f"{name}: expected one for each of {count} inputs, got {len(given)}")
+    return list(given)
+
+
+def check_finite(towers: Sequence[Tower]) -> None:
+    """NaN and infinity are named by encoder and chunk; a good batch costs one wait in all."""
+    flags = [
+        feature.isfinite().all()
+        for tower in towers
+        for feature in tower.features
+        if feature.is_floating_point()
+    ]
+    if not flags or torch.stack([flag.to(flags[0].device) for flag in flags]).all():
+        return
+    for tower in towers:
+        for index, (start, stop) in enumerate(tower.bounds):
+            if not all(feature.isfinite().all() for feature in tower.cached(index)):
+                raise ValueError(
+                    f"{tower.name}: expected finite features, got NaN or infinity in chunk {index} "
+                    f"of {len(tower.bounds)} (rows {start} to {stop - 1}); nothing was added to "
+                    ".grad. Look at these inputs, and at the weights after the last step"
+                )
+
+
+def scalar_loss_of(output: Any) -> Tensor:
+    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(output).__name__
+        raise TypeError(
+            f"loss: expected a scalar tensor or an object whose .loss is one, got {got}; reduce "
+            "the loss to its mean over the batch"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "loss: expected a loss that depends on a trainable parameter, got one without a graph; "
+            "every encoder is frozen, or the loss detaches its features"
+        )
+    return loss

@@ -1,0 +1,124 @@
+"""Did the replay compute what the embed computed? If not, the gradients would be silently wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.random_state import RandomState, accelerators_among
+from gradcache_clip.cache.tower import Tower
+
+# Relative change of a chunk's features that rounding alone may cause, by the precision computed in.
+_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+
+
+class ReplayMismatchError(RuntimeError):
+    """The features of a chunk differ between embed and replay, so its gradients are not exact."""
+
+
+class ReplayCheck:
+    """Collects one number a chunk on the device and reads them all at the end of the step."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[Tower, int]] = []
+        self._excess: list[Tensor] = []
+
+    def compare(self, tower: Tower, index: int, replayed: list[Tensor]) -> None:
+        for cached, again in zip(tower.cached(index), replayed, strict=True):
+            if again.is_floating_point():
+                self._places.append((tower, index))
+                self._excess.append(_relative_change(cached, again.detach()) / tolerance_of(again))
+
+    def failures(self) -> list[tuple[Tower, int, float]]:
+        """Chunks beyond tolerance, with their excess over it; the one wait of the check."""
+        if not self._excess:
+            return []
+        device = self._excess[0].device
+        values = torch.stack([excess.to(device) for excess in self._excess])
+        pairs = zip(self._places, values.tolist(), strict=True)
+        return [(tower, index, value) for (tower, index), value in pairs if not value <= 1]
+
+
+def tolerance_of(features: Tensor) -> float:
+    """Of the features' dtype, or of the coarser one that autocast computes in."""
+    device_type = features.device.type
+    coarse = (
+        _TOLERANCE.get(torch.get_autocast_dtype(device_type), 0.0)
+        if torch.is_autocast_enabled(device_type)
+        else 0.0
+    )
+    return max(coarse, _TOLERANCE.get(features.dtype, 3e-2))
+
+
+def describe(failures: list[tuple[Tower, int, float]]) -> str:
+    """The message for the first failing chunk, with the module that most likely causes it."""
+    tower, index, excess = max(failures, key=lambda failure: failure[2])
+    change = excess * tolerance_of(tower.features[0])
+    return (
+        f"{tower.name}, chunk {index} of {len(tower.bounds)}: expected the replay to repeat the "
+        f"embed up to rounding, got features that changed by {change:.1e} (relative; "
+        f"{len(failures)} chunks in all). {_likely_cause(tower, index)} The gradients in .grad are "
+        "not exact: call optimizer.zero_grad() and do not step."
+    )
+
+
+def _relative_change(cached: Tensor, again: Tensor) -> Tensor:
+    if again.dtype is not torch.float64:
+        cached, again = cached.float(), again.float()
+    size = torch.linalg.vector_norm(cached).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.linalg.vector_norm(again - cached) / size
+
+
+def _likely_cause(tower: Tower, index: int) -> str:
+    state = RandomState.capture(accelerators_among(tower.features))
+    try:
+        first = _trace(tower, index)
+        second = _trace(tower, index)
+    finally:
+        state.restore()
+    for (name, before), (_, after) in zip(first, second, strict=False):
+        if not _same(before, after):
+            return (
+                f"Likely cause: {name} does not repeat itself with torch's random state restored "
+                "(it draws from numpy, random or a generator of its own, or carries state from "
+                "one call to the next)."
+            )
+    return (
+        "The encoder repeats itself now, so its input, its weights or its state were changed in "
+        "place between the two passes; look for in-place operations on the inputs."
+    )
+
+
+def _trace(tower: Tower, index: int) -> list[tuple[str, Any]]:
+    """Output of every module, innermost first, in one more pass over the chunk."""
+    outputs: list[tuple[str, Any]] = []
+
+    def record(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        label = f"{name or 'the encoder'} ({type(module).__name__})"
+        return module.register_forward_hook(lambda _m, _i, output: outputs.append((label, output)))
+
+    module = tower.bare_module
+    handles = [record(name, child) for name, child in module.named_modules()]
+    try:
+        random_state = tower.random_states[index]
+        if random_state is not None:
+            random_state.restore()
+        with torch.no_grad():
+            tower.forward(module, index)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _same(before: Any, after: Any) -> bool:
+    pairs = zip(tensors_in(before), tensors_in(after), strict=False)
+    return all(a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in pairs)

@@ -1,0 +1,61 @@
+"""Collectives that autograd can go through. b: rows of this rank, B: rows of all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of processes in `group`; 1 where torch.distributed is not in use."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_rows(features: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The rows of every rank, in rank order: (b, D) on each rank -> (B, D), B = world size x b.
+
+    The backward keeps this rank's rows of the gradient and communicates nothing. That is exact
+    when every rank computes the same loss over all B rows: the gradient of its own rows is then
+    already complete, and parameter gradients are the sum of what the ranks contribute.
+
+    Args:
+        features: (b, ...) floating tensor, the same shape on every rank.
+        group: process group; the default group when None.
+
+    Raises:
+        ValueError: the ranks hold different numbers of rows (raised on every rank).
+    """
+    if world_size(group) == 1:
+        return features
+    _check_equal_rows(features, group)
+    rows: Tensor = _GatherRows.apply(features, group)
+    return rows
+
+
+def _check_equal_rows(features: Tensor, group: dist.ProcessGroup | None) -> None:
+    counts = features.new_empty(world_size(group), dtype=torch.int64)
+    mine = torch.tensor([len(features)], device=features.device)
+    dist.all_gather_into_tensor(counts, mine, group=group)
+    rows = counts.tolist()
+    if min(rows) != max(rows):
+        raise ValueError(
+            f"features: expected the same number of rows on every rank, got {rows} by rank; "
+            "drop or pad the last batch so that all ranks hold as many pairs"
+        )
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.start = dist.get_rank(group) * len(features)
+        ctx.rows = len(features)
+        gathered = features.new_empty((world_size(group) * len(features), *features.shape[1:]))
+        dist.all_gather_into_tensor(gathered, features.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0][ctx.start : ctx.start + ctx.rows], None

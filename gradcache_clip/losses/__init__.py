@@ -1,0 +1,5 @@
+"""Losses as modules, over the ops."""
+
+from gradcache_clip.losses.clip import ClipLoss, ContrastiveOutput
+
+__all__ = ["ClipLoss", "ContrastiveOutput"]

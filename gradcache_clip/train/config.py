@@ -1,0 +1,267 @@
+"""The configuration of a run: nested dataclasses, checked when built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and the remedy."""
+
+
+@dataclass
+class DataConfig:
+    """Where pairs come from and how they are read."""
+
+    train: str = "data/train"
+    """Folder of shards, glob or brace pattern (`shards/{000..099}.tar`) to train on."""
+
+    validation: str = ""
+    """The same for held-out pairs; empty: no evaluation while training."""
+
+    image_size: int = 64
+    """Height and width in pixels that images are resized and cropped to."""
+
+    random_crop: float = 1.0
+    """Smallest share of the image's area that a random crop keeps; 1 crops at the centre."""
+
+    context_length: int = 32
+    """Longest caption in tokens, start and end included; longer ones are cut."""
+
+    workers: int = 0
+    """Processes that read and decode; 0 decodes in the training process."""
+
+    shuffle_buffer: int = 5000
+    """Undecoded samples held in memory, from which the next is drawn at random."""
+
+    max_broken_share: float = 0.05
+    """Share of samples that may be unreadable before the run stops."""
+
+    allow_url_schemes: list[str] = field(default_factory=list)
+    """Schemes besides local files, such as `https`; `pipe` runs commands and is off."""
+
+    tokenizer: str = "train"
+    """`train` learns one from the training captions; else a tokenizer.json or a hub name."""
+
+    vocab_size: int = 8192
+    """Largest vocabulary of a learned tokenizer."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "data", self, "image_size", "shuffle_buffer", "vocab_size")
+        _at_least(3, "data", self, "context_length")
+        _at_least(0, "data", self, "workers")
+        _between(0, 1, "data", self, "max_broken_share", "random_crop")
+
+
+@dataclass
+class ModelConfig:
+    """The two towers and their projections."""
+
+    image: str = "vit_tiny_patch16_224"
+    """Name of a timm model."""
+
+    image_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `timm.create_model`, such as `depth: 4`."""
+
+    image_pretrained: bool = False
+    """Load timm's pretrained weights."""
+
+    image_pool: str = "default"
+    """`cls`, `mean` over patches, or the model's own (`default`)."""
+
+    text: str = "bert"
+    """A transformers model type, built from `text_kwargs`; a hub name or folder when pretrained."""
+
+    text_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Fields of the transformers configuration, such as `num_hidden_layers: 4`."""
+
+    text_pretrained: bool = False
+    """Load pretrained weights of `text` (safetensors only)."""
+
+    text_pool: str = "cls"
+    """`cls` (first token) or `mean` over tokens."""
+
+    feature_dim: int = 256
+    """Width D of the features that images and texts share."""
+
+    init_logit_scale: float = 1 / 0.07
+    """First multiplier of the cosine similarity."""
+
+    max_logit_scale: float = 100.0
+    """Upper bound of the multiplier."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "model", self, "feature_dim")
+        _one_of(("cls", "mean", "default"), "model", self, "image_pool")
+        _one_of(("cls", "mean"), "model", self, "text_pool")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+
+    weight_decay: float = 0.2
+    """Decay of matrices; norms, biases, embeddings and the logit scale have none."""
+
+    beta1: float = 0.9
+    """Decay of the gradient's mean."""
+
+    beta2: float = 0.98
+    """Decay of the gradient's square."""
+
+    eps: float = 1e-6
+    """Added to the denominator."""
+
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from zero."""
+
+    max_grad_norm: float = 0.0
+    """Gradients are scaled down to this global norm; 0 leaves them."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, "optimizer", self, "weight_decay", "warmup_steps", "max_grad_norm", "eps")
+        _above(0, "optimizer", self, "learning_rate")
+        _between(0, 1, "optimizer", self, "beta1", "beta2")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    output: str = "runs/clip"
+    """Folder of the run; an existing run is resumed with `train.resume=true`, never overwritten."""
+
+    resume: bool = False
+    """Go on from the newest good checkpoint in `output`."""
+
+    batch_size: int = 1024
+    """Pairs in a step; every pair meets every other in the loss."""
+
+    chunk_size: int = 64
+    """Pairs that go through an encoder at once; sets the memory of a step."""
+
+    negatives: str = "batch"
+    """`batch`: gradient caching, all pairs compete. `chunk`: plain accumulation, for comparison."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+
+    precision: str = "fp32"
+    """`fp32`, or autocast to `bf16` or `fp16` (with gradient scaling)."""
+
+    device: str = "auto"
+    """`auto` takes an accelerator where there is one; else `cpu`, `cuda`, `cuda:1`."""
+
+    seed: int = 0
+    """Of weights, data order and dropout."""
+
+    log_every: int = 1
+    """Steps between two log rows."""
+
+    evaluate_every: int = 0
+    """Steps between two evaluations on the validation pairs; 0: at the end only."""
+
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0: at the end only."""
+
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept, newest first."""
+
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights, used to evaluate; 0: off."""
+
+    compile: bool = False
+    """Run the encoders through torch.compile."""
+
+    impl: str = "auto"
+    """Implementation of the loss: `auto`, `reference`, `tiled`, `triton`."""
+
+    def __post_init__(self) -> None:
+        _at_least(2, "train", self, "batch_size")
+        _at_least(1, "train", self, "chunk_size", "steps", "log_every", "keep_checkpoints")
+        _at_least(0, "train", self, "evaluate_every", "checkpoint_every")
+        _one_of(("batch", "chunk"), "train", self, "negatives")
+        _one_of(("fp32", "bf16", "fp16"), "train", self, "precision")
+        _one_of(("auto", "reference", "tiled", "triton"), "train", self, "impl")
+        _between(0, 1, "train", self, "ema_decay")
+        if self.negatives == "chunk" and self.chunk_size < 2:
+            raise ConfigError(
+                "train.chunk_size: expected at least 2 with negatives=chunk, got 1; "
+                "a chunk of one pair has no negatives"
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """Retrieval on the validation pairs."""
+
+    batch_size: int = 256
+    """Pairs embedded at once; changes memory, not results."""
+
+    recall_at: list[int] = field(default_factory=lambda: [1, 5, 10])
+    """The k of recall@k."""
+
+    gallery: int = 6
+    """Queries shown in the gallery picture in each direction."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "evaluation", self, "batch_size", "gallery")
+        if not self.recall_at or min(self.recall_at) < 1:
+            raise ConfigError(
+                f"evaluation.recall_at: expected positive integers, got {self.recall_at}; "
+                "use [1, 5, 10]"
+            )
+
+
+@dataclass
+class Config:
+    """Everything that defines a run; saved beside its results."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Shards and how they are read."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The towers."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer and its schedule."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Retrieval on held-out pairs."""
+
+
+def _check(ok: bool, section: str, config: Any, name: str, expected: str) -> None:
+    if not ok:
+        raise ConfigError(
+            f"{section}.{name}: expected {expected}, got {getattr(config, name)!r}; "
+            f"change it in the config or with {section}.{name}=VALUE"
+        )
+
+
+def _at_least(bound: float, section: str, config: Any, *names: str) -> None:
+    for name in names:
+        _check(getattr(config, name) >= bound, section, config, name, f"at least {bound}")
+
+
+def _above(bound: float, section: str, config: Any, *names: str) -> None:
+    for name in names:
+        _check(getattr(config, name) > bound, section, config, name, f"more than {bound}")
+
+
+def _between(low: float, high: float, section: str, config: Any, *names: str) -> None:
+    for name in names:
+        ok = low <= getattr(config, name) <= high
+        _check(ok, section, config, name, f"a number from {low} to {high}")
+
+
+def _one_of(choices: tuple[str, ...], section: str, config: Any, *names: str) -> None:
+    for name in names:
+        expected = "one of " + ", ".join(choices)
+        _check(getattr(config, name) in choices, section, config, name, expected)

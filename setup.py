@@ -1,0 +1,69 @@
+"""Packaging: metadata, extras, and the kernels folder as gradcache_clip.kernels."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / "gradcache_clip" / "__init__.py").read_text()
+).group(1)
+
+TRAIN = [
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "omegaconf>=2.3",
+    "pillow>=10.3",
+    "psutil>=5.9",
+    "rich>=13.7",
+    "safetensors>=0.4.3",
+    "tensorboard>=2.16",
+    "timm>=1.0.9",
+    "tokenizers>=0.20",
+    "transformers>=4.46",
+    "webdataset>=0.2.100",
+]
+DEEPSPEED = ["deepspeed>=0.16; platform_system == 'Linux'"]
+BENCH = ["matplotlib>=3.8", "psutil>=5.9", "rich>=13.7"]
+TEST = [
+    "beartype>=0.18",
+    "hypothesis>=6.100",
+    "jaxtyping>=0.2.30",
+    "mypy>=1.11",
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.6",
+]
+
+setup(
+    name="gradcache-clip",
+    version=VERSION,
+    description="Exact large-batch contrastive training in the memory of one chunk",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The symlink gradcache_clip/kernels serves checkouts; this mapping serves wheels and archives.
+    packages=[*find_packages(include=["gradcache_clip", "gradcache_clip.*"]), "gradcache_clip.kernels"],
+    package_dir={"gradcache_clip.kernels": "kernels"},
+    package_data={"gradcache_clip": ["py.typed"], "gradcache_clip.kernels": ["README.md"]},
+    install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
+    extras_require={
+        "train": TRAIN,
+        "deepspeed": DEEPSPEED,
+        "bench": BENCH,
+        "test": sorted({*TRAIN, *BENCH, *TEST}),
+        "all": sorted({*TRAIN, *DEEPSPEED, *BENCH, *TEST}),
+    },
+    entry_points={"console_scripts": ["gradcache-clip = gradcache_clip.cli:main [train]"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

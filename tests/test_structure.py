@@ -1,0 +1,87 @@
+"""The rooms of the library and what they may import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "gradcache_clip"
+ALLOWED = {
+    "kernels": set(),
+    "ops": {"kernels"},
+    "distributed": set(),
+    "losses": {"ops", "distributed"},
+    "cache": {"distributed"},
+    "train": {"losses", "cache", "distributed"},
+    "memory": {"train", "losses", "cache", "distributed"},
+    "__init__": {"cache", "losses"},
+    "cli": {"memory", "train", "losses", "cache", "distributed"},
+}
+
+
+def modules(room: str) -> list[Path]:
+    single = PACKAGE / f"{room}.py"
+    return [single] if single.exists() else sorted((PACKAGE / room).resolve().rglob("*.py"))
+
+
+def rooms_imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            assert name.split(".")[0] != "kernels", f"{path} imports kernels by its bare name"
+            if name.startswith("gradcache_clip."):
+                yield name.split(".")[1]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_imports_only_go_down(room: str):
+    assert modules(room), f"{room} has no modules"
+    for path in modules(room):
+        for imported in rooms_imported(path):
+            # The package's own name and version live at the top.
+            if imported == "__version__":
+                continue
+            assert imported == room or imported in ALLOWED[room], f"{path} imports {imported}"
+
+
+def test_every_room_is_listed():
+    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+    assert rooms - {"py.typed", "__pycache__", "__main__"} == set(ALLOWED)
+
+
+def test_no_room_for_odds_and_ends():
+    names = {path.stem for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]}
+    assert not names & {"utils", "common", "misc", "helpers"}
+
+
+def test_kernels_is_no_package_of_its_own():
+    """With an __init__.py it would shadow Hugging Face's `kernels` and break transformers."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
+
+
+def test_importing_the_library_loads_torch_alone():
+    heavy = ["triton", "timm", "transformers", "webdataset", "deepspeed", "matplotlib", "omegaconf",
+             "rich", "tensorboard", "safetensors", "tokenizers", "PIL", "torchvision"]  # fmt: skip
+    code = (
+        "import sys, torch; before = set(sys.modules); import gradcache_clip; "
+        f"print([m for m in {heavy} if m in set(sys.modules) - before])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_transformers_imports_beside_the_checkout():
+    """`kernels/` at the root of sys.path must not be taken for the package of that name."""
+    code = "from transformers import BertConfig, BertModel; import gradcache_clip.kernels; print(1)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "1", result.stderr
