@@ -1,0 +1,110 @@
+"""What a person sees while training runs, and a Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux KiB.
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+class TrainingBar:
+    """A bar with loss, pairs/s, memory and time left; plain lines where no terminal listens."""
+
+    def __init__(self, steps: int, done: int, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._steps = steps
+        self._task: TaskID = self._progress.add_task(
+            "train", total=steps, completed=done, figures=""
+        )
+
+    def __enter__(self) -> TrainingBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+    def show(self, row: dict[str, float]) -> None:
+        """Figures of a log row: loss, accuracy, pairs_per_s and peak_memory_bytes."""
+        figures = (
+            f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  "
+            f"{row['pairs_per_s']:,.0f} pairs/s  {row['peak_memory_bytes'] / 2**30:.2f} GiB"
+        )
+        self._progress.update(self._task, figures=figures)
+        if not self.console.is_terminal:
+            self.console.print(f"step {row['step']:.0f}/{self._steps}  {figures}", highlight=False)
+
+
+class StopRequest:
+    """Set by the first Ctrl-C (or SIGTERM); the loop ends after the step that is under way."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; the second SIGINT interrupts at once."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        # Python delivers signals to the main thread alone.
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(_number: int, _frame: FrameType | None) -> None:
+        stop.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

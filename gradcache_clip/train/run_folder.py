@@ -1,0 +1,108 @@
+"""The folder of a run: made once, resumed on request, never overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.config_file import load_config, save_config
+
+# What may change between the parts of one run; all else would make it another run.
+_MAY_CHANGE = {
+    "train.output", "train.resume", "train.steps", "train.log_every", "train.evaluate_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.compile", "train.device",
+    "data.max_broken_share",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside the folder of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def write_summary(self, summary: Any) -> None:
+        text = json.dumps(dataclasses.asdict(summary), indent=2)
+        self.summary.write_text(text + "\n", encoding="utf-8")
+
+
+def open_run(config: Config) -> RunFolder:
+    """Make the folder, or check that the one that exists may be resumed.
+
+    Raises:
+        ConfigError: the folder holds a run and `train.resume` is off, holds something else, or was
+            made by a configuration that differs in more than length and logging.
+    """
+    run = RunFolder(Path(config.train.output))
+    if not run.path.exists() or not any(run.path.iterdir()):
+        run.path.mkdir(parents=True, exist_ok=True)
+        save_config(config, run.config)
+    elif not run.config.is_file():
+        raise ConfigError(
+            f"train.output: expected a new folder, got {run.path}, which holds other files; "
+            "choose another folder"
+        )
+    elif not config.train.resume:
+        raise ConfigError(
+            f"train.output: expected a new folder, got {run.path}, which holds a run; go on with "
+            "train.resume=true or choose another folder"
+        )
+    else:
+        _check_same_run(load_config(run.config), config)
+    return run
+
+
+def existing_run(path: str | Path) -> tuple[RunFolder, Config]:
+    """A run that was made before, with its configuration.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    run = RunFolder(Path(path))
+    if not run.config.is_file():
+        raise ConfigError(
+            f"run: expected the folder of a run, got {path}, which has no config.yaml; "
+            "pass the train.output of a training run"
+        )
+    return run, load_config(run.config)
+
+
+def _check_same_run(before: Config, now: Config) -> None:
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    changed = [key for key in new if key not in _MAY_CHANGE and old.get(key) != new[key]]
+    if changed:
+        shown = ", ".join(f"{key} {old.get(key)!r} -> {new[key]!r}" for key in changed[:3])
+        raise ConfigError(
+            f"train.resume: expected the configuration of the run, got other values: {shown}; "
+            "undo them, or start a new run in another folder"
+        )
+
+
+def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
+    }

@@ -1,0 +1,109 @@
+"""One optimizer step: with every pair of the batch as a negative, or of a chunk only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip.cache import GradCache
+from gradcache_clip.cache.nested import take_rows
+from gradcache_clip.distributed import LocalStrategy
+from gradcache_clip.losses import ClipLoss, ContrastiveOutput
+from gradcache_clip.train.config import TrainConfig
+
+Backward = Callable[[Tensor, Mapping[str, Tensor]], ContrastiveOutput]
+
+_AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepResult(NamedTuple):
+    """Of one optimizer step, all 0-dim tensors on the device: reading them waits for it."""
+
+    loss: Tensor
+    accuracy: Tensor
+    grad_norm: Tensor
+
+
+def make_backward(
+    encoder: nn.Module, loss: ClipLoss, config: TrainConfig, scaler: torch.amp.GradScaler
+) -> Backward:
+    """Forward and backward of a batch, as `config.negatives` says."""
+    if config.negatives == "batch":
+        strategy = LocalStrategy(scaler)
+        return GradCache(encoder, loss, chunk_size=config.chunk_size, strategy=strategy)
+
+    def accumulate(images: Tensor, texts: Mapping[str, Tensor]) -> ContrastiveOutput:
+        return _accumulate(encoder, loss, scaler, config.chunk_size, images, texts)
+
+    return accumulate
+
+
+def take_step(
+    backward: Backward,
+    images: Tensor,
+    texts: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    max_grad_norm: float,
+) -> StepResult:
+    """Gradients of one batch, clipped, into the weights; nothing waits for the device."""
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(config.precision, images.device):
+        output = backward(images, texts)
+    scaler.unscale_(optimizer)
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    norm = clip_grad_norm(parameters, max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return StepResult(output.loss, output.accuracy, norm)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context that encoders run in; fp32 leaves them alone."""
+    dtype = _AUTOCAST_DTYPE.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss in fp16 alone; otherwise it passes everything through."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Global norm of the gradients before they are scaled down to `max_norm`; 0 leaves them."""
+    given = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(given, max_norm, norm)
+    return norm
+
+
+def _accumulate(
+    encoder: nn.Module,
+    loss: ClipLoss,
+    scaler: torch.amp.GradScaler,
+    chunk_size: int,
+    images: Tensor,
+    texts: Mapping[str, Tensor],
+) -> ContrastiveOutput:
+    """Plain gradient accumulation: each chunk's own loss, weighted by its share of the rows."""
+    outputs, shares = [], []
+    device_type = images.device.type
+    for start in range(0, len(images), chunk_size):
+        chunk = images[start : start + chunk_size]
+        chunk_texts = take_rows(texts, start, start + chunk_size)
+        output = loss(encoder(0, chunk), encoder(1, chunk_texts))
+        share = len(chunk) / len(images)
+        with torch.autocast(device_type, enabled=False):
+            scaler.scale(output.loss * share).backward()
+        outputs.append(ContrastiveOutput(*(value.detach() for value in output)))
+        shares.append(share)
+    weights = torch.tensor(shares, device=images.device)
+    return ContrastiveOutput(
+        *((torch.stack(values) * weights).sum() for values in zip(*outputs, strict=True))
+    )

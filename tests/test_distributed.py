@@ -1,0 +1,123 @@
+"""Two processes over gloo give the gradients of one process with the whole batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from one_shot import gradient_errors, one_shot, worst
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from gradcache_clip import ClipLoss, GradCache
+from gradcache_clip.distributed import DDPStrategy, gather_rows, world_size
+
+WORLD, LOCAL = 2, 10
+
+
+def tower(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 8))
+
+
+def build() -> tuple[nn.Module, nn.Module, ClipLoss]:
+    torch.manual_seed(7)
+    return tower(6).double(), tower(9).double(), ClipLoss().double()
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    rows = WORLD * LOCAL
+    return tuple(torch.randn(rows, w, generator=generator).double() for w in (6, 9))
+
+
+class OneModule(nn.Module):
+    def __init__(self, image: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList([image, text])
+
+    def forward(self, tower: int, inputs: Tensor) -> Tensor:
+        return self.towers[tower](inputs)
+
+
+def run(rank: int, rendezvous: str, check: Callable[[int], None]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
+    try:
+        check(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def in_two_processes(check: Callable[[int], None], folder: Path) -> None:
+    mp.spawn(run, (f"file://{folder}/rendezvous", check), nprocs=WORLD)
+
+
+def counted_reductions(module: DDP) -> list[int]:
+    sizes: list[int] = []
+
+    def hook(state, bucket):  # DDP rejects annotations that are strings
+        sizes.append(bucket.buffer().numel())
+        work = dist.all_reduce(bucket.buffer().div_(WORLD), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    module.register_comm_hook(None, hook)
+    return sizes
+
+
+def compare_three_steps(rank: int, wrap_together: bool) -> None:
+    image, text, loss = build()
+    true_image, true_text, true_loss = build()
+    if wrap_together:
+        wrapped = [DDP(OneModule(image, text))]
+        cache = GradCache(wrapped[0], loss, chunk_size=4, strategy=DDPStrategy())
+    else:
+        wrapped = [DDP(image), DDP(text)]
+        cache = GradCache(wrapped, loss, chunk_size=(4, 100), strategy=DDPStrategy())
+    counts = [counted_reductions(module) for module in wrapped]
+    ours, truth = [image, text, loss], [true_image, true_text, true_loss]
+    optimizers = [torch.optim.SGD(nn.ModuleList(m).parameters(), 0.1) for m in (ours, truth)]
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        inputs = global_batch(step)
+        out = cache(*(x[rank * LOCAL : (rank + 1) * LOCAL] for x in inputs))
+        # The truth is one process: its loss must not gather.
+        true_loss.group = dist.new_group([rank], use_local_synchronization=True)
+        expected = one_shot([true_image, true_text], true_loss, inputs)
+        torch.testing.assert_close(out.loss, expected.loss.detach(), rtol=1e-12, atol=0)
+        name, error = worst(gradient_errors(ours, truth))
+        assert error < 1e-10, (step, name, error)
+        assert all(len(sizes) == step + 1 for sizes in counts), counts
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def separate_wrappers(rank: int) -> None:
+    compare_three_steps(rank, wrap_together=False)
+
+
+def one_wrapper(rank: int) -> None:
+    compare_three_steps(rank, wrap_together=True)
+
+
+def unequal_rows(rank: int) -> None:
+    with pytest.raises(ValueError, match=r"same number of rows on every rank, got \[2, 3\]"):
+        gather_rows(torch.ones(2 + rank, 4))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", [separate_wrappers, one_wrapper, unequal_rows])
+def test_two_processes(check, tmp_path):
+    in_two_processes(check, tmp_path)
+
+
+def test_one_process_gathers_nothing():
+    features = torch.ones(3, 4, requires_grad=True)
+    assert world_size() == 1
+    assert gather_rows(features) is features
