@@ -1,0 +1,129 @@
+"""What large batches buy in small memory, on real image-caption pairs: the run of `make demo`.
+
+Trains the same model twice, with the same data, steps and memory: once with gradient caching, so
+that all pairs of a batch compete, and once with plain gradient accumulation, whose softmax ends at
+the chunk. Then draws both and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from gradcache_clip.losses import ClipLoss
+from gradcache_clip.memory import StepMemory, count_cached_step, count_plain_step
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.curves import draw_curves
+from gradcache_clip.train.pictures import run_curve
+from gradcache_clip.train.report import RunFigures, format_bytes, metrics_table, to_markdown
+from gradcache_clip.train.run_folder import RunFolder, existing_run
+from gradcache_clip.train.session import build_encoder
+from gradcache_clip.train.sources import make_emoji, make_glyphs
+from gradcache_clip.train.step import autocast
+from gradcache_clip.train.tokenizer import load_tokenizer
+
+HERE = Path(__file__).parent
+MAKERS = {"emoji": make_emoji, "glyphs": make_glyphs}
+
+
+def main() -> int:
+    options = parse()
+    console = Console()
+    shards = MAKERS[options.data](Path("data") / options.data).out
+    if options.fresh and (options.output / "config.yaml").is_file():
+        shutil.rmtree(options.output)
+    cached, accumulated = options.output, options.output / "accumulated"
+    for output, negatives in ((cached, "batch"), (accumulated, "chunk")):
+        status = train(shards, output, negatives, options.overrides, console)
+        if status:
+            return status
+    report(cached, accumulated, console)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=MAKERS, default="emoji")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--fresh", action="store_true", help="remove an earlier demo run first")
+    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
+    return parser.parse_args()
+
+
+def train(
+    shards: Path, output: Path, negatives: str, overrides: list[str], console: Console
+) -> int:
+    """One run in a process of its own, so that its peak memory is its own; resumed if cut off."""
+    run = RunFolder(output)
+    if run.summary.is_file() and json.loads(run.summary.read_text())["finished"]:
+        console.print(f"[dim]{output} is finished; --fresh (make demo FRESH=1) trains again")
+        return 0
+    console.rule(f"training with negatives from the whole {negatives}")
+    return subprocess.call(
+        [
+            *(sys.executable, "-m", "gradcache_clip.cli", "train", str(HERE / "demo.yaml")),
+            *(f"data.train={shards / 'train'}", f"data.validation={shards / 'validation'}"),
+            *(f"train.output={output}", f"train.negatives={negatives}"),
+            *(["train.resume=true"] if run.config.is_file() else []),
+            *overrides,
+        ]
+    )
+
+
+def report(cached: Path, accumulated: Path, console: Console) -> None:
+    runs = [existing_run(path) for path in (cached, accumulated)]
+    curves = [run_curve(run, config) for run, config in runs]
+    picture = draw_curves(curves, cached / "pictures" / "curves.png")
+    plain, chunked = count_memory(*runs[0])
+    figures = [
+        column(run, config, curve.name, plain.total_bytes)
+        for (run, config), curve in zip(runs, curves, strict=True)
+    ]
+    console.print(metrics_table(figures, title=f"Held-out retrieval, {cached}"))
+    console.print(
+        f"A step over {runs[0][1].train.batch_size:,} pairs holds "
+        f"{format_bytes(chunked.total_bytes)} of tensors with gradient caching; a plain step "
+        f"would hold {format_bytes(plain.total_bytes)}, "
+        f"{plain.total_bytes / chunked.total_bytes:.0f} times as much."
+    )
+    (cached / "table.md").write_text(to_markdown(figures), encoding="utf-8")
+    console.print(f"Pictures: {picture.parent}    table: {cached / 'table.md'}")
+
+
+def column(run: RunFolder, config: Config, name: str, plain_bytes: int) -> RunFigures:
+    summary = json.loads(run.summary.read_text())
+    whole = config.train.negatives == "batch"
+    return RunFigures(
+        name=name,
+        recall=summary["metrics"],
+        candidates=config.train.batch_size if whole else config.train.chunk_size,
+        pairs_per_s=summary["pairs_per_s"],
+        peak_memory_bytes=summary["peak_memory_bytes"],
+        plain_memory_bytes=plain_bytes if whole else None,
+    )
+
+
+def count_memory(run: RunFolder, config: Config) -> tuple[StepMemory, StepMemory]:
+    """Bytes of tensors in a plain and in a cached step of this run, counted without running one."""
+    import torch
+
+    tokenizer = load_tokenizer(run.tokenizer, config.data.context_length)
+    encoder = build_encoder(config, tokenizer)
+    size = config.data.image_size
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    example = images, tokenizer(["a caption of some words"] * 2, pad_to_context=True)
+    batch, chunk = config.train.batch_size, config.train.chunk_size
+    with autocast(config.train.precision, torch.device("cpu")):
+        plain = count_plain_step(encoder, ClipLoss(impl="reference"), example, batch)
+        cached = count_cached_step(encoder, ClipLoss(impl="tiled"), example, batch, chunk)
+    return plain, cached
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Checkpoints that outlive a kill, a full disk and a flipped bit.
+
+A checkpoint is a folder `step-00000123/`:
+
+    image.safetensors ...   the weights, one file a module
+    state.pt                the rest: optimizer, random generators, position in the data
+    index.json              format, step, and size and SHA-256 of each file; written last
+
+It is written under a temporary name, flushed to the disk and renamed, so under its own name it is
+whole or damaged later, and then the index tells. Nothing is unpickled: state.pt is read with
+`weights_only=True`, which builds tensors and plain containers and calls no code from the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gradcache_clip.train.checkpoint_files import (
+    FORMAT_VERSION,
+    CheckpointError,
+    DamagedCheckpointError,
+    UnsafeCheckpointError,
+    check_state,
+    check_weights,
+    is_disk_full,
+    looks_whole,
+    read_files,
+    sync,
+    tensor_bytes,
+    verified_index,
+    write_files,
+)
+from gradcache_clip.train.rng import capture_rng, restore_rng
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Checkpoint",
+    "CheckpointError",
+    "DamagedCheckpointError",
+    "UnsafeCheckpointError",
+    "capture_rng",
+    "load_checkpoint",
+    "load_latest",
+    "restore_rng",
+    "save_checkpoint",
+]
+
+_PREFIX = "step-"
+# The predecessor of a checkpoint that is being saved again at the same step.
+_REPLACED = ".replaced"
+_TEMPORARY = ".tmp-step-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save_checkpoint` was given, read back; all tensors on the CPU, none sharing a file."""
+
+    path: Path
+    """The folder it was read from."""
+    step: int
+    """The step after which it was saved."""
+    modules: dict[str, dict[str, Tensor]]
+    """Name of each module -> its state_dict; tied tensors are one tensor again."""
+    state: dict[str, Any]
+    """Everything else."""
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    *,
+    modules: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int = 3,
+) -> Path:
+    """Write `folder/step-<step>/`, then remove all but the newest `keep` checkpoints.
+
+    The new checkpoint is complete and on the disk before an older one is touched, also when one of
+    the same step is replaced. Leftovers of a killed save are removed first. One process writes to
+    a folder at a time: of several ranks, rank 0 saves.
+
+    Args:
+        folder: where the checkpoints of one run live; made where missing.
+        step: optimizer steps taken so far, 0 or more.
+        modules: name -> state_dict, any device, dtype and strides; tensors that share memory stay
+            tied. A name becomes a file name: letters, digits, `_`, `-` and `.`.
+        state: anything built of dicts with plain keys, lists, tuples, numbers, strings, bytes,
+            None, dtypes, devices and tensors, e.g. `optimizer.state_dict()` and `capture_rng()`.
+        keep: how many checkpoints up to this step stay, 1 or more; damaged ones do not count.
+
+    Returns:
+        the folder of the new checkpoint.
+
+    Raises:
+        ValueError: an argument that could not be saved or read back; nothing was written.
+        OSError: errno ENOSPC with the bytes needed and free when the disk or quota is full, or
+            what else the file system said. Earlier checkpoints are untouched, no temporary file
+            stays.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Linear(2, 2)
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     path = save_checkpoint(run, 7, modules={"model": model.state_dict()}, state={})
+        ...     load_latest(run).step
+        7
+    """
+    folder = Path(folder)
+    _check_numbers(step, keep)
+    check_weights(modules)
+    check_state(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_temporary(folder)
+    final = folder / f"{_PREFIX}{step:08d}"
+    temporary = folder / f"{_TEMPORARY}{step:08d}"
+    try:
+        temporary.mkdir()
+        write_files(temporary, step, modules, state)
+        _publish(temporary, final)
+    except BaseException as error:
+        _remove_temporary(folder)
+        needed = tensor_bytes(modules) + tensor_bytes(state)
+        if isinstance(error, Exception) and is_disk_full(error, folder, needed):
+            raise _disk_full(folder, final.name, needed) from error
+        raise
+    _prune(folder, step, keep)
+    return final
+
+
+def load_latest(folder: str | Path) -> Checkpoint | None:
+    """The newest checkpoint in `folder` whose every byte is as it was written.
+
+    Args:
+        folder: what `save_checkpoint` was given.
+
+    Returns:
+        the checkpoint, or None where `folder` is missing or holds none.
+
+    Warns:
+        RuntimeWarning: a newer checkpoint is damaged and was passed over: which one and why.
+
+    Raises:
+        DamagedCheckpointError: there are checkpoints, and all are damaged.
+        UnsafeCheckpointError: the newest undamaged one carries objects other than tensors and plain
+            values; it was not written by this library. Nothing of it was executed.
+        CheckpointError: written by a newer version of this library.
+    """
+    damages = []
+    for _, path in _found(Path(folder)):
+        try:
+            checkpoint = load_checkpoint(path)
+        except DamagedCheckpointError as error:
+            damages.append(str(error))
+            continue
+        for damage in damages:
+            message = f"{damage}; going on from {path.name} instead"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return checkpoint
+    if damages:
+        raise DamagedCheckpointError(
+            f"{folder}: expected a whole checkpoint, got {len(damages)} damaged: "
+            + "; ".join(damages)
+            + "; restore one from a backup, or start anew in another folder"
+        )
+    return None
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Verify and read one checkpoint folder.
+
+    Args:
+        path: a `step-*` folder.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        DamagedCheckpointError, UnsafeCheckpointError, CheckpointError: as for `load_latest`.
+    """
+    path = Path(path)
+    index = verified_index(path)
+    modules, state = read_files(path, index)
+    return Checkpoint(path=path, step=index["step"], modules=modules, state=state)
+
+
+def _check_numbers(step: int, keep: int) -> None:
+    if step < 0:
+        raise ValueError(f"step: expected 0 or more, got {step}; pass the number of steps taken")
+    if keep < 1:
+        raise ValueError(
+            f"keep_checkpoints: expected 1 or more, got {keep}; with 0 there is none to resume from"
+        )
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint, newest first, a replaced one after its successor."""
+    found = []
+    for path in folder.glob(f"{_PREFIX}*"):
+        digits = path.name.removeprefix(_PREFIX).removesuffix(_REPLACED)
+        if path.is_dir() and digits.isascii() and digits.isdigit():
+            found.append((int(digits), path))
+    return sorted(found, key=lambda item: (-item[0], len(item[1].name)))
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a complete checkpoint its name; one that holds the name steps aside, never away."""
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        final.rename(replaced)
+    try:
+        temporary.rename(final)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    sync(final.parent)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    older = [(found_step, path) for found_step, path in _found(folder) if found_step <= step]
+    whole: dict[int, Path] = {}
+    for found_step, path in older:
+        if looks_whole(path):
+            whole.setdefault(found_step, path)
+    kept = list(whole.values())[:keep]
+    for path in (path for _, path in older if path not in kept):
+        # Half-removed under its own name it would look damaged to the next resume.
+        removed = path.with_name(f"{_TEMPORARY}{path.name}")
+        try:
+            path.rename(removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            warnings.warn(
+                f"{path}: this old checkpoint could not be removed ({error}); remove it by hand",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _remove_temporary(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _disk_full(folder: Path, name: str, needed: int) -> OSError:
+    free = shutil.disk_usage(folder).free
+    last = next((path.name for _, path in _found(folder)), None)
+    survivor = f"{last} is untouched" if last else "there was no earlier checkpoint"
+    return OSError(
+        errno.ENOSPC,
+        f"{folder}: expected about {needed:,} bytes of space for {name}, got {free:,} free (or a "
+        f"quota is used up); free space or keep fewer checkpoints and resume; {survivor}",
+    )

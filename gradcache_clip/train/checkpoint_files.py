@@ -1,0 +1,290 @@
+"""The files inside one checkpoint folder: written and flushed, verified, read without pickle."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+
+_INDEX = "index.json"
+_STATE = "state.pt"
+_WEIGHTS = ".safetensors"
+_MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_CONTAINERS = (dict, OrderedDict, list, tuple)
+# What the weights-only reader rebuilds without being told of a class.
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None)),
+    *(torch.dtype, torch.device, torch.Size, Tensor, torch.nn.Parameter),
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message says which, why, and what to do."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was written: unfinished, cut off or altered."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint carries pickled objects that could run code; none did."""
+
+
+def check_weights(modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, weights in modules.items():
+        if not _MODULE_NAME.fullmatch(name):
+            raise ValueError(
+                f"modules: expected names of letters, digits, '_', '-' and '.', got {name!r}; "
+                "the name becomes a file name"
+            )
+        for key, value in weights.items():
+            if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+                raise ValueError(
+                    f"modules[{name!r}][{key!r}]: expected a dense tensor with data, "
+                    f"got {_describe(value)}; pass module.state_dict(), other values go in state"
+                )
+
+
+def check_state(value: Any, name: str = "state") -> None:
+    """Refuse at save time, with its place, what the weights-only reader would refuse on resume."""
+    if isinstance(value, Mapping) and (type(value) in _CONTAINERS or name == "state"):
+        for key, entry in value.items():
+            check_state(key, f"a key of {name}")
+            check_state(entry, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for position, entry in enumerate(value):
+            check_state(entry, f"{name}[{position}]")
+    elif type(value) not in _PLAIN:
+        raise ValueError(
+            f"{name}: expected tensors, numbers, strings, None, lists, tuples or dicts, "
+            f"got {_describe(value)}; convert it (an array with torch.from_numpy, a NumPy number "
+            "with .item()): checkpoints hold no pickled objects"
+        )
+
+
+def _describe(value: Any) -> str:
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return f"a {kind.__name__} with layout {value.layout} on {value.device}"
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested containers: nearly all that a checkpoint takes."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def is_disk_full(error: BaseException, folder: Path, needed: int) -> bool:
+    """Whether `error` came of a full disk; torch and safetensors hide the number in a text."""
+    link: BaseException | None = error
+    while link is not None:
+        if getattr(link, "errno", None) in _FULL or f"os error {errno.ENOSPC}" in str(link):
+            return True
+        link = link.__cause__ or link.__context__
+    return shutil.disk_usage(folder).free < needed
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder and need not.
+        if not (path.is_dir() and error.errno in _NO_FOLDER_SYNC):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_files(
+    folder: Path, step: int, modules: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
+    for name, weights in modules.items():
+        _write_weights(folder / f"{name}{_WEIGHTS}", weights)
+    torch.save(dict(state), folder / _STATE)
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    index = {"format": FORMAT_VERSION, "step": step, "modules": list(modules), "files": files}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    sync(folder / _INDEX)
+    sync(folder)
+
+
+def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """One safetensors file; tied names go to the metadata, as safetensors' save_model does it."""
+    from safetensors.torch import save_file
+
+    owners: dict[Any, str] = {}
+    kept: dict[str, Tensor] = {}
+    tied = {}
+    for name, tensor in weights.items():
+        owner = owners.setdefault(_identity(name, tensor), name)
+        if owner == name:
+            kept[name] = tensor
+        else:
+            tied[name] = owner
+    save_file(_on_cpu_apart(kept), path, metadata=tied)
+
+
+def _identity(name: str, tensor: Tensor) -> Any:
+    """Equal for two names of the very same elements."""
+    if tensor.numel() == 0:
+        return name
+    layout = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    return (tensor.device, *layout)
+
+
+def _on_cpu_apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors; views into one memory are copied, as safetensors refuses overlap."""
+    apart = {}
+    taken = set()
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != tensor_bytes(tensor):
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        apart[name] = tensor
+    return apart
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def looks_whole(folder: Path) -> bool:
+    """Whether the index is there and the sizes agree; the contents are not read."""
+    try:
+        _check_sizes(folder, _read_index(folder))
+    except CheckpointError:
+        return False
+    return True
+
+
+def verified_index(folder: Path) -> dict[str, Any]:
+    """The index, once every file has proved to have the size and SHA-256 noted there."""
+    index = _read_index(folder)
+    _check_sizes(folder, index)
+    for name, noted in index["files"].items():
+        try:
+            content = _sha256(folder / name)
+        except OSError as error:
+            raise _damaged(folder, f"{name} cannot be read ({error})") from error
+        if content != noted["sha256"]:
+            raise _damaged(folder, f"{name} has other content than was written")
+    return index
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: expected a checkpoint folder, got none; pass a step-* folder"
+        )
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _damaged(folder, f"{_INDEX} is missing, so it was never finished") from None
+    except ValueError as error:
+        raise _damaged(folder, f"{_INDEX} is not JSON ({error})") from None
+    if isinstance(index, dict) and index.get("format") not in (None, FORMAT_VERSION):
+        raise CheckpointError(
+            f"{folder}: expected checkpoint format {FORMAT_VERSION}, got {index['format']!r}; "
+            "read it with the version of gradcache-clip that wrote it"
+        )
+    if not _is_index(index):
+        raise _damaged(folder, f"{_INDEX} lacks entries")
+    return index
+
+
+def _is_index(index: Any) -> bool:
+    """Every entry of the expected kind, and every name one that stays inside the folder."""
+    try:
+        files, modules = index["files"], index["modules"]
+        wanted = {f"{name}{_WEIGHTS}" for name in modules} | {_STATE}
+        return (
+            type(index["step"]) is int
+            and set(files) == wanted
+            and all(_MODULE_NAME.fullmatch(name) for name in modules)
+            and all(type(noted["bytes"]) is int and noted["sha256"] for noted in files.values())
+        )
+    except (KeyError, TypeError):
+        return False
+
+
+def _check_sizes(folder: Path, index: dict[str, Any]) -> None:
+    for name, noted in index["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(folder, f"{name} is missing")
+        if path.stat().st_size != noted["bytes"]:
+            raise _damaged(
+                folder,
+                f"{name} has {path.stat().st_size:,} bytes where {noted['bytes']:,} were written",
+            )
+
+
+def _damaged(folder: Path, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{folder}: damaged checkpoint: {what}")
+
+
+def read_files(
+    folder: Path, index: dict[str, Any]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Weights and state of a folder that `verified_index` has passed."""
+    modules = {name: _read_weights(folder / f"{name}{_WEIGHTS}") for name in index["modules"]}
+    return modules, _read_state(folder / _STATE)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            # A copy, since safetensors hands out views of the mapped file.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tied = file.metadata() or {}
+        return weights | {name: weights[owner] for name, owner in tied.items()}
+    except (SafetensorError, KeyError) as error:
+        raise DamagedCheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UnsafeCheckpointError(
+            f"{path}: expected tensors and plain values, got pickled objects that could run code; "
+            "nothing was executed, and this library writes no such file: do not trust it. Reader: "
+            + str(error).splitlines()[-1]
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise DamagedCheckpointError(f"{path}: not a readable state file ({error})") from None
+    if not isinstance(state, dict):
+        raise DamagedCheckpointError(f"{path}: expected a dict, got {_describe(state)}")
+    return state

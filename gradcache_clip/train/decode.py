@@ -1,0 +1,200 @@
+"""Decoding the members of a webdataset sample: images by PIL, captions as text and JSON.
+
+Nothing here unpickles, imports or runs anything that a shard brings along.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+TEXT_EXTENSIONS = ("txt", "json")
+MAX_PIXELS = 64 * 2**20
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_ASPECT_RANGE = (3 / 4, 4 / 3)
+
+
+class BrokenSample(Exception):
+    """A sample that cannot be used; the message is the reason that is counted."""
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From the bytes of an image file to a square uint8 image.
+
+    Without `crop_scale` the shortest side becomes `image_size` (bicubic) and the centre is kept.
+
+    Args:
+        image_size: height and width of the result in pixels.
+        crop_scale: smallest and largest share of the image's area that a random crop keeps, such
+            as (0.8, 1.0); the crop's aspect ratio lies between 3:4 and 4:3.
+
+    Raises:
+        ValueError: for an image size below one, or a range outside 0 < low <= high <= 1.
+    """
+
+    image_size: int = 64
+    crop_scale: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(
+                f"image_size: expected a positive integer, got {self.image_size}; pass e.g. 64"
+            )
+        if self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale: expected 0 < low <= high <= 1, got {self.crop_scale}; "
+                "pass e.g. (0.8, 1.0)"
+            )
+
+    def __call__(self, data: bytes, draw: random.Random) -> Tensor:
+        """Decode and resize; `draw` decides the crop.
+
+        Returns:
+            uint8 (3, image_size, image_size).
+
+        Raises:
+            BrokenSample: the bytes are no PNG, JPEG or WebP image that PIL can decode.
+        """
+        image = decode_image(data, smallest_side=self._smallest_side)
+        square = image.resize(
+            (self.image_size, self.image_size),
+            Image.Resampling.BICUBIC,
+            box=self._box(image.width, image.height, draw),
+            reducing_gap=2.0,
+        )
+        pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+        return pixels.view(self.image_size, self.image_size, 3).permute(2, 0, 1).contiguous()
+
+    @property
+    def _smallest_side(self) -> int:
+        """Side below which decoding at a reduced size would cost sharpness, in pixels."""
+        low = self.crop_scale[0] if self.crop_scale else 1.0
+        return math.ceil(2 * self.image_size / math.sqrt(low))
+
+    def _box(
+        self, width: int, height: int, draw: random.Random
+    ) -> tuple[float, float, float, float]:
+        crop_width = crop_height = float(min(width, height))
+        x = y = 0.5
+        if self.crop_scale:
+            area = width * height * draw.uniform(*self.crop_scale)
+            ratio = math.exp(draw.uniform(*map(math.log, _ASPECT_RANGE)))
+            crop_width = min(width, math.sqrt(area * ratio))
+            crop_height = min(height, math.sqrt(area / ratio))
+            x, y = draw.random(), draw.random()
+        left, top = x * (width - crop_width), y * (height - crop_height)
+        return left, top, left + crop_width, top + crop_height
+
+
+def decode_image(data: bytes, *, smallest_side: int | None = None) -> Image.Image:
+    """Decode a PNG, JPEG or WebP image to RGB, upright, transparency over white.
+
+    Args:
+        data: the bytes of the file.
+        smallest_side: a large JPEG may be decoded at a reduced size, no side below this.
+
+    Raises:
+        BrokenSample: another format, damaged data, or more than `MAX_PIXELS` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise BrokenSample("image too large")
+            if smallest_side:
+                image.draft("RGB", (smallest_side, smallest_side))
+            return _over_white(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BrokenSample("image too large") from error
+    except BrokenSample:
+        raise
+    # Damaged files make PIL raise OSError, SyntaxError, struct.error, IndexError and others.
+    except Exception as error:
+        raise BrokenSample("undecodable image") from error
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # PIL clips 16-bit grey at 255 instead of scaling it.
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_bytes(members: Mapping[str, Any]) -> bytes:
+    """The image of a sample, under the first of `IMAGE_EXTENSIONS` that it has.
+
+    Raises:
+        BrokenSample: it has none.
+    """
+    for extension in IMAGE_EXTENSIONS:
+        if extension in members:
+            data: bytes = members[extension]
+            return data
+    raise BrokenSample("missing image")
+
+
+def captions_and_group(members: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """The captions of a sample and its group.
+
+    The captions are "captions" of KEY.json, else the text of KEY.txt, else "caption" of KEY.json.
+    The group is "group" of KEY.json, else the key: such an image matches its own captions alone.
+
+    Raises:
+        BrokenSample: no caption, an empty one, text that is not UTF-8, or JSON of another shape.
+    """
+    notes = _notes(members.get("json"))
+    listed = notes.get("captions")
+    if isinstance(listed, list) and listed:
+        captions = listed
+    elif "txt" in members:
+        captions = [_text(members["txt"])]
+    elif "caption" in notes:
+        captions = [notes["caption"]]
+    else:
+        raise BrokenSample("missing caption")
+    if not all(isinstance(caption, str) for caption in captions):
+        raise BrokenSample("bad json")
+    stripped = tuple(caption.strip() for caption in captions)
+    if not all(stripped):
+        raise BrokenSample("empty caption")
+    return stripped, str(notes.get("group", members["__key__"]))
+
+
+def _notes(data: bytes | None) -> dict[str, Any]:
+    if data is None:
+        return {}
+    try:
+        notes = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise BrokenSample("bad utf-8") from error
+    except (ValueError, RecursionError) as error:
+        raise BrokenSample("bad json") from error
+    if not isinstance(notes, dict):
+        raise BrokenSample("bad json")
+    return notes
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BrokenSample("bad utf-8") from error

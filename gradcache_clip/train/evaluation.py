@@ -1,0 +1,311 @@
+"""Embedding a data set and retrieval on its features, without a graph and without an N x N matrix.
+
+N images, M texts, Q queries, C candidates, D feature width. Scores are dot products of
+the features as they are, in fp32: normalise them first where cosine similarity is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.train.ranking import (
+    chance_of_hit,
+    check_depths,
+    check_features,
+    check_ids,
+    check_sizes,
+    exact_fp32,
+    ranks_of_best_right,
+    recall_of,
+)
+from gradcache_clip.train.zero_shot import zero_shot_classification, zero_shot_classifier
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = [
+    "DirectionMetrics",
+    "RetrievalMetrics",
+    "Retrieved",
+    "embed_dataset",
+    "recall_at_k",
+    "retrieve",
+    "zero_shot_classification",
+    "zero_shot_classifier",
+]
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class DirectionMetrics:
+    """How well the queries of one direction find a right answer among the candidates."""
+
+    recall: Mapping[int, float]
+    """k -> share of queries with a right answer among their first k, 0 to 1."""
+    chance: Mapping[int, float]
+    """k -> what a random order would reach."""
+    median_rank: float
+    """Of the best right answer; 1 is first. The lower one of two middle ranks."""
+    mean_rank: float
+    queries: int
+    candidates: int
+
+
+@dataclass(frozen=True)
+class RetrievalMetrics:
+    """Retrieval both ways."""
+
+    image_to_text: DirectionMetrics
+    text_to_image: DirectionMetrics
+
+    def to_scalars(self) -> dict[str, float]:
+        """Flat names for a log: `image_to_text_recall_at_1`, `..._at_1_chance`, `..._mean_rank`."""
+        scalars: dict[str, float] = {}
+        for name, metrics in (
+            ("image_to_text", self.image_to_text),
+            ("text_to_image", self.text_to_image),
+        ):
+            for k, share in metrics.recall.items():
+                scalars[f"{name}_recall_at_{k}"] = share
+                scalars[f"{name}_recall_at_{k}_chance"] = metrics.chance[k]
+            scalars[f"{name}_median_rank"] = metrics.median_rank
+            scalars[f"{name}_mean_rank"] = metrics.mean_rank
+        return scalars
+
+
+class Retrieved(NamedTuple):
+    """The best candidates of each query, best first."""
+
+    scores: Float[Tensor, "q k"]
+    indices: Int[Tensor, "q k"]
+
+
+def recall_at_k(
+    image_features: Float[Tensor, "n d"],
+    text_features: Float[Tensor, "m d"],
+    *,
+    text_to_image: Int[Tensor, " m"] | None = None,
+    image_ids: Int[Tensor, " n"] | None = None,
+    text_ids: Int[Tensor, " m"] | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    tile: int = 1024,
+) -> RetrievalMetrics:
+    """Recall@k in both directions, for any number of right answers a query.
+
+        rank of a query = 1 + number of wrong candidates that score at least as high as its best
+                          right one;        recall@k = share of queries with rank <= k
+
+    Ties count against the model, scores within fp32 rounding of each other included, so constant
+    features earn nothing. Memory beyond the features: O(N + M) plus a few tiles.
+
+    Args:
+        image_features: one row an image, any floating dtype and device.
+        text_features: one row a text, on the same device.
+        text_to_image: index of the image of each text (several captions an image).
+        image_ids, text_ids: instead: integers, equal where image and text belong together (several
+            captions an image and several images a caption). With none of the three, row i of
+            the images belongs to row i of the texts.
+        ks: depths. Recall at or beyond the number of candidates is 1 by definition, as is chance.
+        tile: edge of the blocks of the score matrix.
+
+    Returns:
+        recall, chance level and ranks of both directions.
+
+    Raises:
+        ValueError: empty sets, shapes or ids that do not match, NaN or infinite features, an image
+            without text or a text without image, or `ks` or `tile` below 1.
+
+    Source:
+        Karpathy and Fei-Fei 2015, section 4.2 (recall@k with several captions an image).
+
+    Example:
+        >>> features = torch.eye(4)
+        >>> metrics = recall_at_k(features, features[[0, 0, 1, 2, 3]],
+        ...                       text_to_image=torch.tensor([0, 0, 1, 2, 3]), ks=(1,))
+        >>> metrics.text_to_image.recall[1], metrics.text_to_image.chance[1]
+        (1.0, 0.25)
+    """
+    check_features("image_features", image_features, tile)
+    check_features("text_features", text_features, tile)
+    check_sizes("image_features", image_features, "text_features", text_features)
+    images, texts = _ids(image_features, text_features, text_to_image, image_ids, text_ids)
+    _check_partners(images, texts)
+    return RetrievalMetrics(
+        image_to_text=_direction(image_features, images, text_features, texts, ks, tile),
+        text_to_image=_direction(text_features, texts, image_features, images, ks, tile),
+    )
+
+
+@torch.no_grad()
+def retrieve(
+    query_features: Float[Tensor, "q d"],
+    candidate_features: Float[Tensor, "c d"],
+    k: int,
+    *,
+    tile: int = 1024,
+) -> Retrieved:
+    """The k best candidates of each query, tile by tile; of equal scores the lower index first.
+
+    Args:
+        query_features: one row a query.
+        candidate_features: one row a candidate.
+        k: how many; with fewer candidates all are returned, so the width is min(k, C).
+        tile: edge of the blocks of the score matrix.
+
+    Raises:
+        ValueError: empty sets, unequal widths, NaN or infinite features, or `k` below 1.
+
+    Example:
+        >>> retrieve(torch.eye(3)[:1], torch.eye(3), 2).indices
+        tensor([[0, 1]])
+    """
+    check_features("query_features", query_features, tile)
+    check_features("candidate_features", candidate_features, tile)
+    check_sizes("query_features", query_features, "candidate_features", candidate_features)
+    check_depths((k,))
+    blocks = query_features.split(tile)
+    with exact_fp32(query_features.device):
+        parts = [_best(rows.float(), candidate_features, k, tile) for rows in blocks]
+    return Retrieved(torch.cat([p.scores for p in parts]), torch.cat([p.indices for p in parts]))
+
+
+def _best(queries: Tensor, candidates: Tensor, k: int, tile: int) -> Retrieved:
+    scores = queries.new_empty(len(queries), 0)
+    indices = torch.empty_like(scores, dtype=torch.long)
+    for start, columns in _numbered_tiles(candidates, tile):
+        found = _first(queries @ columns.float().T, k)
+        scores = torch.cat([scores, found.scores], dim=1)
+        indices = torch.cat([indices, found.indices + start], dim=1)
+        merged = _first(scores, k)
+        scores, indices = merged.scores, indices.gather(1, merged.indices)
+    return Retrieved(scores, indices)
+
+
+def _numbered_tiles(rows: Tensor, tile: int) -> Iterable[tuple[int, Tensor]]:
+    return zip(range(0, len(rows), tile), rows.split(tile), strict=True)
+
+
+def _first(scores: Tensor, k: int) -> Retrieved:
+    """Top k with a defined order among equals, which topk does not promise."""
+    ordered, order = scores.sort(dim=1, descending=True, stable=True)
+    return Retrieved(ordered[:, :k], order[:, :k])
+
+
+def embed_dataset(
+    encode: Callable[[Batch], Tensor | tuple[Tensor, ...]],
+    batches: Iterable[Batch],
+    *,
+    total: int | None = None,
+    description: str = "embed",
+    progress: bool = True,
+) -> tuple[Tensor, ...]:
+    """Features of a whole data set, without graphs, under a progress bar on stderr.
+
+    The caller puts the encoder in evaluation mode; `encode` runs as it is.
+
+    Args:
+        encode: batch -> features, or a tuple of them such as (image_features, text_features);
+            one row a sample.
+        batches: what to encode; read once.
+        total: number of rows to come, for the time left.
+        description: stands before the bar.
+        progress: whether to show it.
+
+    Returns:
+        one tensor for each that `encode` returns, rows in the order of the batches.
+
+    Raises:
+        ValueError: `batches` is empty.
+
+    Example:
+        >>> images, = embed_dataset(lambda x: 2 * x, [torch.ones(2, 3)] * 2, progress=False)
+        >>> images.shape
+        torch.Size([4, 3])
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    with _progress_bar(progress) as bar, torch.no_grad():
+        task = bar.add_task(description, total=total)
+        for batch in batches:
+            features = encode(batch)
+            parts.append(features if isinstance(features, tuple) else (features,))
+            bar.advance(task, len(parts[-1][0]))
+    if not parts:
+        raise ValueError("batches: expected at least one, got none; check the validation data")
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _progress_bar(shown: bool) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
+
+
+def _ids(
+    images: Tensor,
+    texts: Tensor,
+    text_to_image: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Ids of images and of texts, whichever way the caller gave them."""
+    if (image_ids is None) != (text_ids is None) or (
+        text_to_image is not None and image_ids is not None
+    ):
+        raise ValueError(
+            "text_to_image, image_ids, text_ids: expected text_to_image alone, both image_ids and "
+            "text_ids, or none, got another mixture; drop what is too much"
+        )
+    rows = torch.arange(len(images), device=images.device)
+    if image_ids is not None and text_ids is not None:
+        check_ids("image_ids", image_ids, images)
+        check_ids("text_ids", text_ids, texts)
+        return image_ids.to(images.device), text_ids.to(images.device)
+    if text_to_image is not None:
+        check_ids("text_to_image", text_to_image, texts, below=len(images))
+        return rows, text_to_image.to(images.device)
+    if len(images) != len(texts):
+        raise ValueError(
+            f"text_features: expected {len(images)} rows, one an image, got {len(texts)}; "
+            "pass text_to_image=, the index of the image of each text"
+        )
+    return rows, rows
+
+
+def _check_partners(image_ids: Tensor, text_ids: Tensor) -> None:
+    for name, ids, others, partner in (
+        ("image", image_ids, text_ids, "text"),
+        ("text", text_ids, image_ids, "image"),
+    ):
+        alone = (~torch.isin(ids, others)).nonzero().flatten()
+        if len(alone):
+            raise ValueError(
+                f"{name}_features: expected each {name} to have a {partner}, got {len(alone)} "
+                f"without (first: row {int(alone[0])}); drop those rows or correct the ids"
+            )
+
+
+def _direction(
+    queries: Tensor,
+    query_ids: Tensor,
+    candidates: Tensor,
+    candidate_ids: Tensor,
+    ks: Sequence[int],
+    tile: int,
+) -> DirectionMetrics:
+    ranks = ranks_of_best_right(queries, query_ids, candidates, candidate_ids, tile=tile)
+    return DirectionMetrics(
+        recall=recall_of(ranks, ks),
+        chance={k: chance_of_hit(query_ids, candidate_ids, k) for k in ks},
+        median_rank=float(ranks.median()),
+        mean_rank=float(ranks.double().mean()),
+        queries=len(queries),
+        candidates=len(candidates),
+    )

@@ -1,0 +1,204 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.data import Batch
+from gradcache_clip.train.metrics_log import MetricsLog
+from gradcache_clip.train.optimizer import apply_learning_rate, learning_rate_at
+from gradcache_clip.train.pictures import draw_run
+from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_on_interrupt
+from gradcache_clip.train.retrieval import HeldOut, embed_held_out
+from gradcache_clip.train.run_folder import open_run
+from gradcache_clip.train.session import Session, start_session
+from gradcache_clip.train.step import Backward, StepResult, make_backward, take_step
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run came to; written to `summary.json`."""
+
+    output: str
+    """The run's folder."""
+    step: int
+    """Optimizer steps taken."""
+    finished: bool
+    """False when it was interrupted and can be resumed."""
+    loss: float
+    """Of the last logged step."""
+    pairs_per_s: float
+    """Training pairs a second over this part of the run, evaluation left out."""
+    peak_memory_bytes: int
+    """Most memory that the process (on a GPU: its tensors) held."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Held-out retrieval after the last step, if there is a validation set."""
+
+
+class Meter:
+    """Time in training steps and pairs seen, between log rows and in all."""
+
+    def __init__(self) -> None:
+        self.seconds = self.pairs = self._seconds = self._pairs = self._steps = 0.0
+        self._start = time.perf_counter()
+
+    def resume(self) -> None:
+        """Start the clock; what happened since `pause` does not count."""
+        self._start = time.perf_counter()
+
+    def count(self, pairs: int) -> None:
+        self._pairs += pairs
+        self._steps += 1
+
+    def pause(self) -> dict[str, float]:
+        """Stop the clock; rates since the last pause."""
+        self._seconds += time.perf_counter() - self._start
+        rates = {
+            "pairs_per_s": self._pairs / self._seconds,
+            "step_ms": 1000 * self._seconds / self._steps,
+        }
+        self.seconds += self._seconds
+        self.pairs += self._pairs
+        self._seconds = self._pairs = self._steps = 0.0
+        return rates
+
+
+def train(config: Config, *, console: Console | None = None) -> RunSummary:
+    """Train, evaluate, save and draw one run, as its configuration says.
+
+    Leaves in `train.output`: config.yaml, tokenizer.json, metrics.jsonl and TensorBoard events,
+    checkpoints/, pictures/ and summary.json. The first Ctrl-C ends after the running step with a
+    checkpoint.
+
+    Raises:
+        ConfigError: before anything is written, when the configuration cannot be run here.
+    """
+    console = console or Console(stderr=True)
+    _check_schedule(config)
+    run = open_run(config)
+    session = start_session(config, run)
+    if session.step:
+        console.print(f"going on from step {session.step} of {run.path}", soft_wrap=True)
+    if config.train.compile:
+        session.encoder.compile()
+    backward = make_backward(session.encoder, session.loss, config.train, session.scaler)
+    with MetricsLog(run.path, resume_step=session.step) as log:
+        row, meter, held_out = _run_steps(session, backward, log, console)
+    finished = session.step >= config.train.steps
+    if finished and held_out is None and config.data.validation:
+        # Nothing was left to train: the log has this evaluation already.
+        held_out = _embed(session)
+    summary = _summary(session, row, meter, held_out)
+    if finished:
+        draw_run(run, config, held_out)
+    else:
+        console.print(_how_to_resume(summary), soft_wrap=True)
+    run.write_summary(summary)
+    return summary
+
+
+def _run_steps(
+    session: Session, backward: Backward, log: MetricsLog, console: Console
+) -> tuple[dict[str, float], Meter, HeldOut | None]:
+    """Steps until the last or until Ctrl-C; the last log row and the last evaluation."""
+    config, meter = session.config.train, Meter()
+    batches = iter(session.loader)
+    row: dict[str, float] = {}
+    held_out = None
+    with stop_on_interrupt() as stop, TrainingBar(config.steps, session.step, console) as bar:
+        meter.resume()
+        while session.step < config.steps and not stop:
+            result = _train_one(session, backward, next(batches))
+            meter.count(config.batch_size)
+            bar.advance()
+            ends = session.step == config.steps or bool(stop)
+            if ends or session.step % config.log_every == 0:
+                row = _log_row(session, result, meter)
+                log.write(session.step, row)
+                bar.show({"step": session.step, **row})
+                meter.resume()
+            if session.config.data.validation and _due(session, config.evaluate_every, stop=stop):
+                held_out = _embed(session)
+                metrics = held_out.metrics(session.config.evaluation.recall_at)
+                log.write(session.step, metrics.to_scalars())
+                meter.resume()
+            if ends or _due(session, config.checkpoint_every, stop=stop):
+                session.save()
+                meter.resume()
+    return row, meter, held_out
+
+
+def _train_one(session: Session, backward: Backward, batch: Batch) -> StepResult:
+    config = session.config
+    rate = learning_rate_at(session.step, config.optimizer, config.train.steps)
+    apply_learning_rate(session.optimizer, rate)
+    texts = session.tokenizer(batch.captions, pad_to_context=config.train.compile)
+    result = take_step(
+        backward,
+        batch.images.to(session.device, non_blocking=True),
+        {name: tensor.to(session.device, non_blocking=True) for name, tensor in texts.items()},
+        session.optimizer,
+        session.scaler,
+        config.train,
+        config.optimizer.max_grad_norm,
+    )
+    if session.ema is not None:
+        session.ema.update(session.encoder)
+    session.step += 1
+    return result
+
+
+def _due(session: Session, every: int, *, stop: object) -> bool:
+    """At every so many steps and at the last; an interrupted run does not start long work."""
+    if stop:
+        return False
+    return session.step == session.config.train.steps or bool(every and session.step % every == 0)
+
+
+def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, float]:
+    """Figures of the step that was just taken: the one place that waits for the device."""
+    values = torch.stack([*result, session.loss.logit_scale.detach()]).tolist()
+    names = ("loss", "accuracy", "grad_norm", "logit_scale")
+    return {
+        **dict(zip(names, values, strict=True)),
+        "learning_rate": session.optimizer.param_groups[0]["lr"],
+        **meter.pause(),
+        "peak_memory_bytes": peak_memory_bytes(session.device),
+    }
+
+
+def _embed(session: Session) -> HeldOut:
+    with session.averaged_weights():
+        return embed_held_out(session.encoder, session.tokenizer, session.config)
+
+
+def _summary(
+    session: Session, row: dict[str, float], meter: Meter, held_out: HeldOut | None
+) -> RunSummary:
+    recall_at = session.config.evaluation.recall_at
+    return RunSummary(
+        output=str(session.run.path),
+        step=session.step,
+        finished=session.step >= session.config.train.steps,
+        loss=row.get("loss", float("nan")),
+        pairs_per_s=meter.pairs / meter.seconds if meter.seconds else 0.0,
+        peak_memory_bytes=peak_memory_bytes(session.device),
+        metrics=held_out.metrics(recall_at).to_scalars() if held_out else {},
+    )
+
+
+def _check_schedule(config: Config) -> None:
+    """The schedule must fit the run before a folder is made."""
+    learning_rate_at(0, config.optimizer, config.train.steps)
+
+
+def _how_to_resume(summary: RunSummary) -> str:
+    return (
+        f"stopped after step {summary.step} with a checkpoint; go on with\n"
+        f"    gradcache-clip train {summary.output}/config.yaml train.resume=true"
+    )

@@ -1,0 +1,123 @@
+"""The figures of a run, a line of JSON each and as TensorBoard scalars, every step exactly once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FILE_NAME = "metrics.jsonl"
+Number = int | float | Tensor
+
+
+class MetricsLog:
+    """Appends to `folder/metrics.jsonl` and to TensorBoard events in `folder/tensorboard/`.
+
+    A line is {"step": 120, "loss": 3.1, "pairs_per_s": 5210.0}, flushed as soon as it is written.
+    NaN and infinity, which JSON lacks, become null. Units stand in the names: _ms, _bytes, _per_s.
+
+    Args:
+        folder: the run's folder; made where missing.
+        resume_step: the step of the checkpoint that training goes on from. Later lines of an
+            earlier part, and a line torn by its kill, are removed; TensorBoard hides its own.
+        tensorboard: whether to write events too.
+
+    Raises:
+        ValueError: an existing file holds something else than such lines.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     with MetricsLog(run, tensorboard=False) as log:
+        ...         log.write(1, {"loss": 6.9})
+        ...     read_log(run)
+        [{'step': 1, 'loss': 6.9}]
+    """
+
+    def __init__(
+        self, folder: str | Path, *, resume_step: int = 0, tensorboard: bool = True
+    ) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE_NAME
+        if path.exists():
+            _cut_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
+
+    def write(self, step: int, values: Mapping[str, Number]) -> None:
+        """Log `values`, numbers or 0-dim tensors, under `step`."""
+        numbers = {name: _number(name, value) for name, value in values.items()}
+        row = {
+            name: value if math.isfinite(value) else None
+            for name, value in ({"step": step} | numbers).items()
+        }
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a log, oldest first; a last line that a kill has torn is left out.
+
+    Args:
+        path: the run's folder or its metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: no log there.
+        ValueError: a line before the last is no log line; its number is named.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    lines = path.read_bytes().split(b"\n")
+    # What follows the last line break was never finished, whether or not it parses.
+    return [_row(path, number, line) for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(
+            f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}; "
+            "remove that line"
+        )
+    return row
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Keep the lines up to `step`; by renaming, so that a kill leaves the old file or the new."""
+    rows = [row for row in read_log(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _number(name: str, value: Number) -> int | float:
+    number = value.item() if isinstance(value, Tensor) else value
+    if not isinstance(number, int | float):
+        raise ValueError(f"{name}: expected a number, got {value!r}; log texts elsewhere")
+    return number

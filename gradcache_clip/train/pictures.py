@@ -1,0 +1,71 @@
+"""The pictures of a run: curves, the similarity matrix of held-out pairs, a gallery of queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.curves import RunCurve, draw_curves
+from gradcache_clip.train.gallery import draw_gallery
+from gradcache_clip.train.metrics_log import read_log
+from gradcache_clip.train.retrieval import HeldOut
+from gradcache_clip.train.run_folder import RunFolder
+from gradcache_clip.train.similarity import draw_similarity
+
+_PAIRS = 40
+
+
+def draw_run(run: RunFolder, config: Config, held_out: HeldOut | None) -> list[Path]:
+    """Draw what there is to draw into `pictures/`; returns the files."""
+    run.pictures.mkdir(exist_ok=True)
+    files = [draw_curves([run_curve(run, config)], run.pictures / "curves.png")]
+    if held_out is None:
+        return files
+    pairs = _pairs_of_different_groups(held_out)
+    if len(pairs) >= 2:
+        texts = torch.tensor([_first_text_of(held_out, pair) for pair in pairs])
+        files.append(
+            draw_similarity(
+                held_out.image_features[pairs],
+                held_out.text_features[texts],
+                [held_out.texts[text] for text in texts.tolist()],
+                list(held_out.thumbnails[pairs]),
+                run.pictures / "similarity.png",
+            )
+        )
+    files.append(
+        draw_gallery(
+            held_out.image_features,
+            held_out.text_features,
+            run.pictures / "gallery.png",
+            images=list(held_out.thumbnails),
+            texts=held_out.texts,
+            image_ids=held_out.image_ids,
+            text_ids=held_out.text_ids,
+            rows=config.evaluation.gallery,
+        )
+    )
+    return files
+
+
+def run_curve(run: RunFolder, config: Config, name: str | None = None) -> RunCurve:
+    """The log of a run, labelled with how many pairs compete in its softmax."""
+    train = config.train
+    candidates = train.batch_size if train.negatives == "batch" else train.chunk_size
+    words = "cached, batch of" if train.negatives == "batch" else "accumulated, chunks of"
+    return RunCurve(name or f"{words} {candidates:,}", read_log(run.path), candidates)
+
+
+def _pairs_of_different_groups(held_out: HeldOut) -> list[int]:
+    """Images drawn at random, at most one of each group, so that only the diagonal is right."""
+    order = torch.randperm(len(held_out.image_ids), generator=torch.Generator().manual_seed(0))
+    first_of: dict[int, int] = {}
+    for row in order.tolist():
+        first_of.setdefault(int(held_out.image_ids[row]), row)
+    return list(first_of.values())[:_PAIRS]
+
+
+def _first_text_of(held_out: HeldOut, image: int) -> int:
+    return int((held_out.text_ids == held_out.image_ids[image]).nonzero()[0])

@@ -1,0 +1,172 @@
+"""Ranks of right answers, tile by tile: what every retrieval figure is made of.
+
+Q queries, C candidates, D feature width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+# Two sums of the same products in another order differ by a few units in the last place.
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
+@torch.no_grad()
+def ranks_of_best_right(
+    queries: Float[Tensor, "q d"],
+    query_ids: Int[Tensor, " q"],
+    candidates: Float[Tensor, "c d"],
+    candidate_ids: Int[Tensor, " c"],
+    *,
+    tile: int,
+) -> Int[Tensor, " q"]:
+    """1 + the number of wrong candidates that score at least as high as the best right one.
+
+    A candidate is right for a query when their ids are equal. "At least as high" allows for fp32
+    rounding (about 1e-6 times both norms), so equal features tie whatever tile they lie in. A query
+    without any right candidate ranks C + 1.
+
+    The score matrix is computed twice, once for the best right scores and once to count, and never
+    held beyond a tile x tile block.
+    """
+    with exact_fp32(queries.device):
+        longest = max(float(block.float().norm(dim=1).max()) for block in candidates.split(tile))
+        parts = [
+            _ranks(rows.float(), ids, candidates, candidate_ids, tile, longest)
+            for rows, ids in zip(queries.split(tile), query_ids.split(tile), strict=True)
+        ]
+    return torch.cat(parts)
+
+
+def _ranks(
+    queries: Tensor,
+    ids: Tensor,
+    candidates: Tensor,
+    candidate_ids: Tensor,
+    tile: int,
+    longest: float,
+) -> Tensor:
+    best = queries.new_full((len(queries),), -torch.inf)
+    for scores, right in _tiles(queries, ids, candidates, candidate_ids, tile):
+        best = torch.maximum(best, scores.masked_fill_(~right, -torch.inf).amax(1))
+    threshold = (best - _ROUNDING * longest * queries.norm(dim=1))[:, None]
+    ranks = torch.ones_like(ids)
+    for scores, right in _tiles(queries, ids, candidates, candidate_ids, tile):
+        ranks += ((scores >= threshold) & ~right).sum(1)
+    return ranks
+
+
+def _tiles(
+    queries: Tensor, ids: Tensor, candidates: Tensor, candidate_ids: Tensor, tile: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores of the queries against a block of candidates, and which of those are right."""
+    for block, block_ids in zip(candidates.split(tile), candidate_ids.split(tile), strict=True):
+        yield queries @ block.float().T, ids[:, None] == block_ids[None, :]
+
+
+@contextmanager
+def exact_fp32(device: torch.device) -> Iterator[None]:
+    """Products in true fp32, whatever autocast or TF32 setting training runs under."""
+    backends: list[Any] = [torch.backends.cuda.matmul]
+    backends.append(getattr(torch.backends.mkldnn, "matmul", None))
+    switches = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    before = [backend.fp32_precision for backend in switches]
+    # torch before 2.9 has one switch for all.
+    legacy = None if switches else torch.get_float32_matmul_precision()
+    try:
+        for backend in switches:
+            backend.fp32_precision = "ieee"
+        if legacy:
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(switches, before, strict=True):
+            backend.fp32_precision = precision
+        if legacy:
+            torch.set_float32_matmul_precision(legacy)
+
+
+def chance_of_hit(query_ids: Int[Tensor, " q"], candidate_ids: Int[Tensor, " c"], k: int) -> float:
+    """Mean over the queries of the chance that k of C candidates drawn at random hold a right one.
+
+    With r right among C:  1 - binomial(C - r, k) / binomial(C, k).
+    """
+    values, inverse = torch.unique(query_ids, return_inverse=True)
+    position = torch.searchsorted(values, candidate_ids).clamp_(max=len(values) - 1)
+    position = position[values[position] == candidate_ids]
+    right = torch.bincount(position, minlength=len(values))[inverse]
+    counts, times = torch.unique(right, return_counts=True)
+    missed = [
+        queries * _chance_of_miss(len(candidate_ids), count, k)
+        for count, queries in zip(counts.tolist(), times.tolist(), strict=True)
+    ]
+    return 1 - math.fsum(missed) / len(query_ids)
+
+
+def _chance_of_miss(total: int, right: int, k: int) -> float:
+    drawn = min(k, total)
+    return math.comb(total - right, drawn) / math.comb(total, drawn)
+
+
+def recall_of(ranks: Int[Tensor, " q"], ks: Sequence[int]) -> dict[int, float]:
+    """k -> share of the ranks that are k or better."""
+    check_depths(ks)
+    return {k: float((ranks <= k).double().mean()) for k in ks}
+
+
+def check_depths(ks: Sequence[int]) -> None:
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks: expected depths of 1 or more, got {tuple(ks)}; pass e.g. ks=(1, 5)")
+
+
+def check_features(name: str, features: Tensor, tile: int) -> None:
+    """Two dimensions, some rows, all finite; looked at tile by tile."""
+    if tile < 1:
+        raise ValueError(f"tile: expected a positive integer, got {tile}; pass e.g. tile=1024")
+    if features.ndim != 2 or features.shape[1] == 0 or not features.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a floating-point tensor of shape (rows, width), got "
+            f"{tuple(features.shape)} of {features.dtype}; pass one row a sample"
+        )
+    if len(features) == 0:
+        raise ValueError(f"{name}: expected at least one row, got none; the set is empty")
+    for start, block in zip(range(0, len(features), tile), features.split(tile), strict=True):
+        lowest, highest = block.aminmax(dim=1)
+        finite = lowest.isfinite() & highest.isfinite()
+        if not finite.all():
+            row = start + int((~finite).nonzero()[0])
+            raise ValueError(
+                f"{name}: expected finite numbers, got NaN or infinity in row {row}; the encoder "
+                "diverged or the input is broken: lower the learning rate or inspect that sample"
+            )
+
+
+def check_sizes(name: str, features: Tensor, other_name: str, other: Tensor) -> None:
+    if features.shape[1] != other.shape[1] or features.device != other.device:
+        raise ValueError(
+            f"{other_name}: expected width {features.shape[1]} on {features.device} as "
+            f"{name}, got width {other.shape[1]} on {other.device}; pass the outputs of one model"
+        )
+
+
+def check_ids(name: str, ids: Tensor, rows: Tensor, *, below: int | None = None) -> None:
+    if ids.shape != (len(rows),) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: expected {len(rows)} integers, one a row, got shape {tuple(ids.shape)} of "
+            f"{ids.dtype}; pass e.g. torch.arange({len(rows)})"
+        )
+    if below is not None and not 0 <= int(ids.min()) <= int(ids.max()) < below:
+        raise ValueError(
+            f"{name}: expected indices from 0 to {below - 1}, got {int(ids.min())} to "
+            f"{int(ids.max())}; they count the rows that they point to"
+        )

@@ -1,0 +1,101 @@
+"""Every random generator of a run, in a form that a checkpoint can hold without pickled objects."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import torch
+
+
+def capture_rng() -> dict[str, Any]:
+    """The state of torch's CPU and CUDA generators, NumPy's global one and Python's.
+
+    Tensors, numbers, strings and lists only, so `torch.load(weights_only=True)` reads it. CUDA is
+    captured where this process has used it; asking must not start it.
+
+    Returns:
+        a dict for `restore_rng`: {"torch": uint8 tensor, "cuda": list of uint8 tensors, one a
+        device, "numpy": dict, "python": dict}.
+
+    Raises:
+        ValueError: NumPy's global generator was exchanged for another kind than MT19937.
+
+    Example:
+        >>> state = capture_rng()
+        >>> first = torch.rand(())
+        >>> restore_rng(state)
+        >>> bool(torch.rand(()) == first)
+        True
+    """
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": _capture_numpy(),
+        "python": _capture_python(),
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set every generator to what `capture_rng` saw, bit for bit.
+
+    Args:
+        state: what `capture_rng` returned, on the CPU.
+
+    Warns:
+        RuntimeWarning: the state holds more CUDA devices than this machine has; draws on the
+            missing ones cannot be repeated.
+    """
+    torch.set_rng_state(state["torch"])
+    _restore_cuda(state["cuda"])
+    _restore_numpy(state["numpy"])
+    _restore_python(state["python"])
+
+
+def _restore_cuda(states: list[torch.Tensor]) -> None:
+    here = torch.cuda.device_count()
+    if len(states) > here:
+        warnings.warn(
+            f"random state: saved with {len(states)} CUDA devices, found {here}; draws on the "
+            "missing devices will differ from those of a run that never stopped",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    for device, device_state in enumerate(states[:here]):
+        torch.cuda.set_rng_state(device_state, device)
+
+
+def _capture_numpy() -> dict[str, Any]:
+    import numpy
+
+    state = numpy.random.get_state(legacy=False)
+    assert isinstance(state, dict)
+    if state["bit_generator"] != "MT19937":
+        raise ValueError(
+            f"numpy.random: expected the MT19937 generator, got {state['bit_generator']}; "
+            "undo numpy.random.set_bit_generator, or draw from a numpy.random.Generator of your own"
+        )
+    return {
+        "key": torch.tensor(state["state"]["key"].tolist()),
+        "position": int(state["state"]["pos"]),
+        "has_gauss": int(state["has_gauss"]),
+        "gauss": float(state["gauss"]),
+    }
+
+
+def _restore_numpy(state: dict[str, Any]) -> None:
+    import numpy
+
+    key = numpy.array(state["key"].tolist(), dtype=numpy.uint32)
+    numpy.random.set_state(("MT19937", key, state["position"], state["has_gauss"], state["gauss"]))
+
+
+def _capture_python() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    return {"version": version, "words": torch.tensor(words), "gauss": gauss}
+
+
+def _restore_python(state: dict[str, Any]) -> None:
+    random.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))

@@ -1,0 +1,204 @@
+"""Which shards a name stands for, and how each is opened. Nothing runs a command unasked."""
+
+from __future__ import annotations
+
+import glob
+import re
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from http.client import HTTPMessage
+from pathlib import Path
+from typing import IO, cast
+
+from gradcache_clip.train.sources.shards import MANIFEST_NAME, read_manifest
+
+HTTP_TIMEOUT_S = 60
+
+# Two letters or more: a single one is a Windows drive.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
+# Inside a URL these can end a quoted word of a shell command; RFC 3986 allows none of them.
+_UNSAFE = re.compile(r"[\s'\"\\`$;|<>{}^\x00-\x1f\x7f]")
+_GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file of samples; `samples` is the count that its manifest states, if it has one."""
+
+    url: str
+    samples: int | None = None
+
+
+def find_shards(source: str | Path, *, allow_url_schemes: Sequence[str] = ()) -> tuple[Shard, ...]:
+    """The shards that a folder, file, glob, brace pattern or URL stands for.
+
+    Args:
+        source: a folder (its manifest.json, else its *.tar), a path, a glob such as
+            "data/*.tar", a brace pattern such as "data/shard-{000000..000009}.tar", several of
+            these joined by "::", or URLs.
+        allow_url_schemes: schemes that may be opened beside local files, by name: "http", "https",
+            "pipe" (runs a shell command), or another that webdataset knows ("gs", "hf", ...).
+
+    Returns:
+        The shards in order; a glob and a folder are sorted by name.
+
+    Raises:
+        FileNotFoundError: nothing there, or some shards are missing.
+        ValueError: a URL whose scheme is not allowed, or with characters unfit for a URL.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (Path(folder) / "a.tar").touch()
+        ...     [Path(shard.url).name for shard in find_shards(f"{folder}/*.tar")]
+        ['a.tar']
+    """
+    shards: list[Shard] = []
+    for url in _expand(str(source)):
+        scheme = url_scheme(url)
+        if scheme in ("", "file"):
+            shards += _local_shards(_local_path(url))
+        else:
+            check_url(url, allow_url_schemes)
+            shards.append(Shard(url))
+    missing = [
+        shard.url for shard in shards if not url_scheme(shard.url) and not _exists(shard.url)
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"{source}: expected {len(shards)} shards, got {len(shards) - len(missing)}: "
+            f"{len(missing)} missing, the first is {missing[0]}; make or copy them again"
+        )
+    return tuple(shards)
+
+
+def url_scheme(url: str) -> str:
+    """The scheme of a URL in lower case; empty for a path."""
+    match = _SCHEME.match(url)
+    return match[1].lower() if match else ""
+
+
+def check_url(url: str, allowed: Collection[str]) -> None:
+    """Refuse a URL unless its scheme is allowed by name and it can hide no command.
+
+    Raises:
+        ValueError: the scheme is not in `allowed`, or a URL holds quotes, spaces and the like.
+    """
+    scheme = url_scheme(url)
+    if scheme not in allowed:
+        runs = " (it runs a command on this machine)" if scheme not in ("http", "https") else ""
+        raise ValueError(
+            f"allow_url_schemes: expected {scheme!r} in it to open {url!r}, got {list(allowed)}; "
+            f"use local files, or allow {scheme!r} by name if you trust the source{runs}"
+        )
+    if scheme != "pipe" and (bad := _UNSAFE.search(url)):
+        raise ValueError(
+            f"source: expected a plain URL, got {url!r} with {bad[0]!r}; percent-encode it"
+        )
+
+
+def open_shard(url: str, allowed: Collection[str]) -> IO[bytes]:
+    """Open a shard for reading: local files by Python, http(s) by urllib, without a shell.
+
+    Other schemes go to webdataset's openers, each only when `allowed` names it.
+
+    Raises:
+        ValueError: as `check_url`, or a redirect leads to a scheme that is not allowed.
+        OSError: the shard cannot be opened.
+    """
+    scheme = url_scheme(url)
+    if scheme in ("", "file"):
+        return Path(_local_path(url)).open("rb")
+    check_url(url, allowed)
+    if scheme in ("http", "https"):
+        opener = urllib.request.build_opener(_CheckedRedirects(allowed))
+        return cast("IO[bytes]", opener.open(url, timeout=HTTP_TIMEOUT_S))
+    return _webdataset_opener(url, scheme)(scheme + url[len(scheme) :], "rb", 8192)
+
+
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to allowed schemes alone."""
+
+    def __init__(self, allowed: Collection[str]) -> None:
+        self._allowed = allowed
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        """Check the new URL before anything is asked of it."""
+        check_url(newurl, self._allowed)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _webdataset_opener(url: str, scheme: str) -> Callable[[str, str, int], IO[bytes]]:
+    # The table itself, not gopen(): that one also follows rewrite rules from the environment.
+    from webdataset.gopen import gopen_schemes
+
+    if scheme not in gopen_schemes:
+        known = sorted(name for name in gopen_schemes if not name.startswith("__"))
+        raise ValueError(f"source: expected one of the schemes {known}, got {url!r}")
+    opener: Callable[[str, str, int], IO[bytes]] = gopen_schemes[scheme]
+    return opener
+
+
+def _expand(source: str) -> list[str]:
+    if _exists(source):
+        return [source]
+    from webdataset.shardlists import expand_urls
+
+    try:
+        return list(expand_urls(source))
+    # webdataset asserts that the variables of "${NAME}" are set.
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"source: expected a path, glob or brace pattern, got {source!r} ({error})"
+        ) from error
+
+
+def _local_path(url: str) -> str:
+    if url_scheme(url) != "file":
+        return url
+    parts = urllib.parse.urlparse(url)
+    return urllib.request.url2pathname(parts.path)
+
+
+def _local_shards(path: str) -> list[Shard]:
+    if Path(path).is_dir():
+        return _folder_shards(Path(path))
+    if _GLOB.search(path) and not _exists(path):
+        found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (patterns may be absolute)
+        if not found:
+            raise FileNotFoundError(f"source: expected shards to match {path!r}, got none")
+        return [Shard(name) for name in found]
+    return [Shard(path)]
+
+
+def _folder_shards(folder: Path) -> list[Shard]:
+    if (folder / MANIFEST_NAME).is_file():
+        entries = read_manifest(folder).shards
+        shards = [Shard(str(folder / entry.name), entry.samples) for entry in entries]
+    else:
+        shards = [Shard(str(path)) for path in sorted(folder.glob("*.tar"))]
+    if not shards:
+        splits = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
+        remedy = f"name one of its folders {splits}" if splits else "make some first"
+        raise FileNotFoundError(
+            f"source: expected {MANIFEST_NAME} or *.tar in {folder}, got none; {remedy}"
+        )
+    return shards
+
+
+def _exists(path: str) -> bool:
+    """Whether a path exists; a long pattern or command is no path, and no error."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False

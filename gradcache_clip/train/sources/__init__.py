@@ -1,0 +1,28 @@
+"""Makers of webdataset shards: emoji, glyphs, a folder of images, a table of images."""
+
+from gradcache_clip.train.sources.emoji import make_emoji
+from gradcache_clip.train.sources.folder import make_folder
+from gradcache_clip.train.sources.glyphs import make_glyphs
+from gradcache_clip.train.sources.shards import (
+    Manifest,
+    Sample,
+    read_manifest,
+    verify_manifest,
+    write_shards,
+)
+from gradcache_clip.train.sources.splits import DataSummary
+from gradcache_clip.train.sources.table import TableColumns, make_table
+
+__all__ = [
+    "DataSummary",
+    "Manifest",
+    "Sample",
+    "TableColumns",
+    "make_emoji",
+    "make_folder",
+    "make_glyphs",
+    "make_table",
+    "read_manifest",
+    "verify_manifest",
+    "write_shards",
+]

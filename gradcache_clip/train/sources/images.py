@@ -1,0 +1,76 @@
+"""Image files of a person's own: checked, read as they are, and turned into samples."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from gradcache_clip.train.decode import BrokenSample, decode_image
+from gradcache_clip.train.sources.shards import Sample
+from gradcache_clip.train.sources.splits import SkippedSample
+
+_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+
+
+@dataclass(frozen=True)
+class CaptionedFile:
+    """An image file with its captions; `name` is its path as the person wrote it."""
+
+    path: Path
+    name: str
+    captions: tuple[str, ...]
+
+    @property
+    def group(self) -> str:
+        """Images of the same first caption match each other, and stay on one side of a split."""
+        words = " ".join(self.captions[0].casefold().split()) if self.captions else self.name
+        return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def load_file(file: CaptionedFile, split: str) -> Sample:
+    """The sample of an image file, its bytes unchanged.
+
+    Raises:
+        SkippedSample: no caption, no file, or no image that can be decoded.
+    """
+    del split
+    if not file.captions:
+        raise SkippedSample("missing caption")
+    try:
+        data = file.path.read_bytes()
+        decode_image(data)
+    # ValueError: a name with a null character.
+    except (OSError, ValueError) as error:
+        raise SkippedSample("missing image") from error
+    except BrokenSample as error:
+        raise SkippedSample(str(error)) from error
+    with Image.open(io.BytesIO(data)) as image:
+        extension = _EXTENSIONS[str(image.format)]
+    return Sample(_key(file.name), data, extension, file.captions, file.group)
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Digest of the names, sizes and times of files: whether an earlier output still holds."""
+    digest = hashlib.sha256()
+    for path in files:
+        stat = path.stat() if path.is_file() else None
+        facts = (str(path), stat.st_size, stat.st_mtime_ns) if stat else (str(path),)
+        digest.update(repr(facts).encode())
+    return digest.hexdigest()[:16]
+
+
+def stripped(captions: Sequence[str]) -> tuple[str, ...]:
+    """Captions without surrounding space, blank and repeated ones left out."""
+    return tuple(dict.fromkeys(c.strip() for c in captions if c.strip()))
+
+
+def _key(name: str) -> str:
+    """A key that shows the file's name and differs where two names differ."""
+    readable = re.sub(r"[^A-Za-z0-9-]+", "_", name).strip("_")[-60:]
+    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:10]}".lstrip("-_")

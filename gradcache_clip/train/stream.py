@@ -1,0 +1,246 @@
+"""The order of samples, and the worker side of loading: groups of decoded samples.
+
+The order is a pure function of seed, epoch, rank, world size and number of workers. A group is
+formed of raw samples before any is decoded, so that a resumed stream skips groups unread by the
+decoder, and a broken sample makes its group smaller and moves no other sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from gradcache_clip.train.broken import BrokenReport
+from gradcache_clip.train.decode import (
+    BrokenSample,
+    ImageTransform,
+    captions_and_group,
+    image_bytes,
+)
+from gradcache_clip.train.shard_reader import RawSample, read_shard
+from gradcache_clip.train.shard_urls import Shard
+
+RawItem = RawSample | BrokenReport
+
+# Ranks that differ by one shard of this many would drift an eighth of an epoch apart.
+MIN_SHARDS_A_RANK = 8
+
+
+@dataclass(frozen=True)
+class DecodedSample:
+    """One image with all its captions.
+
+    Args:
+        image: uint8 (3, image_size, image_size).
+        captions: all captions, the main one first.
+        key: its name in the shard.
+        group: samples of equal group match each other.
+    """
+
+    image: Tensor
+    captions: tuple[str, ...]
+    key: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Decoded neighbours in the stream; what a worker sends at once.
+
+    Args:
+        images: uint8 (n, 3, image_size, image_size); n is smaller by the broken samples.
+        captions: n captions, one an image.
+        keys: n names.
+        groups: n match groups.
+        broken: what was skipped.
+    """
+
+    images: Tensor
+    captions: list[str]
+    keys: list[str]
+    groups: list[str]
+    broken: list[BrokenReport] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def seen(self) -> int:
+        """Samples that went in, broken ones included."""
+        return len(self) + sum(report.count for report in self.broken)
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How samples are shuffled, decoded and checked.
+
+    Args:
+        image_size: height and width in pixels.
+        crop_scale: area range of random crops such as (0.8, 1.0); None keeps the centre.
+        seed: of shard order, shuffling, caption choice and crops.
+        workers: processes that decode; 0 decodes in this one.
+        shuffle_buffer: raw samples that a worker holds to shuffle; 0 keeps the shards' order.
+        max_broken_share: share of broken samples above which loading stops with an error.
+        allow_url_schemes: URL schemes that may be opened beside local files, by name.
+        group_size: samples that a worker decodes and sends at once.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    image_size: int = 64
+    crop_scale: tuple[float, float] | None = None
+    seed: int = 0
+    workers: int = 0
+    shuffle_buffer: int = 5000
+    max_broken_share: float = 0.05
+    allow_url_schemes: tuple[str, ...] = ()
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("shuffle_buffer", 0), ("group_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}: expected an integer of {least} or more, got {getattr(self, name)}"
+                )
+        if not 0 <= self.max_broken_share <= 1:
+            raise ValueError(
+                f"max_broken_share: expected a number from 0 to 1, got {self.max_broken_share}; "
+                "pass e.g. 0.05"
+            )
+        ImageTransform(self.image_size, self.crop_scale)
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """All that decides one rank's stream: the shards of all ranks, the options, and the rank."""
+
+    shards: tuple[Shard, ...]
+    options: LoaderOptions
+    rank: int
+    world_size: int
+
+
+def raw_stream(plan: StreamPlan, epoch: int, worker: int, workers: int) -> Iterator[RawItem]:
+    """The raw samples of one worker of this rank in one epoch, in order."""
+    seed, shards = plan.options.seed, list(plan.shards)
+    random.Random(f"{seed}:{epoch}:shards").shuffle(shards)
+    draw = random.Random(f"{seed}:{epoch}:samples:{plan.rank * workers + worker}")
+    items = _share(plan, shards, worker, workers)
+    return shuffled(items, plan.options.shuffle_buffer, draw)
+
+
+def shuffled(items: Iterable[RawItem], buffer_size: int, draw: random.Random) -> Iterator[RawItem]:
+    """Items in random order: each leaves from a random place of a buffer."""
+    buffer: list[RawItem] = []
+    for item in items:
+        buffer.append(item)
+        if len(buffer) > buffer_size:
+            place = draw.randrange(len(buffer))
+            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            yield buffer.pop()
+    if buffer_size:
+        draw.shuffle(buffer)
+    yield from buffer
+
+
+def decode_sample(
+    raw: RawSample, transform: ImageTransform, draw: random.Random
+) -> DecodedSample | BrokenReport:
+    """The image and all captions of a raw sample, or why it cannot be used."""
+    try:
+        captions, group = captions_and_group(raw)
+        image = transform(image_bytes(raw), draw)
+    except BrokenSample as error:
+        return BrokenReport(str(error), raw["__url__"], raw["__key__"])
+    return DecodedSample(image, captions, raw["__key__"], group)
+
+
+class GroupStream(IterableDataset[Group | None]):
+    """Groups of one epoch from a position on, then None for ever.
+
+    Over W workers the group at position p comes from worker p modulo W, because a worker never
+    ends: one that has no samples left yields None. With a first position of P the workers' roles
+    are rotated, since a DataLoader asks its worker 0 first.
+    """
+
+    def __init__(self, plan: StreamPlan, epoch: int, first_position: int) -> None:
+        self._plan = plan
+        self._transform = ImageTransform(plan.options.image_size, plan.options.crop_scale)
+        self._epoch = epoch
+        self._first = first_position
+
+    def __iter__(self) -> Iterator[Group | None]:
+        info = get_worker_info()
+        worker_id, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker = (worker_id + self._first) % workers
+        skipped = max(0, math.ceil((self._first - worker) / workers))
+        raw = raw_stream(self._plan, self._epoch, worker, workers)
+        for items in itertools.islice(_chunks(raw, self._plan.options.group_size), skipped, None):
+            yield self._decode(items)
+        while True:
+            yield None
+
+    def _decode(self, items: Sequence[RawItem]) -> Group:
+        samples: list[tuple[DecodedSample, str]] = []
+        broken: list[BrokenReport] = []
+        for item in items:
+            result = item if isinstance(item, BrokenReport) else self._decode_one(item)
+            if isinstance(result, BrokenReport):
+                broken.append(result)
+            else:
+                samples.append(result)
+        size = self._transform.image_size
+        images = [sample.image for sample, _ in samples]
+        return Group(
+            torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
+            [caption for _, caption in samples],
+            [sample.key for sample, _ in samples],
+            [sample.group for sample, _ in samples],
+            broken,
+        )
+
+    def _decode_one(self, raw: RawSample) -> tuple[DecodedSample, str] | BrokenReport:
+        """A sample with the caption drawn for this epoch."""
+        # Seeded by the sample, not by its place: a resumed run draws the same.
+        draw = random.Random(f"{self._plan.options.seed}:{self._epoch}:{raw['__key__']}")
+        sample = decode_sample(raw, self._transform, draw)
+        if isinstance(sample, BrokenReport):
+            return sample
+        return sample, draw.choice(sample.captions)
+
+
+def _share(
+    plan: StreamPlan, shards: Sequence[Shard], worker: int, workers: int
+) -> Iterator[RawItem]:
+    """The part of the shards that one worker of this rank reads.
+
+    Whole shards are dealt out to ranks where these get about equally many, and to workers where
+    each gets one; else all read the same shards and keep every n-th sample.
+    """
+    rank, ranks = plan.rank, plan.world_size
+    if len(shards) >= MIN_SHARDS_A_RANK * ranks:
+        shards, rank, ranks = shards[rank::ranks], 0, 1
+    if len(shards) >= workers:
+        shards, worker, workers = shards[worker::workers], 0, 1
+    index, count = rank * workers + worker, ranks * workers
+    place = itertools.count()
+    for number, shard in enumerate(shards):
+        for item in read_shard(shard, plan.options.allow_url_schemes):
+            # What every reader of a shard meets is reported by one of them.
+            turn = number if isinstance(item, BrokenReport) else next(place)
+            if turn % count == index:
+                yield item
+
+
+def _chunks(items: Iterable[RawItem], size: int) -> Iterator[list[RawItem]]:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,193 @@
+"""Image and text towers with linear projections into one feature space.
+
+B rows of a chunk, H and W pixels, L tokens, D feature width, C width of a tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip.train.backbones import build_image_backbone, build_text_backbone
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.config import ModelConfig
+
+IMAGE, TEXT = 0, 1
+
+
+class ImageTower(nn.Module):
+    """A timm model with its pooling, behind the normalisation of its pixels.
+
+    Args:
+        backbone: images (B, 3, H, W) to pooled features (B, `width`).
+        width: C.
+        mean, std: of each colour channel, in units of the full scale (0 to 1).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, *, width: int, mean: Iterable[float], std: Iterable[float]
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.width = width
+        self.register_buffer("mean", torch.tensor([*mean]).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([*std]).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C): uint8 is scaled and normalised, floats are taken as they are."""
+        # Bytes travel and wait in a quarter of the memory; only one chunk is ever float.
+        if images.dtype == torch.uint8:
+            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        features: Tensor = self.backbone(images)
+        return features
+
+
+class TextTower(nn.Module):
+    """A transformers encoder whose last hidden state is pooled to one vector a text.
+
+    Args:
+        backbone: takes `input_ids` and `attention_mask`, gives `.last_hidden_state` (B, L, C).
+        width: C.
+        pool: "cls" takes the first token, "mean" averages the tokens that the mask keeps.
+    """
+
+    def __init__(self, backbone: nn.Module, *, width: int, pool: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.width = width
+        self.pool = pool
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """`input_ids` and `attention_mask`, both (B, L), to (B, C)."""
+        mask = inputs["attention_mask"]
+        output = self.backbone(input_ids=inputs["input_ids"], attention_mask=mask)
+        hidden: Tensor = output.last_hidden_state
+        if self.pool == "cls":
+            return hidden[:, 0]
+        kept = mask.unsqueeze(-1).to(hidden.dtype)  # (B, L, 1)
+        return (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+
+class DualEncoder(nn.Module):
+    """Two towers and their projections, called one tower and one chunk at a time.
+
+    Called as `encoder(tower, inputs)`, so one module serves `GradCache` and its wrappers (DDP,
+    FSDP, DeepSpeed). Features are not normalised: the loss does that.
+
+    Args:
+        image_tower, text_tower: see the classes above.
+        feature_dim: D.
+
+    Source:
+        Radford et al. 2021, section 2.3: a linear projection from each tower, without bias.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(
+        ...     image="convnext_atto", image_kwargs={"depths": [1, 1, 1, 1]},
+        ...     image_pretrained=False, image_pool="default", text="bert",
+        ...     text_kwargs={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
+        ...     text_pretrained=False, text_pool="cls", feature_dim=16)
+        >>> encoder = build_towers(
+        ...     config, image_size=32, context_length=8, vocab_size=300, pad_token_id=0)
+        >>> encoder(0, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([2, 16])
+        >>> tokens = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
+        >>> encoder(1, tokens | {"attention_mask": torch.ones(2, 5, dtype=torch.long)}).shape
+        torch.Size([2, 16])
+    """
+
+    tower_names = ("image", "text")
+
+    def __init__(self, image_tower: ImageTower, text_tower: TextTower, *, feature_dim: int) -> None:
+        super().__init__()
+        if feature_dim < 1:
+            raise ValueError(
+                f"model.feature_dim: expected a positive integer, got {feature_dim}; "
+                "pass e.g. model.feature_dim=256"
+            )
+        self.image_tower = image_tower
+        self.text_tower = text_tower
+        self.image_projection = _projection(image_tower.width, feature_dim)
+        self.text_projection = _projection(text_tower.width, feature_dim)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W), uint8 or normalised float, to features (B, D) that are not normalised."""
+        features: Tensor = self.image_projection(self.image_tower(images))
+        return features
+
+    def encode_text(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """`input_ids` and `attention_mask`, (B, L), to features (B, D) that are not normalised."""
+        features: Tensor = self.text_projection(self.text_tower(inputs))
+        return features
+
+    def forward(self, tower: int, inputs: Any) -> Tensor:
+        """Features (B, D) of one tower: 0 takes images, 1 takes tokens.
+
+        Raises:
+            ValueError: `tower` is neither 0 nor 1.
+        """
+        if tower == IMAGE:
+            return self.encode_image(inputs)
+        if tower == TEXT:
+            return self.encode_text(inputs)
+        raise ValueError(f"tower: expected 0 (image) or 1 (text), got {tower!r}; pass 0 or 1")
+
+
+def build_towers(
+    model_config: ModelConfig,
+    *,
+    image_size: int,
+    context_length: int,
+    vocab_size: int,
+    pad_token_id: int,
+) -> DualEncoder:
+    """Build both towers from a configuration, in train mode.
+
+    Args:
+        model_config: names, keyword arguments and pooling of both towers, and `feature_dim`.
+        image_size: height and width in pixels, given to models that are built for one size.
+        context_length: most tokens a text has, special tokens included.
+        vocab_size: rows of the token table; `Tokenizer.vocab_size`.
+        pad_token_id: id of the padding token.
+
+    Returns:
+        The encoder. Every parameter of it gets a gradient from features of both towers, so DDP
+        needs no search for unused ones (poolers and classifiers are left out).
+
+    Raises:
+        ValueError: an unknown model or argument name (with the nearest valid names), a pooling that
+            the model lacks, weights that cannot be loaded, or texts that do not fit the model.
+    """
+    image_backbone = build_image_backbone(model_config, image_size=image_size)
+    statistics = image_backbone.pretrained_cfg
+    image_tower = ImageTower(
+        image_backbone,
+        width=image_backbone.head_hidden_size,
+        mean=statistics["mean"],
+        std=statistics["std"],
+    )
+    text_backbone = build_text_backbone(
+        model_config,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        pad_token_id=pad_token_id,
+    )
+    text_tower = TextTower(
+        text_backbone, width=text_backbone.config.hidden_size, pool=model_config.text_pool
+    )
+    # Pretrained backbones arrive in evaluation mode.
+    return DualEncoder(image_tower, text_tower, feature_dim=model_config.feature_dim).train()
+
+
+def _projection(width: int, feature_dim: int) -> nn.Linear:
+    layer = nn.Linear(width, feature_dim, bias=False)
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    return layer

@@ -1,0 +1,108 @@
+"""Classification by class texts alone: no image of a class was labelled for it.
+
+N images, C classes, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.train.ranking import (
+    check_features,
+    check_ids,
+    check_sizes,
+    ranks_of_best_right,
+    recall_of,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+def zero_shot_classification(
+    image_features: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"],
+    class_text_features: Float[Tensor, "c d"],
+    *,
+    ks: Sequence[int] = (1, 5),
+    tile: int = 1024,
+) -> dict[int, float]:
+    """Top-k accuracy of naming each image after the class text that it is most similar to.
+
+    Args:
+        image_features: one row an image.
+        labels: class index of each image, 0 to C - 1.
+        class_text_features: one row a class, e.g. from `zero_shot_classifier`.
+        ks: depths; a k of C or more gives 1 by definition.
+        tile: edge of the blocks of the score matrix.
+
+    Returns:
+        k -> share of images whose class is among the first k; ties count against it.
+
+    Raises:
+        ValueError: as for `recall_at_k`, or a label outside the classes.
+
+    Source:
+        Radford et al. 2021, section 3.1.2.
+
+    Example:
+        >>> zero_shot_classification(torch.eye(3), torch.tensor([0, 1, 1]), torch.eye(3), ks=(3,))
+        {3: 1.0}
+    """
+    check_features("image_features", image_features, tile)
+    check_features("class_text_features", class_text_features, tile)
+    check_sizes("image_features", image_features, "class_text_features", class_text_features)
+    check_ids("labels", labels, image_features, below=len(class_text_features))
+    classes = torch.arange(len(class_text_features), device=image_features.device)
+    labels = labels.to(image_features.device)
+    ranks = ranks_of_best_right(image_features, labels, class_text_features, classes, tile=tile)
+    return recall_of(ranks, ks)
+
+
+def zero_shot_classifier(
+    encode_text: Callable[[list[str]], Float[Tensor, "b d"]],
+    class_names: Sequence[str],
+    templates: Sequence[str] = ("a photo of a {}.",),
+    *,
+    batch_size: int = 256,
+) -> Float[Tensor, "c d"]:
+    """One feature a class: the mean of the normalised features of its texts, normalised again.
+
+    Args:
+        encode_text: texts -> features, one row a text.
+        class_names: what stands for `{}`.
+        templates: sentences with one `{}`; the more, the steadier the classifier.
+        batch_size: texts encoded at once.
+
+    Returns:
+        unit rows in fp32, in the order of `class_names`.
+
+    Raises:
+        ValueError: no class, no template, or a template without `{}`.
+
+    Source:
+        Radford et al. 2021, section 3.1.4 (prompt ensembling over the embedding space).
+
+    Example:
+        >>> zero_shot_classifier(lambda texts: torch.ones(len(texts), 4), ["cat", "dog"]).shape
+        torch.Size([2, 4])
+    """
+    if not class_names:
+        raise ValueError("class_names: expected at least one name, got none; pass e.g. ['cat']")
+    lacking = [template for template in templates if "{}" not in template]
+    if lacking or not templates:
+        raise ValueError(
+            f"templates: expected texts with a {{}} for the class name, got {lacking or 'none'}; "
+            "pass e.g. ('a photo of a {}.',)"
+        )
+    texts = [template.replace("{}", name) for name in class_names for template in templates]
+    batches = (texts[i : i + batch_size] for i in range(0, len(texts), batch_size))
+    with torch.no_grad():
+        features = torch.cat([encode_text(batch).float() for batch in batches])
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    means = unit.unflatten(0, (len(class_names), len(templates))).mean(1)  # (C, D)
+    return torch.nn.functional.normalize(means, dim=-1)

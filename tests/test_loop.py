@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import logged, make_data, overrides
+
+from gradcache_clip.cli import main
+from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.loop import RunSummary, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("glyphs"))
+
+
+def run(data: Path, output: Path, *more: str) -> RunSummary:
+    return train(load_config(None, overrides(data, output, *more)))
+
+
+def start(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gradcache_clip.cli", "train", str(output) + ".yaml"]
+    config = Path(f"{output}.yaml")
+    config.write_text("{}")
+    return subprocess.Popen(
+        [*command, *overrides(data, output, *more)], stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints").exists() or step not in logged(output, "loss"):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunSummary]:
+    """A run that was never stopped."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    return output, run(data, output)
+
+
+def test_a_run_leaves_everything_behind(whole):
+    output, summary = whole
+    assert summary.finished and summary.step == 8
+    names = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    for expected in ("config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json"):
+        assert expected in names
+    assert any(name.startswith("checkpoints/step-") for name in names)
+    assert any("tfevents" in name for name in names)
+    for picture in ("curves", "similarity", "gallery"):
+        assert f"pictures/{picture}.png" in names
+    assert json.loads((output / "summary.json").read_text())["step"] == 8
+    assert set(logged(output, "loss")) == set(range(1, 9))
+    assert 0 <= summary.metrics["image_to_text_recall_at_1"] <= 1
+    assert list(logged(output, "image_to_text_recall_at_1")) == [8]
+
+
+def test_the_config_that_was_run_is_saved(whole):
+    output, _ = whole
+    assert load_config(output / "config.yaml").train.batch_size == 24
+
+
+def test_the_loss_falls(data, tmp_path):
+    summary = run(
+        data, tmp_path / "run", "train.steps=40", "optimizer.learning_rate=0.01",
+        "optimizer.weight_decay=0", "data.random_crop=1", "train.ema_decay=0",
+    )  # fmt: skip
+    losses = logged(tmp_path / "run", "loss")
+    assert summary.loss < losses[1] - 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_after_kill_9_gives_the_same_losses_bit_for_bit(data, workers, tmp_path):
+    more = [f"data.workers={workers}", "train.checkpoint_every=1", "train.steps=14"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(data, whole, *more)
+    # Slow enough that the kill lands between checkpoints of the middle of the second epoch.
+    process = start(data, killed, *more)
+    wait_for_step(killed, 7, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    reached = max(logged(killed, "loss"))
+    summary = run(data, killed, *more, "train.resume=true")
+    assert summary.finished
+    assert 7 <= reached <= 14
+    for name in ("loss", "grad_norm", "logit_scale", "learning_rate"):
+        assert logged(killed, name) == logged(whole, name), name
+    assert logged(killed, "text_to_image_mean_rank") == logged(whole, "text_to_image_mean_rank")
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(data, tmp_path):
+    output = tmp_path / "run"
+    process = start(data, output, "train.steps=2000", "train.checkpoint_every=1")
+    wait_for_step(output, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"gradcache-clip train {output}/config.yaml train.resume=true" in messages
+    step = max(logged(output, "loss"))
+    assert (output / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert not json.loads((output / "summary.json").read_text())["finished"]
+    resumed = run(data, output, "train.checkpoint_every=1", f"train.steps={step + 1}",
+                  "train.resume=true")  # fmt: skip
+    assert resumed.finished and resumed.step == step + 1
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_metrics(whole, data):
+    output, summary = whole
+    again = run(data, output, "train.resume=true")
+    assert again.step == summary.step
+    assert again.metrics == pytest.approx(summary.metrics)
+    assert set(logged(output, "loss")) == set(range(1, 9))
+
+
+def test_an_existing_run_is_never_overwritten(whole, data):
+    output, _ = whole
+    before = (output / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"holds a run; go on with train\.resume=true"):
+        run(data, output)
+    with pytest.raises(ConfigError, match=r"other values: train\.batch_size 24 -> 16"):
+        run(data, output, "train.resume=true", "train.batch_size=16")
+    assert (output / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_left_alone(data, tmp_path):
+    (tmp_path / "thesis.tex").write_text("important")
+    with pytest.raises(ConfigError, match="holds other files"):
+        run(data, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.train=nowhere/shards", "nowhere/shards"),
+        ("optimizer.warmup_steps=8", "warmup_steps: expected 0 to less than the 8 steps"),
+        ("train.batch_size=100000", "batch_size: expected a data set of one batch or more"),
+        ("model.image=vit_tiny_patch16_242", "vit_tiny_patch16_224"),
+        ("train.device=cuda:77", "train.device: expected a device of this machine, got 'cuda:77'"),
+    ],
+)
+def test_mistakes_end_with_one_line(data, tmp_path, capsys, change, message):
+    config = tmp_path / "config.yaml"
+    config.write_text("{}")
+    assert main(["train", str(config), *overrides(data, tmp_path / "run", change)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_chunk_negatives_average_the_losses_of_the_chunks(data, tmp_path):
+    """At a scale near zero a loss is the logarithm of the number of pairs that compete."""
+    more = ["train.steps=3", "train.chunk_size=12", "model.init_logit_scale=0.01"]
+    run(data, tmp_path / "chunk", *more, "train.negatives=chunk")
+    run(data, tmp_path / "batch", *more)
+    chunk, batch = (logged(tmp_path / name, "loss")[1] for name in ("chunk", "batch"))
+    assert chunk == pytest.approx(math.log(12), abs=0.01)
+    assert batch == pytest.approx(math.log(24), abs=0.01)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_trains(data, tmp_path, precision):
+    summary = run(data, tmp_path / "run", f"train.precision={precision}", "train.steps=3")
+    assert summary.finished and 0 < summary.loss < 10
+
+
+def test_evaluate_prints_recall_and_zero_shot(whole, capsys):
+    output, summary = whole
+    assert main(["evaluate", str(output), "--zero-shot", "the character {}"]) == 0
+    printed = capsys.readouterr().out
+    expected = summary.metrics["text_to_image_recall_at_1"]
+    assert "R@1" in printed and f"{expected:.1%}" in printed
+    assert "zero-shot accuracy among the first 5" in printed
+
+
+def test_evaluate_of_no_run(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "has no config.yaml" in capsys.readouterr().err
+
+
+def test_data_glyphs_then_again(tmp_path, capsys):
+    assert main(["data", "glyphs", str(tmp_path / "shards"), "--seed", "3"]) == 0
+    assert "held-out pairs" in capsys.readouterr().out
+    assert main(["data", "glyphs", str(tmp_path / "shards"), "--seed", "3"]) == 0
+    assert "already there" in capsys.readouterr().out

@@ -1,0 +1,45 @@
+"""A training run small enough for a test: drawn characters, tiny towers, dropout on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gradcache_clip.train.sources import make_glyphs
+
+OVERRIDES = (
+    "data.image_size=16",
+    "data.context_length=16",
+    "data.vocab_size=400",
+    "data.shuffle_buffer=50",
+    "data.random_crop=0.8",
+    "model.image=vit_tiny_patch16_224",
+    "model.image_kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2, proj_drop_rate: 0.1}",
+    "model.text_kwargs={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,"
+    " intermediate_size: 32, hidden_dropout_prob: 0.1}",
+    "model.feature_dim=8",
+    "optimizer.warmup_steps=2",
+    "optimizer.max_grad_norm=1.0",
+    "train.batch_size=24",
+    "train.chunk_size=10",
+    "train.steps=8",
+    "train.ema_decay=0.9",
+    "train.device=cpu",
+)
+
+
+def make_data(folder: Path) -> Path:
+    """Shards of about 150 training pairs."""
+    make_glyphs(folder, characters=60)
+    return folder
+
+
+def overrides(data: Path, output: Path, *more: str) -> list[str]:
+    places = [f"data.train={data}/train", f"data.validation={data}/validation"]
+    return [*OVERRIDES, *places, f"train.output={output}", *more]
+
+
+def logged(run: Path, name: str) -> dict[int, float]:
+    """step -> value of one logged figure."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[name] for row in rows if name in row}
