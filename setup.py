@@ -27,7 +27,6 @@ TRAIN = [
 DEEPSPEED = ["deepspeed>=0.16; platform_system == 'Linux'"]
 BENCH = ["matplotlib>=3.8", "psutil>=5.9", "rich>=13.7"]
 TEST = [
-    "beartype>=0.18",
     "hypothesis>=6.100",
     "jaxtyping>=0.2.30",
     "mypy>=1.11",

@@ -9,6 +9,8 @@ import torch
 from _pytest.terminal import TerminalReporter
 
 WORST_ERROR = "worst_relative_error"
+EACH_PARAMETER = "relative_error_of_each_parameter"
+SHOWN = 8
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +20,40 @@ def _seeded() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
-    """How far cached gradients are from those of the one-shot step, for each recorded setting."""
-    rows = [
-        value
-        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-        if report.when == "call"
-        for name, value in report.user_properties
-        if name == WORST_ERROR
-    ]
-    if not rows:
+    """How far cached gradients are from those of the one-shot step."""
+    settings = _recorded(terminalreporter, WORST_ERROR)
+    if not settings:
         return
     terminalreporter.section("gradients against the one-shot step: worst relative error")
-    width = max(len(setting) for setting, _, _ in rows)
-    for setting, parameter, error in rows:
+    width = max(len(setting) for setting, _, _ in settings)
+    for setting, parameter, error in settings:
         terminalreporter.write_line(f"{setting:<{width}}  {error:.1e}  {parameter}")
+    _write_parameters(terminalreporter, _recorded(terminalreporter, EACH_PARAMETER))
+
+
+def _recorded(terminalreporter: TerminalReporter, wanted: str) -> list:
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    return [
+        value
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == wanted
+    ]
+
+
+def _write_parameters(terminalreporter: TerminalReporter, recorded: list) -> None:
+    """The worst of each parameter over all settings of a dtype; all of them with -v."""
+    errors: dict[tuple[str, str], float] = {}
+    for dtype, by_parameter in recorded:
+        for name, error in by_parameter.items():
+            errors[dtype, name] = max(error, errors.get((dtype, name), 0.0))
+    for dtype in sorted({dtype for dtype, _ in errors}):
+        rows = sorted(((e, name) for (d, name), e in errors.items() if d == dtype), reverse=True)
+        shown = rows if terminalreporter.verbosity > 0 else rows[:SHOWN]
+        terminalreporter.write_line(
+            f"{dtype}: worst of each of {len(rows)} parameters, largest first"
+            + ("" if len(shown) == len(rows) else f" ({SHOWN} shown, all with -v)")
+        )
+        for error, name in shown:
+            terminalreporter.write_line(f"  {error:.1e}  {name}")

@@ -159,7 +159,8 @@ class FromAnything(nn.Module):
 
     def forward(self, left: Any, right: Any = None, scale: float = 1.0) -> Tensor:
         if isinstance(left, (Record, list)):
-            left, right = (left.left, left.right) if isinstance(left, Record) else zip(*left, strict=True)
+            pairs = (left.left, left.right) if isinstance(left, Record) else zip(*left, strict=True)
+            left, right = pairs
         if not isinstance(left, Tensor):
             left, right = torch.stack(left), torch.stack(right)
         return self.linear(torch.cat([left, right], 1) * scale)

@@ -14,7 +14,8 @@ OVERRIDES = (
     "data.shuffle_buffer=50",
     "data.random_crop=0.8",
     "model.image=vit_tiny_patch16_224",
-    "model.image_kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2, proj_drop_rate: 0.1}",
+    "model.image_kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2,"
+    " proj_drop_rate: 0.1}",
     "model.text_kwargs={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,"
     " intermediate_size: 32, hidden_dropout_prob: 0.1}",
     "model.feature_dim=8",
