@@ -10,8 +10,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from gradcache_clip import ClipLoss, GradCache
-from gradcache_clip.train.captions import read_captions
-from gradcache_clip.train.data import ImageCaptionLoader
+from gradcache_clip.train.data import ImageCaptionLoader, read_captions
 from gradcache_clip.train.tokenizer import train_tokenizer
 
 shards = sys.argv[1] if len(sys.argv) > 1 else "data/glyphs/train"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_shards import good, loader, options, picture, take, write, write_tar
 
-from gradcache_clip.train.broken import BrokenReport, BrokenTally
-from gradcache_clip.train.data import read_all
+from gradcache_clip.train.data.broken import BrokenReport, BrokenTally
+from gradcache_clip.train.data.loader import read_all
 
 
 def broken_members() -> dict[str, bytes]:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from tiny_shards import good, loader, options, same, take, write, write_tar
 
-from gradcache_clip.train import decode
-from gradcache_clip.train.data import ImageCaptionLoader, read_all
-from gradcache_clip.train.shard_urls import find_shards
-from gradcache_clip.train.stream import StreamPlan, raw_stream
+from gradcache_clip.train.data import decode
+from gradcache_clip.train.data.loader import ImageCaptionLoader, read_all
+from gradcache_clip.train.data.shard_urls import find_shards
+from gradcache_clip.train.data.stream import StreamPlan, raw_stream
 
 # Three workers are tested on machines of two cores and fewer, where torch advises against them.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

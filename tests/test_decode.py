@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny_shards import picture
 
-from gradcache_clip.train.decode import BrokenSample, ImageTransform, decode_image
+from gradcache_clip.train.data.decode import BrokenSample, ImageTransform, decode_image
 
 
 def png_header(width: int, height: int) -> bytes:

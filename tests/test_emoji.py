@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_shards import picture
 
-from gradcache_clip.train.data import read_all
+from gradcache_clip.train.data.loader import read_all
 from gradcache_clip.train.sources import DataSummary, make_emoji, npm
 from gradcache_clip.train.sources.emoji import FLUENT, GOOGLE, NAMES, PACKAGES, TWITTER
 from gradcache_clip.train.sources.npm import NpmPackage, fetch_packages, read_members

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from gradcache_clip.train.data import Batch, ImageCaptionLoader, LoaderOptions
+from gradcache_clip.train.data.loader import Batch, ImageCaptionLoader, LoaderOptions
 from gradcache_clip.train.sources.shards import Sample, write_shards
 
 

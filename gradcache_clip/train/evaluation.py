@@ -287,7 +287,7 @@ def _check_partners(image_ids: Tensor, text_ids: Tensor) -> None:
         alone = (~torch.isin(ids, others)).nonzero().flatten()
         if len(alone):
             raise ValueError(
-                f"{name}_features: expected each {name} to have a {partner}, got {len(alone)} "
+                f"{name}_features: expected each {name} to have its {partner}, got {len(alone)} "
                 f"without (first: row {int(alone[0])}); drop those rows or correct the ids"
             )
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from gradcache_clip.losses import ClipLoss
-from gradcache_clip.train.captions import read_captions
 from gradcache_clip.train.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -18,7 +17,7 @@ from gradcache_clip.train.checkpoint import (
     save_checkpoint,
 )
 from gradcache_clip.train.config import Config, ConfigError
-from gradcache_clip.train.data import ImageCaptionLoader, LoaderOptions
+from gradcache_clip.train.data import ImageCaptionLoader, LoaderOptions, read_captions
 from gradcache_clip.train.ema import Ema
 from gradcache_clip.train.optimizer import build_optimizer
 from gradcache_clip.train.run_folder import RunFolder

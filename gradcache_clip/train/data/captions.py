@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gradcache_clip.train.broken import BrokenReport
-from gradcache_clip.train.decode import BrokenSample, captions_and_group
-from gradcache_clip.train.shard_reader import read_shard
-from gradcache_clip.train.shard_urls import find_shards
+from gradcache_clip.train.data.broken import BrokenReport
+from gradcache_clip.train.data.decode import BrokenSample, captions_and_group
+from gradcache_clip.train.data.shard_reader import read_shard
+from gradcache_clip.train.data.shard_urls import find_shards
 
 
 def read_captions(source: str | Path, *, allow_url_schemes: Sequence[str] = ()) -> Iterator[str]:

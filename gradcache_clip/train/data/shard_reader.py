@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Collection, Iterator
 from typing import IO, Any
 
-from gradcache_clip.train.broken import BrokenReport
-from gradcache_clip.train.decode import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
-from gradcache_clip.train.shard_urls import Shard, open_shard
+from gradcache_clip.train.data.broken import BrokenReport
+from gradcache_clip.train.data.decode import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
+from gradcache_clip.train.data.shard_urls import Shard, open_shard
 
 MAX_MEMBER_BYTES = 128 * 2**20
 RawSample = dict[str, Any]

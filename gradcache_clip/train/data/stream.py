@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from gradcache_clip.train.broken import BrokenReport
-from gradcache_clip.train.decode import (
+from gradcache_clip.train.data.broken import BrokenReport
+from gradcache_clip.train.data.decode import (
     BrokenSample,
     ImageTransform,
     captions_and_group,
     image_bytes,
 )
-from gradcache_clip.train.shard_reader import RawSample, read_shard
-from gradcache_clip.train.shard_urls import Shard
+from gradcache_clip.train.data.shard_reader import RawSample, read_shard
+from gradcache_clip.train.data.shard_urls import Shard
 
 RawItem = RawSample | BrokenReport
 

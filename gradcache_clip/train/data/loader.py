@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gradcache_clip.train.broken import BrokenReport, BrokenTally
-from gradcache_clip.train.decode import ImageTransform
-from gradcache_clip.train.shard_reader import read_shard
-from gradcache_clip.train.shard_urls import Shard, find_shards
-from gradcache_clip.train.stream import (
+from gradcache_clip.train.data.broken import BrokenReport, BrokenTally
+from gradcache_clip.train.data.decode import ImageTransform
+from gradcache_clip.train.data.shard_reader import read_shard
+from gradcache_clip.train.data.shard_urls import Shard, find_shards
+from gradcache_clip.train.data.stream import (
     DecodedSample,
     Group,
     GroupStream,
