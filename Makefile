@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/train.done  ## train on real image-caption pairs, evaluate, draw, print a table
-	$(BIN)/python examples/demo.py --data $(DATA) $(DEMO_FLAGS)
+	$(BIN)/python examples/demo.py --data $(DATA) $(if $(FRESH),--fresh) $(DEMO_FLAGS)
 
 test: $(VENV)/test.done  ## everything that this machine can run
 	$(BIN)/python -m pytest -q -n auto $(PYTEST_FLAGS)
