@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradcache_clip.train.decode import IMAGE_EXTENSIONS
+from gradcache_clip.train.data.decode import IMAGE_EXTENSIONS
 from gradcache_clip.train.sources.images import (
     CaptionedFile,
     fingerprint,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from gradcache_clip.train.decode import BrokenSample, decode_image
+from gradcache_clip.train.data.decode import BrokenSample, decode_image
 from gradcache_clip.train.sources.shards import Sample
 from gradcache_clip.train.sources.splits import SkippedSample
 

@@ -1,0 +1,149 @@
+"""The command line: gradcache-clip train | evaluate | data."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gradcache_clip import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; mistakes of the user end with one line on stderr and status 2."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    # Of other libraries only what needs attention.
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        return int(arguments.run(arguments))
+    except (ValueError, OSError) as error:
+        if arguments.traceback:
+            raise
+        print(f"gradcache-clip: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gradcache-clip: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gradcache-clip",
+        description="Exact large-batch contrastive training in the memory of one chunk.",
+    )
+    parser.add_argument("--version", action="version", version=f"gradcache-clip {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_data(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="train a CLIP model from shards")
+    train.add_argument("config", type=Path, help="YAML file; see examples/demo.yaml")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="SECTION.KEY=VALUE",
+        help="such as train.batch_size=4096 model.image=vit_tiny_patch16_224",
+    )
+    train.set_defaults(run=_train)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="held-out retrieval of a trained run")
+    evaluate.add_argument("run_folder", type=Path, metavar="RUN", help="train.output of the run")
+    evaluate.add_argument("--data", help="other shards than the run's data.validation")
+    evaluate.add_argument(
+        "--zero-shot",
+        action="append",
+        metavar="TEMPLATE",
+        help="also classify images by their captions put into TEMPLATE, such as 'a photo of a {}.' "
+        "(may be given several times)",
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="make shards of image-caption pairs")
+    kinds = data.add_subparsers(required=True, metavar="KIND")
+    for kind, text in (
+        ("emoji", "emoji of three vendors with their names, fetched through npm"),
+        ("glyphs", "characters of the fonts on this machine, no download"),
+        ("folder", "images with a .txt of captions beside each"),
+        ("csv", "a .csv, .tsv or .jsonl that lists images and captions"),
+    ):
+        parser = kinds.add_parser(kind, help=text)
+        if kind in ("folder", "csv"):
+            parser.add_argument("source", type=Path, help=f"the {kind} to read")
+        parser.add_argument("out", type=Path, metavar="OUT", help="gets train/ and validation/")
+        parser.add_argument("--validation-share", type=float, help="share of pairs to hold out")
+        parser.add_argument("--seed", type=int, default=0, help="of the split and the order")
+        if kind == "csv":
+            parser.add_argument("--image-column", help="column with paths of images")
+            parser.add_argument("--caption-column", action="append", help="column with captions")
+        parser.set_defaults(run=_data, kind=kind)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from gradcache_clip.train.config_file import load_config
+    from gradcache_clip.train.loop import train
+
+    summary = train(load_config(arguments.config, arguments.overrides))
+    print(f"{summary.output}: step {summary.step}, {summary.pairs_per_s:,.0f} pairs/s")
+    return 0 if summary.finished else 130
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from gradcache_clip.train.evaluate_run import evaluate_run
+
+    evaluate_run(
+        arguments.run_folder, data=arguments.data, templates=tuple(arguments.zero_shot or ())
+    )
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from gradcache_clip.train import sources
+
+    options: dict[str, Any] = {"seed": arguments.seed}
+    if arguments.validation_share is not None:
+        options["validation_share"] = arguments.validation_share
+    if arguments.kind == "folder":
+        summary = sources.make_folder(arguments.source, arguments.out, **options)
+    elif arguments.kind == "csv":
+        columns = _columns(arguments)
+        summary = sources.make_table(arguments.source, arguments.out, columns=columns, **options)
+    elif arguments.kind == "glyphs":
+        summary = sources.make_glyphs(arguments.out, **options)
+    else:
+        summary = sources.make_emoji(arguments.out, **options)
+    done = "already there" if summary.reused else "written"
+    print(
+        f"{summary.out}: {summary.train_samples:,} training and {summary.validation_samples:,} "
+        f"held-out pairs in {summary.shards} shards ({summary.bytes / 1e6:.0f} MB), {done}"
+    )
+    for reason, count in summary.skipped.items():
+        print(f"skipped {count:,}: {reason}")
+    return 0
+
+
+def _columns(arguments: argparse.Namespace) -> Any:
+    from gradcache_clip.train.sources import TableColumns
+
+    defaults = TableColumns()
+    return TableColumns(
+        image=arguments.image_column or defaults.image,
+        captions=tuple(arguments.caption_column or defaults.captions),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
