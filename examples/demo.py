@@ -19,9 +19,14 @@ from rich.console import Console
 from gradcache_clip.losses import ClipLoss
 from gradcache_clip.memory import StepMemory, count_cached_step, count_plain_step
 from gradcache_clip.train.config import Config
-from gradcache_clip.train.curves import draw_curves
-from gradcache_clip.train.pictures import run_curve
-from gradcache_clip.train.report import RunFigures, format_bytes, metrics_table, to_markdown
+from gradcache_clip.train.report import (
+    RunFigures,
+    draw_curves,
+    format_bytes,
+    metrics_table,
+    to_markdown,
+)
+from gradcache_clip.train.report.pictures import run_curve
 from gradcache_clip.train.run_folder import RunFolder, existing_run
 from gradcache_clip.train.session import build_encoder
 from gradcache_clip.train.sources import make_emoji, make_glyphs

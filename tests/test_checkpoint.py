@@ -22,7 +22,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.train import checkpoint_files
 from gradcache_clip.train.checkpoint import (
     CheckpointError,
     DamagedCheckpointError,
@@ -33,6 +32,7 @@ from gradcache_clip.train.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
+from gradcache_clip.train.checkpoint import files as checkpoint_files
 
 
 def save(folder: Path, step: int, *, keep: int = 3, value: float | None = None) -> Path:

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradcache_clip.train import evaluation, ranking, zero_shot
 from gradcache_clip.train.evaluation import (
     RetrievalMetrics,
     embed_dataset,
+    ranking,
+    recall,
     recall_at_k,
     retrieve,
+    zero_shot,
     zero_shot_classification,
     zero_shot_classifier,
 )
@@ -365,7 +367,7 @@ class TestEmbed:
         assert len(features) == 6
 
 
-@pytest.mark.parametrize("module", [evaluation, zero_shot])
+@pytest.mark.parametrize("module", [recall, zero_shot])
 def test_examples_in_the_docstrings_run(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 1

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.data import Batch
-from gradcache_clip.train.metrics_log import MetricsLog
+from gradcache_clip.train.evaluation.held_out import HeldOut, embed_held_out
 from gradcache_clip.train.optimizer import apply_learning_rate, learning_rate_at
-from gradcache_clip.train.pictures import draw_run
 from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_on_interrupt
-from gradcache_clip.train.retrieval import HeldOut, embed_held_out
+from gradcache_clip.train.report.metrics_log import MetricsLog
+from gradcache_clip.train.report.pictures import draw_run
 from gradcache_clip.train.run_folder import open_run
 from gradcache_clip.train.session import Session, start_session
 from gradcache_clip.train.step import Backward, StepResult, make_backward, take_step

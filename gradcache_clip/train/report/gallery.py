@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradcache_clip.train.canvas import PALE, RIGHT, WRONG, Page, save_figure, settings
-from gradcache_clip.train.evaluation import retrieve
-from gradcache_clip.train.ranking import ranks_of_best_right
+from gradcache_clip.train.evaluation.ranking import ranks_of_best_right
+from gradcache_clip.train.evaluation.recall import retrieve
+from gradcache_clip.train.report.canvas import PALE, RIGHT, WRONG, Page, save_figure, settings
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from gradcache_clip.train.canvas import Picture
+    from gradcache_clip.train.report.canvas import Picture
 
 _TOP, _ROW, _THUMB, _QUERY = 116, 118, 76, 190
 _GAP, _CAPTIONS = 44, 330

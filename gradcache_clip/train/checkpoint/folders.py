@@ -23,11 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gradcache_clip.train.checkpoint_files import (
-    FORMAT_VERSION,
-    CheckpointError,
+from gradcache_clip.train.checkpoint.files import (
     DamagedCheckpointError,
-    UnsafeCheckpointError,
     check_state,
     check_weights,
     is_disk_full,
@@ -38,20 +35,6 @@ from gradcache_clip.train.checkpoint_files import (
     verified_index,
     write_files,
 )
-from gradcache_clip.train.rng import capture_rng, restore_rng
-
-__all__ = [
-    "FORMAT_VERSION",
-    "Checkpoint",
-    "CheckpointError",
-    "DamagedCheckpointError",
-    "UnsafeCheckpointError",
-    "capture_rng",
-    "load_checkpoint",
-    "load_latest",
-    "restore_rng",
-    "save_checkpoint",
-]
 
 _PREFIX = "step-"
 # The predecessor of a checkpoint that is being saved again at the same step.

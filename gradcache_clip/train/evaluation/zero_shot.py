@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradcache_clip.train.ranking import (
+from gradcache_clip.train.evaluation.ranking import (
     check_features,
     check_ids,
     check_sizes,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradcache_clip.train.canvas import MAIN, OTHERS, PALE, new_figure, save_figure, settings
+from gradcache_clip.train.report.canvas import MAIN, OTHERS, PALE, new_figure, save_figure, settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

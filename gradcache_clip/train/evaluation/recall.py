@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from gradcache_clip.train.ranking import (
+from gradcache_clip.train.evaluation.ranking import (
     chance_of_hit,
     check_depths,
     check_features,
@@ -23,21 +23,9 @@ from gradcache_clip.train.ranking import (
     ranks_of_best_right,
     recall_of,
 )
-from gradcache_clip.train.zero_shot import zero_shot_classification, zero_shot_classifier
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-__all__ = [
-    "DirectionMetrics",
-    "RetrievalMetrics",
-    "Retrieved",
-    "embed_dataset",
-    "recall_at_k",
-    "retrieve",
-    "zero_shot_classification",
-    "zero_shot_classifier",
-]
 
 Batch = TypeVar("Batch")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.data import DecodedSample, LoaderOptions, read_all
-from gradcache_clip.train.evaluation import RetrievalMetrics, embed_dataset, recall_at_k
+from gradcache_clip.train.evaluation.recall import RetrievalMetrics, embed_dataset, recall_at_k
 from gradcache_clip.train.step import autocast
 from gradcache_clip.train.tokenizer import Tokenizer
 from gradcache_clip.train.towers import DualEncoder

@@ -7,26 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradcache_clip.train.curves import RunCurve, draw_curves
-from gradcache_clip.train.gallery import draw_gallery
-from gradcache_clip.train.metrics_log import MetricsLog, read_log
-from gradcache_clip.train.similarity import draw_similarity
-
 if TYPE_CHECKING:
     from rich.table import Table
-
-__all__ = [
-    "MetricsLog",
-    "RunCurve",
-    "RunFigures",
-    "draw_curves",
-    "draw_gallery",
-    "draw_similarity",
-    "format_bytes",
-    "metrics_table",
-    "read_log",
-    "to_markdown",
-]
 
 _RECALL = re.compile(r"(image_to_text|text_to_image)_recall_at_(\d+)")
 _ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}

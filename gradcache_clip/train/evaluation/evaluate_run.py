@@ -11,13 +11,13 @@ from rich.table import Table
 from torch import Tensor
 
 from gradcache_clip.train.config import Config, ConfigError
-from gradcache_clip.train.evaluation import RetrievalMetrics
-from gradcache_clip.train.retrieval import HeldOut, embed_held_out
+from gradcache_clip.train.evaluation.held_out import HeldOut, embed_held_out
+from gradcache_clip.train.evaluation.recall import RetrievalMetrics
+from gradcache_clip.train.evaluation.zero_shot import zero_shot_classification, zero_shot_classifier
 from gradcache_clip.train.run_folder import existing_run
 from gradcache_clip.train.session import load_trained
 from gradcache_clip.train.tokenizer import Tokenizer
 from gradcache_clip.train.towers import DualEncoder
-from gradcache_clip.train.zero_shot import zero_shot_classification, zero_shot_classifier
 
 
 def evaluate_run(

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from gradcache_clip.train.config import Config
-from gradcache_clip.train.curves import RunCurve, draw_curves
-from gradcache_clip.train.gallery import draw_gallery
-from gradcache_clip.train.metrics_log import read_log
-from gradcache_clip.train.retrieval import HeldOut
+from gradcache_clip.train.evaluation.held_out import HeldOut
+from gradcache_clip.train.report.curves import RunCurve, draw_curves
+from gradcache_clip.train.report.gallery import draw_gallery
+from gradcache_clip.train.report.metrics_log import read_log
+from gradcache_clip.train.report.similarity import draw_similarity
 from gradcache_clip.train.run_folder import RunFolder
-from gradcache_clip.train.similarity import draw_similarity
 
 _PAIRS = 40
 

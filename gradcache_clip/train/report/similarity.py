@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gradcache_clip.train.canvas import INK, PALE, Page, save_figure, settings
-from gradcache_clip.train.ranking import check_features, check_sizes
+from gradcache_clip.train.evaluation.ranking import check_features, check_sizes
+from gradcache_clip.train.report.canvas import INK, PALE, Page, save_figure, settings
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from gradcache_clip.train.canvas import Picture
+    from gradcache_clip.train.report.canvas import Picture
 
 _MOST_PAIRS = 48
 _WRONG_PICK = "#e8590c"

@@ -1,0 +1,26 @@
+"""Checkpoints that outlive a kill, a full disk and a flipped bit."""
+
+from gradcache_clip.train.checkpoint.files import (
+    CheckpointError,
+    DamagedCheckpointError,
+    UnsafeCheckpointError,
+)
+from gradcache_clip.train.checkpoint.folders import (
+    Checkpoint,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
+from gradcache_clip.train.checkpoint.rng import capture_rng, restore_rng
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "DamagedCheckpointError",
+    "UnsafeCheckpointError",
+    "capture_rng",
+    "load_checkpoint",
+    "load_latest",
+    "restore_rng",
+    "save_checkpoint",
+]

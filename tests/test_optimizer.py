@@ -1,0 +1,229 @@
+"""AdamW's groups, the learning rate, and the moving average."""
+
+from __future__ import annotations
+
+import copy
+import io
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from gradcache_clip.train.config import ModelConfig, OptimizerConfig
+from gradcache_clip.train.ema import Ema
+from gradcache_clip.train.optimizer import (
+    apply_learning_rate,
+    build_optimizer,
+    decays,
+    learning_rate_at,
+)
+from gradcache_clip.train.towers import build_towers
+
+CONFIG = OptimizerConfig(
+    learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9, eps=1e-5, warmup_steps=4
+)
+
+
+def names_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, set[str]]:
+    by_id = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        group["name"]: {by_id[id(parameter)] for parameter in group["params"]}
+        for group in optimizer.param_groups
+    }
+
+
+def test_groups_of_real_towers() -> None:
+    model = ModelConfig(
+        image="vit_tiny_patch16_224",
+        image_kwargs={"depth": 1, "embed_dim": 16, "num_heads": 2},
+        text_kwargs={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    encoder = build_towers(model, image_size=32, context_length=8, vocab_size=300, pad_token_id=0)
+    encoder.register_parameter("log_logit_scale", nn.Parameter(torch.tensor(2.0)))
+    names = names_of(build_optimizer(encoder.named_parameters(), CONFIG), encoder)
+    assert names["decay"] | names["no_decay"] == {name for name, _ in encoder.named_parameters()}
+    assert not names["decay"] & names["no_decay"]
+    text = "text_tower.backbone.embeddings."
+    assert names["no_decay"] >= {
+        "log_logit_scale",
+        "image_tower.backbone.cls_token",
+        "image_tower.backbone.pos_embed",
+        "image_tower.backbone.norm.weight",
+        "image_tower.backbone.blocks.0.attn.qkv.bias",
+        text + "word_embeddings.weight",
+        text + "position_embeddings.weight",
+        text + "token_type_embeddings.weight",
+        text + "LayerNorm.weight",
+    }
+    assert names["decay"] >= {
+        "image_projection.weight",
+        "text_projection.weight",
+        "image_tower.backbone.patch_embed.proj.weight",
+        "image_tower.backbone.blocks.0.attn.qkv.weight",
+        "text_tower.backbone.encoder.layer.0.intermediate.dense.weight",
+    }
+    vectors = {n for n, p in encoder.named_parameters() if p.ndim < 2}
+    assert vectors <= names["no_decay"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("wte.weight", False),
+        ("embeddings.tok_embeddings.weight", False),
+        ("layers.0.attn.relative_position_bias_table", False),
+        ("embed_tokens.weight", False),
+        ("patch_embed.proj.weight", True),
+        ("patch_embeddings.projection.weight", True),
+        ("embedding_head.weight", True),
+    ],
+)
+def test_tables_are_known_by_name(name: str, expected: bool) -> None:
+    assert decays(name, nn.Parameter(torch.zeros(2, 2))) is expected
+
+
+def test_tied_once_and_frozen_never() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    second.bias.requires_grad_(False)
+    both = [*first.named_parameters("a"), *second.named_parameters("b")]
+    held = [p for g in build_optimizer(both, CONFIG).param_groups for p in g["params"]]
+    assert [id(p) for p in held] == [id(first.weight), id(first.bias)]
+
+
+def test_one_step_is_adamw_by_hand() -> None:
+    layer = nn.Linear(2, 2).double()
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    optimizer = build_optimizer(layer.named_parameters(), CONFIG)
+    layer.weight.grad, layer.bias.grad = torch.full_like(weight, 3.0), torch.full_like(bias, -2.0)
+    optimizer.step()
+    # In the first step the bias corrections leave the gradient over its own size.
+    move = 0.1 * 3.0 / (3.0 + 1e-5)
+    torch.testing.assert_close(layer.weight.detach(), weight * (1 - 0.1 * 0.5) - move)
+    torch.testing.assert_close(layer.bias.detach(), bias + 0.1 * 2.0 / (2.0 + 1e-5))
+
+
+def test_fused_only_where_it_runs() -> None:
+    assert build_optimizer(nn.Linear(2, 2).named_parameters(), CONFIG).defaults["fused"]
+    meta = nn.Linear(2, 2, device="meta")
+    assert not build_optimizer(meta.named_parameters(), CONFIG).defaults["fused"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("weight_decay", -0.1),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("eps", 0.0),
+        ("warmup_steps", -1),
+    ],
+)
+def test_bad_values_are_named(field: str, value: float) -> None:
+    config = copy.copy(CONFIG)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=f"optimizer.{field}: expected .* got {value}"):
+        build_optimizer(nn.Linear(2, 2).named_parameters(), config)
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match="named_parameters: expected at least one"):
+        build_optimizer(nn.Linear(2, 2).requires_grad_(False).named_parameters(), CONFIG)
+
+
+def test_schedule_values() -> None:
+    rates = [learning_rate_at(step, CONFIG, 12) for step in range(13)]
+    assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert rates[8] == pytest.approx(0.05)
+    assert rates[12] == pytest.approx(0.0)
+    assert all(a >= b for a, b in pairwise(rates[3:]))
+    assert learning_rate_at(0, OptimizerConfig(learning_rate=1.0, warmup_steps=0), 5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "message"),
+    [(0, 4, "warmup_steps: .* got 4"), (-1, 12, "step: .*-1"), (13, 12, "step: .* 13")],
+)
+def test_schedule_errors(step: int, total: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        learning_rate_at(step, CONFIG, total)
+
+
+def test_learning_rate_reaches_every_group() -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2).named_parameters(), CONFIG)
+    apply_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+def wandering_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+
+
+def wander(model: nn.Module) -> None:
+    model(torch.randn(5, 3, dtype=torch.float64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def test_ema_is_exact() -> None:
+    model = wandering_model()
+    ema = Ema(model, decay=0.3)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for update in range(1, 6):
+        wander(model)
+        ema.update(model)
+        decay = min(0.3, (1 + update) / (10 + update))
+        for name, value in model.state_dict().items():
+            average = decay * expected[name] + (1 - decay) * value
+            expected[name] = average if value.is_floating_point() else value.clone()
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="inside"), ema.swapped_into(model):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
+        raise RuntimeError("inside")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, own[name]), name
+
+
+def test_ema_goes_on_where_it_was_saved() -> None:
+    model = wandering_model()
+    ema = Ema(model, decay=0.9)
+    wander(model)
+    ema.update(model)
+    file = io.BytesIO()
+    torch.save(ema.state_dict(), file)
+    file.seek(0)
+    other = Ema(wandering_model(), decay=0.9)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    wander(model)
+    ema.update(model)
+    other.update(model)
+    assert ema.updates == other.updates == 2
+    for name, value in ema.state_dict()["averages"].items():
+        assert torch.equal(other.state_dict()["averages"][name], value), name
+
+
+def test_ema_keeps_half_precision_averages_in_fp32() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.ones_(model.weight)
+    ema = Ema(model, decay=0.5)
+    nn.init.constant_(model.weight, 1.0078125)
+    ema.update(model)
+    average = ema.state_dict()["averages"]["weight"]
+    assert average.dtype == torch.float32
+    assert 1.0 < average.item() < 1.0078125
+
+
+def test_ema_errors() -> None:
+    ema = Ema(nn.Linear(2, 2), decay=0.5)
+    with pytest.raises(ValueError, match=r"weight of shape \(2, 2\), got \(2, 3\)"):
+        ema.load_state_dict(Ema(nn.Linear(3, 2), decay=0.5).state_dict())
+    with pytest.raises(ValueError, match="ema state: expected"):
+        ema.load_state_dict({"updates": 1, "averages": 2})
+    for decay in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="ema_decay: expected"):
+            Ema(nn.Linear(2, 2), decay=decay)
