@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+# Half a unit in the last place of an fp32 logit between 64 and 128.
+ROUNDED_LOGIT = 2.0**-18
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from clip_inputs import (
+    ROUNDED_LOGIT,
     Inputs,
     clustered_inputs,
     loss_and_gradients,
@@ -45,17 +45,13 @@ triton = partial(clip_loss, impl="triton")
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Several stripes and panels at B = 150, and a count of what was launched."""
-    tiles = replace(_config(), workspace_bytes=64 * 80 * 4)
+    tiles = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=8192)
     count: Counter[str] = Counter()
     for module in (clip_gradient, clip_statistics):
         monkeypatch.setattr(module, "launch_config", lambda features: tiles)
     _count_calls(monkeypatch, count, clip_statistics._Running, "merge")
     _count_calls(monkeypatch, count, clip_gradient._Panels, "gradient")
     return count
-
-
-def _config() -> LaunchConfig:
-    return LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2)
 
 
 def _count_calls(
@@ -77,7 +73,7 @@ def test_equals_the_reference(dtype: torch.dtype, B: int, D: int) -> None:
     with poisoned_memory():
         got = loss_and_gradients(triton, inputs, outer=-2.5)
     expected = loss_and_gradients(reference, inputs, outer=-2.5)
-    tolerance = 4 * torch.finfo(dtype).eps
+    tolerance = 8 * torch.finfo(dtype).eps + ROUNDED_LOGIT
     for value, want in zip(got, expected, strict=True):
         assert value.isfinite().all()
         scale = want.abs().max().clamp_min(1e-3)
@@ -92,17 +88,17 @@ def test_several_stripes_and_panels(dtype: torch.dtype, narrow: Counter[str]) ->
     assert max(panel_shape(config, 150, inputs.q.element_size())) < 150
     with poisoned_memory():
         got = loss_and_gradients(triton, inputs)
-    # Two merges a stripe of 32 rows; panels of 64 x 64 (fp32) or 96 x 96 (16 bit).
-    assert narrow["merge"] == 2 * 5
-    assert narrow["gradient"] == (3 * 3 if dtype == torch.float32 else 2 * 2)
+    # Stripes of 96 rows, with two merges each; panels of 64 x 32 (fp32) or 64 x 64 (16 bit).
+    assert narrow["merge"] == 2 * 2
+    assert narrow["gradient"] == (3 * 5 if dtype == torch.float32 else 3 * 3)
     errors = relative_errors(got, loss_and_gradients(reference, inputs))
-    assert max(errors) < 8 * torch.finfo(dtype).eps
+    assert max(errors) < 8 * torch.finfo(dtype).eps + ROUNDED_LOGIT
 
 
 def test_merge_reads_many_partials_at_once() -> None:
     """More tiles in a row than one step of the merge takes."""
-    inputs = random_inputs(16 * 70, 16, torch.float32, device=DEVICE)
-    config = LaunchConfig(1024 if INTERPRETED else 64, 16, 16, num_warps=4, num_stages=1)
+    inputs = random_inputs(16 * 65, 16, torch.float32, device=DEVICE)
+    config = LaunchConfig(2048 if INTERPRETED else 64, 16, 16, num_warps=4, num_stages=1)
     with torch.no_grad():
         _, row_max, row_sum, *_ = clip_statistics.clip_statistics(*inputs, config=config)
         logits = 30.0 * (inputs.q @ inputs.k.T).fill_diagonal_(-torch.inf)
@@ -118,7 +114,7 @@ def test_error_budget(dtype: torch.dtype, cosine: float) -> None:
     truth = loss_and_gradients(reference, inputs.to(torch.float64))
     budget = relative_errors(loss_and_gradients(plain_loss, inputs), truth)
     got = relative_errors(loss_and_gradients(triton, inputs), truth)
-    tolerance = 16 * torch.finfo(dtype).eps
+    tolerance = 4 * torch.finfo(dtype).eps + ROUNDED_LOGIT
     assert all(error <= plain + tolerance for error, plain in zip(got, budget, strict=True))
     assert got[0] < 1e-5
 

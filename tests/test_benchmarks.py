@@ -105,7 +105,7 @@ def test_redrawing_without_a_csv_says_what_to_do(tmp_path):
 
 
 def test_the_picture_says_the_finding_and_marks_what_does_not_fit(tmp_path):
-    assert "At batch 256 plain training needs 4.00 GiB" in finding(_rows())
+    assert "At batch 256 the tensors of plain training take 4.00 GiB" in finding(_rows())
     assert "gradient caching 700 MiB" in finding(_rows())
     png, svg = draw(_rows(), tmp_path / "picture")
     assert png.read_bytes().startswith(b"\x89PNG") and svg.read_text().startswith("<?xml")

@@ -13,6 +13,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from clip_inputs import (
+    ROUNDED_LOGIT,
     Inputs,
     clustered_inputs,
     loss_and_gradients,
@@ -177,11 +178,10 @@ def test_error_budget(dtype: torch.dtype, make: str) -> None:
     truth = loss_and_gradients(reference, inputs.to(torch.float64))
     budget = relative_errors(loss_and_gradients(plain_loss, inputs), truth)
     got = relative_errors(loss_and_gradients(tiled, inputs), truth)
-    tolerance = 4 * torch.finfo(dtype).eps
+    tolerance = 4 * torch.finfo(dtype).eps + ROUNDED_LOGIT
     assert all(error <= plain + tolerance for error, plain in zip(got, budget, strict=True))
     # The loss and the scale's gradient are fp32 sums of fp32 logits, whatever the features are.
-    assert got[0] < 1e-5
-    assert got[3] < 1e-4
+    assert max(got[0], got[3]) < 1e-5
 
 
 def test_small_loss_keeps_its_digits() -> None:

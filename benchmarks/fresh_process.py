@@ -1,0 +1,215 @@
+"""One measurement in a process of its own: nothing that ran before can blur it.
+
+Run as a script, this file is the child: it reads JSON from stdin, calls one function of one file
+and prints what it returned as JSON.
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+# What torch, NumPy and the C++ library say when an allocation fails.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "MemoryError")
+_KILLED = -9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a fresh process returned, or how it failed ("out of memory" or "timed out")."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a fresh process may use."""
+
+    seconds: float = 1800.0
+    """Wall clock; the process is ended beyond it and counts as "timed out"."""
+    data_bytes: int | None = None
+    """Private memory on top of what the process holds once its file is imported (Linux)."""
+    threads: int | None = None
+    """Threads for BLAS and torch; what they choose when None."""
+
+
+def call_in_fresh_process(
+    function: Callable[[dict[str, Any]], dict[str, Any]],
+    arguments: dict[str, Any],
+    limits: Limits = Limits(),
+) -> Outcome:
+    """`function(arguments)` in a new Python process; both dicts must survive JSON.
+
+    Args:
+        function: a function at the top level of a file, found again by its name.
+
+    Raises:
+        RuntimeError: the process failed for another reason than memory or time; with its stderr.
+    """
+    request = {"arguments": arguments, "data_bytes": limits.data_bytes}
+    source = inspect.getsourcefile(function)
+    command = [sys.executable, __file__, str(source), function.__name__]
+    environment = dict(os.environ)
+    if limits.threads:
+        environment |= {"OMP_NUM_THREADS": str(limits.threads)}
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=limits.seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(failure="timed out")
+    if done.returncode == 0:
+        return Outcome(values=json.loads(done.stdout.splitlines()[-1]))
+    if done.returncode == _KILLED or any(word in done.stderr for word in _OUT_OF_MEMORY):
+        return Outcome(failure="out of memory")
+    raise RuntimeError(
+        f"{function.__name__}: expected exit code 0, got {done.returncode}:\n{done.stderr[-2000:]}"
+    )
+
+
+class PeakGrowth:
+    """Context that measures how far resident memory rose above its level on entry.
+
+    Attributes:
+        bytes: the peak minus the level on entry, known after the context.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __enter__(self) -> PeakGrowth:
+        from gradcache_clip.memory import reset_peak_resident_bytes, resident_bytes
+
+        # Where the peak cannot be reset it is that of the imports at least, and they are small.
+        reset_peak_resident_bytes()
+        self._before = resident_bytes()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from gradcache_clip.memory import peak_resident_bytes
+
+        self.bytes = peak_resident_bytes() - self._before
+
+
+def interleaved_times_ms(
+    steps: Sequence[Callable[[], object]], count: int, seconds: float
+) -> list[tuple[float, ...]]:
+    """Milliseconds of up to `count` rounds in which the steps take turns, after a warm-up round.
+
+    Taking turns lets a busy machine slow all steps alike. A warm-up that alone took `seconds` is
+    returned as the only round: steps that long are not blurred by a cold start. No further round
+    is started once all together took `seconds`.
+    """
+    begin = time.perf_counter()
+    warm_up = tuple(map(_time_ms, steps))
+    rounds: list[tuple[float, ...]] = []
+    while len(rounds) < count and time.perf_counter() - begin < seconds:
+        rounds.append(tuple(map(_time_ms, steps)))
+    return rounds or [warm_up]
+
+
+def provenance() -> dict[str, str]:
+    """Columns for every row of a result: machine, versions, commit and date (UTC)."""
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} threads, {_memory_gib():.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "timm": _version("timm"),
+        "transformers": _version("transformers"),
+        "commit": _commit(),
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+    }
+
+
+def available_bytes() -> int:
+    """Physical memory that could be used now without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _time_ms(step: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _memory_gib() -> float:
+    import psutil
+
+    return psutil.virtual_memory().total / 2**30
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """Short hash of the checkout; a "+" marks changes that are not committed."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(_REPOSITORY), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _limit_data(data_bytes: int | None) -> None:
+    """Let allocations fail beyond a limit, as they would on a smaller machine."""
+    if data_bytes is None or sys.platform != "linux":
+        return
+    import resource
+
+    status = Path("/proc/self/status").read_text().splitlines()
+    held = next(int(line.split()[1]) for line in status if line.startswith("VmData:")) * 1024
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (held + data_bytes, hard))
+
+
+def _main(path: str, name: str) -> None:
+    request = json.load(sys.stdin)
+    spec = spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    # dataclasses look their module up by name while the file is being executed.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    _limit_data(request["data_bytes"])
+    print(json.dumps(getattr(module, name)(request["arguments"])))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:3])

@@ -1,0 +1,192 @@
+"""A training step's modules and inputs as fake tensors: shapes and dtypes without memory.
+
+B rows of the batch that is asked about; the examples may have any number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, cycle, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from gradcache_clip.cache.nested import count_rows, map_tensors, tensors_in
+from gradcache_clip.cache.settings import forget_autocast_casts
+from gradcache_clip.cache.tower import Encode, Tower, call_encoder
+
+_NEEDS_DATA = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+GetFeatures = Callable[[Any], Any]
+
+
+class Keeping(NamedTuple):
+    """What a step keeps: the features out of an encoder's output, and the optimizer's states."""
+
+    features: GetFeatures | None
+    optimizer_states: int
+
+
+class FakeStep:
+    """Fake twins of all parameters, and towers that run on them. Made inside `FakeTensorMode`.
+
+    The modules themselves stay as they are: no parameter is copied or replaced.
+
+    Attributes:
+        state: fake parameters and buffers, each once.
+        optimizer: fake optimizer states, `keeping.optimizer_states` for each trainable parameter.
+        inputs: fake inputs of B rows.
+        towers: one for each input, over fake inputs.
+        device_types: of all these, and "cpu".
+    """
+
+    def __init__(
+        self,
+        encoders: nn.Module | Sequence[nn.Module],
+        loss: Callable[..., Any],
+        example_inputs: Sequence[Any],
+        batch_size: int,
+        keeping: Keeping,
+    ) -> None:
+        self._fakes: dict[int, Tensor] = {}
+        modules = _one_for_each_input(encoders, len(example_inputs))
+        self.loss = _FakeTwin(loss, self._fakes) if isinstance(loss, nn.Module) else loss
+        inputs = [
+            _expand(given, batch_size, f"input {index}")
+            for index, given in enumerate(example_inputs)
+        ]
+        self.towers = []
+        for index, (module, given) in enumerate(zip(modules, inputs, strict=True)):
+            twin = _FakeTwin(module, self._fakes)
+            encode = _encode_with(twin, index if isinstance(encoders, nn.Module) else None)
+            name, bounds = f"encoder {index} ({type(module).__name__})", [(0, batch_size)]
+            self.towers.append(Tower(name, module, module, encode, keeping.features, given, bounds))
+        self.state = list(self._fakes.values())
+        self.trainable = [tensor for tensor in self.state if tensor.requires_grad]
+        states = range(keeping.optimizer_states)
+        self.optimizer = [torch.empty_like(tensor) for tensor in self.trainable for _ in states]
+        self.inputs = list(tensors_in(inputs))
+        self.device_types = {tensor.device.type for tensor in (*self.state, *self.inputs)} | {"cpu"}
+
+
+@contextmanager
+def fake_tensors(encoders: nn.Module | Sequence[nn.Module], loss: Any) -> Iterator[None]:
+    """`FakeTensorMode` whose errors name the module that needs data.
+
+    Raises:
+        ValueError: a module branches on the values of a tensor, or uses an op without shapes.
+    """
+    roots = {"encoder": encoders} if isinstance(encoders, nn.Module) else dict(_named(encoders))
+    if isinstance(loss, nn.Module):
+        roots["loss"] = loss
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    # Not called for a module that raises, which therefore stays above those around it.
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        while running.pop() is not module:
+            pass
+
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+    try:
+        # Constants that are neither parameters nor buffers are turned into fakes on the way.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    except _NEEDS_DATA as error:
+        raise ValueError(
+            f"{_place(running, roots)}: expected ops whose shapes follow from their inputs' "
+            f"shapes, got {error}, which needs the values of a tensor; pass an input that avoids "
+            "this branch, or measure a real step under LiveBytes"
+        ) from error
+    finally:
+        forget_autocast_casts()
+        for hook in hooks:
+            hook.remove()
+
+
+class _FakeTwin(nn.Module):
+    """Runs a module on fake parameters; tensors that `fakes` holds already are shared."""
+
+    def __init__(self, module: nn.Module, fakes: dict[int, Tensor]) -> None:
+        super().__init__()
+        # In a tuple, so that it is not registered as a child.
+        self.original = (module,)
+        named = chain(
+            module.named_parameters(remove_duplicate=False),
+            module.named_buffers(remove_duplicate=False),
+        )
+        self.fakes = {name: fakes.setdefault(id(real), _twin_of(real)) for name, real in named}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.original[0], self.fakes, args, kwargs)
+
+
+def _twin_of(real: Tensor) -> Tensor:
+    fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=_device_of(real))
+    return fake.requires_grad_(real.requires_grad)
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    """Modules built on the meta device are counted as if they were on the CPU."""
+    return torch.device("cpu") if tensor.is_meta else tensor.device
+
+
+def _encode_with(twin: nn.Module, tower: int | None) -> Encode:
+    if tower is None:
+        return lambda _, inputs: call_encoder(twin, inputs)
+    return lambda _, inputs: twin(tower, inputs)
+
+
+def _one_for_each_input(encoders: nn.Module | Sequence[nn.Module], count: int) -> list[nn.Module]:
+    modules = [encoders] * count if isinstance(encoders, nn.Module) else list(encoders)
+    if len(modules) != count:
+        raise ValueError(
+            f"example_inputs: expected {len(modules)}, one for each encoder, got {count}; an "
+            "encoder with several arguments takes them as one tuple or dict"
+        )
+    return modules
+
+
+def _expand(example: Any, batch_size: int, name: str) -> Any:
+    """The same nest with `batch_size` rows, its tensors fake."""
+    count_rows(example, name)
+    if isinstance(example, list):
+        return list(islice(cycle(example), batch_size))
+
+    def grow(tensor: Tensor) -> Tensor:
+        shape = (batch_size, *tensor.shape[1:]) if tensor.dim() else ()
+        return torch.empty(shape, dtype=tensor.dtype, device=_device_of(tensor))
+
+    expanded = map_tensors(grow, example)
+    count_rows(expanded, name)
+    return expanded
+
+
+def _named(encoders: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    return ((f"encoder {index}", module) for index, module in enumerate(encoders))
+
+
+def _place(running: list[nn.Module], roots: Mapping[str, nn.Module]) -> str:
+    """Where a step stopped, such as "encoder 1, module 'layers.0.router' (Router)"."""
+    inner = next((m for m in reversed(running) if not isinstance(m, _FakeTwin)), None)
+    for root, module in roots.items():
+        for name, child in module.named_modules():
+            if child is inner:
+                return f"{root}, module {name or '(itself)'!r} ({type(child).__name__})"
+    return "loss"

@@ -1,0 +1,241 @@
+"""What a training step would need, counted on fake tensors: nothing is allocated or computed.
+
+B rows of the batch, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gradcache_clip.cache.settings import autocast_off, forget_autocast_casts
+from gradcache_clip.cache.tower import Tower
+from gradcache_clip.memory.counter import LiveBytes, Rounding
+from gradcache_clip.memory.fake_step import FakeStep, GetFeatures, Keeping, fake_tensors
+
+Encoders = nn.Module | Sequence[nn.Module]
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that live at the peak of a training step, by what they are for."""
+
+    parameter_bytes: int
+    """Parameters and buffers of encoders and loss."""
+    gradient_bytes: int
+    """Parameter gradients that exist when the peak is reached, which may be none of them."""
+    optimizer_bytes: int
+    """States of the optimizer, such as the two moments of AdamW."""
+    input_bytes: int
+    """Inputs of the whole batch."""
+    feature_bytes: int
+    """Features of the whole batch and their gradients."""
+    activation_bytes: int
+    """Everything else: what autograd saved, the loss's workspace, temporaries."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak of the step."""
+        return (
+            self.parameter_bytes
+            + self.gradient_bytes
+            + self.optimizer_bytes
+            + self.input_bytes
+            + self.feature_bytes
+            + self.activation_bytes
+        )
+
+
+def count_plain_step(
+    encoders: Encoders,
+    loss: Callable[..., Any],
+    example_inputs: Sequence[Any],
+    batch_size: int,
+    *,
+    get_features: GetFeatures | None = None,
+    optimizer_states: int = 2,
+    rounding: Rounding = "none",
+) -> StepMemory:
+    """Memory of `loss(*[encoder(x) for encoder, x in zip(encoders, inputs)]).backward()`.
+
+    The step starts without gradients, as after `optimizer.zero_grad()`. Autocast and training or
+    evaluation mode count as they are set at the call. The optimizer's own temporaries and
+    workspaces inside an op are not counted.
+
+    Args:
+        encoders: as for `GradCache`; on any device, the meta device included.
+        loss: called with the features; a scalar tensor or an object whose `.loss` is one. For
+            the plain step of CLIP: `ClipLoss(impl="reference")`, which stores the B x B matrix.
+        example_inputs: one for each encoder, nested as it wants it, with any number of rows.
+        batch_size: B, the rows to count for.
+        get_features: extracts the features from the encoders' outputs, as for `GradCache`.
+        optimizer_states: tensors of a parameter's size that the optimizer keeps for each
+            trainable parameter: 2 for AdamW, 1 for momentum, 0 for plain SGD.
+        rounding: as for `LiveBytes`.
+
+    Raises:
+        ValueError: sizes below 1, inputs that disagree, or a module whose work depends on the
+            values of a tensor; the error names it.
+
+    Example:
+        >>> import torch
+        >>> encoders = torch.nn.Linear(8, 4), torch.nn.Linear(6, 4)
+        >>> example = torch.ones(1, 8), torch.ones(1, 6)
+        >>> def loss(a, b):
+        ...     return (a @ b.T).logsumexp(1).mean()
+        >>> memory = count_plain_step(encoders, loss, example, 1_000_000)
+        >>> memory.activation_bytes > 4 * 1_000_000**2
+        True
+    """
+    _check_positive(batch_size=batch_size)
+    keeping = Keeping(get_features, optimizer_states)
+    with fake_tensors(encoders, loss):
+        step = FakeStep(encoders, loss, example_inputs, batch_size, keeping)
+        live = _watch(step, rounding)
+        with live:
+            features = [_forward(tower) for tower in step.towers]
+            live.mark(_whole_storages(features), "feature")
+            loss_value = _scalar(step.loss(*features))
+            # As after a `with torch.autocast` block, whose exit drops the casts and comes first.
+            forget_autocast_casts()
+            with autocast_off(step.device_types):
+                loss_value.backward()
+    return _step_memory(live)
+
+
+def count_cached_step(
+    encoders: Encoders,
+    loss: Callable[..., Any],
+    example_inputs: Sequence[Any],
+    batch_size: int,
+    chunk_size: int,
+    *,
+    get_features: GetFeatures | None = None,
+    optimizer_states: int = 2,
+    rounding: Rounding = "none",
+) -> StepMemory:
+    """Memory of `GradCache(encoders, loss, chunk_size=chunk_size)(*inputs)` in one process.
+
+    Parameters, gradients, optimizer, inputs and features of the whole batch, and the largest of
+    one chunk without its graph, the loss's workspace, and one chunk with its graph. Two chunks of
+    each encoder are run on fake tensors, so the cost does not depend on B beyond the loss's own.
+
+    Args, raises: as for `count_plain_step`; `chunk_size` is the rows of one chunk, and `loss`
+        should be one that keeps to a tile, such as `ClipLoss()`.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import Linear, Sequential, Tanh
+        >>> encoders = [Sequential(Linear(8, 512), Tanh(), Linear(512, 4)) for _ in range(2)]
+        >>> def loss(a, b):
+        ...     return (a * b).sum(1).mean()
+        >>> example = torch.ones(1, 8), torch.ones(1, 8)
+        >>> plain = count_plain_step(encoders, loss, example, 8192)
+        >>> cached = count_cached_step(encoders, loss, example, 8192, 64)
+        >>> cached.total_bytes < plain.total_bytes / 10
+        True
+    """
+    _check_positive(batch_size=batch_size, chunk_size=chunk_size)
+    keeping = Keeping(get_features, optimizer_states)
+    with fake_tensors(encoders, loss):
+        step = FakeStep(encoders, loss, example_inputs, batch_size, keeping)
+        live = _watch(step, rounding)
+        with live:
+            for tower in step.towers:
+                tower.bounds = [(0, min(chunk_size, batch_size))]
+                _embed(tower, batch_size, live)
+            _gradients_of_features(step, live)
+            for tower in step.towers:
+                # Twice: the second chunk meets the gradients that the first one left behind.
+                for _ in range(2 if tower.trainable else 0):
+                    forget_autocast_casts()
+                    _replay(step, tower)
+    return _step_memory(live)
+
+
+def _watch(step: FakeStep, rounding: Rounding) -> LiveBytes:
+    kinds = {"parameter": step.state, "optimizer": step.optimizer, "input": step.inputs}
+    live = LiveBytes(start=kinds, rounding=rounding)
+    for parameter in step.trainable:
+        parameter.register_post_accumulate_grad_hook(_marker(live, "gradient"))
+    return live
+
+
+def _marker(live: LiveBytes, kind: str) -> Callable[[Tensor], None]:
+    return lambda leaf: live.mark([leaf.grad] if leaf.grad is not None else [], kind)
+
+
+def _forward(tower: Tower) -> Any:
+    flat = tower.forward(tower.module, 0)
+    return pytree.tree_unflatten(flat, tower.structure)
+
+
+def _embed(tower: Tower, batch_size: int, live: LiveBytes) -> None:
+    """Fill `features` as the engine does: parts of all chunks first, then one tensor of them."""
+    stop = tower.bounds[0][1]
+    with torch.no_grad():
+        shapes = [part.shape[1:] for part in tower.forward(tower.module, 0)]
+        last = tower.forward(tower.module, 0)
+        earlier = [
+            part.new_empty((batch_size - stop, *shape))
+            for part, shape in zip(last, shapes, strict=True)
+        ]
+        tower.features = [torch.cat(pair) for pair in zip(earlier, last, strict=True)]
+    live.mark(tower.features, "feature")
+
+
+def _gradients_of_features(step: FakeStep, live: LiveBytes) -> None:
+    for tower in step.towers:
+        for feature in tower.features:
+            feature.requires_grad_(tower.trainable and feature.is_floating_point())
+            if feature.requires_grad:
+                feature.register_post_accumulate_grad_hook(_marker(live, "feature"))
+    features = [pytree.tree_unflatten(tower.features, tower.structure) for tower in step.towers]
+    loss_value = _scalar(step.loss(*features))
+    with autocast_off(step.device_types):
+        loss_value.backward()
+
+
+def _replay(step: FakeStep, tower: Tower) -> None:
+    stop = tower.bounds[0][1]
+    outputs = tower.forward(tower.module, 0)
+    pairs = [
+        (output, cached.grad[:stop])
+        for output, cached in zip(outputs, tower.features, strict=True)
+        if cached.grad is not None
+    ]
+    with autocast_off(step.device_types):
+        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+
+
+def _whole_storages(features: Any) -> list[Tensor]:
+    """Features that own their memory; a view into an activation keeps all of the activation."""
+    return [
+        tensor
+        for tensor in pytree.tree_leaves(features)
+        if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    ]
+
+
+def _scalar(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.loss
+
+
+def _step_memory(live: LiveBytes) -> StepMemory:
+    return StepMemory(
+        *(
+            live.peak_by_kind.get(kind, 0)
+            for kind in ("parameter", "gradient", "optimizer", "input", "feature", "activation")
+        )
+    )
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {size!r}; pass e.g. 1024")
