@@ -233,7 +233,9 @@ def _progress_bar(shown: bool) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
+    console = Console(stderr=True)
+    hidden = not (shown and console.is_terminal)
+    return Progress(*columns, console=console, disable=hidden, transient=True)
 
 
 def _ids(
