@@ -17,6 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "kernel_resources.py"
+# Where three passes of tf32 are faster than fp32 on the ordinary cores.
+TF32_PAYS = (80, 90, 100)
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
@@ -43,7 +45,8 @@ def test_fits_and_uses_the_matrix_units(architecture: int) -> None:
     for each in kernels:
         case = each["case"]
         print(case, {name: value for name, value in each.items() if name != "case"})
-        if case["dtype"] != "float32":
+        on_tensor_cores = case["dtype"] != "float32" or architecture in TF32_PAYS
+        if on_tensor_cores and case["kernel"] != "merge":
             assert each["matrix_instructions"] == [TENSOR_CORES[architecture]]
         assert each["spilled_bytes"] == 0
         assert each["registers"] <= 255

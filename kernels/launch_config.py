@@ -1,0 +1,128 @@
+"""How the kernels are launched: one table from architecture and dtype to tiles and workspace.
+
+D is an argument of the kernels at run time, so one entry serves every width. The entries were
+chosen from compiled machine code (benchmarks/kernel_resources.py prints registers, spills, shared
+memory and blocks a multiprocessor; kernels/README.md gives the reasons).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+
+# Triton decides when a kernel is decorated, so the variable counts from the first import on.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+
+# G in fp16 is multiplied by this power of two: |G| <= 2 stays below 65504 and 1/B a normal number.
+FLOAT16_GRADIENT_SCALE = 2.0**14
+
+# How fp32 operands meet the matrix units: "ieee" is exact fp32 on the ordinary cores; "tf32x3"
+# splits each operand in two and runs three tf32 passes, which keeps fp32 accuracy. The second wins
+# where tf32 is more than three times as fast as fp32, which no consumer card offers. Plain "tf32"
+# would drop 13 bits of every operand: it is not on offer.
+Float32Precision = Literal["ieee", "tf32x3"]
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Launch parameters of the two tile kernels."""
+
+    BLOCK_M: int
+    """Rows of a tile of S."""
+    BLOCK_N: int
+    """Columns of a tile of S."""
+    BLOCK_D: int
+    """Step of the main loop along D."""
+    num_warps: int
+    """Warps of 32 threads that share a tile."""
+    num_stages: int
+    """Steps of the main loop whose loads are in flight."""
+    precision: Float32Precision = "ieee"
+    """How fp32 operands are multiplied; without effect on 16-bit operands."""
+    GROUP_M: int = 8
+    """Tile rows that walk over the columns together, so that these stay in the L2 cache."""
+    workspace_bytes: int = 128 * 2**20
+    """Upper bound for partial statistics in the forward, and for G in the backward."""
+
+
+_CONSUMER_16 = LaunchConfig(128, 128, 32, num_warps=8, num_stages=3)
+_CONSUMER_32 = LaunchConfig(64, 128, 32, num_warps=8, num_stages=3)
+_LARGE = 256 * 2**20
+
+_TABLE: dict[tuple[int, int], LaunchConfig] = {
+    (80, 16): LaunchConfig(128, 128, 64, 8, 3, workspace_bytes=_LARGE),
+    (86, 16): _CONSUMER_16,
+    (89, 16): _CONSUMER_16,
+    (90, 16): LaunchConfig(256, 128, 64, 16, 3, workspace_bytes=_LARGE),
+    (100, 16): LaunchConfig(128, 128, 64, 8, 3, workspace_bytes=_LARGE),
+    (120, 16): _CONSUMER_16,
+    (80, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", workspace_bytes=_LARGE),
+    (86, 32): _CONSUMER_32,
+    (89, 32): _CONSUMER_32,
+    (90, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", workspace_bytes=_LARGE),
+    (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", workspace_bytes=_LARGE),
+    (120, 32): _CONSUMER_32,
+}
+ARCHITECTURES = tuple(sorted({architecture for architecture, _ in _TABLE}))
+_INTERPRETER = LaunchConfig(64, 64, 64, num_warps=4, num_stages=1)
+
+
+def table_entry(architecture: int, dtype: torch.dtype) -> LaunchConfig:
+    """The entry of the newest known architecture that is not newer than this one (80 = 8.0)."""
+    known = max(each for each in ARCHITECTURES if each <= architecture)
+    return _TABLE[known, 32 if dtype == torch.float32 else 16]
+
+
+def launch_config(features: Tensor) -> LaunchConfig:
+    """The configuration for features on their device."""
+    if INTERPRETED:
+        return _INTERPRETER
+    major, minor = torch.cuda.get_device_capability(features.device)
+    return table_entry(10 * major + minor, features.dtype)
+
+
+def launch_options(config: LaunchConfig) -> dict[str, Any]:
+    """Keyword arguments of a launch of either tile kernel."""
+    return {
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_D": config.BLOCK_D,
+        "GROUP_M": config.GROUP_M,
+        "PRECISION": config.precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        # Triton 3.9 warns, and later versions change the default, when this is left open.
+        "enable_fp_fusion": True,
+    }
+
+
+def tile_grid(config: LaunchConfig, rows: int, columns: int) -> tuple[int]:
+    """One program for each tile of rows x columns."""
+    return (triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N),)
+
+
+def stripe_rows(config: LaunchConfig, N: int) -> int:
+    """Rows of a forward stripe: as many whole tiles as the partial statistics may take."""
+    bytes_per_logit = 8 * (1 / config.BLOCK_M + 1 / config.BLOCK_N)
+    return _whole_tiles(int(config.workspace_bytes / (N * bytes_per_logit)), config.BLOCK_M)
+
+
+def panel_shape(config: LaunchConfig, N: int, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of G in the backward.
+
+    Full rows while they are no longer than twice the side of the square that fits, else that
+    square: it needs the fewest additions to the accumulators of both gradients.
+    """
+    side = isqrt(config.workspace_bytes // itemsize)
+    columns = N if 2 * side >= N else _whole_tiles(side, config.BLOCK_N)
+    return _whole_tiles(config.workspace_bytes // (columns * itemsize), config.BLOCK_M), columns
+
+
+def _whole_tiles(size: int, edge: int) -> int:
+    return max(1, size // edge) * edge

@@ -1,0 +1,60 @@
+"""The one main loop: a BLOCK_M x BLOCK_N tile of S, for every epilogue.
+
+q and k are contiguous (rows x D), D a multiple of BLOCK_D: launchers append zeros with `padded`,
+because masks along D and rows of unknown alignment cost a third more registers. The address of a
+tile is 64 bits wide, offsets within it 32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def padded(features: Tensor, BLOCK_D: int) -> Tensor:
+    """Features with zeros appended to their width, up to a multiple of BLOCK_D; often no copy."""
+    return torch.nn.functional.pad(features, (0, -features.shape[1] % BLOCK_D)).contiguous()
+
+
+@triton.jit
+def tile_position(
+    rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+):
+    """Tile row and tile column of this program; GROUP_M tile rows share their columns in the L2."""
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    programs_in_group = GROUP_M * tl.cdiv(columns, BLOCK_N)
+    index = tl.program_id(0)
+    first_m = (index // programs_in_group) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = index % programs_in_group
+    return first_m + within % group_m, within // group_m
+
+
+@triton.jit
+def similarity_tile(
+    q_ptr,
+    k_ptr,
+    logit_scale_ptr,
+    first_row,
+    first_column,
+    N,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """S in units of log 2 (exp2 gives exp(S)); rows and columns from N on repeat the last one."""
+    row = tl.minimum(tl.arange(0, BLOCK_M), N - 1 - first_row)
+    column = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_column)
+    depth = tl.arange(0, BLOCK_D)
+    q_ptrs = q_ptr + first_row.to(tl.int64) * D + (row[:, None] * D + depth[None, :])
+    k_ptrs = k_ptr + first_column.to(tl.int64) * D + (column[None, :] * D + depth[:, None])
+    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(0, D, BLOCK_D):
+        tile = tl.dot(tl.load(q_ptrs), tl.load(k_ptrs), tile, input_precision=PRECISION)
+        q_ptrs += BLOCK_D
+        k_ptrs += BLOCK_D
+    return tile * (tl.load(logit_scale_ptr) * LOG2_E)
