@@ -9,7 +9,7 @@ demo: $(VENV)/train.done  ## train on real image-caption pairs, evaluate, draw, 
 	$(BIN)/python examples/demo.py --data $(DATA) $(if $(FRESH),--fresh) $(DEMO_FLAGS)
 
 test: $(VENV)/test.done  ## everything that this machine can run
-	$(BIN)/python -m pytest -q -n auto $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(PYTEST_FLAGS)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

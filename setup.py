@@ -45,7 +45,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # The symlink gradcache_clip/kernels serves checkouts; this mapping serves wheels and archives.
-    packages=[*find_packages(include=["gradcache_clip", "gradcache_clip.*"]), "gradcache_clip.kernels"],
+    packages=[
+        *find_packages(include=["gradcache_clip", "gradcache_clip.*"]),
+        "gradcache_clip.kernels",
+    ],
     package_dir={"gradcache_clip.kernels": "kernels"},
     package_data={"gradcache_clip": ["py.typed"], "gradcache_clip.kernels": ["README.md"]},
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],

@@ -102,7 +102,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from gradcache_clip.train.evaluate_run import evaluate_run
+    from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
 
     evaluate_run(
         arguments.run_folder, data=arguments.data, templates=tuple(arguments.zero_shot or ())

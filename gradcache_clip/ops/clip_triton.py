@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def clip_triton(
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here, or None if they can."""
-    if find_spec("triton") is None:
+    if not _triton_is_installed():
         return "triton is not installed"
     if dtype == torch.float64:
         return "the kernels have no float64"
@@ -44,6 +45,11 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if capability < _OLDEST_CAPABILITY:
         return f"the kernels need compute capability 8.0 or later, this GPU has {capability}"
     return None
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def _interpreter_obstacle(dtype: torch.dtype) -> str | None:

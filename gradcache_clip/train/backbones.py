@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gradcache_clip.train.config import ModelConfig
 
 _TIMM_POOLS = {"cls": "token", "mean": "avg"}
+_SPECIAL_IDS = frozenset({"bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"})
 
 
 def build_image_backbone(config: ModelConfig, *, image_size: int) -> Any:
@@ -97,30 +98,26 @@ def _timm_pool(pool: str) -> str:
 def _new_text_config(
     config: ModelConfig, context_length: int, vocab_size: int, pad_token_id: int
 ) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     if config.text not in MODEL_MAPPING_NAMES:
         names = list(MODEL_MAPPING_NAMES)
         raise unknown_name("model.text", config.text, "transformers model type", names)
-    _check_text_kwargs(config)
-    sizes = {
+    known = _text_arguments(CONFIG_MAPPING[config.text])
+    # transformers takes any keyword in silence, so a typo would train another model.
+    for name in config.text_kwargs:
+        if name not in known:
+            raise unknown_name("model.text_kwargs", name, f"argument of {config.text}", known)
+    ours = {
         "vocab_size": vocab_size,
         "pad_token_id": pad_token_id,
         # RoBERTa's family counts positions from pad_token_id + 1.
         "max_position_embeddings": context_length + pad_token_id + 1,
+        # The type's own ids point into the vocabulary it was published with.
+        **dict.fromkeys(_SPECIAL_IDS & known),
     }
-    return AutoConfig.for_model(config.text, **(sizes | dict(config.text_kwargs)))
-
-
-def _check_text_kwargs(config: ModelConfig) -> None:
-    # transformers takes any keyword in silence, so a typo would train another model.
-    from transformers import CONFIG_MAPPING
-
-    known = _text_arguments(CONFIG_MAPPING[config.text])
-    for name in config.text_kwargs:
-        if name not in known:
-            raise unknown_name("model.text_kwargs", name, f"argument of {config.text}", known)
+    return AutoConfig.for_model(config.text, **(ours | dict(config.text_kwargs)))
 
 
 def _text_arguments(config_class: Any) -> set[str]:
