@@ -5,5 +5,10 @@ from gradcache_clip.losses import ClipLoss, ContrastiveOutput
 
 __version__ = "0.1.0"
 
-__all__ = ["ClipLoss", "ContrastiveOutput", "GradCache", "ReplayMismatchError", "__version__",
+__all__ = [
+    "ClipLoss",
+    "ContrastiveOutput",
+    "GradCache",
+    "ReplayMismatchError",
+    "__version__",
 ]
