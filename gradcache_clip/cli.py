@@ -98,6 +98,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     summary = train(load_config(arguments.config, arguments.overrides))
     print(f"{summary.output}: step {summary.step}, {summary.pairs_per_s:,.0f} pairs/s")
+    for reason, count in summary.skipped.items():
+        print(f"skipped {count:,} broken samples: {reason}")
     return 0 if summary.finished else 130
 
 

@@ -134,6 +134,16 @@ def test_an_existing_run_is_never_overwritten(whole, data):
     assert (output / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_start_that_failed_leaves_nothing_in_the_way(data, tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224"):
+        run(data, output, "model.image=vit_tiny_patch16_242")
+    assert not output.exists()
+    with pytest.raises(ValueError, match="batch_size: expected a data set of one batch"):
+        run(data, output, "train.batch_size=100000")
+    assert run(data, output, "train.steps=3").finished
+
+
 def test_a_folder_with_other_files_is_left_alone(data, tmp_path):
     (tmp_path / "thesis.tex").write_text("important")
     with pytest.raises(ConfigError, match="holds other files"):

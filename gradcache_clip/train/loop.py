@@ -15,7 +15,7 @@ from gradcache_clip.train.optimizer import apply_learning_rate, learning_rate_at
 from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_on_interrupt
 from gradcache_clip.train.report.metrics_log import MetricsLog
 from gradcache_clip.train.report.pictures import draw_run
-from gradcache_clip.train.run_folder import open_run
+from gradcache_clip.train.run_folder import check_run
 from gradcache_clip.train.session import Session, start_session
 from gradcache_clip.train.step import Backward, StepResult, make_backward, take_step
 
@@ -36,6 +36,8 @@ class RunSummary:
     """Training pairs a second over this part of the run, evaluation left out."""
     peak_memory_bytes: int
     """Most memory that the process (on a GPU: its tensors) held."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Broken training samples that were passed over, by reason."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Held-out retrieval after the last step, if there is a validation set."""
 
@@ -76,12 +78,15 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
     checkpoint.
 
     Raises:
-        ConfigError: before anything is written, when the configuration cannot be run here.
+        ConfigError, ValueError, OSError: before anything is written, when the configuration cannot
+            be run here; while training, for data that cannot be read and features that are not
+            finite.
     """
     console = console or Console(stderr=True)
     _check_schedule(config)
-    run = open_run(config)
+    run = check_run(config)
     session = start_session(config, run)
+    run.begin(config, session.tokenizer)
     if session.step:
         console.print(f"going on from step {session.step} of {run.path}", soft_wrap=True)
     if config.train.compile:
@@ -188,6 +193,7 @@ def _summary(
         loss=row.get("loss", float("nan")),
         pairs_per_s=meter.pairs / meter.seconds if meter.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(session.device),
+        skipped=dict(session.loader.broken.counts),
         metrics=held_out.metrics(recall_at).to_scalars() if held_out else {},
     )
 

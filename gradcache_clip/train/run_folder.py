@@ -10,6 +10,8 @@ from typing import Any
 
 from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.config_file import load_config, save_config
+from gradcache_clip.train.report.metrics_log import FILE_NAME
+from gradcache_clip.train.tokenizer import Tokenizer
 
 # What may change between the parts of one run; all else would make it another run.
 _MAY_CHANGE = {
@@ -45,34 +47,48 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    def has_begun(self) -> bool:
+        """Whether a step was logged or saved; a start that failed before leaves nothing to lose."""
+        log = self.path / FILE_NAME
+        return (log.is_file() and log.stat().st_size > 0) or self.checkpoints.is_dir()
+
+    def begin(self, config: Config, tokenizer: Tokenizer) -> None:
+        """Make the folder and write down what defines the run, unless it goes on."""
+        if not self.has_begun():
+            self.path.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.config)
+            tokenizer.save(self.tokenizer)
+
     def write_summary(self, summary: Any) -> None:
         text = json.dumps(dataclasses.asdict(summary), indent=2)
         self.summary.write_text(text + "\n", encoding="utf-8")
 
 
-def open_run(config: Config) -> RunFolder:
-    """Make the folder, or check that the one that exists may be resumed.
+def check_run(config: Config) -> RunFolder:
+    """The folder of a run that may start or go on there; nothing is written.
 
     Raises:
         ConfigError: the folder holds a run and `train.resume` is off, holds something else, or was
             made by a configuration that differs in more than length and logging.
     """
     run = RunFolder(Path(config.train.output))
+    if run.path.is_file():
+        raise ConfigError(f"train.output: expected a folder, got the file {run.path}")
     if not run.path.exists() or not any(run.path.iterdir()):
-        run.path.mkdir(parents=True, exist_ok=True)
-        save_config(config, run.config)
-    elif not run.config.is_file():
+        return run
+    if not run.config.is_file():
         raise ConfigError(
             f"train.output: expected a new folder, got {run.path}, which holds other files; "
             "choose another folder"
         )
-    elif not config.train.resume:
+    if not run.has_begun():
+        return run
+    if not config.train.resume:
         raise ConfigError(
             f"train.output: expected a new folder, got {run.path}, which holds a run; go on with "
             "train.resume=true or choose another folder"
         )
-    else:
-        _check_same_run(load_config(run.config), config)
+    _check_same_run(load_config(run.config), config)
     return run
 
 

@@ -85,7 +85,7 @@ def start_session(config: Config, run: RunFolder) -> Session:
     loader = ImageCaptionLoader(
         config.data.train, config.train.batch_size, options=_loader_options(config)
     )
-    tokenizer = _tokenizer(config, run)
+    tokenizer = _run_tokenizer(config, run) if run.has_begun() else _new_tokenizer(config)
     encoder = build_encoder(config, tokenizer).to(device)
     loss = ClipLoss(
         init_logit_scale=config.model.init_logit_scale,
@@ -133,7 +133,7 @@ def load_trained(config: Config, run: RunFolder) -> tuple[DualEncoder, Tokenizer
         raise ConfigError(
             f"run: expected a checkpoint in {run.checkpoints}, got none; train the run first"
         )
-    tokenizer = _tokenizer(config, run)
+    tokenizer = _run_tokenizer(config, run)
     encoder = build_encoder(config, tokenizer)
     encoder.load_state_dict(checkpoint.modules.get("ema", checkpoint.modules["encoder"]))
     return encoder.to(choose_device(config.train.device)), tokenizer, checkpoint.step
@@ -170,18 +170,14 @@ def _loader_options(config: Config) -> LoaderOptions:
     )
 
 
-def _tokenizer(config: Config, run: RunFolder) -> Tokenizer:
-    """The run's own where it was saved before, so that a resumed run reads the same tokens."""
-    length = config.data.context_length
-    if run.tokenizer.is_file():
-        return load_tokenizer(run.tokenizer, length)
-    if config.data.tokenizer == "train":
-        allowed = config.data.allow_url_schemes
-        captions = read_captions(config.data.train, allow_url_schemes=allowed)
-        tokenizer = train_tokenizer(
-            captions, vocab_size=config.data.vocab_size, context_length=length
-        )
-    else:
-        tokenizer = load_tokenizer(config.data.tokenizer, length)
-    tokenizer.save(run.tokenizer)
-    return tokenizer
+def _run_tokenizer(config: Config, run: RunFolder) -> Tokenizer:
+    """The one that was saved when the run began, so that a resumed run reads the same tokens."""
+    return load_tokenizer(run.tokenizer, config.data.context_length)
+
+
+def _new_tokenizer(config: Config) -> Tokenizer:
+    data = config.data
+    if data.tokenizer != "train":
+        return load_tokenizer(data.tokenizer, data.context_length)
+    captions = read_captions(data.train, allow_url_schemes=data.allow_url_schemes)
+    return train_tokenizer(captions, vocab_size=data.vocab_size, context_length=data.context_length)
