@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import warnings
+import weakref
 from collections import UserDict, namedtuple
 from typing import Any
 
@@ -14,8 +16,10 @@ from one_shot import gradient_errors, one_shot, twins, worst
 from torch import Tensor, nn
 
 from gradcache_clip import ClipLoss, GradCache, ReplayMismatchError
+from gradcache_clip.cache import replay_check
 from gradcache_clip.cache.schedule import replay_order
 from gradcache_clip.distributed import LocalStrategy
+from gradcache_clip.memory import LiveBytes
 
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROWS = 23
@@ -78,6 +82,16 @@ def test_a_replay_without_the_random_state_would_be_caught(monkeypatch):
     monkeypatch.setattr(RandomState, "restore", lambda self: None)
     with pytest.raises(ReplayMismatchError, match="encoder 0"):
         GradCache([mlp(12, dropout=0.3), mlp(20)], ClipLoss(), chunk_size=4)(*batch())
+
+
+def test_chunk_sizes_of_other_integer_types():
+    assert GradCache([mlp(12)], ClipLoss(), chunk_size=np.int64(4)).chunk_size == 4
+
+
+def test_a_submodule_that_is_called_module():
+    both = Both()
+    both.module = nn.Linear(2, 2)
+    assert GradCache(both, ClipLoss()).encoders is both
 
 
 def test_several_chunk_sizes():
@@ -355,33 +369,231 @@ def test_the_replay_check_can_warn_or_be_off():
     GradCache([encoder, mlp(20)], ClipLoss(), replay_check="off")(*batch())
 
 
-def test_memory_of_one_chunk_graph(monkeypatch):
-    """No graph is alive when the next chunk starts."""
-    alive, most = 0, 0
-    encoder = mlp(12)
+class FirstToken(nn.Module):
+    """Its features are a view into the hidden states of all tokens."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal alive, most
-        alive += tensor.numel()
-        most = max(most, alive)
-        return tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 16)
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layer(tokens)[:, 0]
+
+
+def test_memory_does_not_grow_with_the_batch_but_for_its_features():
     peaks = {}
-    for rows in (64, 256):
-        alive, most = 0, 0
+    for rows in (64, 1024):
+        inputs = torch.randn(rows, 50, 8), torch.randn(rows, 20)
+        cache = GradCache([FirstToken(), mlp(20)], ClipLoss(), chunk_size=16)
+        with LiveBytes() as live:
+            cache(*inputs)
+        peaks[rows] = live.peak_bytes
+    features = 2 * 1024 * 16 * 4
+    hidden_states = 1024 * 50 * 16 * 4
+    # Features and their gradients, normalised copies in the loss, and a tile of 1,024 x 1,024.
+    assert peaks[1024] - peaks[64] < 8 * features + 2 * 4 * 1024**2
+    without_tile = peaks[1024] - 2 * 4 * 1024**2
+    assert without_tile < hidden_states / 2, "hidden states of all chunks were alive"
 
-        def reset(*_: Any) -> None:
-            nonlocal alive
-            alive = 0
 
-        handle = encoder.register_forward_pre_hook(reset)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            features = torch.randn(rows, 16)
-            cache = GradCache([encoder, nn.Identity()], F.mse_loss, chunk_size=16)
-            cache(torch.randn(rows, 12), features)
-        handle.remove()
-        peaks[rows] = most
-    assert peaks[256] < peaks[64] + 3 * 256 * 16
+class Saved:
+    """A tensor that autograd saved for a backward, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_every_graph_is_freed_before_the_next_replay():
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
+    counts: list[int] = []
+
+    def save(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        alive.add(saved)
+        return saved
+
+    encoder = mlp(12)
+    encoder.register_forward_pre_hook(
+        lambda *_: counts.append(len(alive)) if torch.is_grad_enabled() else None
+    )
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor):
+        GradCache([encoder, nn.Identity()], F.mse_loss, chunk_size=4)(
+            torch.randn(ROWS, 12), torch.randn(ROWS, 16)
+        )
+    assert counts == [0] * 6
+
+
+def test_a_head_in_get_features_is_trained_on_a_frozen_encoder():
+    (body, other, head, loss), (true_body, true_other, true_head, true_loss) = twins(
+        mlp(12).requires_grad_(False), mlp(20), nn.Linear(16, 16), ClipLoss()
+    )
+    inputs = batch()
+    GradCache([body, other], loss, chunk_size=4, get_features=[head, None])(*inputs)
+    true_loss(true_head(true_body(inputs[0])), true_other(inputs[1])).loss.backward()
+    ours, truth = [other, head, loss], [true_other, true_head, true_loss]
+    assert worst(gradient_errors(ours, truth))[1] < 1e-5
+
+
+def test_a_frozen_tower_of_one_module_is_not_replayed():
+    both, calls = Both(), []
+    both.towers[0].requires_grad_(False)
+    both.towers[0].register_forward_hook(lambda *_: calls.append(0))
+    both.towers[1].register_forward_hook(lambda *_: calls.append(1))
+    GradCache(both, ClipLoss(), chunk_size=6)(*batch())
+    assert (calls.count(0), calls.count(1)) == (4, 8)
+
+
+class EnablesGrad(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.inner(x)
+
+
+def test_an_encoder_that_enables_gradients_itself():
+    assert compare([EnablesGrad(), mlp(20)], batch())[1] < 1e-5
+
+
+def test_an_output_buffer_that_is_used_again():
+    class Reuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(12)
+            self.buffer = torch.empty(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.inner(x)
+            if torch.is_grad_enabled():
+                return features
+            self.buffer.resize_(features.shape).copy_(features)
+            return self.buffer
+
+    assert compare([Reuses(), mlp(20)], batch(rows=20))[1] < 1e-5
+
+
+def test_cached_parametrizations_are_refused():
+    encoder = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(12, 16)))
+    cache = GradCache([encoder, mlp(20)], ClipLoss(), chunk_size=4)
+    with (
+        pytest.raises(RuntimeError, match="parametrize.cached"),
+        nn.utils.parametrize.cached(),
+    ):
+        cache(*batch())
+    cache(*batch())
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_the_fast_path_of_transformer_layers_is_not_taken():
+    """Without gradients it computes padded positions differently."""
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.layers = nn.TransformerEncoder(layer, 1).eval()
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            return self.layers(x, src_key_padding_mask=padding).mean(1)
+
+    padding = torch.arange(6) >= torch.randint(2, 7, (ROWS, 1))
+    texts = torch.randn(ROWS, 6, 16), padding
+    GradCache([mlp(12), Text()], ClipLoss(), chunk_size=5)(torch.randn(ROWS, 12), texts)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_mismatch_is_raised_even_if_its_cause_cannot_be_found(monkeypatch):
+    encoder = nn.Sequential(nn.Linear(12, 16), Unrepeatable())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room for another pass")
+
+    monkeypatch.setattr(replay_check, "_trace", fail)
+    with pytest.raises(ReplayMismatchError, match="could not be found.*no room"):
+        GradCache([encoder, mlp(20)], ClipLoss(), chunk_size=4)(*batch())
+
+
+def test_one_wrong_row_of_a_large_chunk_is_enough():
+    class OneRow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.calls = mlp(12), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            scale = torch.ones(len(x), 1)
+            scale[7] += 0.1 * self.calls
+            return self.inner(x) * scale
+
+    with (
+        pytest.raises(ReplayMismatchError, match="encoder 0"),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        GradCache([OneRow(), mlp(20)], ClipLoss(), chunk_size=1024)(*batch(rows=1024))
+
+
+def test_instance_norm_records_each_chunk_once():
+    encoders = [
+        nn.Sequential(nn.Unflatten(1, (3, 4)), nn.InstanceNorm1d(3, track_running_stats=True),
+                      nn.Flatten(), nn.Linear(12, 16)),
+        mlp(20),
+    ]  # fmt: skip
+    (ours, other), (truth, _) = twins(*encoders)
+    inputs = batch()
+    GradCache([ours, other], ClipLoss(), chunk_size=4)(*inputs)
+    for start in range(0, ROWS, 4):
+        truth(inputs[0][start : start + 4])
+    torch.testing.assert_close(ours[1].running_mean, truth[1].running_mean)
+
+
+def test_inputs_with_a_graph_are_refused_before_anything_is_changed():
+    upstream, encoders = nn.Linear(5, 12), [mlp(12), mlp(20)]
+    _, texts = batch()
+    cache = GradCache(encoders, ClipLoss(), chunk_size=4)
+    with pytest.raises(ValueError, match="encoder 0.*expected inputs that are leaves"):
+        cache(upstream(torch.randn(ROWS, 5)), texts)
+    assert_no_gradient(*encoders)
+
+
+def test_inputs_that_are_leaves_get_their_gradient():
+    encoders, (images, texts) = [mlp(12), mlp(20)], batch()
+    images.requires_grad_()
+    GradCache(encoders, ClipLoss(), chunk_size=4)(images, texts)
+    expected = torch.autograd.grad(ClipLoss()(encoders[0](images), encoders[1](texts)).loss, images)
+    torch.testing.assert_close(images.grad, expected[0])
+
+
+def test_a_loss_that_writes_into_the_features_is_refused():
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        with torch.no_grad():
+            a.clamp_(-0.1, 0.1)
+        return F.mse_loss(a, b)
+
+    with pytest.raises(ValueError, match="changed in place"):
+        GradCache([mlp(12), mlp(20)], loss, chunk_size=4)(*batch())
+
+
+def test_any_object_with_a_loss_comes_back_detached():
+    def loss(a: Tensor, b: Tensor) -> types.SimpleNamespace:
+        return types.SimpleNamespace(loss=F.mse_loss(a, b), parts={"mse": F.mse_loss(a, b)}, n=3)
+
+    out = GradCache([mlp(12), mlp(20)], loss, chunk_size=4)(*batch())
+    assert not out.loss.requires_grad and not out.parts["mse"].requires_grad and out.n == 3
+
+
+def test_numpy_arrays_are_cut_like_tensors():
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(12)
+
+        def forward(self, x: Tensor, weight: Any) -> Tensor:
+            return self.inner(x) * torch.from_numpy(weight).float()[:, None]
+
+    inputs = {"x": torch.randn(ROWS, 12), "weight": np.arange(ROWS)}, torch.randn(ROWS, 20)
+    assert compare([Weighted(), mlp(20)], inputs)[1] < 1e-5
 
 
 def test_replay_order_with_joint_ends():
@@ -399,6 +611,8 @@ def test_replay_order_with_joint_ends():
         ({"chunk_size": 0}, ValueError, "chunk_size: expected a positive integer.*got 0"),
         ({"chunk_size": (4, -1)}, ValueError, "chunk_size: expected a positive integer"),
         ({"chunk_size": True}, ValueError, "chunk_size: expected"),
+        ({"chunk_size": 64.0}, ValueError, "chunk_size: expected.*got 64.0"),
+        ({"chunk_size": None}, ValueError, "chunk_size: expected.*got None"),
         ({"chunk_size": (4, 4, 4)}, ValueError, "chunk_size: expected one for each of 2 inputs"),
         ({"replay_check": "loud"}, ValueError, "replay_check: expected 'error', 'warn' or 'off'"),
     ],
@@ -424,6 +638,10 @@ def test_bad_inputs_leave_every_gradient_untouched():
         cache(images[:1], texts[:1])
     with pytest.raises(ValueError, match="expected tensors or lists"):
         cache("an image", texts)
+    with pytest.raises(ValueError, match="expected a list of strings, got a tuple"):
+        cache(images, ("a", "b"))
+    with pytest.raises(ValueError, match="input 1: expected at least one row, got none"):
+        cache(images, texts[:0])
     with pytest.raises(RuntimeError, match="no_grad"), torch.no_grad():
         cache(images, texts)
     assert_no_gradient(*encoders, loss)
@@ -462,6 +680,7 @@ class Returns(nn.Module):
         ("text", TypeError, "got str; extract them with get_features"),
         (None, TypeError, "got NoneType"),
         ({"hidden": torch.ones(4, 2)}, TypeError, "got dict with hidden; say which"),
+        (torch.ones(4, 2, dtype=torch.complex64), TypeError, "expected features .a real tensor"),
         (torch.ones(3, 2), ValueError, r"expected features with 4 rows.*got shape \(3, 2\)"),
         (torch.ones(()), ValueError, r"got shape \(\)"),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcache_clip import ClipLoss, GradCache
-from gradcache_clip.distributed import DDPStrategy, gather_rows, world_size
+from gradcache_clip.distributed import DDPStrategy, LocalStrategy, gather_rows, world_size
 
 WORLD, LOCAL = 2, 10
 
@@ -111,8 +111,54 @@ def unequal_rows(rank: int) -> None:
         gather_rows(torch.ones(2 + rank, 4))
 
 
+def unequal_dtypes(rank: int) -> None:
+    features = torch.ones(2, 4, dtype=(torch.float32, torch.float16)[rank])
+    with pytest.raises(ValueError, match=r"same width and dtype.*float32.*float16"):
+        gather_rows(features)
+
+
+def nan_on_one_rank_stops_all(rank: int) -> None:
+    image, text, loss = build()
+    cache = GradCache([DDP(image), DDP(text)], loss, chunk_size=4, strategy=DDPStrategy())
+    images, texts = global_batch(0)
+    if rank == 1:
+        images = images * float("nan")
+    with pytest.raises(ValueError, match=("another one", r"encoder 0 .*chunk 0")[rank]):
+        cache(images[:LOCAL], texts[:LOCAL])
+    assert all(p.grad is None for p in [*image.parameters(), *loss.parameters()])
+
+
+def wrong_wrappers_are_refused(rank: int) -> None:
+    image, text, loss = build()
+    inputs = [x[:LOCAL] for x in global_batch(0)]
+
+    def refused(encoders: object, message: str, strategy: object = None) -> None:
+        cache = GradCache(encoders, loss, chunk_size=4, strategy=strategy or DDPStrategy())
+        with pytest.raises(ValueError, match=message):
+            cache(*inputs)
+
+    refused([DDP(image), text], "encoder 1: expected an encoder in DistributedDataParallel")
+    refused([DDP(image), DDP(text)], r"pass strategy=DDPStrategy\(\)", LocalStrategy())
+    together = OneModule(image, text)
+    refused(DDP(together, find_unused_parameters=True), "without find_unused_parameters")
+    refused([DDP(image, static_graph=True), DDP(text)], "without static_graph")
+    refused([torch.compile(DDP(image)), DDP(text)], "inside torch.compile")
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    refused([DDP(image, process_group=alone), DDP(text)], "expected a wrapper over all 2 ranks")
+
+
+CHECKS = [
+    separate_wrappers,
+    one_wrapper,
+    unequal_rows,
+    unequal_dtypes,
+    nan_on_one_rank_stops_all,
+    wrong_wrappers_are_refused,
+]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("check", [separate_wrappers, one_wrapper, unequal_rows])
+@pytest.mark.parametrize("check", CHECKS)
 def test_two_processes(check, tmp_path):
     in_two_processes(check, tmp_path)
 

@@ -65,6 +65,17 @@ def test_features_may_come_normalised():
     torch.testing.assert_close(with_it.loss, without.loss)
 
 
+def test_fp16_features_whose_norm_overflows():
+    images = (torch.randn(8, 512) * 5000).half().requires_grad_()
+    out = ClipLoss()(images, images)
+    assert out.loss < 1e-3 and out.accuracy == 1
+    zero = torch.randn(8, 16).half()
+    zero[0] = 0
+    torch.testing.assert_close(
+        ClipLoss()(zero, zero).loss, ClipLoss()(zero.float(), zero.float()).loss, rtol=1e-3, atol=0
+    )
+
+
 def test_accuracy_counts_both_directions():
     images = torch.eye(4)
     texts = torch.eye(4)[[0, 1, 3, 2]]

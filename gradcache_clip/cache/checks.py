@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.cache.tower import Tower
+from gradcache_clip.distributed.strategies import LocalStrategy, innermost
 
 
 def checked_encoders(encoders: Any) -> nn.Module | tuple[nn.Module, ...]:
     if isinstance(encoders, nn.Module) and not isinstance(encoders, nn.ModuleList):
-        names = list(inspect.signature(_innermost(encoders).forward).parameters)
+        names = list(inspect.signature(innermost(encoders).forward).parameters)
         if names[:1] == ["tower"]:
             return encoders
         raise ValueError(
@@ -34,23 +37,20 @@ def checked_encoders(encoders: Any) -> nn.Module | tuple[nn.Module, ...]:
     return modules
 
 
-def _innermost(module: Any) -> nn.Module:
-    """Below DistributedDataParallel (`module`) and torch.compile (`_orig_mod`)."""
-    for attribute in ("module", "_orig_mod"):
-        inner = getattr(module, attribute, None)
-        if isinstance(inner, nn.Module):
-            return _innermost(inner)
-    return module
-
-
 def checked_chunk_size(chunk_size: int | Sequence[int]) -> int | tuple[int, ...]:
-    sizes = (chunk_size,) if isinstance(chunk_size, int) else tuple(chunk_size)
-    if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+    several = isinstance(chunk_size, (list, tuple))
+    sizes = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,)
+    if not sizes or not all(_is_positive_integer(size) for size in sizes):
         raise ValueError(
             f"chunk_size: expected a positive integer, or one for each input, got {chunk_size!r}; "
             "take the largest that fits in memory, such as chunk_size=64"
         )
-    return chunk_size if isinstance(chunk_size, int) else sizes
+    integers = tuple(int(size) for size in sizes)
+    return integers if several else integers[0]
+
+
+def _is_positive_integer(size: Any) -> bool:
+    return isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0
 
 
 def one_for_each(given: Any, count: int, name: str) -> list[Any]:
@@ -61,15 +61,21 @@ def one_for_each(given: Any, count: int, name: str) -> list[Any]:
     return list(given)
 
 
-def check_finite(towers: Sequence[Tower]) -> None:
-    """NaN and infinity are named by encoder and chunk; a good batch costs one wait in all."""
+def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
+    """NaN and infinity are named by encoder and chunk; a good batch costs one wait in all.
+
+    All ranks raise together: one that stopped alone would leave the others waiting for it.
+    """
     flags = [
         feature.isfinite().all()
         for tower in towers
         for feature in tower.features
         if feature.is_floating_point()
     ]
-    if not flags or torch.stack([flag.to(flags[0].device) for flag in flags]).all():
+    if not flags:
+        return
+    broken = ~torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+    if not strategy.on_any_rank(broken):
         return
     for tower in towers:
         for index, (start, stop) in enumerate(tower.bounds):
@@ -79,6 +85,32 @@ def check_finite(towers: Sequence[Tower]) -> None:
                     f"of {len(tower.bounds)} (rows {start} to {stop - 1}); nothing was added to "
                     ".grad. Look at these inputs, and at the weights after the last step"
                 )
+    raise ValueError(
+        "features: expected finite values on every rank, got NaN or infinity on another one, whose "
+        "error says where; nothing was added to .grad"
+    )
+
+
+def check_inputs(towers: Sequence[Tower]) -> None:
+    """The graph of a computed input would be freed by the first of several replays."""
+    for tower in towers:
+        computed = any(t.requires_grad and not t.is_leaf for t in tensors_in(tower.inputs))
+        if computed and len(tower.bounds) > 1:
+            raise ValueError(
+                f"{tower.name}: expected inputs that are leaves, got a tensor with a graph; put "
+                "the module that computed it into the encoder, or pass "
+                "x.detach().requires_grad_() and call x.backward() with its .grad afterwards"
+            )
+
+
+def check_unchanged(towers: Sequence[Tower], versions: Sequence[int]) -> None:
+    """A loss that writes into the features would be given other features than the replay."""
+    now = [feature._version for tower in towers for feature in tower.features]
+    if now != list(versions):
+        raise ValueError(
+            "loss: expected features to be left as they are, got features that the loss changed in "
+            "place; let it work on a copy"
+        )
 
 
 def scalar_loss_of(output: Any) -> Tensor:

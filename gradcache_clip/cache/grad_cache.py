@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,22 +14,30 @@ from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.checks import (
     check_finite,
+    check_inputs,
+    check_unchanged,
     checked_chunk_size,
     checked_encoders,
     one_for_each,
     scalar_loss_of,
 )
 from gradcache_clip.cache.nested import count_rows, map_tensors
-from gradcache_clip.cache.random_state import RandomState, accelerators_among
-from gradcache_clip.cache.replay_check import ReplayCheck, ReplayMismatchError, describe
+from gradcache_clip.cache.random_state import RandomState
+from gradcache_clip.cache.replay_check import (
+    ON_ANOTHER_RANK,
+    ReplayCheck,
+    ReplayMismatchError,
+    describe,
+)
 from gradcache_clip.cache.schedule import replay_order
 from gradcache_clip.cache.settings import (
     autocast_off,
     forget_autocast_casts,
     frozen_running_statistics,
+    refuse_cached_parametrizations,
     warn_of_batch_norm,
 )
-from gradcache_clip.cache.tower import Encode, Tower, call_encoder, chunk_bounds
+from gradcache_clip.cache.tower import Encode, Tower, call_encoder, chunk_bounds, surely_trainable
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 GetFeatures = Callable[[Any], Any]
@@ -116,13 +125,16 @@ class GradCache:
                 "GradCache: expected gradients to be enabled, got a call inside torch.no_grad(); "
                 "call it outside, or run the encoders alone to evaluate"
             )
+        refuse_cached_parametrizations()
         towers = self._towers(inputs)
+        check_inputs(towers)
+        self.strategy.check([tower.module for tower in towers])
         modules = [tower.bare_module for tower in towers]
         if not self._warned_of_batch_norm:
             self._warned_of_batch_norm = warn_of_batch_norm(modules)
         for tower in towers:
             tower.embed()
-        check_finite(towers)
+        check_finite(towers, self.strategy)
         output = self._backward_of_loss(towers, loss_kwargs or {})
         with frozen_running_statistics(modules):
             self._report(self._replay([tower for tower in towers if tower.trainable]))
@@ -143,7 +155,11 @@ class GradCache:
             bounds = chunk_bounds(rows[index], sizes[index], at_least=2 if several else 1)
             name = f"encoder {index} ({type(self.strategy.bare(module)).__name__})"
             bare = self.strategy.bare(module)
-            towers.append(Tower(name, module, bare, encode, extractors[index], given, bounds))
+            tower = Tower(name, module, bare, encode, extractors[index], given, bounds)
+            # One module for all inputs may be frozen for this one; only its graph tells.
+            if not isinstance(self.encoders, nn.Module) and surely_trainable(module, given):
+                tower.trainable = True
+            towers.append(tower)
         return towers
 
     def _modules_for(self, count: int) -> list[nn.Module]:
@@ -166,9 +182,11 @@ class GradCache:
             pytree.tree_unflatten(flat, tower.structure)
             for tower, flat in zip(towers, leaves, strict=True)
         ]
+        versions = [feature._version for tower in towers for feature in tower.features]
         forget_autocast_casts()
         output = self.loss(*features, **loss_kwargs)
         loss = scalar_loss_of(output)
+        check_unchanged(towers, versions)
         with autocast_off(_device_types(towers)):
             self.strategy.scale_loss(loss).backward()
         factor = self.strategy.gradient_factor()
@@ -180,7 +198,7 @@ class GradCache:
         check = ReplayCheck()
         order = replay_order([len(tower.bounds) for tower in towers], self.strategy.joint_ends)
         drawn = any(state is not None for tower in towers for state in tower.random_states)
-        after_embed = RandomState.capture(_accelerators(towers)) if drawn else None
+        after_embed = RandomState.capture(_drawn_on(towers)) if drawn else None
         try:
             for position, group in enumerate(order):
                 chunks = [(towers[tower], index) for tower, index in group]
@@ -212,11 +230,12 @@ class GradCache:
 
     def _report(self, check: ReplayCheck) -> None:
         failures = check.failures()
-        if not failures:
+        if not self.strategy.on_any_rank(torch.tensor(bool(failures))):
             return
+        message = describe(failures) if failures else ON_ANOTHER_RANK
         if self.replay_check == "error":
-            raise ReplayMismatchError(describe(failures))
-        warnings.warn(describe(failures), stacklevel=3)
+            raise ReplayMismatchError(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _call_tower(index: int, module: nn.Module, inputs: Any) -> Any:
@@ -224,7 +243,7 @@ def _call_tower(index: int, module: nn.Module, inputs: Any) -> Any:
 
 
 def _takes_gradient(tower: Tower, feature: Tensor) -> bool:
-    return tower.trainable and feature.is_floating_point()
+    return bool(tower.trainable) and feature.is_floating_point()
 
 
 def _taken_gradient(leaf: Tensor, factor: float) -> Tensor | None:
@@ -237,12 +256,21 @@ def _taken_gradient(leaf: Tensor, factor: float) -> Tensor | None:
 def _detached(output: Any) -> Any:
     if isinstance(output, Tensor):
         return LossOnly(output.detach())
-    return map_tensors(torch.detach, output)
+    detached = map_tensors(torch.detach, output)
+    if detached is not output:
+        return detached
+    # An object of some other class: its attributes hold the tensors.
+    detached = copy.copy(output)
+    for name, value in vars(output).items():
+        setattr(detached, name, map_tensors(torch.detach, value))
+    return detached
 
 
 def _device_types(towers: Iterable[Tower]) -> set[str]:
     return {feature.device.type for tower in towers for feature in tower.features} | {"cpu"}
 
 
-def _accelerators(towers: Iterable[Tower]) -> tuple[torch.device, ...]:
-    return accelerators_among(p for tower in towers for p in tower.module.parameters())
+def _drawn_on(towers: Iterable[Tower]) -> tuple[torch.device, ...]:
+    """Devices whose generators a replay will set back."""
+    states = (state for tower in towers for state in tower.random_states if state is not None)
+    return tuple(sorted({device for state in states for device, _ in state.devices}, key=str))

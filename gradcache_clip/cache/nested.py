@@ -1,7 +1,7 @@
 """Nested inputs: their number of rows, and the rows of one chunk.
 
-Tensors are cut along dimension 0, lists hold one sample an element, and mappings, tuples and
-dataclasses are containers that are looked into. Anything else reaches every chunk as it is.
+Tensors and NumPy arrays are cut along dimension 0, lists hold one sample an element, and mappings,
+tuples and dataclasses are containers that are looked into. Anything else reaches every chunk whole.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def count_rows(inputs: Any, name: str) -> int:
             "of tensors or a list of strings"
         )
     (first, rows), *others = parts
+    if rows == 0:
+        raise ValueError(f"{first}: expected at least one row, got none; pass a batch")
     for path, other in others:
         if other != rows:
             raise ValueError(
@@ -40,9 +42,7 @@ def count_rows(inputs: Any, name: str) -> int:
 
 def take_rows(inputs: Any, start: int, stop: int) -> Any:
     """Rows start to stop of everything inside `inputs`; tensors come back as views."""
-    if isinstance(inputs, Tensor):
-        return inputs[start:stop] if inputs.dim() else inputs
-    if isinstance(inputs, list):
+    if _has_rows(inputs):
         return inputs[start:stop]
     return _map_children(inputs, lambda child: take_rows(child, start, stop))
 
@@ -67,11 +67,22 @@ def map_tensors(function: Callable[[Tensor], Tensor], nested: Any) -> Any:
 
 
 def _parts_with_rows(inputs: Any, path: str) -> Iterator[tuple[str, int]]:
-    if isinstance(inputs, list) or (isinstance(inputs, Tensor) and inputs.dim()):
+    if _has_rows(inputs):
         yield path, len(inputs)
         return
+    if isinstance(inputs, tuple) and inputs and all(isinstance(part, str) for part in inputs):
+        raise ValueError(
+            f"{path}: expected a list of strings, got a tuple, which stands for several "
+            "arguments; pass list(texts)"
+        )
     for key, child in _children(inputs):
         yield from _parts_with_rows(child, f"{path}[{key!r}]")
+
+
+def _has_rows(inputs: Any) -> bool:
+    """Lists, and tensors and NumPy arrays that are no scalars."""
+    is_array = isinstance(inputs, Tensor) or type(inputs).__module__ == "numpy"
+    return isinstance(inputs, list) or (is_array and getattr(inputs, "ndim", 0) > 0)
 
 
 def _is_dataclass(inputs: Any) -> bool:

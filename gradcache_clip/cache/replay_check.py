@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.nested import map_tensors, tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
+from gradcache_clip.cache.settings import kernels_as_with_gradients
 from gradcache_clip.cache.tower import Tower
 
 # Relative change of a chunk's features that rounding alone may cause, by the precision computed in.
@@ -20,6 +21,13 @@ _TOLERANCE = {
 }
 
 
+ON_ANOTHER_RANK = (
+    "expected every rank's replay to repeat its embed, got another rank where it did not, whose "
+    "error says where. The gradients in .grad are not exact: call optimizer.zero_grad() and do not "
+    "step."
+)
+
+
 class ReplayMismatchError(RuntimeError):
     """The features of a chunk differ between embed and replay, so its gradients are not exact."""
 
@@ -28,23 +36,26 @@ class ReplayCheck:
     """Collects one number a chunk on the device and reads them all at the end of the step."""
 
     def __init__(self) -> None:
-        self._places: list[tuple[Tower, int]] = []
-        self._excess: list[Tensor] = []
+        self._places: list[tuple[Tower, int, float]] = []
+        self._changes: list[Tensor] = []
 
     def compare(self, tower: Tower, index: int, replayed: list[Tensor]) -> None:
         for cached, again in zip(tower.cached(index), replayed, strict=True):
             if again.is_floating_point():
-                self._places.append((tower, index))
-                self._excess.append(_relative_change(cached, again.detach()) / tolerance_of(again))
+                self._places.append((tower, index, tolerance_of(again)))
+                self._changes.append(_relative_change(cached, again.detach()))
 
     def failures(self) -> list[tuple[Tower, int, float]]:
-        """Chunks beyond tolerance, with their excess over it; the one wait of the check."""
-        if not self._excess:
+        """Chunks that changed beyond tolerance, and by how much; the one wait of the check."""
+        if not self._changes:
             return []
-        device = self._excess[0].device
-        values = torch.stack([excess.to(device) for excess in self._excess])
-        pairs = zip(self._places, values.tolist(), strict=True)
-        return [(tower, index, value) for (tower, index), value in pairs if not value <= 1]
+        device = self._changes[0].device
+        values = torch.stack([change.to(device) for change in self._changes]).tolist()
+        return [
+            (tower, index, value)
+            for (tower, index, tolerance), value in zip(self._places, values, strict=True)
+            if not value <= tolerance
+        ]
 
 
 def tolerance_of(features: Tensor) -> float:
@@ -60,50 +71,65 @@ def tolerance_of(features: Tensor) -> float:
 
 def describe(failures: list[tuple[Tower, int, float]]) -> str:
     """The message for the first failing chunk, with the module that most likely causes it."""
-    tower, index, excess = max(failures, key=lambda failure: failure[2])
-    change = excess * tolerance_of(tower.features[0])
+    tower, index, change = max(failures, key=lambda failure: failure[2])
+    chunks = len({(id(tower), index) for tower, index, _ in failures})
     return (
         f"{tower.name}, chunk {index} of {len(tower.bounds)}: expected the replay to repeat the "
         f"embed up to rounding, got features that changed by {change:.1e} (relative; "
-        f"{len(failures)} chunks in all). {_likely_cause(tower, index)} The gradients in .grad are "
+        f"{chunks} chunks in all). {_likely_cause(tower, index)} The gradients in .grad are "
         "not exact: call optimizer.zero_grad() and do not step."
     )
 
 
 def _relative_change(cached: Tensor, again: Tensor) -> Tensor:
+    """Largest change of a row, relative to its own size or that of a mean row if it is smaller."""
     if again.dtype is not torch.float64:
         cached, again = cached.float(), again.float()
-    size = torch.linalg.vector_norm(cached).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.linalg.vector_norm(again - cached) / size
+    rows = len(cached)
+    sizes = torch.linalg.vector_norm(cached.reshape(rows, -1), dim=1)
+    changes = torch.linalg.vector_norm((again - cached).reshape(rows, -1), dim=1)
+    floor = sizes.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (changes / torch.maximum(sizes, floor)).amax()
 
 
 def _likely_cause(tower: Tower, index: int) -> str:
     state = RandomState.capture(accelerators_among(tower.features))
     try:
-        first = _trace(tower, index)
-        second = _trace(tower, index)
+        with kernels_as_with_gradients():
+            plain, again = (_trace(tower, index, with_graph=False) for _ in range(2))
+        graph = _trace(tower, index, with_graph=True)
+    except Exception as error:  # Whatever happens here must not hide the mismatch itself.
+        return f"The cause could not be found ({type(error).__name__}: {error})."
     finally:
         state.restore()
-    for (name, before), (_, after) in zip(first, second, strict=False):
-        if not _same(before, after):
-            return (
-                f"Likely cause: {name} does not repeat itself with torch's random state restored "
-                "(it draws from numpy, random or a generator of its own, or carries state from "
-                "one call to the next)."
-            )
+    if name := _first_difference(plain, again):
+        return (
+            f"Likely cause: {name} does not repeat itself with torch's random state restored "
+            "(it draws from numpy, random or a generator of its own, or carries state from one "
+            "call to the next)."
+        )
+    if name := _first_difference(again, graph):
+        return f"Likely cause: {name} computes something else when gradients are enabled."
     return (
         "The encoder repeats itself now, so its input, its weights or its state were changed in "
         "place between the two passes; look for in-place operations on the inputs."
     )
 
 
-def _trace(tower: Tower, index: int) -> list[tuple[str, Any]]:
+def _first_difference(one: list[tuple[str, Any]], other: list[tuple[str, Any]]) -> str | None:
+    pairs = zip(one, other, strict=False)
+    return next((name for (name, a), (_, b) in pairs if not _same(a, b)), None)
+
+
+def _trace(tower: Tower, index: int, *, with_graph: bool) -> list[tuple[str, Any]]:
     """Output of every module, innermost first, in one more pass over the chunk."""
     outputs: list[tuple[str, Any]] = []
 
     def record(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         label = f"{name or 'the encoder'} ({type(module).__name__})"
-        return module.register_forward_hook(lambda _m, _i, output: outputs.append((label, output)))
+        return module.register_forward_hook(
+            lambda _m, _i, output: outputs.append((label, map_tensors(torch.clone, output)))
+        )
 
     module = tower.bare_module
     handles = [record(name, child) for name, child in module.named_modules()]
@@ -111,7 +137,7 @@ def _trace(tower: Tower, index: int) -> list[tuple[str, Any]]:
         random_state = tower.random_states[index]
         if random_state is not None:
             random_state.restore()
-        with torch.no_grad():
+        with torch.set_grad_enabled(with_graph):
             tower.forward(module, index)
     finally:
         for handle in handles:

@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.utils import parametrize
 
 
 def forget_autocast_casts() -> None:
@@ -31,21 +32,46 @@ def autocast_off(device_types: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Batch norm in train mode still normalises by its chunk, but records it only at the embed."""
-    norms = _norms_in_training(modules)
-    for _, norm in norms:
-        norm.track_running_stats = False
+def kernels_as_with_gradients() -> Iterator[None]:
+    """Without gradients torch's Transformer layers take a fast path that rounds, and pads,
+    differently; the embed must compute what the replay will."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        for _, norm in norms:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def refuse_cached_parametrizations() -> None:
+    """Weights computed once without a graph would silently get no gradient in the replay."""
+    if parametrize._cache_enabled:
+        raise RuntimeError(
+            "GradCache: expected parametrizations to be computed anew, got a call inside "
+            "torch.nn.utils.parametrize.cached(); call it outside"
+        )
+
+
+@contextmanager
+def frozen_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Norms in train mode still normalise by their chunk, but record it only at the embed."""
+    norms = [norm for _, norm in _norms_in_training(modules, _NormBase)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        # Instance norm records whenever it has buffers, so there the share of the new is zero.
+        norm.track_running_stats = not isinstance(norm, _BatchNorm)
+        norm.momentum = norm.momentum if isinstance(norm, _BatchNorm) else 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.track_running_stats = True
+            norm.momentum = momentum
 
 
 def warn_of_batch_norm(modules: Iterable[nn.Module]) -> bool:
     """Name the layers through which features depend on the chunk; False when there are none."""
-    names = [name for name, _ in _norms_in_training(modules)]
+    names = [name for name, _ in _norms_in_training(modules, _BatchNorm)]
     if not names:
         return False
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -58,11 +84,13 @@ def warn_of_batch_norm(modules: Iterable[nn.Module]) -> bool:
     return True
 
 
-def _norms_in_training(modules: Iterable[nn.Module]) -> list[tuple[str, _BatchNorm]]:
+def _norms_in_training(
+    modules: Iterable[nn.Module], kind: type[_NormBase]
+) -> list[tuple[str, _NormBase]]:
     unique = {id(module): module for module in modules}.values()
     return [
         (name or type(child).__name__, child)
         for module in unique
         for name, child in module.named_modules()
-        if isinstance(child, _BatchNorm) and child.training and child.track_running_stats
+        if isinstance(child, kind) and child.training and child.track_running_stats
     ]

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Number of processes in `group`; 1 where torch.distributed is not in use."""
@@ -26,24 +28,31 @@ def gather_rows(features: Tensor, group: dist.ProcessGroup | None = None) -> Ten
         group: process group; the default group when None.
 
     Raises:
-        ValueError: the ranks hold different numbers of rows (raised on every rank).
+        ValueError: shapes or dtypes differ between the ranks (raised on every rank).
     """
     if world_size(group) == 1:
         return features
-    _check_equal_rows(features, group)
+    _check_same_everywhere(features, group)
     rows: Tensor = _GatherRows.apply(features, group)
     return rows
 
 
-def _check_equal_rows(features: Tensor, group: dist.ProcessGroup | None) -> None:
-    counts = features.new_empty(world_size(group), dtype=torch.int64)
-    mine = torch.tensor([len(features)], device=features.device)
-    dist.all_gather_into_tensor(counts, mine, group=group)
-    rows = counts.tolist()
+def _check_same_everywhere(features: Tensor, group: dist.ProcessGroup | None) -> None:
+    described = len(features), features[0].numel(), _DTYPES.index(features.dtype)
+    mine = torch.tensor(described, device=features.device)
+    theirs = mine.new_empty(world_size(group) * len(described))
+    dist.all_gather_into_tensor(theirs, mine, group=group)
+    rows, widths, dtypes = theirs.view(-1, len(described)).T.tolist()
     if min(rows) != max(rows):
         raise ValueError(
             f"features: expected the same number of rows on every rank, got {rows} by rank; "
             "drop or pad the last batch so that all ranks hold as many pairs"
+        )
+    if min(widths) != max(widths) or min(dtypes) != max(dtypes):
+        names = [str(_DTYPES[dtype]) for dtype in dtypes]
+        raise ValueError(
+            f"features: expected the same width and dtype on every rank, got {widths} and {names} "
+            "by rank; run the same model in the same precision everywhere"
         )
 
 

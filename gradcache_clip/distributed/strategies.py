@@ -1,17 +1,20 @@
 """How a backward is taken: on one process, or on many under DistributedDataParallel.
 
-A strategy answers four questions of the engine: which module embeds (`bare`), what multiplies the
-loss and the feature gradients (`scale_loss`, `gradient_factor`), whether gradients are exchanged
-during a replay (`replaying`), and whether the first and the last replay must carry a chunk of
-every tower together (`joint_ends`).
+A strategy tells the engine which module embeds (`bare`), what multiplies the loss and the feature
+gradients (`scale_loss`, `gradient_factor`), whether gradients are exchanged during a replay
+(`replaying`), whether the first and the last replay must carry a chunk of every tower together
+(`joint_ends`), and what went wrong elsewhere (`on_any_rank`). It refuses modules that it would
+give wrong gradients for (`check`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +34,20 @@ class LocalStrategy:
     def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         self.grad_scaler = grad_scaler
 
+    def check(self, modules: Sequence[nn.Module]) -> None:
+        """Refuse modules that exchange gradients by themselves.
+
+        Raises:
+            ValueError: a module is wrapped in DistributedDataParallel.
+        """
+        for module in modules:
+            if isinstance(_uncompiled(module), DistributedDataParallel):
+                raise ValueError(
+                    "strategy: expected DDPStrategy for an encoder in DistributedDataParallel, got "
+                    f"{type(self).__name__}, which would leave its gradients divided by the world "
+                    "size; pass strategy=DDPStrategy()"
+                )
+
     def bare(self, module: nn.Module) -> nn.Module:
         """The module to embed with: no graph is built, so nothing needs to be exchanged."""
         return module
@@ -42,9 +59,13 @@ class LocalStrategy:
         """What a feature gradient is multiplied by so that parameter gradients come out right."""
         return 1.0
 
-    def replaying(self, modules: Iterable[nn.Module], *, last: bool) -> AbstractContextManager:
+    def replaying(self, modules: Sequence[nn.Module], *, last: bool) -> AbstractContextManager:
         """A context around the forward and backward of one replay."""
         return nullcontext()
+
+    def on_any_rank(self, flag: Tensor) -> bool:
+        """Whether a 0-dim boolean is true on this or another rank; waits for the device."""
+        return bool(flag)
 
 
 class DDPStrategy(LocalStrategy):
@@ -53,9 +74,36 @@ class DDPStrategy(LocalStrategy):
     Every replay but the last runs inside `no_sync`; the last carries a chunk of every tower, so
     that each reducer sees all of its parameters in one backward. DDP averages over the ranks where
     the global loss asks for the sum, so feature gradients are multiplied by the world size.
+
+    The loss must be that of the global batch, the same on every rank, and must give each rank the
+    gradient of its own rows without summing over ranks, as `ClipLoss` and `gather_rows` do. With
+    a loss over the local rows alone, or one gathered by `torch.distributed.nn.all_gather`, whose
+    backward sums over ranks already, gradients come out larger by the world size.
     """
 
     joint_ends = True
+
+    def check(self, modules: Sequence[nn.Module]) -> None:
+        """Refuse wrappers, or their absence, that would give wrong gradients or fail midway.
+
+        Raises:
+            ValueError: a trainable encoder is not wrapped, or its wrapper has settings that need
+                one forward a step.
+        """
+        uses = Counter(id(module) for module in modules)
+        for index, module in enumerate(modules):
+            if isinstance(module, DistributedDataParallel):
+                _check_wrapper(module, index, shared=uses[id(module)] > 1)
+            elif isinstance(_uncompiled(module), DistributedDataParallel):
+                raise ValueError(
+                    f"encoder {index}: expected DistributedDataParallel outermost, got it inside "
+                    "torch.compile; write DistributedDataParallel(torch.compile(encoder))"
+                )
+            elif any(parameter.requires_grad for parameter in module.parameters()):
+                raise ValueError(
+                    f"encoder {index}: expected an encoder in DistributedDataParallel, got "
+                    f"{type(module).__name__}, whose gradients nobody would reduce; wrap it"
+                )
 
     def bare(self, module: nn.Module) -> nn.Module:
         return module.module if isinstance(module, DistributedDataParallel) else module
@@ -63,7 +111,7 @@ class DDPStrategy(LocalStrategy):
     def gradient_factor(self) -> float:
         return float(world_size())
 
-    def replaying(self, modules: Iterable[nn.Module], *, last: bool) -> AbstractContextManager:
+    def replaying(self, modules: Sequence[nn.Module], *, last: bool) -> AbstractContextManager:
         if last:
             return nullcontext()
         stack = ExitStack()
@@ -71,3 +119,36 @@ class DDPStrategy(LocalStrategy):
             if isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
         return stack
+
+    def on_any_rank(self, flag: Tensor) -> bool:
+        anywhere = flag.to(torch.int32)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return bool(anywhere)
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """Below DistributedDataParallel and torch.compile."""
+    inner = _uncompiled(module)
+    if isinstance(inner, DistributedDataParallel):
+        return innermost(inner.module)
+    return inner
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "_orig_mod", module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _check_wrapper(ddp: DistributedDataParallel, index: int, *, shared: bool) -> None:
+    if ddp.static_graph or (shared and ddp.find_unused_parameters):
+        setting = "static_graph" if ddp.static_graph else "find_unused_parameters"
+        raise ValueError(
+            f"encoder {index}: expected DistributedDataParallel without {setting}, got "
+            f"{setting}=True, which allows one forward a step; leave it out"
+        )
+    if dist.get_world_size(ddp.process_group) != world_size():
+        raise ValueError(
+            f"encoder {index}: expected a wrapper over all {world_size()} ranks, got one over "
+            f"{dist.get_world_size(ddp.process_group)}; use the default process group"
+        )

@@ -44,7 +44,8 @@ class ClipLoss(nn.Module):
         max_logit_scale: its upper bound; CLIP uses 100.
         normalize: L2-normalise the features first (equation 2 of the CLIP objective).
         impl: "auto", "reference", "tiled" or "triton"; see `gradcache_clip.ops.clip_loss`.
-        group: process group whose ranks share the batch; the default group when None.
+        group: process group whose ranks share the batch; the default group when None. With
+            `DDPStrategy` it must be the default one.
 
     Example:
         >>> import torch
@@ -99,8 +100,8 @@ class ClipLoss(nn.Module):
             self._clamp()
             logit_scale = self.logit_scale
         if self.normalize:
-            image_features = F.normalize(image_features, dim=-1)
-            text_features = F.normalize(text_features, dim=-1)
+            image_features = _unit(image_features)
+            text_features = _unit(text_features)
         image_features = gather_rows(image_features, self.group)
         text_features = gather_rows(text_features, self.group)
         _check_has_negatives(image_features)
@@ -114,6 +115,12 @@ class ClipLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}, impl={self.impl!r}"
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Unit rows; in fp16 a norm overflows at 65,504 and the guard against zero is itself zero."""
+    wide = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+    return F.normalize(wide, dim=-1).to(features.dtype)
 
 
 def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:

@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import (
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from gradcache_clip.cache.checks import one_for_each
 from gradcache_clip.cache.nested import count_rows, map_tensors, tensors_in
 from gradcache_clip.cache.settings import forget_autocast_casts
-from gradcache_clip.cache.tower import Encode, Tower, call_encoder
+from gradcache_clip.cache.tower import Encode, Tower, call_encoder, surely_trainable
 
 _NEEDS_DATA = (
     DataDependentOutputException,
@@ -31,7 +32,7 @@ _NEEDS_DATA = (
     UnsupportedOperatorException,
 )
 
-GetFeatures = Callable[[Any], Any]
+GetFeatures = Callable[[Any], Any] | Sequence[Callable[[Any], Any] | None]
 
 
 class Keeping(NamedTuple):
@@ -69,12 +70,18 @@ class FakeStep:
             _expand(given, batch_size, f"input {index}")
             for index, given in enumerate(example_inputs)
         ]
+        extractors = one_for_each(keeping.features, len(example_inputs), "get_features")
         self.towers = []
         for index, (module, given) in enumerate(zip(modules, inputs, strict=True)):
             twin = _FakeTwin(module, self._fakes)
             encode = _encode_with(twin, index if isinstance(encoders, nn.Module) else None)
             name, bounds = f"encoder {index} ({type(module).__name__})", [(0, batch_size)]
-            self.towers.append(Tower(name, module, module, encode, keeping.features, given, bounds))
+            features = extractors[index]
+            tower = Tower(name, module, module, encode, features, given, bounds)
+            # As in the engine: one module for all inputs may be frozen for this one.
+            if not isinstance(encoders, nn.Module) and surely_trainable(module, given):
+                tower.trainable = True
+            self.towers.append(tower)
         self.state = list(self._fakes.values())
         self.trainable = [tensor for tensor in self.state if tensor.requires_grad]
         states = range(keeping.optimizer_states)

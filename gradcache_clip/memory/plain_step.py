@@ -147,8 +147,8 @@ def count_cached_step(
         live = _watch(step, rounding)
         with live:
             for tower in step.towers:
-                tower.bounds = [(0, min(chunk_size, batch_size))]
-                _embed(tower, batch_size, live)
+                tower.bounds = _first_and_last(chunk_size, batch_size)
+                _embed(tower, live)
             _gradients_of_features(step, live)
             for tower in step.towers:
                 # Twice: the second chunk meets the gradients that the first one left behind.
@@ -156,6 +156,12 @@ def count_cached_step(
                     forget_autocast_casts()
                     _replay(step, tower)
     return _step_memory(live)
+
+
+def _first_and_last(chunk_size: int, batch_size: int) -> list[tuple[int, int]]:
+    if batch_size <= chunk_size:
+        return [(0, batch_size)]
+    return [(0, chunk_size), (batch_size - chunk_size, batch_size)]
 
 
 def _watch(step: FakeStep, rounding: Rounding) -> LiveBytes:
@@ -175,24 +181,18 @@ def _forward(tower: Tower) -> Any:
     return pytree.tree_unflatten(flat, tower.structure)
 
 
-def _embed(tower: Tower, batch_size: int, live: LiveBytes) -> None:
-    """Fill `features` as the engine does: parts of all chunks first, then one tensor of them."""
-    stop = tower.bounds[0][1]
-    with torch.no_grad():
-        shapes = [part.shape[1:] for part in tower.forward(tower.module, 0)]
-        last = tower.forward(tower.module, 0)
-        earlier = [
-            part.new_empty((batch_size - stop, *shape))
-            for part, shape in zip(last, shapes, strict=True)
-        ]
-        tower.features = [torch.cat(pair) for pair in zip(earlier, last, strict=True)]
-    live.mark(tower.features, "feature")
+def _embed(tower: Tower, live: LiveBytes) -> None:
+    """Fill `features` as the engine does, from the first and the last chunk."""
+    for index in range(len(tower.bounds)):
+        with torch.set_grad_enabled(tower.trainable is None):
+            tower.keep(tower.forward(tower.module, index), index)
+        live.mark(tower.features, "feature")
 
 
 def _gradients_of_features(step: FakeStep, live: LiveBytes) -> None:
     for tower in step.towers:
         for feature in tower.features:
-            feature.requires_grad_(tower.trainable and feature.is_floating_point())
+            feature.requires_grad_(bool(tower.trainable) and feature.is_floating_point())
             if feature.requires_grad:
                 feature.register_post_accumulate_grad_hook(_marker(live, "feature"))
     features = [pytree.tree_unflatten(tower.features, tower.structure) for tower in step.towers]
