@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from tiny_run import logged, make_data, overrides
 
 from gradcache_clip.cli import main
+from gradcache_clip.train import loop
 from gradcache_clip.train.config import ConfigError
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.loop import RunSummary, train
@@ -26,12 +33,17 @@ def run(data: Path, output: Path, *more: str) -> RunSummary:
     return train(load_config(None, overrides(data, output, *more)))
 
 
-def start(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+def start(
+    data: Path, output: Path, *more: str, start_new_session: bool = False
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "gradcache_clip.cli", "train", str(output) + ".yaml"]
     config = Path(f"{output}.yaml")
     config.write_text("{}")
     return subprocess.Popen(
-        [*command, *overrides(data, output, *more)], stderr=subprocess.PIPE, text=True
+        [*command, *overrides(data, output, *more)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=start_new_session,
     )
 
 
@@ -116,12 +128,139 @@ def test_ctrl_c_saves_and_says_how_to_resume(data, tmp_path):
     assert resumed.finished and resumed.step == step + 1
 
 
-def test_a_finished_run_that_is_resumed_keeps_its_metrics(whole, data):
+@pytest.mark.parametrize("place", ["loop._log_row", "loop._embed"])
+def test_ctrl_c_anywhere_in_a_step_still_saves(data, tmp_path, monkeypatch, place):
+    output, name = tmp_path / "a run", place.removeprefix("loop.")
+    original = getattr(loop, name)
+
+    def interrupted(session, *arguments):
+        if session.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(session, *arguments)
+
+    monkeypatch.setattr(loop, name, interrupted)
+    console = Console(file=io.StringIO())
+    config = load_config(None, overrides(data, output, "train.evaluate_every=3"))
+    summary = train(config, console=console)
+    assert (summary.step, summary.finished) == (3, False)
+    assert (output / "checkpoints" / "step-00000003").is_dir()
+    assert f"train '{output}/config.yaml' train.resume=true" in console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_process_group_saves(data, tmp_path):
+    output = tmp_path / "run"
+    more = ["train.steps=2000", "data.workers=2", "train.checkpoint_every=1"]
+    process = start(data, output, *more, start_new_session=True)
+    wait_for_step(output, 3, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 130, messages
+    assert (output / "checkpoints" / f"step-{max(logged(output, 'loss')):08d}").is_dir()
+    assert "Traceback" not in messages
+
+
+def test_an_error_in_the_middle_saves_what_was_trained(data, tmp_path, monkeypatch):
+    original = loop.take_step
+
+    def fails(backward, *arguments):
+        fails.calls += 1
+        if fails.calls == 5:
+            raise ValueError("a bad batch")
+        return original(backward, *arguments)
+
+    fails.calls = 0
+    monkeypatch.setattr(loop, "take_step", fails)
+    with pytest.raises(ValueError, match="a bad batch"):
+        run(data, tmp_path / "run", "train.checkpoint_every=0")
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_weights_that_are_nan_are_never_saved(data, tmp_path, monkeypatch):
+    original = loop.take_step
+
+    def poisons(backward, *arguments):
+        result = original(backward, *arguments)
+        poisons.calls += 1
+        if poisons.calls == 3:
+            with torch.no_grad():
+                arguments[2].param_groups[0]["params"][0].view(-1)[0] = float("nan")
+        return result
+
+    poisons.calls = 0
+    monkeypatch.setattr(loop, "take_step", poisons)
+    with pytest.raises(ValueError, match=r"weights: expected finite numbers after step 3.*in imag"):
+        run(data, tmp_path / "run", "train.checkpoint_every=1")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000001", "step-00000002"]
+
+
+def test_validation_data_are_looked_for_before_training(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(data, tmp_path / "run", f"data.validation={tmp_path}/nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_evaluation_loses_no_training(data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with tarfile.open(tmp_path / "empty" / "shard-0.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match="at least one sample"):
+        run(data, tmp_path / "run", f"data.validation={tmp_path}/empty", "train.steps=3")
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_rates_leave_out_what_is_no_training():
+    meter = loop.Meter()
+    time.sleep(0.05)
+    meter.count(10)
+    with meter.held():
+        time.sleep(0.5)
+    time.sleep(0.05)
+    meter.count(10)
+    rates = meter.rates()
+    assert 100 <= rates["step_ms"] * 2 < 400
+    assert rates["pairs_per_s"] == pytest.approx(20_000 / (2 * rates["step_ms"]))
+    assert meter.pairs == 20
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_summary(whole, data):
     output, summary = whole
     again = run(data, output, "train.resume=true")
-    assert again.step == summary.step
-    assert again.metrics == pytest.approx(summary.metrics)
+    assert again == summary
     assert set(logged(output, "loss")) == set(range(1, 9))
+
+
+def test_a_longer_run_is_resumed_from_its_own_config(data, tmp_path):
+    run(data, tmp_path / "run", "train.steps=3")
+    run(data, tmp_path / "run", "train.steps=5", "train.resume=true")
+    assert load_config(tmp_path / "run" / "config.yaml").train.steps == 5
+
+
+def test_resuming_where_no_run_is(data, tmp_path):
+    with pytest.raises(ConfigError, match="expected the folder of a run, got .*typo"):
+        run(data, tmp_path / "typo", "train.resume=true")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_config_of_another_program_is_left_alone(data, tmp_path):
+    (tmp_path / "config.yaml").write_text("other_tool: 1\n")
+    with pytest.raises(ConfigError, match="holds other files"):
+        run(data, tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "other_tool: 1\n"
+
+
+def test_broken_samples_are_counted_in_the_summary(data, tmp_path):
+    shards = tmp_path / "train"
+    shutil.copytree(data / "train", shards)
+    (shards / "manifest.json").unlink()
+    with tarfile.open(next(shards.glob("*.tar")), "a") as archive:
+        for name, content in (("bad.png", b"no image"), ("bad.txt", b"a caption")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    summary = run(data, tmp_path / "run", f"data.train={shards}", "train.steps=16")
+    assert list(summary.skipped) == ["undecodable image"] and sum(summary.skipped.values()) >= 1
 
 
 def test_an_existing_run_is_never_overwritten(whole, data):

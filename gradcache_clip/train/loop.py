@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,8 +20,11 @@ from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_o
 from gradcache_clip.train.report.metrics_log import MetricsLog
 from gradcache_clip.train.report.pictures import draw_run
 from gradcache_clip.train.run_folder import check_run
-from gradcache_clip.train.session import Session, start_session
+from gradcache_clip.train.session import Session, saved_at_the_end, start_session
 from gradcache_clip.train.step import Backward, StepResult, make_backward, take_step
+
+# Paths may hold what rich takes for markup, and a command must stay on its line.
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 @dataclass(frozen=True)
@@ -30,14 +37,14 @@ class RunSummary:
     """Optimizer steps taken."""
     finished: bool
     """False when it was interrupted and can be resumed."""
-    loss: float
+    loss: float | None
     """Of the last logged step."""
     pairs_per_s: float
     """Training pairs a second over this part of the run, evaluation left out."""
     peak_memory_bytes: int
     """Most memory that the process (on a GPU: its tensors) held."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Broken training samples that were passed over, by reason."""
+    """Broken training samples that were passed over, by reason; counted in every epoch."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Held-out retrieval after the last step, if there is a validation set."""
 
@@ -49,17 +56,23 @@ class Meter:
         self.seconds = self.pairs = self._seconds = self._pairs = self._steps = 0.0
         self._start = time.perf_counter()
 
-    def resume(self) -> None:
-        """Start the clock; what happened since `pause` does not count."""
-        self._start = time.perf_counter()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What happens in this context is no training and does not count."""
+        self._seconds += time.perf_counter() - self._start
+        try:
+            yield
+        finally:
+            self._start = time.perf_counter()
 
     def count(self, pairs: int) -> None:
         self._pairs += pairs
         self._steps += 1
 
-    def pause(self) -> dict[str, float]:
-        """Stop the clock; rates since the last pause."""
-        self._seconds += time.perf_counter() - self._start
+    def rates(self) -> dict[str, float]:
+        """Pairs a second and milliseconds a step since the last call."""
+        now = time.perf_counter()
+        self._seconds, self._start = self._seconds + now - self._start, now
         rates = {
             "pairs_per_s": self._pairs / self._seconds,
             "step_ms": 1000 * self._seconds / self._steps,
@@ -75,7 +88,7 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
 
     Leaves in `train.output`: config.yaml, tokenizer.json, metrics.jsonl and TensorBoard events,
     checkpoints/, pictures/ and summary.json. The first Ctrl-C ends after the running step with a
-    checkpoint.
+    checkpoint, and so does an error.
 
     Raises:
         ConfigError, ValueError, OSError: before anything is written, when the configuration cannot
@@ -83,27 +96,30 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
             finite.
     """
     console = console or Console(stderr=True)
-    _check_schedule(config)
     run = check_run(config)
     session = start_session(config, run)
     run.begin(config, session.tokenizer)
-    if session.step:
-        console.print(f"going on from step {session.step} of {run.path}", soft_wrap=True)
+    before, first_step = run.read_summary(), session.step
+    if first_step:
+        console.print(f"going on from step {first_step} of {run.path}", **_PLAIN)
     if config.train.compile:
         session.encoder.compile()
     backward = make_backward(session.encoder, session.loss, config.train, session.scaler)
-    with MetricsLog(run.path, resume_step=session.step) as log:
+    with MetricsLog(run.path, resume_step=first_step) as log:
         row, meter, held_out = _run_steps(session, backward, log, console)
     finished = session.step >= config.train.steps
     if finished and held_out is None and config.data.validation:
         # Nothing was left to train: the log has this evaluation already.
         held_out = _embed(session)
-    summary = _summary(session, row, meter, held_out)
+    if session.step == first_step and before is not None:
+        summary = RunSummary(**{**before, "finished": finished})
+    else:
+        summary = _summary(session, row, meter, held_out)
+    run.write_summary(summary)
     if finished:
         draw_run(run, config, held_out)
     else:
-        console.print(_how_to_resume(summary), soft_wrap=True)
-    run.write_summary(summary)
+        console.print(_how_to_resume(summary), **_PLAIN)
     return summary
 
 
@@ -112,29 +128,31 @@ def _run_steps(
 ) -> tuple[dict[str, float], Meter, HeldOut | None]:
     """Steps until the last or until Ctrl-C; the last log row and the last evaluation."""
     config, meter = session.config.train, Meter()
-    batches = iter(session.loader)
     row: dict[str, float] = {}
     held_out = None
-    with stop_on_interrupt() as stop, TrainingBar(config.steps, session.step, console) as bar:
-        meter.resume()
+    with (
+        stop_on_interrupt() as stop,
+        TrainingBar(config.steps, session.step, console) as bar,
+        saved_at_the_end(session),
+        closing(session.batches()) as batches,
+    ):
         while session.step < config.steps and not stop:
             result = _train_one(session, backward, next(batches))
             meter.count(config.batch_size)
             bar.advance()
-            ends = session.step == config.steps or bool(stop)
-            if ends or session.step % config.log_every == 0:
+            last = session.step == config.steps
+            if last or stop or session.step % config.log_every == 0:
                 row = _log_row(session, result, meter)
                 log.write(session.step, row)
                 bar.show({"step": session.step, **row})
-                meter.resume()
-            if session.config.data.validation and _due(session, config.evaluate_every, stop=stop):
-                held_out = _embed(session)
-                metrics = held_out.metrics(session.config.evaluation.recall_at)
-                log.write(session.step, metrics.to_scalars())
-                meter.resume()
-            if ends or _due(session, config.checkpoint_every, stop=stop):
-                session.save()
-                meter.resume()
+            if last or _due(session, config.checkpoint_every):
+                with meter.held():
+                    session.save()
+            if session.config.data.validation and (last or _due(session, config.evaluate_every)):
+                with meter.held():
+                    held_out = _embed(session)
+                    metrics = held_out.metrics(session.config.evaluation.recall_at)
+                    log.write(session.step, metrics.to_scalars())
     return row, meter, held_out
 
 
@@ -158,11 +176,8 @@ def _train_one(session: Session, backward: Backward, batch: Batch) -> StepResult
     return result
 
 
-def _due(session: Session, every: int, *, stop: object) -> bool:
-    """At every so many steps and at the last; an interrupted run does not start long work."""
-    if stop:
-        return False
-    return session.step == session.config.train.steps or bool(every and session.step % every == 0)
+def _due(session: Session, every: int) -> bool:
+    return bool(every) and session.step % every == 0
 
 
 def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, float]:
@@ -172,7 +187,7 @@ def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, fl
     return {
         **dict(zip(names, values, strict=True)),
         "learning_rate": session.optimizer.param_groups[0]["lr"],
-        **meter.pause(),
+        **meter.rates(),
         "peak_memory_bytes": peak_memory_bytes(session.device),
     }
 
@@ -190,7 +205,7 @@ def _summary(
         output=str(session.run.path),
         step=session.step,
         finished=session.step >= session.config.train.steps,
-        loss=row.get("loss", float("nan")),
+        loss=row.get("loss"),
         pairs_per_s=meter.pairs / meter.seconds if meter.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(session.device),
         skipped=dict(session.loader.broken.counts),
@@ -198,13 +213,11 @@ def _summary(
     )
 
 
-def _check_schedule(config: Config) -> None:
-    """The schedule must fit the run before a folder is made."""
-    learning_rate_at(0, config.optimizer, config.train.steps)
-
-
 def _how_to_resume(summary: RunSummary) -> str:
+    if not summary.step:
+        return "stopped before the first step"
+    config = shlex.quote(f"{summary.output}/config.yaml")
     return (
         f"stopped after step {summary.step} with a checkpoint; go on with\n"
-        f"    gradcache-clip train {summary.output}/config.yaml train.resume=true"
+        f"    gradcache-clip train {config} train.resume=true"
     )

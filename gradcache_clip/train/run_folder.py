@@ -15,6 +15,9 @@ from gradcache_clip.train.tokenizer import Tokenizer
 
 # What may change between the parts of one run; all else would make it another run.
 _MAY_CHANGE = {
+    # The loader's state knows the shards by what is in them, wherever they are.
+    "data.train", "data.validation", "evaluation.batch_size", "evaluation.recall_at",
+    "evaluation.gallery",
     "train.output", "train.resume", "train.steps", "train.log_every", "train.evaluate_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.compile", "train.device",
     "data.max_broken_share",
@@ -52,16 +55,36 @@ class RunFolder:
         log = self.path / FILE_NAME
         return (log.is_file() and log.stat().st_size > 0) or self.checkpoints.is_dir()
 
+    def holds_only_a_failed_start(self) -> bool:
+        """Whether everything here is ours, so that nothing is lost by writing it again."""
+        names = {path.name for path in self.path.iterdir()}
+        try:
+            load_config(self.config)
+        except ConfigError:
+            return False
+        return names <= {self.config.name, self.tokenizer.name, FILE_NAME, "tensorboard"}
+
     def begin(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Make the folder and write down what defines the run, unless it goes on."""
+        """Make the folder and write down what defines the run; a resumed one keeps its tokens."""
+        self.path.mkdir(parents=True, exist_ok=True)
         if not self.has_begun():
-            self.path.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.config)
             tokenizer.save(self.tokenizer)
+        temporary = self.config.with_suffix(".tmp")
+        save_config(config, temporary)
+        temporary.replace(self.config)
 
     def write_summary(self, summary: Any) -> None:
-        text = json.dumps(dataclasses.asdict(summary), indent=2)
-        self.summary.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(dataclasses.asdict(summary), indent=2, allow_nan=False)
+        temporary = self.summary.with_suffix(".tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(self.summary)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The fields of the last summary, if one was written."""
+        if not self.summary.is_file():
+            return None
+        fields: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        return fields
 
 
 def check_run(config: Config) -> RunFolder:
@@ -74,9 +97,14 @@ def check_run(config: Config) -> RunFolder:
     run = RunFolder(Path(config.train.output))
     if run.path.is_file():
         raise ConfigError(f"train.output: expected a folder, got the file {run.path}")
+    if config.train.resume and not run.config.is_file():
+        raise ConfigError(
+            f"train.resume: expected the folder of a run, got {run.path}, which holds none; check "
+            "train.output, or leave train.resume out to start there"
+        )
     if not run.path.exists() or not any(run.path.iterdir()):
         return run
-    if not run.config.is_file():
+    if not run.config.is_file() or not (run.has_begun() or run.holds_only_a_failed_start()):
         raise ConfigError(
             f"train.output: expected a new folder, got {run.path}, which holds other files; "
             "choose another folder"

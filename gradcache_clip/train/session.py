@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from gradcache_clip.train.checkpoint import (
     save_checkpoint,
 )
 from gradcache_clip.train.config import Config, ConfigError
-from gradcache_clip.train.data import ImageCaptionLoader, LoaderOptions, read_captions
+from gradcache_clip.train.data import Batch, ImageCaptionLoader, LoaderOptions, read_captions
+from gradcache_clip.train.data.shard_urls import find_shards
 from gradcache_clip.train.ema import Ema
 from gradcache_clip.train.optimizer import build_optimizer
 from gradcache_clip.train.run_folder import RunFolder
@@ -41,9 +43,20 @@ class Session:
     ema: Ema | None
     loader: ImageCaptionLoader
     step: int = 0
+    saved_step: int = 0
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """Training batches from here on; closing it ends the worker processes."""
+        yield from self.loader
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
+        """Write a checkpoint of everything that the next step depends on.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; earlier checkpoints are untouched.
+            OSError: the disk is full; earlier checkpoints are untouched.
+        """
+        self._check_weights()
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -59,10 +72,23 @@ class Session:
             modules["ema"] = self.ema.state_dict()["averages"]
         keep = self.config.train.keep_checkpoints
         save_checkpoint(self.run.checkpoints, self.step, modules=modules, state=state, keep=keep)
+        self.saved_step = self.step
+
+    def _check_weights(self) -> None:
+        named = [*self.encoder.named_parameters(), *self.loss.named_parameters()]
+        finite = torch.stack([parameter.isfinite().all() for _, parameter in named])
+        if finite.all():
+            return
+        name = named[int((~finite).nonzero()[0])][0]
+        raise ValueError(
+            f"weights: expected finite numbers after step {self.step}, got NaN or infinity in "
+            f"{name}; nothing was saved, and earlier checkpoints are untouched. Lower "
+            "optimizer.learning_rate or set optimizer.max_grad_norm"
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on exactly where the checkpoint was written."""
-        self.step = checkpoint.step
+        self.step = self.saved_step = checkpoint.step
         self.encoder.load_state_dict(checkpoint.modules["encoder"])
         self.loss.load_state_dict(checkpoint.modules["loss"])
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
@@ -78,10 +104,27 @@ class Session:
         return self.ema.swapped_into(self.encoder) if self.ema else nullcontext()
 
 
+@contextmanager
+def saved_at_the_end(session: Session) -> Iterator[None]:
+    """Save what was trained in this context, also when an error ends it."""
+    try:
+        yield
+    except Exception:
+        if session.step > session.saved_step:
+            # Weights that are the error must neither be saved nor hide it.
+            with suppress(ValueError):
+                session.save()
+        raise
+    if session.step > session.saved_step:
+        session.save()
+
+
 def start_session(config: Config, run: RunFolder) -> Session:
     """Build the run; with `train.resume`, at its newest good checkpoint."""
     torch.manual_seed(config.train.seed)
     device = choose_device(config.train.device)
+    if config.data.validation:
+        find_shards(config.data.validation, allow_url_schemes=config.data.allow_url_schemes)
     loader = ImageCaptionLoader(
         config.data.train, config.train.batch_size, options=_loader_options(config)
     )

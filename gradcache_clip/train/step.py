@@ -103,6 +103,12 @@ def _accumulate(
             scaler.scale(output.loss * share).backward()
         outputs.append(ContrastiveOutput(*(value.detach() for value in output)))
         shares.append(share)
+    losses = torch.stack([output.loss for output in outputs])
+    if not losses.isfinite().all():
+        raise ValueError(
+            f"loss: expected a finite loss of every chunk, got {losses.tolist()}; nothing was "
+            "stepped. Look at these inputs, and at the weights after the last step"
+        )
     weights = torch.tensor(shares, device=images.device)
     return ContrastiveOutput(
         *((torch.stack(values) * weights).sum() for values in zip(*outputs, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -121,6 +122,10 @@ class ImageCaptionLoader:
         self._plan = StreamPlan(shards, options, rank, world_size)
         self._progress = _Progress()
         self.broken = BrokenTally()
+        counts = [shard.samples for shard in self._plan.shards]
+        known = sum(count for count in counts if count is not None)
+        if None not in counts and known < batch_size * world_size:
+            raise self._too_small(known // world_size)
 
     @property
     def epoch(self) -> int:
@@ -210,6 +215,7 @@ class ImageCaptionLoader:
             collate_fn=_unchanged,
             # Else it would draw from torch's own generator and alter the dropout of a resumed run.
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_parent,
         )
         ended = 0
         for position, group in enumerate(loader, start.group):
@@ -266,6 +272,12 @@ class _BatchBuilder:
         """The batch, once it is full."""
         assert self._images is not None and self.is_full
         return Batch(self._images, self._captions, self._keys, self._groups)
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """A signal to the whole process group must not kill what the parent still reads from."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def read_all(

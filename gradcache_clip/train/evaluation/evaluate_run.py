@@ -25,6 +25,7 @@ def evaluate_run(
     *,
     data: str | None = None,
     templates: tuple[str, ...] = (),
+    device: str | None = None,
     console: Console | None = None,
 ) -> RetrievalMetrics:
     """Retrieval on held-out pairs with a run's newest checkpoint, printed as a table.
@@ -32,12 +33,14 @@ def evaluate_run(
     Args:
         run_folder: the `train.output` of the run.
         data: shards to evaluate on; those of the run's `data.validation` when None.
+        device: where to run; an accelerator where there is one when None.
         templates: with any, images are also classified by their first captions put into them.
 
     Raises:
         ConfigError: the folder holds no run, no checkpoint, or no validation data is known.
     """
     run, config = existing_run(run_folder)
+    config.train.device = device or "auto"
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=data))
     if not config.data.validation:
