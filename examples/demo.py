@@ -8,17 +8,18 @@ the chunk. Then draws both and prints a table.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from gradcache_clip.losses import ClipLoss
-from gradcache_clip.memory import StepMemory, count_cached_step, count_plain_step
+from gradcache_clip.memory import count_cached_step, count_plain_step
 from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.report import (
     RunFigures,
     draw_curves,
@@ -40,12 +41,17 @@ MAKERS = {"emoji": make_emoji, "glyphs": make_glyphs}
 def main() -> int:
     options = parse()
     console = Console()
-    shards = MAKERS[options.data](Path("data") / options.data).out
-    if options.fresh and (options.output / "config.yaml").is_file():
-        shutil.rmtree(options.output)
-    cached, accumulated = options.output, options.output / "accumulated"
-    for output, negatives in ((cached, "batch"), (accumulated, "chunk")):
-        status = train(shards, output, negatives, options.overrides, console)
+    try:
+        shards = MAKERS[options.data](Path("data") / options.data).out
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    output = options.output or Path("runs") / ("demo" if options.data == "emoji" else "demo-glyphs")
+    if options.fresh and RunFolder(output).config.is_file():
+        shutil.rmtree(output)
+    cached, accumulated = output, output / "accumulated"
+    for folder, negatives in ((cached, "batch"), (accumulated, "chunk")):
+        status = train(shards, folder, negatives, options.overrides, console)
         if status:
             return status
     report(cached, accumulated, console)
@@ -55,7 +61,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=MAKERS, default="emoji")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--output", type=Path, help="runs/demo, or runs/demo-glyphs for glyphs")
     parser.add_argument("--fresh", action="store_true", help="remove an earlier demo run first")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     return parser.parse_args()
@@ -66,43 +72,50 @@ def train(
 ) -> int:
     """One run in a process of its own, so that its peak memory is its own; resumed if cut off."""
     run = RunFolder(output)
-    if run.summary.is_file() and json.loads(run.summary.read_text())["finished"]:
+    settings = [
+        *(f"data.train={shards / 'train'}", f"data.validation={shards / 'validation'}"),
+        *(f"train.output={output}", f"train.negatives={negatives}", *overrides),
+    ]
+    if (run.read_summary() or {}).get("finished"):
+        made_by = replace(existing_run(output)[1].train, resume=False)
+        if made_by != load_config(HERE / "demo.yaml", settings).train:
+            print(
+                f"demo: {output} holds a run with other settings; pass --fresh (FRESH=1)",
+                file=sys.stderr,
+            )
+            return 2
         console.print(f"[dim]{output} is finished; --fresh (make demo FRESH=1) trains again")
         return 0
     console.rule(f"training with negatives from the whole {negatives}")
-    return subprocess.call(
-        [
-            *(sys.executable, "-m", "gradcache_clip.cli", "train", str(HERE / "demo.yaml")),
-            *(f"data.train={shards / 'train'}", f"data.validation={shards / 'validation'}"),
-            *(f"train.output={output}", f"train.negatives={negatives}"),
-            *(["train.resume=true"] if run.config.is_file() else []),
-            *overrides,
-        ]
-    )
+    resume = ["train.resume=true"] if run.has_begun() else []
+    command = [sys.executable, "-m", "gradcache_clip.cli", "train", str(HERE / "demo.yaml")]
+    return subprocess.call([*command, *settings, *resume])
 
 
 def report(cached: Path, accumulated: Path, console: Console) -> None:
     runs = [existing_run(path) for path in (cached, accumulated)]
     curves = [run_curve(run, config) for run, config in runs]
     picture = draw_curves(curves, cached / "pictures" / "curves.png")
-    plain, chunked = count_memory(*runs[0])
+    cached_step, chunk_step, plain_step = count_memory(*runs[0])
     figures = [
-        column(run, config, curve.name, plain.total_bytes)
-        for (run, config), curve in zip(runs, curves, strict=True)
+        column(*runs[0], curves[0].name, cached_step, plain_step),
+        column(*runs[1], curves[1].name, chunk_step),
     ]
     console.print(metrics_table(figures, title=f"Held-out retrieval, {cached}"))
     console.print(
         f"A step over {runs[0][1].train.batch_size:,} pairs holds "
-        f"{format_bytes(chunked.total_bytes)} of tensors with gradient caching; a plain step "
-        f"would hold {format_bytes(plain.total_bytes)}, "
-        f"{plain.total_bytes / chunked.total_bytes:.0f} times as much."
+        f"{format_bytes(cached_step)} of tensors with gradient caching; a plain step would hold "
+        f"{format_bytes(plain_step)}, {plain_step / cached_step:.0f} times as much."
     )
     (cached / "table.md").write_text(to_markdown(figures), encoding="utf-8")
     console.print(f"Pictures: {picture.parent}    table: {cached / 'table.md'}")
 
 
-def column(run: RunFolder, config: Config, name: str, plain_bytes: int) -> RunFigures:
-    summary = json.loads(run.summary.read_text())
+def column(
+    run: RunFolder, config: Config, name: str, step_bytes: int, plain_bytes: int | None = None
+) -> RunFigures:
+    summary = run.read_summary()
+    assert summary is not None
     whole = config.train.negatives == "batch"
     return RunFigures(
         name=name,
@@ -110,12 +123,14 @@ def column(run: RunFolder, config: Config, name: str, plain_bytes: int) -> RunFi
         candidates=config.train.batch_size if whole else config.train.chunk_size,
         pairs_per_s=summary["pairs_per_s"],
         peak_memory_bytes=summary["peak_memory_bytes"],
-        plain_memory_bytes=plain_bytes if whole else None,
+        step_memory_bytes=step_bytes,
+        plain_memory_bytes=plain_bytes,
     )
 
 
-def count_memory(run: RunFolder, config: Config) -> tuple[StepMemory, StepMemory]:
-    """Bytes of tensors in a plain and in a cached step of this run, counted without running one."""
+def count_memory(run: RunFolder, config: Config) -> tuple[int, int, int]:
+    """Bytes of tensors at the peak of a step, counted without running one: cached over the batch,
+    plain over a chunk, plain over the batch."""
     import torch
 
     tokenizer = load_tokenizer(run.tokenizer, config.data.context_length)
@@ -125,9 +140,12 @@ def count_memory(run: RunFolder, config: Config) -> tuple[StepMemory, StepMemory
     example = images, tokenizer(["a caption of some words"] * 2, pad_to_context=True)
     batch, chunk = config.train.batch_size, config.train.chunk_size
     with autocast(config.train.precision, torch.device("cpu")):
-        plain = count_plain_step(encoder, ClipLoss(impl="reference"), example, batch)
         cached = count_cached_step(encoder, ClipLoss(impl="tiled"), example, batch, chunk)
-    return plain, cached
+        chunked, plain = (
+            count_plain_step(encoder, ClipLoss(impl="reference"), example, rows)
+            for rows in (chunk, batch)
+        )
+    return cached.total_bytes, chunked.total_bytes, plain.total_bytes
 
 
 if __name__ == "__main__":

@@ -415,8 +415,8 @@ class TestTable:
             "| R@1 text → image | **40.0 %** | 12.5 % |  |",
             "| candidates in the softmax | 1,024 | 1,024 |  |",
             "| training pairs per second | 812 | 812 |  |",
-            "| peak memory | 1.50 GiB | 1.50 GiB |  |",
-            "| memory of a plain step | 9.00 GiB |  |  |",
+            "| peak memory of the process | 1.50 GiB | 1.50 GiB |  |",
+            "| tensors of a plain step | 9.00 GiB |  |  |",
         ]
 
     def test_terminal(self) -> None:
@@ -428,7 +428,7 @@ class TestTable:
         console.file.close()
         assert "80.0 %" in text
         assert "R@1 image → text" in text
-        assert "memory of a plain step" not in text
+        assert "tensors of a plain step" not in text
 
     def test_takes_what_evaluation_gives(self) -> None:
         recall = recall_at_k(torch.eye(5), torch.eye(5), ks=(1, 2)).to_scalars()

@@ -28,6 +28,8 @@ class RunFigures:
     """Training pairs a second."""
     peak_memory_bytes: int
     """Most memory that training held."""
+    step_memory_bytes: int | None = None
+    """Tensors that a step holds at its peak, as counted, where known."""
     plain_memory_bytes: int | None = None
     """What a plain step over as many candidates would have needed, where known."""
 
@@ -81,7 +83,7 @@ def to_markdown(runs: Sequence[RunFigures]) -> str:
         | R@1 image → text | 50.0 % | 1.0 % |
         | candidates in the softmax | 1,024 |  |
         | training pairs per second | 5,000 |  |
-        | peak memory | 3.00 GiB |  |
+        | peak memory of the process | 3.00 GiB |  |
     """
     lines = _lines(runs)
     head = ["", *(run.name for run in runs), "chance"]
@@ -118,19 +120,20 @@ def _lines(runs: Sequence[RunFigures]) -> list[_Line]:
     lines += [
         _line("candidates in the softmax", runs, lambda run: f"{run.candidates:,}"),
         _line("training pairs per second", runs, lambda run: f"{run.pairs_per_s:,.0f}"),
-        _line("peak memory", runs, lambda run: format_bytes(run.peak_memory_bytes)),
+        _line("peak memory of the process", runs, lambda run: format_bytes(run.peak_memory_bytes)),
     ]
-    if any(run.plain_memory_bytes is not None for run in runs):
-        lines.append(_line("memory of a plain step", runs, _plain_memory))
+    for label, counts in (
+        ("tensors of a step", [run.step_memory_bytes for run in runs]),
+        ("tensors of a plain step", [run.plain_memory_bytes for run in runs]),
+    ):
+        if any(count is not None for count in counts):
+            cells = ("" if count is None else format_bytes(count) for count in counts)
+            lines.append(_Line(label, tuple(cells)))
     return lines
 
 
 def _line(label: str, runs: Sequence[RunFigures], cell: Callable[[RunFigures], str]) -> _Line:
     return _Line(label, tuple(cell(run) for run in runs))
-
-
-def _plain_memory(run: RunFigures) -> str:
-    return "" if run.plain_memory_bytes is None else format_bytes(run.plain_memory_bytes)
 
 
 def _recall_line(name: str, runs: Sequence[RunFigures]) -> _Line:
