@@ -20,8 +20,8 @@ TRAIN = [
     "safetensors>=0.4.3",
     "tensorboard>=2.16",
     "timm>=1.0.9",
-    "tokenizers>=0.20",
-    "transformers>=4.46",
+    "tokenizers>=0.22",
+    "transformers>=4.56",
     "webdataset>=0.2.100",
 ]
 DEEPSPEED = ["deepspeed>=0.16; platform_system == 'Linux'"]

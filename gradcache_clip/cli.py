@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradcache_clip import __version__
+from gradcache_clip.train.command import (
+    CommandError,
+    add_traceback_option,
+    add_train_arguments,
+    run_command,
+)
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.sources import DataSummary, TableColumns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; mistakes of the user end with one line on stderr and status 2."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    # Of other libraries only what needs attention.
-    logging.getLogger().setLevel(logging.WARNING)
-    try:
-        return int(arguments.run(arguments))
-    except (ValueError, OSError) as error:
-        if arguments.traceback:
-            raise
-        print(f"gradcache-clip: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("gradcache-clip: interrupted", file=sys.stderr)
-        return 130
+    return run_command(_parser().parse_args(argv), name="gradcache-clip")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,24 +31,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Exact large-batch contrastive training in the memory of one chunk.",
     )
     parser.add_argument("--version", action="version", version=f"gradcache-clip {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    add_traceback_option(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_train(commands)
+    add_train_arguments(commands.add_parser("train", help="train a CLIP model from shards"))
     _add_evaluate(commands)
     _add_data(commands)
     return parser
-
-
-def _add_train(commands: Any) -> None:
-    train = commands.add_parser("train", help="train a CLIP model from shards")
-    train.add_argument("config", type=Path, help="YAML file; see examples/demo.yaml")
-    train.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="SECTION.KEY=VALUE",
-        help="such as train.batch_size=4096 model.image=vit_tiny_patch16_224",
-    )
-    train.set_defaults(run=_train)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -68,6 +50,8 @@ def _add_evaluate(commands: Any) -> None:
         help="also classify images by their captions put into TEMPLATE, such as 'a photo of a {}.' "
         "(may be given several times)",
     )
+    evaluate.add_argument("--device", help="auto, cpu, cuda:1; an accelerator where there is one if not given")
+    add_traceback_option(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -89,25 +73,18 @@ def _add_data(commands: Any) -> None:
         if kind == "csv":
             parser.add_argument("--image-column", help="column with paths of images")
             parser.add_argument("--caption-column", action="append", help="column with captions")
+        add_traceback_option(parser)
         parser.set_defaults(run=_data, kind=kind)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from gradcache_clip.train.config_file import load_config
-    from gradcache_clip.train.loop import train
-
-    summary = train(load_config(arguments.config, arguments.overrides))
-    print(f"{summary.output}: step {summary.step}, {summary.pairs_per_s:,.0f} pairs/s")
-    for reason, count in summary.skipped.items():
-        print(f"skipped {count:,} broken samples: {reason}")
-    return 0 if summary.finished else 130
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
 
     evaluate_run(
-        arguments.run_folder, data=arguments.data, templates=tuple(arguments.zero_shot or ())
+        arguments.run_folder,
+        data=arguments.data,
+        templates=tuple(arguments.zero_shot or ()),
+        device=arguments.device,
     )
     return 0
 
@@ -126,7 +103,7 @@ def _data(arguments: argparse.Namespace) -> int:
     elif arguments.kind == "glyphs":
         summary = sources.make_glyphs(arguments.out, **options)
     else:
-        summary = sources.make_emoji(arguments.out, **options)
+        summary = _emoji(arguments.out, options)
     done = "already there" if summary.reused else "written"
     print(
         f"{summary.out}: {summary.train_samples:,} training and {summary.validation_samples:,} "
@@ -137,7 +114,17 @@ def _data(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _columns(arguments: argparse.Namespace) -> Any:
+def _emoji(out: Path, options: dict[str, Any]) -> DataSummary:
+    from gradcache_clip.train.sources import make_emoji
+
+    try:
+        return make_emoji(out, **options)
+    # That npm failed; elsewhere a RuntimeError would be a bug.
+    except RuntimeError as error:
+        raise CommandError(str(error)) from error
+
+
+def _columns(arguments: argparse.Namespace) -> TableColumns:
     from gradcache_clip.train.sources import TableColumns
 
     defaults = TableColumns()

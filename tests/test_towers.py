@@ -8,10 +8,13 @@ import random
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
 from gradcache_clip.train.config import ModelConfig
+from gradcache_clip.train.probe import check_towers
 from gradcache_clip.train.tokenizer import CLS, PAD, SEP, Tokenizer, load_tokenizer, train_tokenizer
 from gradcache_clip.train.towers import DualEncoder, build_towers
 
@@ -156,6 +159,13 @@ def test_the_first_token_sees_the_others() -> None:
         ({"text_kwargs": TINY_TEXT | {"max_position_embeddings": 8}}, "context_length=8"),
         ({"text_kwargs": TINY_TEXT | {"vocab_size": 200}}, "data.tokenizer: .* 200 .* 300"),
         ({"text": "no/such/folder", "text_pretrained": True}, "model.text: .*no/such/folder"),
+        ({"text": "xlnet", "text_kwargs": {}}, "model.text: .*'xlnet' .*; .*model.text=bert"),
+        ({"text": "funnel", "text_kwargs": {}}, "model.text: .*'funnel' .*; .*model.text=bert"),
+        ({"image": "resnet10t", "image_kwargs": {"global_pool": "x"}}, "model.image: .*'x'"),
+        (
+            {"image": "davit_large", "image_pretrained": True},
+            "model.image_pretrained: .*davit_large",
+        ),
     ],
 )
 def test_bad_models_are_named(
@@ -164,6 +174,85 @@ def test_bad_models_are_named(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+@pytest.mark.parametrize(
+    "error", [LocalEntryNotFoundError("not here\nat all"), OSError("no route")]
+)
+def test_pretrained_weights_that_cannot_be_fetched(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    reason = str(error).splitlines()[0]
+    message = f"model.image_pretrained: expected the weights of 'resnet10t' .*'{reason}'; check the"
+    with pytest.raises(ValueError, match=message) as caught:
+        build(image="resnet10t", image_kwargs={}, image_pretrained=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "image_size", "message"),
+    [
+        ({"image": "convnext_atto", "image_kwargs": {}}, 8, "model.image: .*image_size=8, .*atto"),
+        ({"image_kwargs": TINY_VIT | {"patch_size": 16}}, 8, "model.image: .*data.image_size=8"),
+        (
+            {
+                "text": "clip_text_model",
+                "text_kwargs": {"num_hidden_layers": 1},
+                "text_pool": "mean",
+            },
+            32,
+            "model.text: .*context_length=12 .*'clip_text_model'.*; pass e.g. model.text=bert",
+        ),
+    ],
+)
+def test_towers_that_cannot_work_are_found(
+    changes: dict[str, object], image_size: int, message: str
+) -> None:
+    encoder = build_towers(
+        dataclasses.replace(TINY, **changes),
+        image_size=image_size,
+        context_length=12,
+        vocab_size=300,
+        pad_token_id=0,
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        check_towers(encoder, image_size=image_size, tokens=tokens(2, 12))
+    assert "\n" not in str(caught.value)
+
+
+def test_features_that_are_no_numbers_are_found() -> None:
+    encoder = build()
+    torch.nn.init.constant_(encoder.text_projection.weight, torch.nan)
+    with pytest.raises(ValueError, match=r"model.text: .*'bert', whose features are NaN"):
+        check_towers(encoder, image_size=32, tokens=tokens(2))
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    """Statistics of batch norm, modes, gradients and random numbers are as if it had not run."""
+    encoder = build(image="resnet10t", image_kwargs={})
+    encoder.image_tower.backbone.bn1.eval()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    modes, texts = [module.training for module in encoder.modules()], tokens(2, 12)
+    drawn = torch.get_rng_state()
+    check_towers(encoder, image_size=32, tokens=texts)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert [module.training for module in encoder.modules()] == modes
+    assert all(torch.equal(encoder.state_dict()[name], old) for name, old in before.items())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_too_little_memory_is_no_unfit_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    encoder = build()
+    monkeypatch.setattr(encoder.image_tower, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_towers(encoder, image_size=32, tokens=tokens(2))
 
 
 def test_tower_is_zero_or_one() -> None:
@@ -186,6 +275,17 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     torch.save(backbone.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="model.text: .*safetensors"):
         build(text=str(tmp_path), text_kwargs={}, text_pretrained=True)
+
+
+def test_pretrained_weights_that_do_not_fit_or_are_damaged(tmp_path: Path) -> None:
+    build().text_tower.backbone.save_pretrained(tmp_path)
+    pretrained = {"text": str(tmp_path), "text_pretrained": True}
+    with pytest.raises(ValueError, match="model.text: ") as caught:
+        build(text_kwargs={"intermediate_size": 64}, **pretrained)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="model.text: .*safetensors"):
+        build(text_kwargs={}, **pretrained)
 
 
 def test_special_tokens_padding_and_truncation(tokenizer: Tokenizer) -> None:

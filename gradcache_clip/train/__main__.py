@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
-from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.loop import train
+from gradcache_clip.train.command import add_train_arguments, run_command
+
+NAME = "python -m gradcache_clip.train"
 
 if __name__ == "__main__":
-    summary = train(load_config(sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:]))
-    sys.exit(0 if summary.finished else 130)
+    parser = argparse.ArgumentParser(prog=NAME, description="Train a CLIP model from shards.")
+    add_train_arguments(parser)
+    sys.exit(run_command(parser.parse_args(), name=NAME))

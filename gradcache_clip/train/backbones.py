@@ -23,12 +23,18 @@ def build_image_backbone(config: ModelConfig, *, image_size: int) -> Any:
     (the model's own). `image_size` in pixels goes to the models that are built for one size.
 
     Raises:
-        ValueError: an unknown name, or arguments or a pooling that the model does not have.
+        ValueError: an unknown name, arguments or a pooling that the model does not have, or
+            pretrained weights that do not exist or cannot be fetched.
     """
     import timm
 
     if not timm.is_model(config.image):
         raise unknown_name("model.image", config.image, "timm model", timm.list_models())
+    if config.image_pretrained and not timm.is_model_pretrained(config.image):
+        raise ValueError(
+            f"model.image_pretrained: expected false for {config.image!r}, which has no published "
+            "weights, got true; set model.image_pretrained=false"
+        )
     arguments = dict(config.image_kwargs)
     pretrained_cfg = timm.models.get_pretrained_cfg(config.image)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
@@ -39,10 +45,16 @@ def build_image_backbone(config: ModelConfig, *, image_size: int) -> Any:
         return timm.create_model(
             config.image, pretrained=config.image_pretrained, num_classes=0, **arguments
         )
-    except (TypeError, AssertionError, RuntimeError) as error:
+    except OSError as error:
+        raise ValueError(
+            f"model.image_pretrained: expected the weights of {config.image!r} on the hub or in "
+            f"its cache, got {first_line(error)!r}; check the network, or set "
+            "model.image_pretrained=false"
+        ) from error
+    except _unfit() as error:
         raise ValueError(
             f"model.image: expected arguments that {config.image} accepts, got {arguments} "
-            f"({error}); change model.image_kwargs, model.image_pool or model.image"
+            f"({first_line(error)}); change model.image_kwargs, model.image_pool or model.image"
         ) from error
 
 
@@ -68,11 +80,14 @@ def build_text_backbone(
     _check_fits(config, text_config, context_length, vocab_size)
     options = _without_pooler(text_config)
     if not config.text_pretrained:
-        return AutoModel.from_config(text_config, **options)
+        try:
+            return AutoModel.from_config(text_config, **options)
+        except _unfit() as error:
+            raise _text_unfit(config, error) from error
     options |= {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
     try:
         return AutoModel.from_pretrained(config.text, config=text_config, **options)
-    except (OSError, ValueError) as error:
+    except _unloadable() as error:
         raise _load_error(config, error) from error
 
 
@@ -83,6 +98,34 @@ def unknown_name(field: str, got: str, kind: str, known: Iterable[str]) -> Value
     return ValueError(
         f"{field}: expected the name of a known {kind}, got {got!r}; did you mean "
         f"{' or '.join(repr(name) for name in nearest)}?"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines of explanation that libraries add."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _unfit() -> tuple[type[Exception], ...]:
+    """What timm and transformers raise on arguments or a kind of model that do not fit."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    builtin = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
+    return (*builtin, RuntimeError, TypeError, ValueError, StrictDataclassError)
+
+
+def _unloadable() -> tuple[type[Exception], ...]:
+    """What transformers raises on a folder or hub name that it cannot load."""
+    from safetensors import SafetensorError
+
+    return (OSError, SafetensorError, *_unfit())
+
+
+def _text_unfit(config: ModelConfig, error: Exception) -> ValueError:
+    return ValueError(
+        f"model.text: expected a text encoder that can be built with {config.text_kwargs}, got "
+        f"{config.text!r} ({first_line(error)}); change model.text_kwargs, or pass e.g. "
+        "model.text=bert"
     )
 
 
@@ -117,7 +160,10 @@ def _new_text_config(
         # The type's own ids point into the vocabulary it was published with.
         **dict.fromkeys(_SPECIAL_IDS & known),
     }
-    return AutoConfig.for_model(config.text, **(ours | dict(config.text_kwargs)))
+    try:
+        return AutoConfig.for_model(config.text, **(ours | dict(config.text_kwargs)))
+    except _unfit() as error:
+        raise _text_unfit(config, error) from error
 
 
 def _text_arguments(config_class: Any) -> set[str]:
@@ -131,15 +177,14 @@ def _load_text_config(config: ModelConfig) -> Any:
     overrides = dict(config.text_kwargs)
     try:
         return AutoConfig.from_pretrained(config.text, trust_remote_code=False, **overrides)
-    except (OSError, ValueError) as error:
+    except _unloadable() as error:
         raise _load_error(config, error) from error
 
 
 def _load_error(config: ModelConfig, error: Exception) -> ValueError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     return ValueError(
         f"model.text: expected a hub name or folder with safetensors weights, got {config.text!r} "
-        f"({reason[0]}); check the name, or set model.text_pretrained=false"
+        f"({first_line(error)}); check the name, or set model.text_pretrained=false"
     )
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+SMALLEST_VOCABULARY = 259
+"""256 bytes and three special tokens, which every learned tokenizer has."""
 
 
 class ConfigError(ValueError):
@@ -45,13 +49,16 @@ class DataConfig:
     """`train` learns one from the training captions; else a tokenizer.json or a hub name."""
 
     vocab_size: int = 8192
-    """Largest vocabulary of a learned tokenizer."""
+    """Largest vocabulary of a learned tokenizer; 256 bytes and 3 special tokens are in each."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "data", self, "image_size", "shuffle_buffer", "vocab_size")
+        _not_empty("data", self, "train", "tokenizer")
+        _at_least(1, "data", self, "image_size", "shuffle_buffer")
         _at_least(3, "data", self, "context_length")
+        _at_least(SMALLEST_VOCABULARY, "data", self, "vocab_size")
         _at_least(0, "data", self, "workers")
-        _between(0, 1, "data", self, "max_broken_share", "random_crop")
+        _in_range("[0, 1]", "data", self, "max_broken_share")
+        _in_range("(0, 1]", "data", self, "random_crop")
 
 
 @dataclass
@@ -62,7 +69,11 @@ class ModelConfig:
     """Name of a timm model."""
 
     image_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model`, such as `depth: 4`."""
+    """Further arguments of `timm.create_model`, such as `depth: 4`.
+
+    A value given as a whole replaces that of the file, and `model.image_kwargs.depth=4` changes one
+    entry. An override that changes `model.image` drops what the file gave for another model.
+    """
 
     image_pretrained: bool = False
     """Load timm's pretrained weights."""
@@ -74,7 +85,10 @@ class ModelConfig:
     """A transformers model type, built from `text_kwargs`; a hub name or folder when pretrained."""
 
     text_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Fields of the transformers configuration, such as `num_hidden_layers: 4`."""
+    """Fields of the transformers configuration, such as `num_hidden_layers: 4`.
+
+    Overridden like `image_kwargs`; an override that changes `model.text` drops those of the file.
+    """
 
     text_pretrained: bool = False
     """Load pretrained weights of `text` (safetensors only)."""
@@ -86,15 +100,20 @@ class ModelConfig:
     """Width D of the features that images and texts share."""
 
     init_logit_scale: float = 1 / 0.07
-    """First multiplier of the cosine similarity."""
+    """First multiplier of the cosine similarity; above 0 and at most `max_logit_scale`."""
 
     max_logit_scale: float = 100.0
     """Upper bound of the multiplier."""
 
     def __post_init__(self) -> None:
+        _not_empty("model", self, "image", "text")
         _at_least(1, "model", self, "feature_dim")
         _one_of(("cls", "mean", "default"), "model", self, "image_pool")
         _one_of(("cls", "mean"), "model", self, "text_pool")
+        _above(0, "model", self, "init_logit_scale", "max_logit_scale")
+        expected = f"at most model.max_logit_scale, which is {self.max_logit_scale}"
+        below = self.init_logit_scale <= self.max_logit_scale
+        _check(below, "model", self, "init_logit_scale", expected)
 
 
 @dataclass
@@ -117,15 +136,15 @@ class OptimizerConfig:
     """Added to the denominator."""
 
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly from zero."""
+    """Steps over which the learning rate rises linearly from zero; fewer than `train.steps`."""
 
     max_grad_norm: float = 0.0
     """Gradients are scaled down to this global norm; 0 leaves them."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "optimizer", self, "weight_decay", "warmup_steps", "max_grad_norm", "eps")
-        _above(0, "optimizer", self, "learning_rate")
-        _between(0, 1, "optimizer", self, "beta1", "beta2")
+        _at_least(0, "optimizer", self, "weight_decay", "warmup_steps", "max_grad_norm")
+        _above(0, "optimizer", self, "learning_rate", "eps")
+        _in_range("[0, 1)", "optimizer", self, "beta1", "beta2")
 
 
 @dataclass
@@ -165,7 +184,7 @@ class TrainConfig:
     evaluate_every: int = 0
     """Steps between two evaluations on the validation pairs; 0: at the end only."""
 
-    checkpoint_every: int = 0
+    checkpoint_every: int = 100
     """Steps between two checkpoints; 0: at the end only."""
 
     keep_checkpoints: int = 2
@@ -181,17 +200,30 @@ class TrainConfig:
     """Implementation of the loss: `auto`, `reference`, `tiled`, `triton`."""
 
     def __post_init__(self) -> None:
+        _not_empty("train", self, "output", "device")
         _at_least(2, "train", self, "batch_size")
         _at_least(1, "train", self, "chunk_size", "steps", "log_every", "keep_checkpoints")
         _at_least(0, "train", self, "evaluate_every", "checkpoint_every")
+        _check(0 <= self.seed < 2**63, "train", self, "seed", "a number from 0 to 2**63 - 1")
         _one_of(("batch", "chunk"), "train", self, "negatives")
         _one_of(("fp32", "bf16", "fp16"), "train", self, "precision")
         _one_of(("auto", "reference", "tiled", "triton"), "train", self, "impl")
-        _between(0, 1, "train", self, "ema_decay")
-        if self.negatives == "chunk" and self.chunk_size < 2:
+        _in_range("[0, 1)", "train", self, "ema_decay")
+        if self.negatives == "chunk":
+            self._check_chunks()
+
+    def _check_chunks(self) -> None:
+        """With `negatives: chunk`, a chunk of one pair has nothing to learn from."""
+        if self.chunk_size == 1:
             raise ConfigError(
-                "train.chunk_size: expected at least 2 with negatives=chunk, got 1; "
+                "train.chunk_size: expected at least 2 with train.negatives=chunk, got 1; "
                 "a chunk of one pair has no negatives"
+            )
+        if self.batch_size % self.chunk_size == 1:
+            raise ConfigError(
+                f"train.batch_size: expected no last chunk of one pair, which has no negatives, "
+                f"with train.negatives=chunk, got {self.batch_size} in chunks of "
+                f"{self.chunk_size}; use train.batch_size={self.batch_size - 1}"
             )
 
 
@@ -236,6 +268,20 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Retrieval on held-out pairs."""
 
+    def __post_init__(self) -> None:
+        steps, warmup = self.train.steps, self.optimizer.warmup_steps
+        if warmup >= steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps: expected 0 to less than the {steps} steps of the run, "
+                f"got {warmup}; use optimizer.warmup_steps={steps // 10} or raise train.steps"
+            )
+        if self.model.text_pretrained and self.data.tokenizer == "train":
+            raise ConfigError(
+                "data.tokenizer: expected the one that the weights of model.text were trained with "
+                "(model.text_pretrained=true), got 'train', which learns another; use "
+                f"data.tokenizer={self.model.text}"
+            )
+
 
 def _check(ok: bool, section: str, config: Any, name: str, expected: str) -> None:
     if not ok:
@@ -247,18 +293,32 @@ def _check(ok: bool, section: str, config: Any, name: str, expected: str) -> Non
 
 def _at_least(bound: float, section: str, config: Any, *names: str) -> None:
     for name in names:
-        _check(getattr(config, name) >= bound, section, config, name, f"at least {bound}")
+        ok = bound <= getattr(config, name) < math.inf
+        _check(ok, section, config, name, f"at least {bound}")
 
 
 def _above(bound: float, section: str, config: Any, *names: str) -> None:
     for name in names:
-        _check(getattr(config, name) > bound, section, config, name, f"more than {bound}")
+        ok = bound < getattr(config, name) < math.inf
+        _check(ok, section, config, name, f"more than {bound}")
 
 
-def _between(low: float, high: float, section: str, config: Any, *names: str) -> None:
+_RANGES = {
+    "[0, 1]": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "[0, 1)": (lambda value: 0 <= value < 1, "a number from 0 to less than 1"),
+    "(0, 1]": (lambda value: 0 < value <= 1, "a number of more than 0 and at most 1"),
+}
+
+
+def _in_range(interval: str, section: str, config: Any, *names: str) -> None:
+    contains, expected = _RANGES[interval]
     for name in names:
-        ok = low <= getattr(config, name) <= high
-        _check(ok, section, config, name, f"a number from {low} to {high}")
+        _check(contains(getattr(config, name)), section, config, name, expected)
+
+
+def _not_empty(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        _check(bool(getattr(config, name)), section, config, name, "some text")
 
 
 def _one_of(choices: tuple[str, ...], section: str, config: Any, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from gradcache_clip.train.data import Batch, ImageCaptionLoader, LoaderOptions, 
 from gradcache_clip.train.data.shard_urls import find_shards
 from gradcache_clip.train.ema import Ema
 from gradcache_clip.train.optimizer import build_optimizer
+from gradcache_clip.train.probe import check_towers
 from gradcache_clip.train.run_folder import RunFolder
 from gradcache_clip.train.step import make_scaler
 from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -123,6 +125,10 @@ def start_session(config: Config, run: RunFolder) -> Session:
     """Build the run; with `train.resume`, at its newest good checkpoint."""
     torch.manual_seed(config.train.seed)
     device = choose_device(config.train.device)
+    if device.type == "cpu":
+        # More threads than free cores wait for each other and for the workers.
+        free = max(1, (os.cpu_count() or 1) - config.data.workers)
+        torch.set_num_threads(min(torch.get_num_threads(), free))
     if config.data.validation:
         find_shards(config.data.validation, allow_url_schemes=config.data.allow_url_schemes)
     loader = ImageCaptionLoader(
@@ -130,6 +136,8 @@ def start_session(config: Config, run: RunFolder) -> Session:
     )
     tokenizer = _run_tokenizer(config, run) if run.has_begun() else _new_tokenizer(config)
     encoder = build_encoder(config, tokenizer).to(device)
+    longest = tokenizer(["a text", "another"], pad_to_context=True)
+    check_towers(encoder, image_size=config.data.image_size, tokens=longest)
     loss = ClipLoss(
         init_logit_scale=config.model.init_logit_scale,
         max_logit_scale=config.model.max_logit_scale,

@@ -81,8 +81,8 @@ class Tokenizer:
                 f"got {captions!r}; pass e.g. ['red heart']"
             )
         encodings = self._backend.encode_batch_fast(list(captions))
-        ids = torch.tensor([encoding.ids for encoding in encodings])  # (B, L)
-        mask = torch.tensor([encoding.attention_mask for encoding in encodings])
+        ids = torch.tensor([e.ids for e in encodings], dtype=torch.int64)  # (B, L)
+        mask = torch.tensor([e.attention_mask for e in encodings], dtype=torch.int64)
         if pad_to_context:
             missing = (0, self.context_length - ids.shape[1])
             ids = torch.nn.functional.pad(ids, missing, value=self.pad_token_id)

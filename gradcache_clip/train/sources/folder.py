@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from gradcache_clip.train.data.decode import IMAGE_EXTENSIONS
@@ -11,12 +12,27 @@ from gradcache_clip.train.sources.images import (
     load_file,
     stripped,
 )
+from gradcache_clip.train.sources.shards import Sample
 from gradcache_clip.train.sources.splits import (
     DataSummary,
     Recipe,
+    SkippedSample,
     finished_output,
     write_splits,
 )
+
+# Images too, but shards hold none of them; one with a caption beside it was meant to be used.
+_UNSUPPORTED = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff"}
+)
+
+
+@dataclass(frozen=True)
+class _FolderImage:
+    """An image of the folder; `refused` is the reason to leave it out, if there is one."""
+
+    file: CaptionedFile
+    refused: str = ""
 
 
 def make_folder(
@@ -24,8 +40,9 @@ def make_folder(
 ) -> DataSummary:
     """Make shards of images such as cat.jpg with captions in cat.txt, one a line.
 
-    Subfolders count. The bytes of the images are copied as they are. Images without a caption and
-    images that do not decode are left out, counted, and listed in the manifest by reason.
+    Subfolders count. The bytes of the images are copied as they are. Images that have no caption,
+    do not decode, or whose captions are not UTF-8 are left out, counted, and listed in the manifest
+    by reason; so are images of other formats (GIF, BMP, TIFF and others) with a text beside them.
 
     Args:
         folder: where the images are.
@@ -45,7 +62,7 @@ def make_folder(
             f"folder: expected images ({', '.join(IMAGE_EXTENSIONS)}) in {folder}, got none; "
             "put cat.jpg and cat.txt there, or make shards from a table"
         )
-    texts = [text for image in images if (text := image.with_suffix(".txt")).is_file()]
+    texts = [text for image in images if (text := _text_of(image)).is_file()]
     recipe = Recipe(
         source=f"folder: {folder.resolve().name}",
         license="not stated",
@@ -55,16 +72,37 @@ def make_folder(
     )
     if summary := finished_output(out, recipe):
         return summary
-    files = [_captioned(image, folder) for image in images]
-    return write_splits(files, load_file, out, split_by=lambda file: file.group, recipe=recipe)
+    records = [_read(image, folder) for image in images]
+    return write_splits(records, _load, out, split_by=lambda r: r.file.group, recipe=recipe)
 
 
 def _images(folder: Path) -> list[Path]:
-    suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    """Images that shards can hold, and those of other formats that have a text."""
+    supported = {f".{extension}" for extension in IMAGE_EXTENSIONS}
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if (suffix := path.suffix.lower()) in supported
+        or (suffix in _UNSUPPORTED and _text_of(path).is_file())
+    )
 
 
-def _captioned(image: Path, folder: Path) -> CaptionedFile:
-    text = image.with_suffix(".txt")
-    lines = text.read_bytes().decode("utf-8-sig", "replace").splitlines() if text.is_file() else []
-    return CaptionedFile(image, image.relative_to(folder).as_posix(), stripped(lines))
+def _text_of(image: Path) -> Path:
+    return image.with_suffix(".txt")
+
+
+def _read(image: Path, folder: Path) -> _FolderImage:
+    text, name, suffix = _text_of(image), image.relative_to(folder).as_posix(), image.suffix.lower()
+    if suffix in _UNSUPPORTED:
+        return _FolderImage(CaptionedFile(image, name, ()), f"unsupported format {suffix}")
+    try:
+        lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
+    except UnicodeDecodeError:
+        return _FolderImage(CaptionedFile(image, name, ()), "bad utf-8")
+    return _FolderImage(CaptionedFile(image, name, stripped(lines)))
+
+
+def _load(image: _FolderImage, split: str) -> Sample:
+    if image.refused:
+        raise SkippedSample(image.refused)
+    return load_file(image.file, split)

@@ -1,0 +1,110 @@
+"""The `train` command and how a command ends: for gradcache-clip and `python -m`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """A failure that its message explains; nobody needs to see where in the code it arose."""
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `train` takes: a configuration and changes to it."""
+    parser.add_argument("config", type=Path, help="YAML file; see examples/demo.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="SECTION.KEY=VALUE",
+        help="such as train.batch_size=4096 model.image=vit_tiny_patch16_224",
+    )
+    add_traceback_option(parser)
+    parser.set_defaults(run=run_train)
+
+
+def add_traceback_option(parser: argparse.ArgumentParser) -> None:
+    """`--traceback`, before or after the name of a command."""
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show where an error came from",
+    )
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train, say what came of it, and give the exit status."""
+    from gradcache_clip.train.config_file import load_config
+    from gradcache_clip.train.loop import train
+
+    summary = train(load_config(arguments.config, arguments.overrides))
+    print(f"{summary.output}: step {summary.step}, {summary.pairs_per_s:,.0f} pairs/s")
+    for reason, count in summary.skipped.items():
+        print(f"skipped {count:,} broken samples: {reason}")
+    return 0 if summary.finished else INTERRUPTED
+
+
+def run_command(arguments: argparse.Namespace, *, name: str) -> int:
+    """Exit status of `arguments.run(arguments)`.
+
+    An expected error ends as one line on stderr and status 2, or, with `--traceback`, is raised.
+    What is not expected is a bug and is raised.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    # Evaluated only when something was raised, so that a good start imports nothing for it.
+    except _expected_errors() as error:
+        if getattr(arguments, "traceback", False) or _is_own_module_missing(error):
+            raise
+        print(f"{name}: {_explained(error)}", file=sys.stderr)
+        return 2
+
+
+def _expected_errors() -> tuple[type[BaseException], ...]:
+    import torch
+
+    from gradcache_clip.cache import ReplayMismatchError
+
+    always = (CommandError, ValueError, OSError, ModuleNotFoundError, MemoryError)
+    return (*always, torch.OutOfMemoryError, ReplayMismatchError, *_checkpoint_errors())
+
+
+def _checkpoint_errors() -> tuple[type[BaseException], ...]:
+    # Where the module was never loaded (its extras may be missing), nothing raised its error.
+    module = sys.modules.get("gradcache_clip.train.checkpoint")
+    error = getattr(module, "CheckpointError", None)
+    return (error,) if error else ()
+
+
+def _is_own_module_missing(error: BaseException) -> bool:
+    return isinstance(error, ModuleNotFoundError) and _package(error) == "gradcache_clip"
+
+
+def _package(error: ModuleNotFoundError) -> str:
+    return (error.name or str(error)).split(".")[0]
+
+
+def _explained(error: BaseException) -> str:
+    import torch
+
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"{_package(error)}: expected it to be installed for this command, got none; "
+            'pip install "gradcache-clip[train]"'
+        )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        first = (str(error) or "out of memory").splitlines()[0]
+        return f"memory: expected a chunk to fit, got {first!r}; lower train.chunk_size"
+    return message

@@ -1,0 +1,83 @@
+"""Two samples through each tower before a run begins: do models and sizes go together?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.train.backbones import first_line
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.towers import DualEncoder
+
+# What torch, timm and transformers raise on inputs of a size or kind that a model has no use for.
+_UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+
+
+def check_towers(encoder: DualEncoder, *, image_size: int, tokens: Mapping[str, Tensor]) -> None:
+    """Encode two images and two texts and throw the features away; the encoder stays as it was.
+
+    Args:
+        encoder: on the device where it will run.
+        image_size: height and width in pixels, `data.image_size`.
+        tokens: `input_ids` and `attention_mask` of two texts, int64 (2, L), on any device; of
+            length `data.context_length` to show that the longest texts fit.
+
+    Raises:
+        ValueError: a tower fails on these sizes, or gives features that are no finite numbers.
+    """
+    device = next(encoder.parameters()).device
+    # Not drawn: a run's random numbers stay as they are.
+    ramp = torch.arange(2 * 3 * image_size**2) % 256
+    images = ramp.view(2, 3, image_size, image_size).to(torch.uint8)
+    texts = {name: tensor.to(device) for name, tensor in tokens.items()}
+    _check(
+        lambda: encoder.encode_image(images.to(device)),
+        encoder,
+        expected=f"model.image: expected a model for images of data.image_size={image_size}",
+        got=_name(encoder.image_tower.backbone),
+        remedy="raise data.image_size or choose another model.image or model.image_kwargs",
+    )
+    length = texts["input_ids"].shape[1]
+    _check(
+        lambda: encoder.encode_text(texts),
+        encoder,
+        expected=f"model.text: expected a text encoder for data.context_length={length} tokens",
+        got=_name(encoder.text_tower.backbone),
+        remedy="pass e.g. model.text=bert, or change data.context_length or model.text_kwargs",
+    )
+
+
+def _check(
+    encode: Callable[[], Tensor], encoder: DualEncoder, *, expected: str, got: str, remedy: str
+) -> None:
+    try:
+        finite = bool(_evaluated(encode, encoder).isfinite().all())
+    except torch.OutOfMemoryError:
+        raise
+    except (*_UNFIT, ValueError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{expected}, got {got}, which fails ({reason}); {remedy}") from error
+    if not finite:
+        raise ValueError(f"{expected}, got {got}, whose features are NaN or infinite; {remedy}")
+
+
+@torch.no_grad()
+def _evaluated(encode: Callable[[], Tensor], encoder: DualEncoder) -> Tensor:
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    try:
+        return encode()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _name(backbone: Any) -> str:
+    """As the configuration names it: timm's architecture, or transformers' model type."""
+    timm_name = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
+    name = timm_name or getattr(getattr(backbone, "config", None), "model_type", None)
+    return repr(name or type(backbone).__name__)

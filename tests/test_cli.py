@@ -1,0 +1,160 @@
+"""How commands end: one line and status 2 for what a person can mend, a traceback for bugs."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradcache_clip.cache import ReplayMismatchError
+from gradcache_clip.cli import main
+from gradcache_clip.train import command, loop, sources
+from gradcache_clip.train.checkpoint import CheckpointError, DamagedCheckpointError
+from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.evaluation import evaluate_run as evaluate_module
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text("{}")
+    return str(path)
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+def last_line(text: str) -> str:
+    """The one line there is."""
+    (line,) = text.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConfigError("train.steps: no"), "gradcache-clip: train.steps: no"),
+        (ValueError("two\nlines"), "gradcache-clip: two lines"),
+        (ValueError(), "gradcache-clip: ValueError"),
+        (FileNotFoundError("shards: none"), "gradcache-clip: shards: none"),
+        (CheckpointError("run/checkpoints: none is good"), "gradcache-clip: run/checkpoints: none"),
+        (DamagedCheckpointError("step-1: cut"), "gradcache-clip: step-1: cut"),
+        (ReplayMismatchError("chunk 3"), "gradcache-clip: chunk 3"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "memory.'; lower train.chunk_size"),
+        (MemoryError(), "lower train.chunk_size"),
+        (ModuleNotFoundError("No module", name="timm.models"), "timm: expected it to be installed"),
+        (ModuleNotFoundError("No module", name="omegaconf"), 'pip install "gradcache-clip[train]"'),
+    ],
+)
+def test_expected_errors_end_with_one_line(
+    error: Exception, said: str, config: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(loop, "train", failing(error))
+    assert main(["train", config]) == 2
+    line = last_line(capsys.readouterr().err)
+    assert line.startswith("gradcache-clip: ") and said in line
+
+
+@pytest.mark.parametrize("arguments", [["--traceback", "train"], ["train", "--traceback"]])
+def test_a_traceback_on_request(
+    arguments: list[str], config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "train", failing(CheckpointError("cut")))
+    with pytest.raises(CheckpointError):
+        main([*arguments, config])
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        RuntimeError("shapes differ"),
+        KeyError("name"),
+        ModuleNotFoundError("No module", name="gradcache_clip.nope"),
+    ],
+)
+def test_bugs_keep_their_traceback(
+    bug: Exception, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "train", failing(bug))
+    with pytest.raises(type(bug)):
+        main(["train", config])
+
+
+def test_an_interrupt_is_no_error(config: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(loop, "train", failing(KeyboardInterrupt()))
+    assert main(["train", config]) == 130
+    assert last_line(capsys.readouterr().err) == "gradcache-clip: interrupted"
+
+
+def test_npm_that_fails_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(sources, "make_emoji", failing(RuntimeError("npm pack: exit code 1")))
+    assert main(["data", "emoji", str(tmp_path)]) == 2
+    assert last_line(capsys.readouterr().err) == "gradcache-clip: npm pack: exit code 1"
+
+
+def test_before_checkpoints_are_loaded_there_are_no_errors_of_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "gradcache_clip.train.checkpoint")
+    assert command._checkpoint_errors() == ()
+
+
+@pytest.mark.parametrize("arguments", [["nope.yaml", "train.steps=3"], ["nope.yaml"]])
+def test_the_module_ends_like_the_command(arguments: list[str]) -> None:
+    ended = run_module(*arguments)
+    assert ended.returncode == 2 and ended.stdout == ""
+    line = last_line(ended.stderr)
+    assert line.startswith("python -m gradcache_clip.train: config: expected a YAML file, got nope")
+
+
+def test_the_module_has_help_and_needs_a_config() -> None:
+    ended = run_module("--help")
+    assert ended.returncode == 0 and "SECTION.KEY=VALUE" in ended.stdout
+    assert run_module().returncode == 2
+
+
+def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gradcache_clip.train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_device_of_an_evaluation_may_be_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(
+        evaluate_module, "evaluate_run", lambda run, **options: calls.append((run, options))
+    )
+    assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 0
+    assert main(["evaluate", str(tmp_path), "--data", "x", "--zero-shot", "a {}"]) == 0
+    assert calls == [
+        (tmp_path, {"data": None, "templates": (), "device": "cpu"}),
+        (tmp_path, {"data": "x", "templates": ("a {}",), "device": None}),
+    ]
+
+
+def test_other_libraries_speak_only_when_needed(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+
+    def chatter(*args: object) -> None:
+        logging.getLogger("another.library").info("hello")
+        logging.getLogger("another.library").warning("mind this")
+        raise ConfigError("stop")
+
+    monkeypatch.setattr(loop, "train", chatter)
+    assert main(["train", config]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error == ["WARNING: mind this", "gradcache-clip: stop"]

@@ -1,0 +1,77 @@
+"""What goes into an archive of the sources, and what a wheel made from it holds."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("setuptools", reason="archives are built with setuptools")
+ROOT = Path(__file__).parent.parent
+SOURCES = (
+    "gradcache_clip", "kernels", "tests", "docs", "examples", "benchmarks", ".ci", "setup.py",
+    "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md",
+    "LICENSE", ".pre-commit-config.yaml",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sdist of a copy of the tree, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    tree = folder / "tree"
+    tree.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "results")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, tree / name)
+    setup(tree, "sdist", "--dist-dir", str(folder))
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def setup(tree: Path, *arguments: str) -> None:
+    command = [sys.executable, "setup.py", "-q", *arguments]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+
+
+def test_an_archive_holds_each_kernel_once(unpacked: Path) -> None:
+    found = Counter(p.name for p in unpacked.rglob("*.py") if p.parent.name == "kernels")
+    assert found == Counter(names(ROOT / "kernels"))
+    assert not (unpacked / "gradcache_clip" / "kernels").exists()
+
+
+def test_an_archive_holds_what_its_makefile_needs(unpacked: Path) -> None:
+    for folder in ("tests", "examples", "benchmarks"):
+        assert names(unpacked / folder) == names(ROOT / folder)
+    assert names(unpacked / "gradcache_clip") == {
+        name for name in names(ROOT / "gradcache_clip") if not name.startswith("kernels/")
+    }
+    assert all((unpacked / name).exists() for name in SOURCES)
+
+
+def test_an_installed_archive_has_the_kernels(unpacked: Path, tmp_path: Path) -> None:
+    setup(unpacked, "build", "--build-lib", str(tmp_path / "lib"))
+    code = "import gradcache_clip.kernels.clip_gradient as it; print(it.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "lib",
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    expected = tmp_path / "lib" / "gradcache_clip" / "kernels" / "clip_gradient.py"
+    assert Path(found.stdout.strip()) == expected
