@@ -50,7 +50,7 @@ def _add_evaluate(commands: Any) -> None:
         help="also classify images by their captions put into TEMPLATE, such as 'a photo of a {}.' "
         "(may be given several times)",
     )
-    evaluate.add_argument("--device", help="auto, cpu, cuda:1; an accelerator where there is one if not given")
+    evaluate.add_argument("--device", help="auto (default), cpu, cuda:1")
     add_traceback_option(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
