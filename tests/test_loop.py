@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_behind(whole):
         assert expected in names
     assert any(name.startswith("checkpoints/step-") for name in names)
     assert any("tfevents" in name for name in names)
-    for picture in ("curves", "similarity", "gallery"):
+    for picture in ("curves", "similarity", "similarity_held_out", "gallery"):
         assert f"pictures/{picture}.png" in names
     assert json.loads((output / "summary.json").read_text())["step"] == 8
     assert set(logged(output, "loss")) == set(range(1, 9))

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.data import Batch
-from gradcache_clip.train.evaluation.held_out import HeldOut, embed_held_out
+from gradcache_clip.train.evaluation.held_out import HeldOut, embed_batch, embed_held_out
 from gradcache_clip.train.optimizer import apply_learning_rate, learning_rate_at
 from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_on_interrupt
 from gradcache_clip.train.report.metrics_log import MetricsLog
-from gradcache_clip.train.report.pictures import draw_run
+from gradcache_clip.train.report.pictures import SIMILARITY_PAIRS, draw_run
 from gradcache_clip.train.run_folder import check_run
 from gradcache_clip.train.session import Session, saved_at_the_end, start_session
 from gradcache_clip.train.step import Backward, StepResult, make_backward, take_step
@@ -117,7 +117,7 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
         summary = _summary(session, row, meter, held_out)
     run.write_summary(summary)
     if finished:
-        draw_run(run, config, held_out)
+        draw_run(run, config, _embed_batch(session), held_out)
     else:
         console.print(_how_to_resume(summary), **_PLAIN)
     return summary
@@ -195,6 +195,14 @@ def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, fl
 def _embed(session: Session) -> HeldOut:
     with session.averaged_weights():
         return embed_held_out(session.encoder, session.tokenizer, session.config)
+
+
+def _embed_batch(session: Session) -> HeldOut:
+    """Some pairs of the batch that would come next, for a picture."""
+    with closing(session.batches()) as batches, session.averaged_weights():
+        return embed_batch(
+            session.encoder, session.tokenizer, session.config, next(batches), SIMILARITY_PAIRS
+        )
 
 
 def _summary(

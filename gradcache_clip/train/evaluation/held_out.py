@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradcache_clip.train.config import Config
-from gradcache_clip.train.data import DecodedSample, LoaderOptions, read_all
+from gradcache_clip.train.data import Batch, DecodedSample, LoaderOptions, read_all
 from gradcache_clip.train.evaluation.recall import RetrievalMetrics, embed_dataset, recall_at_k
 from gradcache_clip.train.step import autocast
 from gradcache_clip.train.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ _THUMBNAIL_SIZE = 64
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Features of a validation set. N images, M different texts, D width.
+    """Features of a validation set, or of some pairs of a batch. N images, M texts, D width.
 
     Args:
         image_features, text_features: (N, D) and (M, D), L2-normalised fp32, on the CPU.
@@ -101,6 +101,31 @@ def embed_held_out(
         texts=texts,
         thumbnails=torch.cat(thumbnails),
     )
+
+
+@torch.no_grad()
+def embed_batch(
+    encoder: DualEncoder, tokenizer: Tokenizer, config: Config, batch: Batch, pairs: int
+) -> HeldOut:
+    """The first pairs of different groups in a training batch, so that only row i suits text i."""
+    first_of: dict[str, int] = {}
+    for row, group in enumerate(batch.groups):
+        first_of.setdefault(group, row)
+    rows = list(first_of.values())[:pairs]
+    captions = [batch.captions[row] for row in rows]
+    device = next(encoder.parameters()).device
+    tokens = {name: tensor.to(device) for name, tensor in tokenizer(captions).items()}
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        with autocast(config.train.precision, device):
+            images = encoder.encode_image(batch.images[rows].to(device))
+            texts = encoder.encode_text(tokens)
+    finally:
+        encoder.train(was_training)
+    ids = torch.arange(len(rows))
+    thumbnails = _thumbnails(batch.images[rows])
+    return HeldOut(_unit(images), _unit(texts), ids, ids, captions, captions, thumbnails)
 
 
 def _options(config: Config) -> LoaderOptions:

@@ -14,27 +14,30 @@ from gradcache_clip.train.report.metrics_log import read_log
 from gradcache_clip.train.report.similarity import draw_similarity
 from gradcache_clip.train.run_folder import RunFolder
 
-_PAIRS = 40
+SIMILARITY_PAIRS = 40
 
 
-def draw_run(run: RunFolder, config: Config, held_out: HeldOut | None) -> list[Path]:
-    """Draw what there is to draw into `pictures/`; returns the files."""
+def draw_run(
+    run: RunFolder, config: Config, batch: HeldOut | None, held_out: HeldOut | None
+) -> list[Path]:
+    """Draw what there is to draw into `pictures/`; returns the files.
+
+    Args:
+        run: its log gives the curves.
+        config: of the run.
+        batch: pairs of a training batch for similarity.png.
+        held_out: the validation set for similarity_held_out.png and gallery.png.
+    """
     run.pictures.mkdir(exist_ok=True)
     files = [draw_curves([run_curve(run, config)], run.pictures / "curves.png")]
+    if batch is not None and len(batch.texts) >= 2:
+        path = run.pictures / "similarity.png"
+        files.append(_draw_pairs(batch, path, "Pairs of a training batch"))
     if held_out is None:
         return files
-    pairs = _pairs_of_different_groups(held_out)
-    if len(pairs) >= 2:
-        texts = torch.tensor([_first_text_of(held_out, pair) for pair in pairs])
-        files.append(
-            draw_similarity(
-                held_out.image_features[pairs],
-                held_out.text_features[texts],
-                [held_out.texts[text] for text in texts.tolist()],
-                list(held_out.thumbnails[pairs]),
-                run.pictures / "similarity.png",
-            )
-        )
+    if len(held_out.image_ids.unique()) >= 2:
+        path = run.pictures / "similarity_held_out.png"
+        files.append(_draw_pairs(held_out, path, "Held-out pairs"))
     files.append(
         draw_gallery(
             held_out.image_features,
@@ -50,6 +53,19 @@ def draw_run(run: RunFolder, config: Config, held_out: HeldOut | None) -> list[P
     return files
 
 
+def _draw_pairs(pairs: HeldOut, path: Path, of: str) -> Path:
+    images = _images_of_different_groups(pairs)
+    texts = [_first_text_of(pairs, image) for image in images]
+    return draw_similarity(
+        pairs.image_features[images],
+        pairs.text_features[texts],
+        [pairs.texts[text] for text in texts],
+        list(pairs.thumbnails[images]),
+        path,
+        of=of,
+    )
+
+
 def run_curve(run: RunFolder, config: Config, name: str | None = None) -> RunCurve:
     """The log of a run, labelled with how many pairs compete in its softmax."""
     train = config.train
@@ -58,13 +74,13 @@ def run_curve(run: RunFolder, config: Config, name: str | None = None) -> RunCur
     return RunCurve(name or f"{words} {candidates:,}", read_log(run.path), candidates)
 
 
-def _pairs_of_different_groups(held_out: HeldOut) -> list[int]:
+def _images_of_different_groups(held_out: HeldOut) -> list[int]:
     """Images drawn at random, at most one of each group, so that only the diagonal is right."""
     order = torch.randperm(len(held_out.image_ids), generator=torch.Generator().manual_seed(0))
     first_of: dict[int, int] = {}
     for row in order.tolist():
         first_of.setdefault(int(held_out.image_ids[row]), row)
-    return list(first_of.values())[:_PAIRS]
+    return list(first_of.values())[:SIMILARITY_PAIRS]
 
 
 def _first_text_of(held_out: HeldOut, image: int) -> int:

@@ -33,6 +33,8 @@ def draw_similarity(
     captions: Sequence[str],
     images: Sequence[Picture],
     path: str | Path,
+    *,
+    of: str = "Pairs of a batch",
 ) -> Path:
     """Cosine similarity of every image (row) with every caption (column) of a batch.
 
@@ -45,6 +47,7 @@ def draw_similarity(
         images: B images of any size: PIL images, uint8 arrays (height, width, 3), or tensors
             (1, 3 or 4, height, width), uint8 or float from 0 to 1.
         path: where the PNG goes.
+        of: what the pairs are, for the line below the title.
 
     Returns:
         `path`.
@@ -59,7 +62,7 @@ def draw_similarity(
     scores = images_unit[order] @ texts_unit[order].T
     with settings():
         cell = min(30, 900 // len(order))
-        page = _draw_page(scores, cell)
+        page = _draw_page(scores, cell, of)
         for place, pair in enumerate(order.tolist()):
             middle = place * cell + cell / 2
             page.image(_LEFT - cell - 4, _TOP + place * cell + 1, cell - 2, images[pair])
@@ -70,7 +73,7 @@ def draw_similarity(
         return save_figure(page.figure, path)
 
 
-def _draw_page(scores: Tensor, cell: int) -> Page:
+def _draw_page(scores: Tensor, cell: int, of: str) -> Page:
     """Heat map, marks, colour bar and headings; the edges are left to the caller."""
     count = len(scores)
     side = count * cell
@@ -87,8 +90,8 @@ def _draw_page(scores: Tensor, cell: int) -> Page:
     right = _mark_best(page, scores, cell)
     share = f"{right} of {count} images are closest to their own caption"
     page.text(20, 30, f"{share} (guessing: 1)", size=14, weight="bold")
-    page.text(20, 56, "Similarity of each image (row) with each caption (column); right pairs lie "
-              "on the diagonal, similar pairs side by side", size=9.5, color=PALE)  # fmt: skip
+    about = f"{of}: each image (row) with each caption (column); right pairs lie on the diagonal"
+    page.text(20, 56, f"{about}, similar pairs side by side", size=9.5, color=PALE)
     _draw_legend(page, _TOP + side + 24)
     width, height = page.figure.get_size_inches() * page.figure.dpi
     place = ((_LEFT + side + 24) / width, 1 - (_TOP + min(side, 400)) / height)
