@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -125,10 +124,6 @@ def start_session(config: Config, run: RunFolder) -> Session:
     """Build the run; with `train.resume`, at its newest good checkpoint."""
     torch.manual_seed(config.train.seed)
     device = choose_device(config.train.device)
-    if device.type == "cpu":
-        # More threads than free cores wait for each other and for the workers.
-        free = max(1, (os.cpu_count() or 1) - config.data.workers)
-        torch.set_num_threads(min(torch.get_num_threads(), free))
     if config.data.validation:
         find_shards(config.data.validation, allow_url_schemes=config.data.allow_url_schemes)
     loader = ImageCaptionLoader(
