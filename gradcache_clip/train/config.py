@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradcache_clip.train.config_checks import (
+    ConfigError,
+    above,
+    at_least,
+    check,
+    in_range,
+    not_empty,
+    one_of,
+)
+
 SMALLEST_VOCABULARY = 259
 """256 bytes and three special tokens, which every learned tokenizer has."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key and the remedy."""
 
 
 @dataclass
@@ -52,13 +57,13 @@ class DataConfig:
     """Largest vocabulary of a learned tokenizer; 256 bytes and 3 special tokens are in each."""
 
     def __post_init__(self) -> None:
-        _not_empty("data", self, "train", "tokenizer")
-        _at_least(1, "data", self, "image_size", "shuffle_buffer")
-        _at_least(3, "data", self, "context_length")
-        _at_least(SMALLEST_VOCABULARY, "data", self, "vocab_size")
-        _at_least(0, "data", self, "workers")
-        _in_range("[0, 1]", "data", self, "max_broken_share")
-        _in_range("(0, 1]", "data", self, "random_crop")
+        not_empty("data", self, "train", "tokenizer")
+        at_least(1, "data", self, "image_size", "shuffle_buffer")
+        at_least(3, "data", self, "context_length")
+        at_least(SMALLEST_VOCABULARY, "data", self, "vocab_size")
+        at_least(0, "data", self, "workers")
+        in_range("[0, 1]", "data", self, "max_broken_share")
+        in_range("(0, 1]", "data", self, "random_crop")
 
 
 @dataclass
@@ -106,14 +111,14 @@ class ModelConfig:
     """Upper bound of the multiplier."""
 
     def __post_init__(self) -> None:
-        _not_empty("model", self, "image", "text")
-        _at_least(1, "model", self, "feature_dim")
-        _one_of(("cls", "mean", "default"), "model", self, "image_pool")
-        _one_of(("cls", "mean"), "model", self, "text_pool")
-        _above(0, "model", self, "init_logit_scale", "max_logit_scale")
+        not_empty("model", self, "image", "text")
+        at_least(1, "model", self, "feature_dim")
+        one_of(("cls", "mean", "default"), "model", self, "image_pool")
+        one_of(("cls", "mean"), "model", self, "text_pool")
+        above(0, "model", self, "init_logit_scale", "max_logit_scale")
         expected = f"at most model.max_logit_scale, which is {self.max_logit_scale}"
         below = self.init_logit_scale <= self.max_logit_scale
-        _check(below, "model", self, "init_logit_scale", expected)
+        check(below, "model", self, "init_logit_scale", expected)
 
 
 @dataclass
@@ -142,9 +147,9 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0 leaves them."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "optimizer", self, "weight_decay", "warmup_steps", "max_grad_norm")
-        _above(0, "optimizer", self, "learning_rate", "eps")
-        _in_range("[0, 1)", "optimizer", self, "beta1", "beta2")
+        at_least(0, "optimizer", self, "weight_decay", "warmup_steps", "max_grad_norm")
+        above(0, "optimizer", self, "learning_rate", "eps")
+        in_range("[0, 1)", "optimizer", self, "beta1", "beta2")
 
 
 @dataclass
@@ -200,15 +205,15 @@ class TrainConfig:
     """Implementation of the loss: `auto`, `reference`, `tiled`, `triton`."""
 
     def __post_init__(self) -> None:
-        _not_empty("train", self, "output", "device")
-        _at_least(2, "train", self, "batch_size")
-        _at_least(1, "train", self, "chunk_size", "steps", "log_every", "keep_checkpoints")
-        _at_least(0, "train", self, "evaluate_every", "checkpoint_every")
-        _check(0 <= self.seed < 2**63, "train", self, "seed", "a number from 0 to 2**63 - 1")
-        _one_of(("batch", "chunk"), "train", self, "negatives")
-        _one_of(("fp32", "bf16", "fp16"), "train", self, "precision")
-        _one_of(("auto", "reference", "tiled", "triton"), "train", self, "impl")
-        _in_range("[0, 1)", "train", self, "ema_decay")
+        not_empty("train", self, "output", "device")
+        at_least(2, "train", self, "batch_size")
+        at_least(1, "train", self, "chunk_size", "steps", "log_every", "keep_checkpoints")
+        at_least(0, "train", self, "evaluate_every", "checkpoint_every")
+        check(0 <= self.seed < 2**63, "train", self, "seed", "a number from 0 to 2**63 - 1")
+        one_of(("batch", "chunk"), "train", self, "negatives")
+        one_of(("fp32", "bf16", "fp16"), "train", self, "precision")
+        one_of(("auto", "reference", "tiled", "triton"), "train", self, "impl")
+        in_range("[0, 1)", "train", self, "ema_decay")
         if self.negatives == "chunk":
             self._check_chunks()
 
@@ -241,7 +246,7 @@ class EvaluationConfig:
     """Queries shown in the gallery picture in each direction."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "evaluation", self, "batch_size", "gallery")
+        at_least(1, "evaluation", self, "batch_size", "gallery")
         if not self.recall_at or min(self.recall_at) < 1:
             raise ConfigError(
                 f"evaluation.recall_at: expected positive integers, got {self.recall_at}; "
@@ -281,47 +286,3 @@ class Config:
                 "(model.text_pretrained=true), got 'train', which learns another; use "
                 f"data.tokenizer={self.model.text}"
             )
-
-
-def _check(ok: bool, section: str, config: Any, name: str, expected: str) -> None:
-    if not ok:
-        raise ConfigError(
-            f"{section}.{name}: expected {expected}, got {getattr(config, name)!r}; "
-            f"change it in the config or with {section}.{name}=VALUE"
-        )
-
-
-def _at_least(bound: float, section: str, config: Any, *names: str) -> None:
-    for name in names:
-        ok = bound <= getattr(config, name) < math.inf
-        _check(ok, section, config, name, f"at least {bound}")
-
-
-def _above(bound: float, section: str, config: Any, *names: str) -> None:
-    for name in names:
-        ok = bound < getattr(config, name) < math.inf
-        _check(ok, section, config, name, f"more than {bound}")
-
-
-_RANGES = {
-    "[0, 1]": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "[0, 1)": (lambda value: 0 <= value < 1, "a number from 0 to less than 1"),
-    "(0, 1]": (lambda value: 0 < value <= 1, "a number of more than 0 and at most 1"),
-}
-
-
-def _in_range(interval: str, section: str, config: Any, *names: str) -> None:
-    contains, expected = _RANGES[interval]
-    for name in names:
-        _check(contains(getattr(config, name)), section, config, name, expected)
-
-
-def _not_empty(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        _check(bool(getattr(config, name)), section, config, name, "some text")
-
-
-def _one_of(choices: tuple[str, ...], section: str, config: Any, *names: str) -> None:
-    for name in names:
-        expected = "one of " + ", ".join(choices)
-        _check(getattr(config, name) in choices, section, config, name, expected)
