@@ -1,0 +1,58 @@
+"""The programs in examples/ run."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_run import make_data, overrides
+
+from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.loop import train
+from gradcache_clip.train.sources import make_glyphs
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.slow
+def test_minimal_loop(tmp_path: Path):
+    make_glyphs(tmp_path, characters=220)
+    command = [sys.executable, str(EXAMPLES / "minimal_loop.py"), str(tmp_path / "train"), "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("step 0  loss 6.")
+
+
+def test_minimal_loop_is_short():
+    assert len((EXAMPLES / "minimal_loop.py").read_text().splitlines()) <= 50
+
+
+def test_the_demo_compares_two_runs(tmp_path: Path):
+    data = make_data(tmp_path / "data")
+    cached, accumulated = tmp_path / "run", tmp_path / "run" / "accumulated"
+    for output, negatives in ((cached, "batch"), (accumulated, "chunk")):
+        more = ["train.steps=3", f"train.negatives={negatives}"]
+        train(load_config(None, overrides(data, output, *more)))
+    console = Console(file=io.StringIO(), width=200)
+    _demo().report(cached, accumulated, console)
+    printed = console.file.getvalue()
+    assert "cached, batch of 24" in printed and "accumulated, chunks of 10" in printed
+    assert "R@1 text → image" in (cached / "table.md").read_text(encoding="utf-8")
+    assert "tensors of a plain step" in printed
+
+
+def test_the_demo_recipe_loads():
+    config = load_config(EXAMPLES / "demo.yaml")
+    assert (config.train.batch_size, config.train.negatives) == (1024, "batch")
+
+
+def _demo():
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
