@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -196,10 +197,18 @@ def test_read_all_keeps_order_captions_and_the_rest(folder: Path) -> None:
 
 def test_fewer_samples_than_a_batch_is_an_error(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"got 67 samples in .* with batch_size=68; lower"):
-        take(loader(folder, 68), 1)
-    stream = ImageCaptionLoader(folder, 40, options=options(), rank=1, world_size=2)
+        loader(folder, 68)
     with pytest.raises(ValueError, match="samples for each of 2 ranks"):
-        next(iter(stream))
+        ImageCaptionLoader(folder, 40, options=options(), rank=1, world_size=2)
+
+
+def test_fewer_samples_than_a_batch_without_a_manifest(folder: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "without"
+    shutil.copytree(folder, shards)
+    (shards / "manifest.json").unlink()
+    stream = loader(shards, 68)
+    with pytest.raises(ValueError, match=r"got 67 samples in .* with batch_size=68; lower"):
+        take(stream, 1)
 
 
 @pytest.mark.parametrize(

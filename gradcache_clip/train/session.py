@@ -24,6 +24,7 @@ from gradcache_clip.train.ema import Ema
 from gradcache_clip.train.optimizer import build_optimizer
 from gradcache_clip.train.probe import check_towers
 from gradcache_clip.train.run_folder import RunFolder
+from gradcache_clip.train.sources.splits import track
 from gradcache_clip.train.step import make_scaler
 from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from gradcache_clip.train.towers import DualEncoder, build_towers
@@ -225,5 +226,7 @@ def _new_tokenizer(config: Config) -> Tokenizer:
     data = config.data
     if data.tokenizer != "train":
         return load_tokenizer(data.tokenizer, data.context_length)
-    captions = read_captions(data.train, allow_url_schemes=data.allow_url_schemes)
+    captions = track(
+        read_captions(data.train, allow_url_schemes=data.allow_url_schemes), "reading captions"
+    )
     return train_tokenizer(captions, vocab_size=data.vocab_size, context_length=data.context_length)

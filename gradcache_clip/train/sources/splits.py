@@ -140,12 +140,13 @@ def write_splits(
 
 
 def track(rows: Iterable[Row], description: str, total: int | None = None) -> Iterator[Row]:
-    """Pass rows on under a progress bar on the error stream."""
+    """Pass rows on under a progress bar on the error stream, where that is a terminal."""
     from rich.console import Console
     from rich.progress import track as rich_track
 
     console = Console(stderr=True)
-    yield from rich_track(rows, description=description, total=total, console=console)
+    hidden = not console.is_terminal
+    yield from rich_track(rows, description, total, console=console, disable=hidden)
 
 
 def _write_split(
