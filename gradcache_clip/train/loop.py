@@ -137,7 +137,7 @@ def _run_steps(
         closing(session.batches()) as batches,
     ):
         while session.step < config.steps and not stop:
-            result = _train_one(session, backward, next(batches))
+            result, held_out = _train_one(session, backward, next(batches)), None
             meter.count(config.batch_size)
             bar.advance()
             last = session.step == config.steps
@@ -148,7 +148,8 @@ def _run_steps(
             if last or _due(session, config.checkpoint_every):
                 with meter.held():
                     session.save()
-            if session.config.data.validation and (last or _due(session, config.evaluate_every)):
+            due = last or (not stop and _due(session, config.evaluate_every))
+            if due and session.config.data.validation:
                 with meter.held():
                     held_out = _embed(session)
                     metrics = held_out.metrics(session.config.evaluation.recall_at)
