@@ -380,6 +380,20 @@ class FirstToken(nn.Module):
         return self.layer(tokens)[:, 0]
 
 
+def test_what_went_wrong_elsewhere_is_asked_on_the_device_of_the_features():
+    class Asked(LocalStrategy):
+        def on_any_rank(self, flag: Tensor) -> bool:
+            asked.append(flag.device)
+            return False
+
+    asked: list[torch.device] = []
+    encoders, inputs = [mlp(12), mlp(20)], batch()
+    GradCache(encoders, ClipLoss(), chunk_size=4, strategy=Asked())(*inputs)
+    assert asked == [inputs[0].device] * 2
+    GradCache(encoders, ClipLoss(), chunk_size=4, strategy=Asked(), replay_check="off")(*inputs)
+    assert len(asked) == 3, "features are looked at, the replay is not"
+
+
 def test_memory_does_not_grow_with_the_batch_but_for_its_features():
     peaks = {}
     for rows in (64, 1024):

@@ -229,8 +229,11 @@ class GradCache:
             torch.autograd.backward(outputs, gradients)
 
     def _report(self, check: ReplayCheck) -> None:
+        if self.replay_check == "off" or check.device is None:
+            return
         failures = check.failures()
-        if not self.strategy.on_any_rank(torch.tensor(bool(failures))):
+        # On the features' device: NCCL reduces nothing that lies on the host.
+        if not self.strategy.on_any_rank(torch.tensor(bool(failures), device=check.device)):
             return
         message = describe(failures) if failures else ON_ANOTHER_RANK
         if self.replay_check == "error":
@@ -261,7 +264,7 @@ def _detached(output: Any) -> Any:
         return detached
     # An object of some other class: its attributes hold the tensors.
     detached = copy.copy(output)
-    for name, value in vars(output).items():
+    for name, value in getattr(output, "__dict__", {}).items():
         setattr(detached, name, map_tensors(torch.detach, value))
     return detached
 

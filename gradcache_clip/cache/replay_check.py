@@ -39,6 +39,11 @@ class ReplayCheck:
         self._places: list[tuple[Tower, int, float]] = []
         self._changes: list[Tensor] = []
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the compared features are; None when nothing was compared."""
+        return self._changes[0].device if self._changes else None
+
     def compare(self, tower: Tower, index: int, replayed: list[Tensor]) -> None:
         for cached, again in zip(tower.cached(index), replayed, strict=True):
             if again.is_floating_point():
@@ -49,8 +54,7 @@ class ReplayCheck:
         """Chunks that changed beyond tolerance, and by how much; the one wait of the check."""
         if not self._changes:
             return []
-        device = self._changes[0].device
-        values = torch.stack([change.to(device) for change in self._changes]).tolist()
+        values = torch.stack([change.to(self.device) for change in self._changes]).tolist()
         return [
             (tower, index, value)
             for (tower, index, tolerance), value in zip(self._places, values, strict=True)
