@@ -62,6 +62,13 @@ def pixels(path: Path) -> numpy.ndarray:
         return numpy.asarray(image.convert("RGB")).astype(int)
 
 
+def assert_drawn(path: Path) -> None:
+    """The picture opens, and a fair part of it is not background."""
+    picture = pixels(path)
+    assert min(picture.shape[:2]) > 100
+    assert (picture != picture[0, 0]).any(2).mean() > 0.005
+
+
 def count_of(color: str, path: Path) -> int:
     wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     return int((numpy.abs(pixels(path) - wanted).max(2) <= 2).sum())
@@ -119,10 +126,12 @@ class TestSimilarity:
     @pytest.mark.parametrize("features", [torch.ones(3, 4), torch.zeros(3, 4), torch.eye(3)])
     def test_degenerate_features(self, tmp_path: Path, features: Tensor) -> None:
         draw_similarity(features, features, ["a", "b", "c"], squares(3), tmp_path / "s.png")
+        assert_drawn(tmp_path / "s.png")
 
     def test_hostile_captions(self, tmp_path: Path) -> None:
         features = torch.randn(len(HOSTILE), 4, requires_grad=True)
         draw_similarity(features, features, HOSTILE, squares(len(HOSTILE)), tmp_path / "s.png")
+        assert_drawn(tmp_path / "s.png")
 
     @pytest.mark.parametrize(
         ("count", "captions", "message"),
@@ -177,7 +186,7 @@ class TestGallery:
             assert answer.scores[0] == 1.0
 
     def test_fewer_than_asked_for(self, tmp_path: Path) -> None:
-        self.draw(tmp_path / "one.png", right=True, count=1)
+        assert_drawn(self.draw(tmp_path / "one.png", right=True, count=1))
 
     def test_same_seed_same_picture(self, tmp_path: Path) -> None:
         first = self.draw(tmp_path / "1.png", right=True, rows=2, depth=1, seed=1).read_bytes()
@@ -208,12 +217,13 @@ class TestGallery:
             features, features.roll(3, 0), tmp_path / "g.png", images=images, texts=HOSTILE,
             image_ids=ids, text_ids=ids, rows=len(images), depth=2,
         )  # fmt: skip
+        assert_drawn(tmp_path / "g.png")
 
     def test_a_program_that_uses_tex_is_no_obstacle(self, tmp_path: Path) -> None:
         import matplotlib
 
         with matplotlib.rc_context({"text.usetex": True, "font.family": ["serif"]}):
-            self.draw(tmp_path / "g.png", right=True, rows=1)
+            assert_drawn(self.draw(tmp_path / "g.png", right=True, rows=1))
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -320,7 +330,7 @@ class TestCurves:
 
     def test_hostile_names(self, tmp_path: Path) -> None:
         runs = [RunCurve(name, rows_of_a_run(3, 8), 8) for name in ("a $ b $ c_{", "_hidden")]
-        draw_curves(runs, tmp_path / "c.png")
+        assert_drawn(draw_curves(runs, tmp_path / "c.png"))
 
 
 class TestLog:

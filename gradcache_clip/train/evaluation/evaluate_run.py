@@ -63,11 +63,12 @@ def _table(metrics: RetrievalMetrics, title: str) -> Table:
     table = Table("direction", title=title)
     for k in metrics.image_to_text.recall:
         table.add_column(f"R@{k}", justify="right")
-    for name in ("chance R@1", "median rank", "candidates"):
+    first = min(metrics.image_to_text.chance)
+    for name in (f"chance R@{first}", "median rank", "candidates"):
         table.add_column(name, justify="right")
     for name, way in ways.items():
         recalls = (f"{share:.1%}" for share in way.recall.values())
-        chance = f"{min(way.chance.values()):.2%}"
+        chance = f"{way.chance[first]:.2%}"
         table.add_row(name, *recalls, chance, f"{way.median_rank:.0f}", f"{way.candidates:,}")
     return table
 

@@ -51,9 +51,7 @@ class HeldOut:
         )
 
 
-def embed_held_out(
-    encoder: DualEncoder, tokenizer: Tokenizer, config: Config, *, progress: bool = True
-) -> HeldOut:
+def embed_held_out(encoder: DualEncoder, tokenizer: Tokenizer, config: Config) -> HeldOut:
     """Embed every validation image and every different caption once, in evaluation mode.
 
     Images of one group share its captions: each is a right answer for all of them.
@@ -77,18 +75,12 @@ def embed_held_out(
     encoder.eval()
     try:
         with autocast(config.train.precision, device):
-            (images,) = embed_dataset(
-                encoder.encode_image, image_batches(), description="images", progress=progress
-            )
+            (images,) = embed_dataset(encoder.encode_image, image_batches(), description="images")
             ids, texts, text_ids = _texts_of(samples)
             tokens = (tokenizer(chunk) for chunk in _batched(iter(texts), size))
             batches = ({name: t.to(device) for name, t in batch.items()} for batch in tokens)
             (text_features,) = embed_dataset(
-                encoder.encode_text,
-                batches,
-                total=len(texts),
-                description="texts",
-                progress=progress,
+                encoder.encode_text, batches, total=len(texts), description="texts"
             )
     finally:
         encoder.train(was_training)
