@@ -108,7 +108,10 @@ class Session:
 
 @contextmanager
 def saved_at_the_end(session: Session) -> Iterator[None]:
-    """Save what was trained in this context, also when an error ends it."""
+    """Save what was trained in this context, also when an error ends it.
+
+    After an error the run goes on behind the batch that failed; it is not tried again.
+    """
     try:
         yield
     except Exception:
