@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.cache.nested import count_rows, take_rows
-from gradcache_clip.cache.tower import call_encoder
+from gradcache_clip.cache.trunk import call_encoder
 
 
 def one_shot(

@@ -144,7 +144,8 @@ def test_a_frozen_encoder_is_embedded_and_never_replayed():
     frozen.register_forward_hook(lambda *_: calls.append("frozen"))
     trained.register_forward_hook(lambda *_: calls.append("trained"))
     GradCache([frozen, trained], ClipLoss(), chunk_size=6)(*batch())
-    assert calls.count("frozen") == 4 and calls.count("trained") == 8
+    # Four chunks are embedded; three are replayed, and the graph of the last one was kept.
+    assert calls.count("frozen") == 4 and calls.count("trained") == 7
     assert compare([frozen, trained], batch(), chunk_size=6)[1] < 1e-5
 
 
@@ -454,7 +455,7 @@ def test_a_frozen_tower_of_one_module_is_not_replayed():
     both.towers[0].register_forward_hook(lambda *_: calls.append(0))
     both.towers[1].register_forward_hook(lambda *_: calls.append(1))
     GradCache(both, ClipLoss(), chunk_size=6)(*batch())
-    assert (calls.count(0), calls.count(1)) == (4, 8)
+    assert (calls.count(0), calls.count(1)) == (4, 7)
 
 
 class EnablesGrad(nn.Module):

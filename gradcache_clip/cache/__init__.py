@@ -1,6 +1,8 @@
 """The gradient-caching engine."""
 
 from gradcache_clip.cache.grad_cache import GradCache
+from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.replay_check import ReplayMismatchError
+from gradcache_clip.cache.trunk import FrozenTrunk
 
-__all__ = ["GradCache", "ReplayMismatchError"]
+__all__ = ["ByLength", "FrozenTrunk", "GradCache", "ReplayMismatchError"]

@@ -78,12 +78,12 @@ def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
     if not strategy.on_any_rank(broken):
         return
     for tower in towers:
-        for index, (start, stop) in enumerate(tower.bounds):
-            if not all(feature.isfinite().all() for feature in tower.cached(index)):
+        for index, chunk in enumerate(tower.chunks):
+            if not all(feature.isfinite().all() for feature in tower.cached(chunk)):
                 raise ValueError(
                     f"{tower.name}: expected finite features, got NaN or infinity in chunk {index} "
-                    f"of {len(tower.bounds)} (rows {start} to {stop - 1}); nothing was added to "
-                    ".grad. Look at these inputs, and at the weights after the last step"
+                    f"of {len(tower.chunks)} ({chunk.name}); nothing was added to .grad. Look at "
+                    "these inputs, and at the weights after the last step"
                 )
     raise ValueError(
         "features: expected finite values on every rank, got NaN or infinity on another one, whose "
@@ -95,7 +95,7 @@ def check_inputs(towers: Sequence[Tower]) -> None:
     """The graph of a computed input would be freed by the first of several replays."""
     for tower in towers:
         computed = any(t.requires_grad and not t.is_leaf for t in tensors_in(tower.inputs))
-        if computed and len(tower.bounds) > 1:
+        if computed and len(tower.chunks) > 1:
             raise ValueError(
                 f"{tower.name}: expected inputs that are leaves, got a tensor with a graph; put "
                 "the module that computed it into the encoder, or pass "

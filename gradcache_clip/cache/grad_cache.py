@@ -1,52 +1,45 @@
-"""The gradient-caching step: embed, loss, replay. B rows, D feature width."""
+"""Gradient caching as a person calls it. B rows, D feature width."""
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
+from gradcache_clip.cache.auto_chunk import ChunkRecord, measured_chunk_size, record_key
 from gradcache_clip.cache.checks import (
-    check_finite,
     check_inputs,
-    check_unchanged,
     checked_chunk_size,
     checked_encoders,
     one_for_each,
-    scalar_loss_of,
 )
-from gradcache_clip.cache.nested import count_rows, map_tensors
-from gradcache_clip.cache.random_state import RandomState
+from gradcache_clip.cache.chunks import Chunk, even_chunks, row_count
+from gradcache_clip.cache.lengths import ByLength
+from gradcache_clip.cache.nested import count_rows
+from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
 from gradcache_clip.cache.replay_check import (
     ON_ANOTHER_RANK,
     ReplayCheck,
     ReplayMismatchError,
     describe,
 )
-from gradcache_clip.cache.schedule import replay_order
+from gradcache_clip.cache.retained import GraphBudget, MemoryBudget, checked_budget
 from gradcache_clip.cache.settings import (
-    autocast_off,
-    forget_autocast_casts,
-    frozen_running_statistics,
+    has_batch_statistics,
     refuse_cached_parametrizations,
     warn_of_batch_norm,
 )
-from gradcache_clip.cache.tower import Encode, Tower, call_encoder, chunk_bounds, surely_trainable
+from gradcache_clip.cache.step import CachedStep
+from gradcache_clip.cache.tower import Encode, Tower, surely_trainable
+from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 GetFeatures = Callable[[Any], Any]
-
-
-class LossOnly(NamedTuple):
-    """What a step returns when the loss function returns a bare tensor."""
-
-    loss: Tensor
 
 
 class GradCache:
@@ -66,13 +59,25 @@ class GradCache:
             else as one argument.
         loss: called with the features of each input, (B, D) tensors or what `get_features`
             returns for all rows; returns a scalar tensor or an object whose `.loss` is one.
-        chunk_size: rows that go through an encoder at once, for all inputs or one for each.
+        chunk_size: rows that go through an encoder at once, for all inputs or one for each; "auto"
+            measures the first batch and doubles the size while that is faster and fits.
+        chunk_record: JSON file in which "auto" remembers what it found, such as one in the run
+            folder.
         get_features: extracts features from an encoder's output, for all or one for each.
             Without it a tensor or tuple of tensors is taken as it is, and of a transformers
             output `image_embeds`, `text_embeds`, `sentence_embedding` or `pooler_output`.
+        memory_budget: memory for graphs that are kept from the embed, so that their chunks need no
+            replay: bytes, a share of the device's memory as a float, or "auto" for most of what is
+            free. With None the graph of one chunk is kept. With room for the whole batch a step
+            costs what a plain one costs.
+        sort_by_length: `ByLength()` for inputs of unequal length, for all inputs or one for each.
+        embed_chunk_size: rows that are embedded at once where no random numbers are drawn; a
+            multiple of the chunk size in effect. The embed keeps no graph, so it has room for more.
         strategy: how the backward is taken; `LocalStrategy()` by default.
         replay_check: "error" raises `ReplayMismatchError` at the end of a step whose replay
             computed other features than its embed, "warn" warns, "off" does not look.
+        on_out_of_memory: "halve" undoes the step, halves the chunk size and starts again, on one
+            process; gradients of earlier steps are set aside meanwhile. "raise" does not.
 
     Raises:
         ValueError, TypeError: before any gradient is touched, for inputs that disagree, features
@@ -93,21 +98,29 @@ class GradCache:
         encoders: nn.Module | Sequence[nn.Module],
         loss: Callable[..., Any],
         *,
-        chunk_size: int | Sequence[int] = 64,
+        chunk_size: int | Sequence[int] | Literal["auto"] = 64,
+        chunk_record: str | Path | None = None,
+        memory_budget: MemoryBudget = None,
+        sort_by_length: ByLength | Sequence[ByLength | None] | None = None,
+        embed_chunk_size: int | Sequence[int] | None = None,
         get_features: GetFeatures | Sequence[GetFeatures | None] | None = None,
         strategy: LocalStrategy | None = None,
         replay_check: Literal["error", "warn", "off"] = "error",
+        on_out_of_memory: Literal["halve", "raise"] = "halve",
     ) -> None:
         self.encoders = checked_encoders(encoders)
         self.loss = loss
-        self.chunk_size = checked_chunk_size(chunk_size)
+        self.chunk_size = chunk_size if chunk_size == "auto" else checked_chunk_size(chunk_size)
+        self.memory_budget = checked_budget(memory_budget)
+        self.sort_by_length = sort_by_length
+        self.embed_chunk_size = (
+            None if embed_chunk_size is None else checked_chunk_size(embed_chunk_size)
+        )
         self.get_features = get_features
         self.strategy = strategy or LocalStrategy()
-        if replay_check not in ("error", "warn", "off"):
-            raise ValueError(
-                f"replay_check: expected 'error', 'warn' or 'off', got {replay_check!r}"
-            )
-        self.replay_check = replay_check
+        self.replay_check = _one_of("replay_check", replay_check, ("error", "warn", "off"))
+        self.on_out_of_memory = _one_of("on_out_of_memory", on_out_of_memory, ("halve", "raise"))
+        self._record = ChunkRecord(None if chunk_record is None else Path(chunk_record))
         self._warned_of_batch_norm = False
 
     def __call__(self, *inputs: Any, loss_kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -126,41 +139,130 @@ class GradCache:
                 "call it outside, or run the encoders alone to evaluate"
             )
         refuse_cached_parametrizations()
+        self._settle_chunk_size(inputs)
         towers = self._towers(inputs)
         check_inputs(towers)
         self.strategy.check([tower.module for tower in towers])
-        modules = [tower.bare_module for tower in towers]
         if not self._warned_of_batch_norm:
-            self._warned_of_batch_norm = warn_of_batch_norm(modules)
-        for tower in towers:
-            tower.embed()
-        check_finite(towers, self.strategy)
-        output = self._backward_of_loss(towers, loss_kwargs or {})
-        with frozen_running_statistics(modules):
-            self._report(self._replay([tower for tower in towers if tower.trainable]))
+            self._warned_of_batch_norm = warn_of_batch_norm(t.bare_module for t in towers)
+        if self.on_out_of_memory == "raise" or not self.strategy.recovers:
+            return self._step(towers, loss_kwargs or {})
+        return self._step_that_fits(towers, inputs, loss_kwargs or {})
+
+    def _step_that_fits(
+        self, towers: list[Tower], inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A step that starts again with smaller chunks for as long as memory runs out."""
+        snapshot, tried = StepSnapshot(self._modules_with_gradients(towers), towers), []
+        try:
+            while True:
+                try:
+                    return self._step(towers, loss_kwargs, snapshot)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    phase, reason = snapshot.phase, str(error)
+                # Outside of the handler, whose traceback holds on to tensors of the step.
+                tried.append(max(len(chunk) for tower in towers for chunk in tower.chunks))
+                towers = []
+                snapshot.undo(phase, reason, tried)
+                self._halve(phase, tried)
+                towers = self._towers(inputs)
+        finally:
+            snapshot.finish()
+
+    def _step(
+        self,
+        towers: list[Tower],
+        loss_kwargs: Mapping[str, Any],
+        snapshot: StepSnapshot | None = None,
+    ) -> Any:
+        step = CachedStep(towers, self.loss, self.strategy, snapshot, self.replay_check != "off")
+        budget = GraphBudget(self.memory_budget, _device_of(towers))
+        output, check = step.run(budget, loss_kwargs)
+        self._report(check)
         return output
+
+    def _halve(self, phase: str, tried: list[int]) -> None:
+        """Smaller chunks, and less memory for graphs, from here on."""
+        assert self.chunk_size != "auto"
+        if isinstance(self.chunk_size, int):
+            self.chunk_size = max(1, min(self.chunk_size, tried[-1]) // 2)
+        else:
+            self.chunk_size = tuple(max(1, min(n, tried[-1]) // 2) for n in self.chunk_size)
+        self.embed_chunk_size = None
+        if isinstance(self.memory_budget, (int, float)):
+            self.memory_budget = type(self.memory_budget)(self.memory_budget / 2)
+        warnings.warn(
+            f"GradCache: out of memory in the {phase} with chunks of {tried[-1]} rows; the step "
+            f"starts again, from now on with chunk_size={self.chunk_size}",
+            stacklevel=5,
+        )
+
+    def _modules_with_gradients(self, towers: list[Tower]) -> list[nn.Module]:
+        extractors = one_for_each(self.get_features, len(towers), "get_features")
+        candidates = [*(tower.module for tower in towers), *extractors, self.loss]
+        return [module for module in candidates if isinstance(module, nn.Module)]
 
     def _towers(self, inputs: tuple[Any, ...]) -> list[Tower]:
         modules = self._modules_for(len(inputs))
-        encode: Encode = call_encoder
-        sizes = one_for_each(self.chunk_size, len(inputs), "chunk_size")
         extractors = one_for_each(self.get_features, len(inputs), "get_features")
-        rows = [count_rows(given, f"input {index}") for index, given in enumerate(inputs)]
-        # A joint first and last replay need two chunks of every tower, unless all have just one.
-        several = self.strategy.joint_ends and any(n > s for n, s in zip(rows, sizes, strict=True))
-        towers = []
+        embed_sizes = one_for_each(self.embed_chunk_size, len(inputs), "embed_chunk_size")
+        cut, towers = self._cut(inputs), []
         for index, (module, given) in enumerate(zip(modules, inputs, strict=True)):
-            if isinstance(self.encoders, nn.Module):
-                encode = partial(_call_tower, index)
-            bounds = chunk_bounds(rows[index], sizes[index], at_least=2 if several else 1)
-            name = f"encoder {index} ({type(self.strategy.bare(module)).__name__})"
+            one_for_all = isinstance(self.encoders, nn.Module)
+            encode: Encode = partial(_call_tower, index) if one_for_all else call_encoder
             bare = self.strategy.bare(module)
-            tower = Tower(name, module, bare, encode, extractors[index], given, bounds)
-            # One module for all inputs may be frozen for this one; only its graph tells.
-            if not isinstance(self.encoders, nn.Module) and surely_trainable(module, given):
-                tower.trainable = True
-            towers.append(tower)
+            towers.append(
+                Tower(
+                    name=f"encoder {index} ({type(bare).__name__})",
+                    module=module,
+                    bare_module=bare,
+                    encode=encode,
+                    get_features=extractors[index],
+                    inputs=given,
+                    chunks=cut[index],
+                    # One module for all inputs may be frozen for this one; only its graph tells.
+                    trainable=True if not one_for_all and surely_trainable(module, given) else None,
+                    embed_together=_embed_together(bare, cut[index], embed_sizes[index]),
+                )
+            )
         return towers
+
+    def _settle_chunk_size(self, inputs: tuple[Any, ...]) -> None:
+        """Turn "auto" into sizes, on the first batch."""
+        if self.chunk_size != "auto":
+            return
+        self.chunk_size = 1
+        found = []
+        for tower in self._towers(inputs):
+            key = record_key(tower)
+            size = self._record.get(key) or measured_chunk_size(tower, row_count(tower.chunks))
+            # All ranks cut alike.
+            size = self.strategy.smallest(size)
+            self._record.put(key, size)
+            found.append(size)
+        self.chunk_size = tuple(found)
+
+    def _cut(self, inputs: tuple[Any, ...]) -> list[list[Chunk]]:
+        """The chunks of every input."""
+        sizes = one_for_each(self.chunk_size, len(inputs), "chunk_size")
+        sorting = one_for_each(self.sort_by_length, len(inputs), "sort_by_length")
+        names = [f"input {index}" for index in range(len(inputs))]
+        rows = [count_rows(given, name) for given, name in zip(inputs, names, strict=True)]
+
+        def chunks(at_least: int) -> list[list[Chunk]]:
+            return [
+                even_chunks(rows[i], sizes[i], at_least)
+                if sorting[i] is None
+                else sorting[i].chunks(inputs[i], sizes[i], at_least, names[i])
+                for i in range(len(inputs))
+            ]
+
+        cut = chunks(1)
+        # A joint first and last replay need two chunks of every tower, unless all have just one.
+        several = self.strategy.joint_ends and any(len(each) > 1 for each in cut)
+        return chunks(2) if several else cut
 
     def _modules_for(self, count: int) -> list[nn.Module]:
         if isinstance(self.encoders, nn.Module):
@@ -172,62 +274,6 @@ class GradCache:
             )
         return list(self.encoders)
 
-    def _backward_of_loss(self, towers: list[Tower], loss_kwargs: Mapping[str, Any]) -> Any:
-        """Fill every tower's `gradients`, and `.grad` of the loss's own parameters."""
-        leaves = [
-            [feature.requires_grad_(_takes_gradient(tower, feature)) for feature in tower.features]
-            for tower in towers
-        ]
-        features = [
-            pytree.tree_unflatten(flat, tower.structure)
-            for tower, flat in zip(towers, leaves, strict=True)
-        ]
-        versions = [feature._version for tower in towers for feature in tower.features]
-        forget_autocast_casts()
-        output = self.loss(*features, **loss_kwargs)
-        loss = scalar_loss_of(output)
-        check_unchanged(towers, versions)
-        with autocast_off(_device_types(towers)):
-            self.strategy.scale_loss(loss).backward()
-        factor = self.strategy.gradient_factor()
-        for tower, flat in zip(towers, leaves, strict=True):
-            tower.gradients = [_taken_gradient(leaf, factor) for leaf in flat]
-        return _detached(output)
-
-    def _replay(self, towers: list[Tower]) -> ReplayCheck:
-        check = ReplayCheck()
-        order = replay_order([len(tower.bounds) for tower in towers], self.strategy.joint_ends)
-        drawn = any(state is not None for tower in towers for state in tower.random_states)
-        after_embed = RandomState.capture(_drawn_on(towers)) if drawn else None
-        try:
-            for position, group in enumerate(order):
-                chunks = [(towers[tower], index) for tower, index in group]
-                modules = [tower.module for tower in towers]
-                with self.strategy.replaying(modules, last=position == len(order) - 1):
-                    self._replay_together(chunks, check)
-        finally:
-            # Whatever draws next continues from where one pass over the batch would have left off.
-            if after_embed is not None:
-                after_embed.restore()
-            forget_autocast_casts()
-        return check
-
-    def _replay_together(self, chunks: list[tuple[Tower, int]], check: ReplayCheck) -> None:
-        """Forward the chunks with their graphs, then one backward for all of them."""
-        outputs: list[Tensor] = []
-        gradients: list[Tensor] = []
-        forget_autocast_casts()
-        for tower, index in chunks:
-            features = tower.replay(index)
-            if self.replay_check != "off":
-                check.compare(tower, index, features)
-            for feature, gradient in zip(features, tower.gradients_of(index), strict=True):
-                if gradient is not None and feature.requires_grad:
-                    outputs.append(feature)
-                    gradients.append(gradient)
-        with autocast_off(_device_types([tower for tower, _ in chunks])):
-            torch.autograd.backward(outputs, gradients)
-
     def _report(self, check: ReplayCheck) -> None:
         if self.replay_check == "off" or check.device is None:
             return
@@ -238,42 +284,27 @@ class GradCache:
         message = describe(failures) if failures else ON_ANOTHER_RANK
         if self.replay_check == "error":
             raise ReplayMismatchError(message)
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=5)
 
 
 def _call_tower(index: int, module: nn.Module, inputs: Any) -> Any:
     return module(index, inputs)
 
 
-def _takes_gradient(tower: Tower, feature: Tensor) -> bool:
-    return bool(tower.trainable) and feature.is_floating_point()
+def _embed_together(module: nn.Module, chunks: list[Chunk], embed_chunk_size: int | None) -> int:
+    """Chunks that are embedded at once; features of batch norm depend on what is in a chunk."""
+    if embed_chunk_size is None or has_batch_statistics(module):
+        return 1
+    return max(1, embed_chunk_size // max(map(len, chunks)))
 
 
-def _taken_gradient(leaf: Tensor, factor: float) -> Tensor | None:
-    """The gradient moves out of the leaf, so that no feature stays alive with a second one."""
-    gradient, leaf.grad = leaf.grad, None
-    leaf.requires_grad_(False)
-    return gradient if gradient is None or factor == 1 else gradient * factor
+def _device_of(towers: Sequence[Tower]) -> torch.device:
+    tensors = (tensor for tower in towers for tensor in tower.known_tensors())
+    return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
 
 
-def _detached(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return LossOnly(output.detach())
-    detached = map_tensors(torch.detach, output)
-    if detached is not output:
-        return detached
-    # An object of some other class: its attributes hold the tensors.
-    detached = copy.copy(output)
-    for name, value in getattr(output, "__dict__", {}).items():
-        setattr(detached, name, map_tensors(torch.detach, value))
-    return detached
-
-
-def _device_types(towers: Iterable[Tower]) -> set[str]:
-    return {feature.device.type for tower in towers for feature in tower.features} | {"cpu"}
-
-
-def _drawn_on(towers: Iterable[Tower]) -> tuple[torch.device, ...]:
-    """Devices whose generators a replay will set back."""
-    states = (state for tower in towers for state in tower.random_states if state is not None)
-    return tuple(sorted({device for state in states for device, _ in state.devices}, key=str))
+def _one_of(name: str, given: str, choices: tuple[str, ...]) -> str:
+    if given not in choices:
+        named = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+        raise ValueError(f"{name}: expected {named}, got {given!r}")
+    return given

@@ -47,6 +47,29 @@ def take_rows(inputs: Any, start: int, stop: int) -> Any:
     return _map_children(inputs, lambda child: take_rows(child, start, stop))
 
 
+def chunk_of(inputs: Any, rows: slice | Tensor, trim: tuple[int, int] | None) -> Any:
+    """The rows of one chunk; with trim=(full, kept), `kept` columns of tensors that have `full`."""
+    if isinstance(rows, slice):
+        taken = take_rows(inputs, rows.start, rows.stop)
+    else:
+        taken = pick_rows(inputs, rows)
+    return taken if trim is None else map_tensors(lambda x: _narrow(x, *trim), taken)
+
+
+def pick_rows(inputs: Any, indices: Tensor) -> Any:
+    """Rows of everything inside `inputs` in the order of `indices`; tensors come back as copies."""
+    if isinstance(inputs, list):
+        return [inputs[index] for index in indices.tolist()]
+    if _has_rows(inputs):
+        is_tensor = isinstance(inputs, Tensor)
+        return inputs[indices.to(inputs.device) if is_tensor else indices.numpy()]
+    return _map_children(inputs, lambda child: pick_rows(child, indices))
+
+
+def _narrow(tensor: Tensor, full: int, kept: int) -> Tensor:
+    return tensor[:, :kept] if tensor.ndim > 1 and tensor.shape[1] == full else tensor
+
+
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
     """Every tensor inside `inputs`, those in lists included."""
     if isinstance(inputs, Tensor):

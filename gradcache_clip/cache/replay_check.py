@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.nested import map_tensors, tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.settings import kernels_as_with_gradients
@@ -36,7 +37,7 @@ class ReplayCheck:
     """Collects one number a chunk on the device and reads them all at the end of the step."""
 
     def __init__(self) -> None:
-        self._places: list[tuple[Tower, int, float]] = []
+        self._places: list[tuple[Tower, Chunk, float]] = []
         self._changes: list[Tensor] = []
 
     @property
@@ -44,20 +45,20 @@ class ReplayCheck:
         """Where the compared features are; None when nothing was compared."""
         return self._changes[0].device if self._changes else None
 
-    def compare(self, tower: Tower, index: int, replayed: list[Tensor]) -> None:
-        for cached, again in zip(tower.cached(index), replayed, strict=True):
+    def compare(self, tower: Tower, chunk: Chunk, replayed: list[Tensor]) -> None:
+        for cached, again in zip(tower.cached(chunk), replayed, strict=True):
             if again.is_floating_point():
-                self._places.append((tower, index, tolerance_of(again)))
+                self._places.append((tower, chunk, tolerance_of(again)))
                 self._changes.append(_relative_change(cached, again.detach()))
 
-    def failures(self) -> list[tuple[Tower, int, float]]:
+    def failures(self) -> list[tuple[Tower, Chunk, float]]:
         """Chunks that changed beyond tolerance, and by how much; the one wait of the check."""
         if not self._changes:
             return []
         values = torch.stack([change.to(self.device) for change in self._changes]).tolist()
         return [
-            (tower, index, value)
-            for (tower, index, tolerance), value in zip(self._places, values, strict=True)
+            (tower, chunk, value)
+            for (tower, chunk, tolerance), value in zip(self._places, values, strict=True)
             if not value <= tolerance
         ]
 
@@ -73,14 +74,15 @@ def tolerance_of(features: Tensor) -> float:
     return max(coarse, _TOLERANCE.get(features.dtype, 3e-2))
 
 
-def describe(failures: list[tuple[Tower, int, float]]) -> str:
+def describe(failures: list[tuple[Tower, Chunk, float]]) -> str:
     """The message for the first failing chunk, with the module that most likely causes it."""
-    tower, index, change = max(failures, key=lambda failure: failure[2])
-    chunks = len({(id(tower), index) for tower, index, _ in failures})
+    tower, chunk, change = max(failures, key=lambda failure: failure[2])
+    index = next(i for i, each in enumerate(tower.chunks) if each is chunk)
+    chunks = len({id(chunk) for _, chunk, _ in failures})
     return (
-        f"{tower.name}, chunk {index} of {len(tower.bounds)}: expected the replay to repeat the "
+        f"{tower.name}, chunk {index} of {len(tower.chunks)}: expected the replay to repeat the "
         f"embed up to rounding, got features that changed by {change:.1e} (relative; "
-        f"{chunks} chunks in all). {_likely_cause(tower, index)} The gradients in .grad are "
+        f"{chunks} chunks in all). {_likely_cause(tower, chunk)} The gradients in .grad are "
         "not exact: call optimizer.zero_grad() and do not step."
     )
 
@@ -96,12 +98,12 @@ def _relative_change(cached: Tensor, again: Tensor) -> Tensor:
     return (changes / torch.maximum(sizes, floor)).amax()
 
 
-def _likely_cause(tower: Tower, index: int) -> str:
+def _likely_cause(tower: Tower, chunk: Chunk) -> str:
     state = RandomState.capture(accelerators_among(tower.features))
     try:
         with kernels_as_with_gradients():
-            plain, again = (_trace(tower, index, with_graph=False) for _ in range(2))
-        graph = _trace(tower, index, with_graph=True)
+            plain, again = (_trace(tower, chunk, with_graph=False) for _ in range(2))
+        graph = _trace(tower, chunk, with_graph=True)
     except Exception as error:  # Whatever happens here must not hide the mismatch itself.
         return f"The cause could not be found ({type(error).__name__}: {error})."
     finally:
@@ -125,7 +127,7 @@ def _first_difference(one: list[tuple[str, Any]], other: list[tuple[str, Any]]) 
     return next((name for (name, a), (_, b) in pairs if not _same(a, b)), None)
 
 
-def _trace(tower: Tower, index: int, *, with_graph: bool) -> list[tuple[str, Any]]:
+def _trace(tower: Tower, chunk: Chunk, *, with_graph: bool) -> list[tuple[str, Any]]:
     """Output of every module, innermost first, in one more pass over the chunk."""
     outputs: list[tuple[str, Any]] = []
 
@@ -138,11 +140,10 @@ def _trace(tower: Tower, index: int, *, with_graph: bool) -> list[tuple[str, Any
     module = tower.bare_module
     handles = [record(name, child) for name, child in module.named_modules()]
     try:
-        random_state = tower.random_states[index]
-        if random_state is not None:
-            random_state.restore()
+        if chunk.random_state is not None:
+            chunk.random_state.restore()
         with torch.set_grad_enabled(with_graph):
-            tower.forward(module, index)
+            tower.forward(module, chunk)
     finally:
         for handle in handles:
             handle.remove()

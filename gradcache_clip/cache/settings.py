@@ -84,6 +84,11 @@ def warn_of_batch_norm(modules: Iterable[nn.Module]) -> bool:
     return True
 
 
+def has_batch_statistics(module: nn.Module) -> bool:
+    """Whether a row's features depend on the other rows of its chunk."""
+    return any(isinstance(child, _BatchNorm) and child.training for child in module.modules())
+
+
 def _norms_in_training(
     modules: Iterable[nn.Module], kind: type[_NormBase]
 ) -> list[tuple[str, _NormBase]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,22 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.nested import take_rows, tensors_in
+from gradcache_clip.cache.chunks import Chunk, merged, row_count
+from gradcache_clip.cache.nested import chunk_of, tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
-from gradcache_clip.cache.settings import kernels_as_with_gradients
+from gradcache_clip.cache.retained import NO_RETENTION, Retention, SavedBytes
+from gradcache_clip.cache.settings import forget_autocast_casts, kernels_as_with_gradients
+from gradcache_clip.cache.trunk import FrozenTrunk, run_trunk
 
 _MODEL_OUTPUT_FIELDS = ("image_embeds", "text_embeds", "sentence_embedding", "pooler_output")
 
 Encode = Callable[[nn.Module, Any], Any]
-
-
-def call_encoder(module: nn.Module, inputs: Any) -> Any:
-    """Mappings become keyword arguments, tuples positional ones, the rest one argument."""
-    if isinstance(inputs, Mapping):
-        return module(**inputs)
-    if isinstance(inputs, tuple):
-        return module(*inputs)
-    return module(inputs)
 
 
 @dataclass
@@ -45,69 +38,102 @@ class Tower:
     encode: Encode
     get_features: Callable[[Any], Any] | None
     inputs: Any
-    bounds: list[tuple[int, int]]
+    chunks: list[Chunk]
     trainable: bool | None = None
+    embed_together: int = 1
+    """Chunks that the embed runs at once while nothing random is drawn."""
     features: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
-    random_states: list[RandomState | None] = field(default_factory=list)
     structure: Any = None
 
-    def embed(self) -> None:
-        """Run every chunk without a graph; keep the features and, where drawn from, the RNG."""
-        tensors = chain(self.module.parameters(), self.module.buffers(), tensors_in(self.inputs))
-        devices = accelerators_among(tensors)
-        before = RandomState.capture(devices)
+    def embed(self, retention: Retention = NO_RETENTION) -> None:
+        """Run every chunk; keep features, the graphs that `retention` allows, and the RNG."""
+        self._run_trunk()
+        devices = accelerators_among(self.known_tensors())
+        before, index, drawn = RandomState.capture(devices), 0, False
         with kernels_as_with_gradients():
-            for index in range(len(self.bounds)):
-                with torch.set_grad_enabled(self.trainable is None):
-                    self.keep(self.forward(self.bare_module, index), index)
+            while index < len(self.chunks):
+                # The first chunk goes alone: it shows whether the encoder draws random numbers.
+                group = self.chunks[index : index + self._together(index, drawn, retention)]
+                chunk = group[0] if len(group) == 1 else merged(group)
+                self._embed(chunk, index, retention)
                 after = RandomState.capture(devices)
-                self.random_states.append(None if after.equals(before) else before)
-                before = after
+                if not after.equals(before):
+                    # A replay repeats the draws of a pass only over the very same rows.
+                    self.chunks[index : index + len(group)] = group = [chunk]
+                    chunk.random_state, drawn = before, True
+                before, index = after, index + len(group)
 
-    def forward(self, module: nn.Module, index: int) -> list[Tensor]:
+    def _run_trunk(self) -> None:
+        """A frozen trunk runs once; from here on the inputs are its outputs."""
+        if isinstance(self.bare_module, FrozenTrunk):
+            self.inputs = run_trunk(self.bare_module, self.inputs, self.chunks, self.name)
+            for chunk in self.chunks:
+                chunk.trim = None
+
+    def _together(self, index: int, drawn: bool, retention: Retention) -> int:
+        if index == 0 or drawn:
+            return 1
+        last = min(index + self.embed_together, len(self.chunks))
+        alone = (i for i in range(index, last) if retention.wants_graph(i))
+        return max(1, next(alone, last) - index)
+
+    def _embed(self, chunk: Chunk, index: int, retention: Retention) -> None:
+        wanted = self.trainable is not False and retention.wants_graph(index)
+        with_graph = wanted or self.trainable is None
+        if with_graph:
+            forget_autocast_casts()
+        known = self.known_tensors() if retention.measures(index) else ()
+        saved = SavedBytes(known)
+        with torch.set_grad_enabled(with_graph), saved.counting(retention.measures(index)):
+            parts = self.forward(self.bare_module, chunk)
+        self.keep(parts, chunk)
+        if wanted and self.trainable and retention.keeps_graph(index, saved.total):
+            chunk.graph = parts
+
+    def forward(self, module: nn.Module, chunk: Chunk) -> list[Tensor]:
         """Features of one chunk, flat."""
-        start, stop = self.bounds[index]
-        output = self.encode(module, take_rows(self.inputs, start, stop))
+        output = self.encode(module, chunk_of(self.inputs, chunk.rows, chunk.trim))
         features, structure = pytree.tree_flatten(self._select(output))
-        self._check_features(features, stop - start)
+        self._check_features(features, len(chunk))
         self.structure = structure
         return features
 
-    def replay(self, index: int) -> list[Tensor]:
+    def replay(self, chunk: Chunk) -> list[Tensor]:
         """The same chunk again, with its graph and with the random numbers of its embed."""
-        state = self.random_states[index]
-        if state is not None:
-            state.restore()
-        return self.forward(self.module, index)
+        if chunk.random_state is not None:
+            chunk.random_state.restore()
+        return self.forward(self.module, chunk)
 
-    def cached(self, index: int) -> list[Tensor]:
-        start, stop = self.bounds[index]
-        return [feature[start:stop] for feature in self.features]
+    def cached(self, chunk: Chunk) -> list[Tensor]:
+        return [feature[chunk.rows] for feature in self.features]
 
-    def gradients_of(self, index: int) -> list[Tensor | None]:
-        start, stop = self.bounds[index]
-        return [None if grad is None else grad[start:stop] for grad in self.gradients]
+    def gradients_of(self, chunk: Chunk) -> list[Tensor | None]:
+        return [None if gradient is None else gradient[chunk.rows] for gradient in self.gradients]
+
+    def known_tensors(self) -> list[Tensor]:
+        """What is in memory whether or not the tower runs."""
+        module = self.module
+        return list(chain(module.parameters(), module.buffers(), tensors_in(self.inputs)))
 
     @torch.no_grad()
-    def keep(self, parts: list[Tensor], index: int) -> None:
+    def keep(self, parts: list[Tensor], chunk: Chunk) -> None:
         """Copy a chunk's features out: a view such as [:, 0] would keep all of its tokens alive."""
         if self.trainable is None:
             self.trainable = any(part.requires_grad for part in parts)
         if not self.features:
-            rows = self.bounds[-1][1]
+            rows = row_count(self.chunks)
             self.features = [part.new_empty((rows, *part.shape[1:])) for part in parts]
         kinds = [(whole.shape[1:], whole.dtype) for whole in self.features]
         if kinds != [(part.shape[1:], part.dtype) for part in parts]:
             raise ValueError(
                 f"{self.name}: expected the same feature shapes and dtypes in every chunk, got "
-                f"{[(tuple(p.shape[1:]), p.dtype) for p in parts]} in chunk {index} after "
+                f"{[(tuple(p.shape[1:]), p.dtype) for p in parts]} for {chunk.name} after "
                 f"{[(tuple(shape), dtype) for shape, dtype in kinds]}; pool each sample to a fixed "
                 "size"
             )
-        start, stop = self.bounds[index]
         for whole, part in zip(self.features, parts, strict=True):
-            whole[start:stop].copy_(part)
+            whole[chunk.rows] = part.detach()
 
     def _select(self, output: Any) -> Any:
         if self.get_features is not None:
@@ -142,9 +168,3 @@ class Tower:
 def surely_trainable(module: nn.Module, inputs: Any) -> bool:
     """Whether a parameter or an input asks for a gradient; if not, the graph will tell."""
     return any(tensor.requires_grad for tensor in chain(module.parameters(), tensors_in(inputs)))
-
-
-def chunk_bounds(rows: int, chunk_size: int, at_least: int = 1) -> list[tuple[int, int]]:
-    """Row ranges of the chunks, at least `at_least` of them where the rows suffice."""
-    size = min(chunk_size, max(1, math.ceil(rows / at_least)))
-    return [(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -8,7 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -24,7 +35,8 @@ def gather_rows(features: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     already complete, and parameter gradients are the sum of what the ranks contribute.
 
     Args:
-        features: (b, ...) floating tensor, the same shape on every rank.
+        features: (b, ...) tensor, the same shape on every rank; integers and booleans carry no
+            gradient.
         group: process group; the default group when None.
 
     Raises:

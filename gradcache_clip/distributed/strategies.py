@@ -3,8 +3,9 @@
 A strategy tells the engine which module embeds (`bare`), what multiplies the loss and the feature
 gradients (`scale_loss`, `gradient_factor`), whether gradients are exchanged during a replay
 (`replaying`), whether the first and the last replay must carry a chunk of every tower together
-(`joint_ends`), and what went wrong elsewhere (`on_any_rank`). It refuses modules that it would
-give wrong gradients for (`check`).
+(`joint_ends`), whether a step that ran out of memory may start again (`recovers`: not where other
+ranks would wait for this one), and what went wrong elsewhere (`on_any_rank`). It refuses modules
+that it would give wrong gradients for (`check`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class LocalStrategy:
     """
 
     joint_ends = False
+    recovers = True
 
     def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         self.grad_scaler = grad_scaler
@@ -67,6 +69,10 @@ class LocalStrategy:
         """Whether a 0-dim boolean is true on this or another rank; waits for the device."""
         return bool(flag)
 
+    def smallest(self, value: int) -> int:
+        """The smallest of a number that each rank has found."""
+        return value
+
 
 class DDPStrategy(LocalStrategy):
     """Encoders wrapped in DistributedDataParallel: gradients are reduced once a step.
@@ -82,6 +88,7 @@ class DDPStrategy(LocalStrategy):
     """
 
     joint_ends = True
+    recovers = False
 
     def check(self, modules: Sequence[nn.Module]) -> None:
         """Refuse wrappers, or their absence, that would give wrong gradients or fail midway.
@@ -124,6 +131,11 @@ class DDPStrategy(LocalStrategy):
         anywhere = flag.to(torch.int32)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         return bool(anywhere)
+
+    def smallest(self, value: int) -> int:
+        values: list[int | None] = [None] * world_size()
+        dist.all_gather_object(values, value)
+        return min(each for each in values if each is not None)
 
 
 def innermost(module: nn.Module) -> nn.Module:

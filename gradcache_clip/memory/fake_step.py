@@ -22,9 +22,11 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from gradcache_clip.cache.checks import one_for_each
+from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.nested import count_rows, map_tensors, tensors_in
 from gradcache_clip.cache.settings import forget_autocast_casts
-from gradcache_clip.cache.tower import Encode, Tower, call_encoder, surely_trainable
+from gradcache_clip.cache.tower import Encode, Tower, surely_trainable
+from gradcache_clip.cache.trunk import call_encoder
 
 _NEEDS_DATA = (
     DataDependentOutputException,
@@ -75,9 +77,12 @@ class FakeStep:
         for index, (module, given) in enumerate(zip(modules, inputs, strict=True)):
             twin = _FakeTwin(module, self._fakes)
             encode = _encode_with(twin, index if isinstance(encoders, nn.Module) else None)
-            name, bounds = f"encoder {index} ({type(module).__name__})", [(0, batch_size)]
+            name, chunks = (
+                f"encoder {index} ({type(module).__name__})",
+                [Chunk(slice(0, batch_size))],
+            )
             features = extractors[index]
-            tower = Tower(name, module, module, encode, features, given, bounds)
+            tower = Tower(name, module, module, encode, features, given, chunks)
             # As in the engine: one module for all inputs may be frozen for this one.
             if not isinstance(encoders, nn.Module) and surely_trainable(module, given):
                 tower.trainable = True

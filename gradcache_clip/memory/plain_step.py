@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.settings import autocast_off, forget_autocast_casts
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.memory.counter import LiveBytes, Rounding
@@ -147,9 +148,10 @@ def count_cached_step(
         live = _watch(step, rounding)
         with live:
             for tower in step.towers:
-                tower.bounds = _first_and_last(chunk_size, batch_size)
-                _embed(tower, live)
+                tower.chunks = _first_and_last(chunk_size, batch_size)
+                _embed(tower, live, retain=tower is step.towers[-1])
             _gradients_of_features(step, live)
+            _replay_retained(step)
             for tower in step.towers:
                 # Twice: the second chunk meets the gradients that the first one left behind.
                 for _ in range(2 if tower.trainable else 0):
@@ -158,10 +160,10 @@ def count_cached_step(
     return _step_memory(live)
 
 
-def _first_and_last(chunk_size: int, batch_size: int) -> list[tuple[int, int]]:
+def _first_and_last(chunk_size: int, batch_size: int) -> list[Chunk]:
     if batch_size <= chunk_size:
-        return [(0, batch_size)]
-    return [(0, chunk_size), (batch_size - chunk_size, batch_size)]
+        return [Chunk(slice(0, batch_size))]
+    return [Chunk(slice(0, chunk_size)), Chunk(slice(batch_size - chunk_size, batch_size))]
 
 
 def _watch(step: FakeStep, rounding: Rounding) -> LiveBytes:
@@ -177,15 +179,18 @@ def _marker(live: LiveBytes, kind: str) -> Callable[[Tensor], None]:
 
 
 def _forward(tower: Tower) -> Any:
-    flat = tower.forward(tower.module, 0)
+    flat = tower.forward(tower.module, tower.chunks[0])
     return pytree.tree_unflatten(flat, tower.structure)
 
 
-def _embed(tower: Tower, live: LiveBytes) -> None:
+def _embed(tower: Tower, live: LiveBytes, *, retain: bool) -> None:
     """Fill `features` as the engine does, from the first and the last chunk."""
-    for index in range(len(tower.bounds)):
-        with torch.set_grad_enabled(tower.trainable is None):
-            tower.keep(tower.forward(tower.module, index), index)
+    for chunk in tower.chunks:
+        kept = retain and chunk is tower.chunks[-1] and tower.trainable is not False
+        with torch.set_grad_enabled(tower.trainable is None or kept):
+            parts = tower.forward(tower.module, chunk)
+        tower.keep(parts, chunk)
+        chunk.graph = parts if kept and tower.trainable else None
         live.mark(tower.features, "feature")
 
 
@@ -201,11 +206,23 @@ def _gradients_of_features(step: FakeStep, live: LiveBytes) -> None:
         loss_value.backward()
 
 
+def _replay_retained(step: FakeStep) -> None:
+    """The backward of the one chunk whose graph was kept."""
+    for tower in step.towers:
+        for chunk in tower.chunks:
+            if chunk.graph is not None:
+                graph, chunk.graph = chunk.graph, None
+                _backward(step, tower, chunk, graph)
+
+
 def _replay(step: FakeStep, tower: Tower) -> None:
-    stop = tower.bounds[0][1]
-    outputs = tower.forward(tower.module, 0)
+    chunk = tower.chunks[0]
+    _backward(step, tower, chunk, tower.forward(tower.module, chunk))
+
+
+def _backward(step: FakeStep, tower: Tower, chunk: Chunk, outputs: list[Tensor]) -> None:
     pairs = [
-        (output, cached.grad[:stop])
+        (output, cached.grad[chunk.rows])
         for output, cached in zip(outputs, tower.features, strict=True)
         if cached.grad is not None
     ]

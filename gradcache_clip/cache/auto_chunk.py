@@ -1,0 +1,146 @@
+"""chunk_size="auto": measured on the batch itself, and remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gradcache_clip.cache.chunks import Chunk
+from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
+from gradcache_clip.cache.retained import SavedBytes, budget_bytes
+from gradcache_clip.cache.settings import autocast_off, forget_autocast_casts
+from gradcache_clip.cache.tower import Tower
+
+_FIRST_SIZE = 8
+# Less than this is no reason to spend twice the memory.
+_WORTHWHILE_GAIN = 1.05
+# A graph may take half of its memory: the gradients on the way back take room as well.
+_SHARE_OF_MEMORY = 0.5
+_REPEATS = 3
+
+
+class Measured(NamedTuple):
+    """One size: how fast it went, and what its graph kept."""
+
+    rows_per_s: float
+    graph_bytes: int
+
+
+def find_chunk_size(measure: Callable[[int], Measured | None], rows: int, limit_bytes: int) -> int:
+    """Double the size while that pays, fits, and there are rows; None of `measure`: no memory.
+
+    Example:
+        >>> find_chunk_size(lambda rows: Measured(min(rows, 32.0), 100 * rows), 1000, 10**6)
+        32
+    """
+    best, size = 1, min(_FIRST_SIZE, rows)
+    best_rate = 0.0
+    while True:
+        measured = measure(size)
+        if measured is None or measured.rows_per_s < _WORTHWHILE_GAIN * best_rate:
+            return best
+        best, best_rate = size, measured.rows_per_s
+        if size == rows or 2 * measured.graph_bytes > limit_bytes:
+            return best
+        size = min(2 * size, rows)
+
+
+def measured_chunk_size(tower: Tower, rows: int) -> int:
+    """The size at which forward and backward of this tower take least time a row.
+
+    Gradients, random generators and running statistics are afterwards as before.
+    """
+    snapshot = StepSnapshot([tower.bare_module], [tower])
+    try:
+        device = _device_of(tower)
+        limit = int(_SHARE_OF_MEMORY * budget_bytes("auto", device))
+        return find_chunk_size(lambda size: _measure(tower, size, device), rows, limit)
+    finally:
+        snapshot.restore()
+        snapshot.finish()
+
+
+def _measure(tower: Tower, size: int, device: torch.device) -> Measured | None:
+    chunk, times = Chunk(slice(0, size)), []
+    saved = SavedBytes(tower.known_tensors())
+    try:
+        for repeat in range(_REPEATS):
+            with saved.counting(repeat == 0):
+                times.append(_forward_and_backward(tower, chunk, device))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return Measured(size / min(times), saved.total)
+
+
+def _forward_and_backward(tower: Tower, chunk: Chunk, device: torch.device) -> float:
+    forget_autocast_casts()
+    start = _now(device)
+    features = [f for f in tower.forward(tower.bare_module, chunk) if f.requires_grad]
+    with autocast_off({device.type, "cpu"}):
+        torch.autograd.backward(features, [torch.zeros_like(feature) for feature in features])
+    return _now(device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _device_of(tower: Tower) -> torch.device:
+    devices = (tensor.device for tensor in tower.known_tensors())
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+class ChunkRecord:
+    """Sizes that were found, in a JSON file: one for each model, input shapes and device."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._sizes: dict[str, int] = {}
+        if path is not None and path.exists():
+            self._sizes = _read(path)
+
+    def get(self, key: str) -> int | None:
+        return self._sizes.get(key)
+
+    def put(self, key: str, size: int) -> None:
+        self._sizes[key] = size
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(f".{os.getpid()}.part")
+            partial.write_text(json.dumps(self._sizes, indent=1, sort_keys=True) + "\n")
+            partial.replace(self.path)
+
+
+def record_key(tower: Tower) -> str:
+    """What a size holds for: the model, the shape of a row, the device and the precision."""
+    module, device = tower.bare_module, _device_of(tower)
+    parameters = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    shapes = ",".join("x".join(map(str, t.shape[1:])) for t in tensors_in(tower.inputs))
+    autocast = torch.is_autocast_enabled(device.type)
+    precision = torch.get_autocast_dtype(device.type) if autocast else "as it is"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    mode = "train" if module.training else "eval"
+    return f"{tower.name}|{parameters}|{trained}|{mode}|{shapes}|{name}|{precision}"
+
+
+def _read(path: Path) -> dict[str, int]:
+    """What another version or a half-written file holds is measured again."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+        content: Any = json.loads(path.read_text())
+        if isinstance(content, dict):
+            found = {k: v for k, v in content.items() if isinstance(v, int) and v > 0}
+    return found

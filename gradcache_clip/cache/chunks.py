@@ -1,0 +1,59 @@
+"""The chunks that a batch is cut into, and what each of them leaves between embed and replay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.cache.random_state import RandomState
+
+
+@dataclass
+class Chunk:
+    """Rows that go through an encoder at once."""
+
+    rows: slice | Tensor
+    """A range of the batch, or (after sorting) the indices of its rows."""
+    trim: tuple[int, int] | None = None
+    """(full, kept): tokens of a row, and how many of them this chunk needs; None keeps all."""
+    random_state: RandomState | None = None
+    """The generators before its embed, if it drew from them and will be replayed."""
+    graph: list[Tensor] | None = None
+    """Its features with their graph, if that was retained: then it is never replayed."""
+
+    def __len__(self) -> int:
+        return len(self.rows) if isinstance(self.rows, Tensor) else self.rows.stop - self.rows.start
+
+    @property
+    def name(self) -> str:
+        """The rows as a person counts them."""
+        if isinstance(self.rows, Tensor):
+            shown = ", ".join(map(str, self.rows[:8].tolist()))
+            return f"rows {shown}" + (", ..." if len(self) > 8 else "")
+        return f"rows {self.rows.start} to {self.rows.stop - 1}"
+
+
+def even_chunks(rows: int, chunk_size: int, at_least: int = 1) -> list[Chunk]:
+    """Consecutive chunks, at least `at_least` of them where the rows suffice."""
+    size = min(chunk_size, max(1, math.ceil(rows / at_least)))
+    return [Chunk(slice(start, min(start + size, rows))) for start in range(0, rows, size)]
+
+
+def merged(chunks: Sequence[Chunk]) -> Chunk:
+    """One chunk with all rows of several consecutive ones."""
+    first, last = chunks[0], chunks[-1]
+    trims = [chunk.trim for chunk in chunks if chunk.trim is not None]
+    trim = max(trims) if len(trims) == len(chunks) else None
+    if isinstance(first.rows, slice) and isinstance(last.rows, slice):
+        return Chunk(slice(first.rows.start, last.rows.stop), trim)
+    return Chunk(torch.cat([c.rows for c in chunks if isinstance(c.rows, Tensor)]), trim)
+
+
+def row_count(chunks: Sequence[Chunk]) -> int:
+    """Rows of the batch that the chunks cut up."""
+    last = chunks[-1].rows
+    return last.stop if isinstance(last, slice) else sum(map(len, chunks))

@@ -1,0 +1,120 @@
+"""Running out of memory inside a step: undo what it did, so that it can start again smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.random_state import RandomState, accelerators_among
+from gradcache_clip.cache.tower import Tower
+
+
+class StepSnapshot:
+    """What a step changes: gradients, random generators, and running statistics of norms.
+
+    Gradients that exist are set aside, not copied, and added again at the end of the step; until
+    then a second set of gradients is alive.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], towers: Sequence[Tower]) -> None:
+        self.phase = "embed"
+        self._modules = list({id(module): module for module in modules}.values())
+        inputs = [tensor for tower in towers for tensor in tensors_in(tower.inputs)]
+        parameters = (p for module in self._modules for p in module.parameters())
+        self._aside: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.set_aside(chain(parameters, inputs))
+        known = (tensor for tower in towers for tensor in tower.known_tensors())
+        self._devices = accelerators_among(known)
+        self._random_state = RandomState.capture(self._devices)
+        self._statistics = {id(b): (b, b.clone()) for b in _running_statistics(self._modules)}
+        self._versions = {id(b): b._version for m in self._modules for b in m.buffers()}
+
+    def set_aside(self, leaves: Iterable[Tensor]) -> None:
+        """Keep gradients that exist out of what this step adds up."""
+        for leaf in leaves:
+            if leaf.requires_grad and leaf.is_leaf and id(leaf) not in self._aside:
+                self._aside[id(leaf)] = leaf, leaf.grad
+                leaf.grad = None
+
+    def undo(self, phase: str, reason: str, tried: Sequence[int]) -> None:
+        """Back to the start of the step, or an error that says why not.
+
+        Raises:
+            torch.OutOfMemoryError: chunks of one row do not fit, or a buffer cannot be restored.
+        """
+        for leaf, _ in self._aside.values():
+            leaf.grad = None
+        if changed := self._changed_buffer():
+            raise torch.OutOfMemoryError(
+                f"GradCache: out of memory in the {phase}, and the step cannot start again because "
+                f"it had changed {changed}; choose a smaller chunk_size. {reason}"
+            )
+        if tried[-1] <= 1:
+            sizes = ", ".join(map(str, tried))
+            raise torch.OutOfMemoryError(
+                f"GradCache: expected chunks of one row to fit, got no memory in the {phase} with "
+                f"any of chunk_size {sizes}; take smaller inputs, activation checkpointing, or a "
+                f"smaller batch. {reason}"
+            )
+        self.restore()
+        if any(device.type == "cuda" for device in self._devices):
+            # Smaller chunks must not meet the fragments of larger ones.
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Drop this step's gradients; generators and running statistics as at its start."""
+        for leaf, _ in self._aside.values():
+            leaf.grad = None
+        self._random_state.restore()
+        for buffer, before in self._statistics.values():
+            buffer.copy_(before)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Add the gradients that were there before."""
+        for leaf, earlier in self._aside.values():
+            if earlier is not None:
+                leaf.grad = earlier if leaf.grad is None else earlier.add_(leaf.grad)
+        self._aside.clear()
+
+    def _changed_buffer(self) -> str | None:
+        for module in self._modules:
+            for name, buffer in module.named_buffers():
+                changed = buffer._version != self._versions.get(id(buffer), -1)
+                if changed and id(buffer) not in self._statistics:
+                    return f"the buffer {name} of {type(module).__name__}"
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of a device or of the host, had nothing left."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def leaves_behind(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Every leaf that a backward from `outputs` would give a gradient."""
+    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            yield leaf
+        following = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= following
+        nodes.extend(following)
+
+
+def _running_statistics(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        for child in module.modules():
+            if isinstance(child, _NormBase) and child.training:
+                yield from child.buffers(recurse=False)

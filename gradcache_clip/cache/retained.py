@@ -1,0 +1,131 @@
+"""Graphs that are kept from the embed, so that their chunks need no replay."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+MemoryBudget = int | float | str | None
+
+_AUTO_SHARE = 0.8
+
+
+class GraphBudget:
+    """Bytes for graphs that stay alive from embed to replay, shared by all towers of a step."""
+
+    def __init__(self, budget: MemoryBudget, device: torch.device) -> None:
+        self.left_bytes = budget_bytes(budget, device)
+        # What is free now must also hold the graph of a chunk that is replayed.
+        self._keeps_one_free = budget == "auto"
+
+    def take(self, chunk_bytes: int, chunks: int) -> int:
+        """How many of `chunks` graphs of this size fit; their bytes leave the budget."""
+        fitting = self.left_bytes // max(1, chunk_bytes)
+        if fitting < chunks and self._keeps_one_free:
+            fitting = max(0, fitting - 1)
+        fitting = min(fitting, chunks)
+        self.left_bytes -= fitting * chunk_bytes
+        return fitting
+
+
+class Retention:
+    """Which graphs of one tower are kept.
+
+    The first candidate is measured; of all candidates as many as then fit in the budget are kept,
+    from the first one on. One chunk may be kept in any case: the last of a step, for the replay
+    would need the memory of a graph anyway.
+    """
+
+    def __init__(self, budget: GraphBudget, candidates: range, always: int | None = None) -> None:
+        self._budget, self._candidates, self._always = budget, candidates, always
+        self._measured, self._end = False, candidates.start
+
+    def measures(self, index: int) -> bool:
+        """Whether the graph of this chunk decides how many fit."""
+        unknown = not self._measured and self._budget.left_bytes > 0
+        return unknown and index in self._candidates
+
+    def wants_graph(self, index: int) -> bool:
+        """Whether this chunk is embedded with its graph."""
+        return index == self._always or index < self._end or self.measures(index)
+
+    def keeps_graph(self, index: int, graph_bytes: int) -> bool:
+        """Whether its graph, now that it is there, is kept."""
+        if self.measures(index):
+            left = len(self._candidates) - (index - self._candidates.start)
+            self._end, self._measured = index + self._budget.take(graph_bytes, left), True
+        return index == self._always or index < self._end
+
+
+class SavedBytes:
+    """Bytes of the distinct storages that a graph keeps for its backward."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        """`known` tensors, such as parameters and inputs, are there anyway and not counted."""
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.total = 0
+
+    @contextmanager
+    def counting(self, wanted: bool) -> Iterator[None]:
+        if not wanted:
+            yield
+            return
+        with torch.autograd.graph.saved_tensors_hooks(self._add, _same):
+            yield
+
+    def _add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def checked_budget(budget: MemoryBudget) -> MemoryBudget:
+    """Raise for what is no budget."""
+    if budget is None or budget == "auto":
+        return budget
+    if isinstance(budget, float) and 0 < budget <= 1:
+        return budget
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
+        return budget
+    raise ValueError(
+        "memory_budget: expected bytes (an integer), a share of the device's memory (a float up to "
+        f'1.0), "auto" or None, got {budget!r}; such as memory_budget=4 * 2**30'
+    )
+
+
+def budget_bytes(budget: MemoryBudget, device: torch.device) -> int:
+    """A budget in bytes: itself, a share of the device's memory, or most of what is free now."""
+    if budget is None:
+        return 0
+    if budget == "auto":
+        return int(_AUTO_SHARE * _free_bytes(device))
+    if isinstance(budget, float):
+        return int(budget * _total_bytes(device))
+    return int(budget)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _total_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+NO_RETENTION = Retention(GraphBudget(None, torch.device("cpu")), range(0))

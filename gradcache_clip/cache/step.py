@@ -1,0 +1,195 @@
+"""One gradient-caching step over towers that are built for it: embed, loss, replay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gradcache_clip.cache.checks import check_finite, check_unchanged, scalar_loss_of
+from gradcache_clip.cache.chunks import Chunk
+from gradcache_clip.cache.nested import map_tensors
+from gradcache_clip.cache.random_state import RandomState
+from gradcache_clip.cache.recovery import StepSnapshot, leaves_behind
+from gradcache_clip.cache.replay_check import ReplayCheck
+from gradcache_clip.cache.retained import GraphBudget, Retention
+from gradcache_clip.cache.schedule import replay_order
+from gradcache_clip.cache.settings import (
+    autocast_off,
+    forget_autocast_casts,
+    frozen_running_statistics,
+)
+from gradcache_clip.cache.tower import Tower
+from gradcache_clip.distributed.strategies import LocalStrategy
+
+
+class LossOnly(NamedTuple):
+    """What a step returns when the loss function returns a bare tensor."""
+
+    loss: Tensor
+
+
+class CachedStep:
+    """Embed, loss and replay of one batch; a snapshot learns how far it is and what it changes."""
+
+    def __init__(
+        self,
+        towers: list[Tower],
+        loss: Callable[..., Any],
+        strategy: LocalStrategy,
+        snapshot: StepSnapshot | None,
+        check_replay: bool,
+    ) -> None:
+        self.towers, self.loss, self.strategy = towers, loss, strategy
+        self.snapshot, self.check_replay = snapshot, check_replay
+        functions = (loss, *(tower.get_features for tower in towers))
+        self._knows_all_parameters = all(f is None or isinstance(f, nn.Module) for f in functions)
+
+    def run(self, budget: GraphBudget, loss_kwargs: Mapping[str, Any]) -> tuple[Any, ReplayCheck]:
+        """Fill `.grad`; the detached output of the loss, and the comparison of both passes."""
+        self._enter("embed")
+        for tower, retention in zip(self.towers, self._retentions(budget), strict=True):
+            tower.embed(retention)
+        check_finite(self.towers, self.strategy)
+        self._enter("loss")
+        output = self._backward_of_loss(loss_kwargs)
+        self._enter("replay")
+        with frozen_running_statistics([tower.bare_module for tower in self.towers]):
+            check = self._replay([tower for tower in self.towers if tower.trainable])
+        return output, check
+
+    def _enter(self, phase: str) -> None:
+        if self.snapshot is not None:
+            self.snapshot.phase = phase
+
+    def _retentions(self, budget: GraphBudget) -> list[Retention]:
+        if self.strategy.joint_ends:
+            # The first and the last replay go through the wrapper that exchanges gradients.
+            return [Retention(budget, range(1, len(t.chunks) - 1)) for t in self.towers]
+        last = max((i for i, t in enumerate(self.towers) if t.trainable is not False), default=0)
+        return [
+            Retention(budget, range(len(t.chunks)), always=len(t.chunks) - 1 if i == last else None)
+            for i, t in enumerate(self.towers)
+        ]
+
+    def _backward_of_loss(self, loss_kwargs: Mapping[str, Any]) -> Any:
+        """Fill every tower's `gradients`, and `.grad` of the loss's own parameters."""
+        leaves = [
+            [feature.requires_grad_(_takes_gradient(tower, feature)) for feature in tower.features]
+            for tower in self.towers
+        ]
+        features = [
+            pytree.tree_unflatten(flat, tower.structure)
+            for tower, flat in zip(self.towers, leaves, strict=True)
+        ]
+        versions = [feature._version for tower in self.towers for feature in tower.features]
+        forget_autocast_casts()
+        output = self.loss(*features, **loss_kwargs)
+        loss = scalar_loss_of(output)
+        check_unchanged(self.towers, versions)
+        self._set_gradients_aside([loss])
+        with autocast_off(device_types(self.towers)):
+            self.strategy.scale_loss(loss).backward()
+        factor = self.strategy.gradient_factor()
+        for tower, flat in zip(self.towers, leaves, strict=True):
+            tower.gradients = [_taken_gradient(leaf, factor) for leaf in flat]
+        return _detached(output)
+
+    def _replay(self, towers: list[Tower]) -> ReplayCheck:
+        check, modules = ReplayCheck(), [tower.module for tower in towers]
+        retained, order = _retained_first(towers, self.strategy.joint_ends)
+        states = [c.random_state for _, c in _chunks(order) if c.random_state is not None]
+        after_embed = RandomState.capture(_drawn_on(states)) if states else None
+        try:
+            for tower, chunk in retained:
+                with self.strategy.replaying(modules, last=False):
+                    graph, chunk.graph = chunk.graph, None
+                    self._backward([(tower, chunk, graph or [])])
+                    del graph
+            for position, group in enumerate(order):
+                with self.strategy.replaying(modules, last=position == len(order) - 1):
+                    self._replay_together(group, check)
+        finally:
+            # Whatever draws next continues from where one pass over the batch would have left off.
+            if after_embed is not None:
+                after_embed.restore()
+            forget_autocast_casts()
+        return check
+
+    def _replay_together(self, group: Sequence[tuple[Tower, Chunk]], check: ReplayCheck) -> None:
+        """Forward the chunks with their graphs, then one backward for all of them."""
+        forget_autocast_casts()
+        outputs = []
+        for tower, chunk in group:
+            features = tower.replay(chunk)
+            if self.check_replay:
+                check.compare(tower, chunk, features)
+            outputs.append((tower, chunk, features))
+        self._backward(outputs)
+
+    def _backward(self, outputs: Sequence[tuple[Tower, Chunk, list[Tensor]]]) -> None:
+        pairs = [
+            (feature, gradient)
+            for tower, chunk, features in outputs
+            for feature, gradient in zip(features, tower.gradients_of(chunk), strict=True)
+            if gradient is not None and feature.requires_grad
+        ]
+        self._set_gradients_aside([feature for feature, _ in pairs])
+        with autocast_off(device_types([tower for tower, _, _ in outputs])):
+            torch.autograd.backward([f for f, _ in pairs], [g for _, g in pairs])
+
+    def _set_gradients_aside(self, outputs: Sequence[Tensor]) -> None:
+        """Also those of parameters that only a function of the caller's knows."""
+        if self.snapshot is not None and not self._knows_all_parameters:
+            self.snapshot.set_aside(leaves_behind(outputs))
+
+
+def _retained_first(
+    towers: list[Tower], joint_ends: bool
+) -> tuple[list[tuple[Tower, Chunk]], list[list[tuple[Tower, Chunk]]]]:
+    """Chunks whose graphs are there, then groups of the others: a kept graph gives way first."""
+    kept = [(tower, chunk) for tower in towers for chunk in tower.chunks if chunk.graph is not None]
+    left = [[chunk for chunk in tower.chunks if chunk.graph is None] for tower in towers]
+    order = replay_order([len(chunks) for chunks in left], joint_ends)
+    return kept, [[(towers[tower], left[tower][index]) for tower, index in g] for g in order]
+
+
+def _chunks(order: list[list[tuple[Tower, Chunk]]]) -> Iterable[tuple[Tower, Chunk]]:
+    return (pair for group in order for pair in group)
+
+
+def _takes_gradient(tower: Tower, feature: Tensor) -> bool:
+    return bool(tower.trainable) and feature.is_floating_point()
+
+
+def _taken_gradient(leaf: Tensor, factor: float) -> Tensor | None:
+    """The gradient moves out of the leaf, so that no feature stays alive with a second one."""
+    gradient, leaf.grad = leaf.grad, None
+    leaf.requires_grad_(False)
+    return gradient if gradient is None or factor == 1 else gradient * factor
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return LossOnly(output.detach())
+    detached = map_tensors(torch.detach, output)
+    if detached is not output:
+        return detached
+    # An object of some other class: its attributes hold the tensors.
+    detached = copy.copy(output)
+    for name, value in getattr(output, "__dict__", {}).items():
+        setattr(detached, name, map_tensors(torch.detach, value))
+    return detached
+
+
+def device_types(towers: Iterable[Tower]) -> set[str]:
+    return {feature.device.type for tower in towers for feature in tower.features} | {"cpu"}
+
+
+def _drawn_on(states: Iterable[RandomState]) -> tuple[torch.device, ...]:
+    """Devices whose generators a replay will set back."""
+    return tuple(sorted({device for state in states for device, _ in state.devices}, key=str))

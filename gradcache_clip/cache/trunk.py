@@ -1,0 +1,96 @@
+"""An encoder in two parts: a frozen trunk that runs once, and a head that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gradcache_clip.cache.chunks import Chunk, row_count
+from gradcache_clip.cache.nested import chunk_of
+
+
+def call_encoder(encoder: Callable[..., Any], inputs: Any) -> Any:
+    """Mappings become keyword arguments, tuples positional ones, the rest one argument."""
+    if isinstance(inputs, Mapping):
+        return encoder(**inputs)
+    if isinstance(inputs, tuple):
+        return encoder(*inputs)
+    return encoder(inputs)
+
+
+@dataclass
+class TrunkOutput:
+    """What a trunk left at its boundary; a `FrozenTrunk` given this runs its head alone."""
+
+    output: Any
+
+
+class FrozenTrunk(nn.Module):
+    """`head(trunk(x))` whose trunk has no trainable parameters.
+
+    `GradCache` runs the trunk over the batch once and keeps its outputs, of B rows, until the end
+    of the step; only the head is replayed. Cut where the output is small, after pooling if that
+    is frozen too.
+
+    Args:
+        trunk: frozen module, called as the encoder would be. Its parameters are not frozen here.
+        head: trained module, called with the output of the trunk.
+
+    Raises:
+        ValueError: at the call, if a parameter of the trunk asks for a gradient.
+
+    Example:
+        >>> import torch
+        >>> from gradcache_clip import ClipLoss, FrozenTrunk, GradCache
+        >>> trunk, head = torch.nn.Linear(8, 6).requires_grad_(False), torch.nn.Linear(6, 4)
+        >>> cache = GradCache((FrozenTrunk(trunk, head), torch.nn.Linear(5, 4)), ClipLoss())
+        >>> out = cache(torch.randn(16, 8), torch.randn(16, 5))
+        >>> head.weight.grad.shape
+        torch.Size([4, 6])
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], TrunkOutput):
+            return self.head(args[0].output)
+        return self.head(self.through_trunk(*args, **kwargs))
+
+    def through_trunk(self, *args: Any, **kwargs: Any) -> Any:
+        """The trunk's output, without a graph."""
+        trained = [name for name, p in self.trunk.named_parameters() if p.requires_grad]
+        if trained:
+            raise ValueError(
+                f"trunk: expected frozen parameters, got {trained[0]} and {len(trained) - 1} more "
+                "that ask for gradients; call trunk.requires_grad_(False), or move them to the head"
+            )
+        with torch.no_grad():
+            return self.trunk(*args, **kwargs)
+
+
+def run_trunk(encoder: FrozenTrunk, inputs: Any, chunks: Sequence[Chunk], name: str) -> TrunkOutput:
+    """The trunk over all rows, chunk by chunk; its outputs in the order of the rows."""
+    wholes: list[Tensor] = []
+    structure = None
+    for chunk in chunks:
+        given = chunk_of(inputs, chunk.rows, chunk.trim)
+        parts, structure = pytree.tree_flatten(call_encoder(encoder.through_trunk, given))
+        if not wholes:
+            rows = row_count(chunks)
+            wholes = [part.new_empty((rows, *part.shape[1:])) for part in parts]
+        for whole, part in zip(wholes, parts, strict=True):
+            if part.shape[1:] != whole.shape[1:] or len(part) != len(chunk):
+                raise ValueError(
+                    f"{name}: expected trunk outputs with one row a sample, of one shape, got "
+                    f"{tuple(part.shape)} for {chunk.name} after {tuple(whole.shape[1:])} a row; "
+                    "pool in the trunk, or leave sort_by_length out"
+                )
+            whole[chunk.rows] = part
+    return TrunkOutput(pytree.tree_unflatten(wholes, structure) if structure else None)

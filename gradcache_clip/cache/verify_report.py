@@ -1,0 +1,105 @@
+"""What a verification found, as data and as a table for a person."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHOWN_ROWS = 15
+
+EXACT = "exact"
+SAME_CHUNKS = "exact over the same chunks"
+DIFFERS = "differs"
+
+COLUMNS = ("parameter", "shape", "one shot", "same chunks", "verdict")
+
+
+@dataclass(frozen=True)
+class VerifyRow:
+    """One gradient of the cached step against those of two plain steps."""
+
+    name: str
+    """Of the parameter, behind its encoder where there are several."""
+    shape: tuple[int, ...]
+    error: float
+    """|cached - plain| / |plain| in the Euclidean norm, plain: every encoder once over all rows."""
+    same_chunks_error: float
+    """The same against one graph over the same chunks, with the same random draws."""
+    verdict: str
+    """"exact", "exact over the same chunks" or "differs"."""
+
+    def cells(self) -> tuple[str, ...]:
+        """As text, in the order of `COLUMNS`."""
+        shape = " x ".join(map(str, self.shape)) or "scalar"
+        return self.name, shape, _error(self.error), _error(self.same_chunks_error), self.verdict
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """A cached step beside the one-shot step; `print(report)` shows it as a table."""
+
+    rows: tuple[VerifyRow, ...]
+    """One for each trained parameter, the worst first."""
+    exact: bool
+    """Whether loss and gradients equal those of the one-shot step up to rounding. Random layers
+    draw other numbers over chunks; where they alone make a difference, it is whether they equal
+    those of one graph over the same chunks with the same draws."""
+    reasons: list[str]
+    """Why they differ, found by experiment; empty where nothing does."""
+    loss: float
+    """Of the cached step."""
+    one_shot_loss: float
+    batch_size: int
+    """Rows of the first input."""
+    chunk_sizes: tuple[int, ...]
+    """Rows of the largest chunk of each input."""
+    precision: str
+    """What the encoders computed in, the coarsest if there are several."""
+    tolerance: float
+    """Relative error against the one-shot step that rounding explains in any case; a gradient that
+    moves more when the rows are merely summed in another order is allowed as much."""
+
+    @property
+    def headline(self) -> str:
+        """The answer in one line."""
+        count = len(self.rows)
+        if all(row.verdict == EXACT for row in self.rows) and self.exact:
+            return f"exact: all {count} gradients equal those of the one-shot step up to rounding"
+        wrong = sum(row.verdict == DIFFERS for row in self.rows)
+        if wrong:
+            return f"not exact: {wrong} of {count} gradients differ"
+        over_chunks = "those of one graph over the same chunks"
+        if self.exact:
+            return f"exact: all {count} gradients equal {over_chunks}, with the same draws"
+        return f"not exact: gradients equal {over_chunks}, not those of the one-shot step"
+
+    @property
+    def setting(self) -> str:
+        """What was compared, in one line."""
+        sizes = " and ".join(map(str, dict.fromkeys(self.chunk_sizes)))
+        return (
+            f"{self.batch_size} rows in chunks of {sizes}, {self.precision}, tolerance "
+            f"{self.tolerance:.0e}; loss {self.loss:.6f} cached, {self.one_shot_loss:.6f} one shot"
+        )
+
+    def shown(self) -> tuple[list[VerifyRow], str]:
+        """The rows for a screen, and what is to be said of the others."""
+        shown, left = list(self.rows[:SHOWN_ROWS]), self.rows[SHOWN_ROWS:]
+        if not left:
+            return shown, ""
+        verdicts = ", ".join(dict.fromkeys(row.verdict for row in left))
+        return shown, f"and {len(left)} more with smaller errors: {verdicts}"
+
+    def __str__(self) -> str:
+        rows, rest = self.shown()
+        cells = [COLUMNS, *(row.cells() for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+        reasons = [f"- {reason}" for reason in self.reasons]
+        return "\n".join([self.headline, *reasons, self.setting, "", *table, *([rest] * bool(rest))])
+
+
+def _error(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"
