@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradcache_clip.distributed.collectives import gather_rows
-from gradcache_clip.ops import Impl, clip_loss_with_accuracy
+from gradcache_clip.losses.scaled import ScaledLoss, check_has_negatives, check_rows
+from gradcache_clip.ops import ClipLossResult, Impl, clip_loss_with_accuracy
+from gradcache_clip.ops.arguments import check_integers, check_share
+from gradcache_clip.ops.matryoshka import clip_prefix_losses
 
 
 class ContrastiveOutput(NamedTuple):
@@ -27,7 +29,7 @@ class ContrastiveOutput(NamedTuple):
         return (self.image_to_text_accuracy + self.text_to_image_accuracy) / 2
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(ScaledLoss):
     """Symmetric cross-entropy over the cosine similarities of B pairs.
 
     With I and T the L2-normalised features and S = logit_scale * I T^T, the loss is
@@ -43,6 +45,7 @@ class ClipLoss(nn.Module):
         init_logit_scale: first value of the multiplier of the cosine similarity (1/temperature).
         max_logit_scale: its upper bound; CLIP uses 100.
         normalize: L2-normalise the features first (equation 2 of the CLIP objective).
+        label_smoothing: share of the target that is spread evenly over all that compete.
         impl: "auto", "reference", "tiled" or "triton"; see `gradcache_clip.ops.clip_loss`.
         group: process group whose ranks share the batch; the default group when None. With
             `DDPStrategy` it must be the default one.
@@ -61,28 +64,29 @@ class ClipLoss(nn.Module):
         init_logit_scale: float = 1 / 0.07,
         max_logit_scale: float = 100.0,
         normalize: bool = True,
+        label_smoothing: float = 0.0,
         impl: Impl = "auto",
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
-        if not 0 < init_logit_scale <= max_logit_scale:
-            raise ValueError(
-                f"init_logit_scale: expected 0 < init_logit_scale <= max_logit_scale "
-                f"({max_logit_scale}), got {init_logit_scale}; CLIP starts at 1/0.07"
-            )
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
-        self.max_log_logit_scale = math.log(max_logit_scale)
-        self.normalize = normalize
-        self.impl = impl
-        self.group = group
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """The multiplier of the cosine similarity, with its graph."""
-        return self.log_logit_scale.exp()
+        super().__init__(
+            init_logit_scale=init_logit_scale,
+            max_logit_scale=max_logit_scale,
+            normalize=normalize,
+            impl=impl,
+            group=group,
+        )
+        check_share("label_smoothing", label_smoothing)
+        self.label_smoothing = label_smoothing
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | None = None
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | None = None,
+        logit_bias: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> ContrastiveOutput:
         """Loss of all pairs; row i of both inputs belongs together.
 
@@ -91,56 +95,61 @@ class ClipLoss(nn.Module):
             text_features: (b, D) floating tensor.
             logit_scale: a scale of the caller's own, already exponentiated, in place of the
                 module's.
+            logit_bias: accepted for callers of open_clip's losses; added to all logits alike it
+                changes no softmax, and its gradient is zero.
+            labels: (b,) integers; pairs of an equal label are positives of each other.
+            ids: (b,) integers; pairs of an equal id are no negatives of each other.
 
         Raises:
+            TypeError: labels or ids that are no integers.
             ValueError: shapes differ, or the whole batch is a single pair.
         """
-        _check_pairs(image_features, text_features)
-        if logit_scale is None:
-            self._clamp()
-            logit_scale = self.logit_scale
-        if self.normalize:
-            image_features = _unit(image_features)
-            text_features = _unit(text_features)
-        image_features = gather_rows(image_features, self.group)
-        text_features = gather_rows(text_features, self.group)
-        _check_has_negatives(image_features)
-        result = clip_loss_with_accuracy(image_features, text_features, logit_scale, impl=self.impl)
-        return ContrastiveOutput(*result)
-
-    def _clamp(self) -> None:
-        # On the parameter itself: clamping the value would leave it without gradient at the bound.
-        with torch.no_grad():
-            self.log_logit_scale.clamp_(max=self.max_log_logit_scale)
-
-    def extra_repr(self) -> str:
-        return f"normalize={self.normalize}, impl={self.impl!r}"
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Unit rows; in fp16 a norm overflows at 65,504 and the guard against zero is itself zero."""
-    wide = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
-    return F.normalize(wide, dim=-1).to(features.dtype)
-
-
-def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:
-    for name, features in (("image_features", image_features), ("text_features", text_features)):
-        if not isinstance(features, Tensor) or features.dim() != 2:
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(
-                f"{name}: expected a (B, D) tensor, got {got}; pool each sample to one vector"
-            )
-    if image_features.shape != text_features.shape:
-        raise ValueError(
-            f"text_features: expected the shape of image_features, {tuple(image_features.shape)}, "
-            f"got {tuple(text_features.shape)}; pass one text for each image and project both to "
-            "the same width"
+        images, texts, options = self._global(
+            self._global_features, image_features, text_features, labels, ids
         )
+        scale = self._bounded_scale(logit_scale)
+        result = clip_loss_with_accuracy(images, texts, scale, **options)
+        return _output(result, logit_bias)
 
-
-def _check_has_negatives(image_features: Tensor) -> None:
-    if len(image_features) < 2:
-        raise ValueError(
-            f"batch: expected at least 2 pairs, got {len(image_features)}; a single pair has no "
-            "negatives, so its loss and all its gradients are zero"
+    def prefixes(
+        self,
+        widths: Sequence[int],
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | None = None,
+        logit_bias: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> list[ContrastiveOutput]:
+        """`forward` over prefixes of the features, each normalised anew; see `MatryoshkaLoss`."""
+        images, texts, options = self._global(
+            partial(gather_rows, group=self.group), image_features, text_features, labels, ids
         )
+        scale = self._bounded_scale(logit_scale)
+        results = clip_prefix_losses(images, texts, scale, widths, **options)
+        return [_output(result, logit_bias) for result in results]
+
+    def _global(
+        self,
+        gather: Callable[[Tensor], Tensor],
+        image_features: Tensor,
+        text_features: Tensor,
+        labels: Tensor | None,
+        ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Features and options of all ranks, after checks."""
+        check_rows(image_features=image_features, text_features=text_features)
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "impl": self.impl}
+        for name, integers in (("labels", labels), ("ids", ids)):
+            if integers is not None:
+                check_integers(name, integers, (len(image_features),), image_features.device)
+                options[name] = self._global_integers(integers)
+        images, texts = gather(image_features), gather(text_features)
+        check_has_negatives(images)
+        return images, texts, options
+
+
+def _output(result: ClipLossResult, logit_bias: Tensor | None) -> ContrastiveOutput:
+    loss, *accuracies = result
+    return ContrastiveOutput(loss if logit_bias is None else loss + 0 * logit_bias, *accuracies)

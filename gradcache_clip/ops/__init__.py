@@ -1,5 +1,31 @@
 """Loss ops: one public function each, several implementations behind it."""
 
-from gradcache_clip.ops.clip import ClipLossResult, Impl, clip_loss, clip_loss_with_accuracy
+from gradcache_clip.ops.clip import ClipLossResult, clip_loss, clip_loss_with_accuracy
+from gradcache_clip.ops.implementations import Impl
+from gradcache_clip.ops.info_nce import (
+    InfoNCEResult,
+    info_nce_loss,
+    info_nce_loss_with_accuracy,
+)
+from gradcache_clip.ops.self_contrast import (
+    SelfContrastResult,
+    nt_xent_loss,
+    nt_xent_loss_with_accuracy,
+    sup_con_loss,
+    sup_con_loss_with_accuracy,
+)
 
-__all__ = ["ClipLossResult", "Impl", "clip_loss", "clip_loss_with_accuracy"]
+__all__ = [
+    "ClipLossResult",
+    "Impl",
+    "InfoNCEResult",
+    "SelfContrastResult",
+    "clip_loss",
+    "clip_loss_with_accuracy",
+    "info_nce_loss",
+    "info_nce_loss_with_accuracy",
+    "nt_xent_loss",
+    "nt_xent_loss_with_accuracy",
+    "sup_con_loss",
+    "sup_con_loss_with_accuracy",
+]

@@ -5,28 +5,27 @@ B pairs, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradcache_clip.ops.clip_autograd import autocast_disabled
-from gradcache_clip.ops.clip_reference import clip_reference
-from gradcache_clip.ops.clip_tiled import clip_tiled
-from gradcache_clip.ops.clip_triton import clip_triton, triton_obstacle
+from gradcache_clip.ops.arguments import check_integers, check_pairs, check_share, scalar_tensor
+from gradcache_clip.ops.contrast import contrast_statistics
+from gradcache_clip.ops.groups import occurrences
+from gradcache_clip.ops.implementations import Impl, autocast_disabled
+from gradcache_clip.ops.pairing import Pairing, Statistics
+from gradcache_clip.ops.smoothing import mean_logits
+from gradcache_clip.ops.softmax import (
+    columns_of,
+    many_positives_loss,
+    negative_gap,
+    one_positive_loss,
+    rows_of,
+)
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-
-Impl = Literal["auto", "reference", "tiled", "triton"]
-
-_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
-    "reference": clip_reference,
-    "tiled": clip_tiled,
-    "triton": clip_triton,
-}
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    from jaxtyping import Float, Int
 
 
 class ClipLossResult(NamedTuple):
@@ -42,6 +41,9 @@ def clip_loss(
     text_features: Float[Tensor, "b d"],
     logit_scale: float | Float[Tensor, ""],
     *,
+    labels: Int[Tensor, " b"] | None = None,
+    ids: Int[Tensor, " b"] | None = None,
+    label_smoothing: float = 0.0,
     impl: Impl = "auto",
 ) -> Float[Tensor, ""]:
     """The loss of `clip_loss_with_accuracy` alone; same arguments, errors and source.
@@ -53,7 +55,15 @@ def clip_loss(
         >>> print(f"{clip_loss(features, features, 2.0):.4f}")
         0.3408
     """
-    return clip_loss_with_accuracy(image_features, text_features, logit_scale, impl=impl).loss
+    return clip_loss_with_accuracy(
+        image_features,
+        text_features,
+        logit_scale,
+        labels=labels,
+        ids=ids,
+        label_smoothing=label_smoothing,
+        impl=impl,
+    ).loss
 
 
 def clip_loss_with_accuracy(
@@ -61,13 +71,16 @@ def clip_loss_with_accuracy(
     text_features: Float[Tensor, "b d"],
     logit_scale: float | Float[Tensor, ""],
     *,
+    labels: Int[Tensor, " b"] | None = None,
+    ids: Int[Tensor, " b"] | None = None,
+    label_smoothing: float = 0.0,
     impl: Impl = "auto",
 ) -> ClipLossResult:
     """Symmetric cross-entropy over the similarities of B pairs, and how often the pair wins.
 
-    With S = logit_scale * image_features @ text_features.T (B x B) and labels 0..B-1:
+    With S = logit_scale * image_features @ text_features.T (B x B) and the target T = identity:
 
-        loss = (cross_entropy(S, labels) + cross_entropy(S.T, labels)) / 2
+        loss = (cross_entropy(S, T) + cross_entropy(S.T, T)) / 2
 
     "tiled" and "triton" never hold S, nor anything else of B x B numbers; logits, sums and gradient
     accumulators are fp32 (fp64 for fp64 features) whatever the dtype of the features, and whatever
@@ -82,23 +95,33 @@ def clip_loss_with_accuracy(
             each gradient returns in its own input's dtype.
         logit_scale: multiplier of the similarities (1/temperature, already exponentiated): a number
             or a tensor of one element on the same device.
+        labels: (B,) integers. Pairs of an equal label are positives of each other, and T is uniform
+            over the positives of a row: captions that share an image, classes.
+        ids: (B,) integers. Pairs of an equal id are no negatives of each other: duplicates. Where
+            labels are equal as well they stay positives.
+        label_smoothing: share of T, from 0 to below 1, that is spread evenly over all that compete,
+            positives included, as in `torch.nn.functional.cross_entropy`.
         impl: "reference" stores S and is the specification; "tiled" runs on any device; "triton"
             needs an NVIDIA GPU of compute capability 8.0 or later, or a CPU under Triton's
             interpreter; "auto" is "triton" where that runs on a GPU, else "tiled".
 
     Returns:
         loss: 0-dim, in nats, fp32 (fp64 for fp64 features).
-        image_to_text_accuracy: share of images whose own text has a larger logit than every other
-            text, 0 to 1; a tie is wrong. No gradient.
+        image_to_text_accuracy: share of images for which a positive text has a larger logit than
+            every negative, 0 to 1; a tie is wrong. No gradient.
         text_to_image_accuracy: the same over the images for each text.
 
     Raises:
-        TypeError: features or logit_scale that are no floating-point tensor (logit_scale: number).
-        ValueError: unequal shapes or devices, an empty batch, an unknown impl.
-        RuntimeError: impl="triton" where it cannot run.
+        TypeError: features or logit_scale that are no floating-point tensor (logit_scale: number);
+            labels or ids that are no integers.
+        ValueError: unequal shapes or devices, an empty batch, a smoothing out of range, an unknown
+            impl.
+        RuntimeError: impl="triton" where it cannot run; torch.func or forward-mode differentiation
+            through "tiled" or "triton".
 
     Source: Radford et al. 2021, "Learning transferable visual models from natural language
-    supervision", figure 3.
+    supervision", figure 3. Several positives: Khosla et al. 2020, "Supervised contrastive
+    learning", equation 2.
 
     Example:
         >>> import torch
@@ -107,80 +130,73 @@ def clip_loss_with_accuracy(
         >>> print(f"{result.loss:.4f} {result.image_to_text_accuracy:.1f}")
         2.3408 0.0
     """
-    _check_features(image_features, text_features)
-    dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-    scale = _scale_tensor(logit_scale, image_features.device, dtype)
-    implementation = _IMPLEMENTATIONS[_resolve(impl, image_features.device, dtype)]
-    with autocast_disabled(image_features.device):
-        result = implementation(image_features.to(dtype), text_features.to(dtype), scale)
-    return ClipLossResult(*result)
+    scale = checked_scale(image_features, text_features, logit_scale, labels, ids, label_smoothing)
+    statistics = contrast_statistics(
+        "clip_loss", image_features, text_features, scale, Pairing(labels, labels, ids, ids), impl
+    )
+    targets = ClipTargets(labels, ids, label_smoothing)
+    return clip_result(statistics, targets, image_features, text_features, scale)
 
 
-def _resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    if impl not in ("auto", *_IMPLEMENTATIONS):
-        raise ValueError(
-            f'impl: expected "auto", "reference", "tiled" or "triton", got {impl!r}; '
-            'use impl="auto" to choose by device'
-        )
-    if impl == "auto":
-        runs = device.type == "cuda" and triton_obstacle(device, dtype) is None
-        return "triton" if runs else "tiled"
-    if impl == "triton" and (obstacle := triton_obstacle(device, dtype)) is not None:
-        raise RuntimeError(
-            f'impl: expected an implementation that runs here, got "triton", but {obstacle}; '
-            f'impl="tiled" runs on {device.type} with any floating dtype (or set '
-            "TRITON_INTERPRET=1 before the first import to interpret the kernels on a CPU)"
-        )
-    return impl
+class ClipTargets:
+    """The target distribution of each row."""
+
+    def __init__(self, labels: Tensor | None, ids: Tensor | None, smoothing: float) -> None:
+        self.labels, self.ids, self.smoothing = labels, ids, smoothing
+        self.positives = None if labels is None else occurrences(labels, labels)
 
 
-def _check_features(image_features: Tensor, text_features: Tensor) -> None:
-    for name, features in (("image_features", image_features), ("text_features", text_features)):
-        if not isinstance(features, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
-        if features.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: expected float16, bfloat16, float32 or float64, got {features.dtype}; "
-                "convert with .float()"
-            )
-        if features.ndim != 2 or features.numel() == 0:
-            raise ValueError(
-                f"{name}: expected a non-empty (B, D) matrix, got shape {tuple(features.shape)}; "
-                "pool tokens to one vector for each sample first"
-            )
-    if image_features.shape != text_features.shape:
-        raise ValueError(
-            f"text_features: expected the shape of image_features {tuple(image_features.shape)}, "
-            f"got {tuple(text_features.shape)}; row i of both must be one pair"
-        )
-    if image_features.device != text_features.device:
-        raise ValueError(
-            f"text_features: expected device {image_features.device}, got {text_features.device}; "
-            "move one with .to(device)"
-        )
+def checked_scale(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: float | Tensor,
+    labels: Tensor | None,
+    ids: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    """The scale as a tensor, after checks of everything."""
+    check_pairs(("image_features", "text_features"), q, k)
+    for name, integers in (("labels", labels), ("ids", ids)):
+        if integers is not None:
+            check_integers(name, integers, (len(q),), q.device)
+    check_share("label_smoothing", label_smoothing)
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    return scalar_tensor("logit_scale", logit_scale, q.device, dtype)
 
 
-def _scale_tensor(
-    logit_scale: float | Tensor, device: torch.device, dtype: torch.dtype
+def clip_result(
+    statistics: Statistics,
+    targets: ClipTargets,
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+) -> ClipLossResult:
+    """Loss and accuracies of a contrast of q and k."""
+    rows, columns = rows_of(statistics), columns_of(statistics)
+    if targets.positives is None:
+        losses = [one_positive_loss(negative_gap(each)) for each in (rows, columns)]
+    else:
+        losses = [many_positives_loss(each, targets.positives) for each in (rows, columns)]
+    loss = (losses[0].mean() + losses[1].mean()) / 2
+    if targets.smoothing > 0:
+        above = _positive_above_mean(q, k, logit_scale, statistics, targets)
+        loss = loss + targets.smoothing * above
+    return ClipLossResult(loss, rows.accuracy(), columns.accuracy())
+
+
+def _positive_above_mean(
+    q: Tensor, k: Tensor, logit_scale: Tensor, statistics: Statistics, targets: ClipTargets
 ) -> Float[Tensor, ""]:
-    """A 0-dim tensor in the dtype of the logits, without a synchronisation."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    if isinstance(logit_scale, (int, float)):
-        return torch.full((), float(logit_scale), device=device, dtype=dtype)
-    if not isinstance(logit_scale, Tensor) or not logit_scale.is_floating_point():
-        got = logit_scale.dtype if isinstance(logit_scale, Tensor) else type(logit_scale).__name__
-        raise TypeError(
-            f"logit_scale: expected a number or a floating-point tensor, got {got}; "
-            "pass e.g. log_logit_scale.exp()"
+    """Mean of both directions: mean positive logit less mean competing logit."""
+    positive = statistics.row_positive, statistics.row_positive
+    if targets.positives is not None:
+        positive = (
+            statistics.row_positive / targets.positives,
+            statistics.column_positive / targets.positives,
         )
-    if logit_scale.numel() != 1:
-        raise ValueError(
-            f"logit_scale: expected one element, got shape {tuple(logit_scale.shape)}; "
-            "pass a 0-dim tensor"
+    with autocast_disabled(q.device):
+        mean = (
+            mean_logits(q, k, logit_scale, targets.labels, targets.ids),
+            mean_logits(k, q, logit_scale, targets.labels, targets.ids),
         )
-    if logit_scale.device != device:
-        raise ValueError(
-            f"logit_scale: expected device {device}, got {logit_scale.device}; "
-            "move it with .to(device)"
-        )
-    return logit_scale.reshape(()).to(dtype)
+    return ((positive[0] - mean[0]).mean() + (positive[1] - mean[1]).mean()) / 2

@@ -1,0 +1,138 @@
+"""A loss over several prefixes of the features at once. B: rows, D: width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class _OnePass(Protocol):
+    """A loss that knows its prefixes."""
+
+    def prefixes(self, widths: Sequence[int], *features: Any, **options: Any) -> list[Any]: ...
+
+
+class MatryoshkaLoss(nn.Module):
+    """A weighted sum of one loss over prefixes of the features, so that short ones work as well.
+
+    With loss_d the wrapped loss over F.normalize(features[:, :d], dim=-1):
+
+        loss = sum_p weights[p] * loss_(dims[p])
+
+    For `ClipLoss`, `InfoNCELoss`, `NTXentLoss` and `SupConLoss` all prefixes share one pass over
+    the tiles, at the flops of the widest: inner products of a prefix go on from those of the one
+    before, and no normalised copy is made. Nothing of B x B numbers is stored. Any other loss, such
+    as `SigLipLoss`, is called once for each prefix. One scale serves all prefixes.
+
+    Source: Kusupati et al. 2022, "Matryoshka representation learning", equation 1.
+
+    Args:
+        loss: the loss of one width, with its parameters; it must normalise.
+        dims: widths of the prefixes, in any order, at most D.
+        weights: a weight for each of `dims`; 1 each when None.
+
+    Raises:
+        TypeError: a loss that is no module.
+        ValueError: no, repeated or non-positive dims; not as many weights; a loss built with
+            normalize=False.
+
+    Example:
+        >>> import torch
+        >>> from gradcache_clip.losses import ClipLoss
+        >>> from gradcache_clip.losses.matryoshka import MatryoshkaLoss
+        >>> loss = MatryoshkaLoss(ClipLoss(init_logit_scale=2.0), dims=[4, 1])
+        >>> out = loss(torch.eye(4), torch.eye(4))
+        >>> print(f"{out.loss:.4f} {out.accuracy:.1f}")
+        1.4657 1.0
+    """
+
+    def __init__(
+        self, loss: nn.Module, dims: Sequence[int], weights: Sequence[float] | None = None
+    ) -> None:
+        super().__init__()
+        _check_loss(loss)
+        weights = [1.0] * len(dims) if weights is None else list(weights)
+        _check_dims(dims, weights)
+        self.loss = loss
+        self.dims, self.weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
+
+    @property
+    def logit_scale(self) -> Any:
+        """That of the wrapped loss."""
+        return self.loss.logit_scale
+
+    def forward(self, *features: Any, **options: Any) -> Any:
+        """The call of the wrapped loss.
+
+        Args:
+            features: what the wrapped loss takes; features are (B, D), not normalised.
+            options: what it takes by name.
+
+        Returns:
+            What the wrapped loss returns for the widest prefix, its accuracies among it, with the
+            sum as `loss`; the sum alone if it returns a tensor.
+
+        Raises:
+            ValueError: dims beyond D, and what the wrapped loss raises.
+        """
+        if isinstance(self.loss, _OnePass):
+            outputs = self.loss.prefixes(self.dims, *features, **options)
+        else:
+            outputs = [self._of_prefix(width, features, options) for width in self.dims]
+        total = sum(
+            weight * (output if isinstance(output, Tensor) else output.loss)
+            for weight, output in zip(self.weights, outputs, strict=True)
+        )
+        return total if isinstance(outputs[-1], Tensor) else outputs[-1]._replace(loss=total)
+
+    def _of_prefix(self, width: int, features: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        cut = (_unit_prefix(each, width) if _is_matrix(each) else each for each in features)
+        return self.loss(*cut, **options)
+
+    def extra_repr(self) -> str:
+        return f"dims={list(self.dims)}, weights={list(self.weights)}"
+
+
+def _is_matrix(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.is_floating_point() and given.dim() > 1
+
+
+def _unit_prefix(features: Tensor, width: int) -> Tensor:
+    if width > features.shape[-1]:
+        raise ValueError(
+            f"dims: expected at most the width of the features, {features.shape[-1]}, got {width}; "
+            "leave out what is wider"
+        )
+    # In 16 bits a norm may overflow.
+    prefix = features[..., :width]
+    wide = prefix if prefix.dtype.itemsize > 2 else prefix.float()
+    return F.normalize(wide, dim=-1).to(features.dtype)
+
+
+def _check_loss(loss: nn.Module) -> None:
+    if not isinstance(loss, nn.Module):
+        raise TypeError(
+            f"loss: expected a module such as ClipLoss(), got {type(loss).__name__}; build it first"
+        )
+    if getattr(loss, "normalize", True) is False:
+        raise ValueError(
+            "loss: expected one that normalises, got normalize=False; each prefix is normalised "
+            "anew: leave normalize=True and pass the features as they are"
+        )
+
+
+def _check_dims(dims: Sequence[int], weights: Sequence[float]) -> None:
+    if not dims or min(dims) < 1 or len(set(dims)) < len(dims):
+        raise ValueError(
+            f"dims: expected different widths of 1 or more, got {list(dims)}; "
+            "for example [64, 128, 256, 512]"
+        )
+    if len(weights) != len(dims):
+        raise ValueError(
+            f"weights: expected one for each of the {len(dims)} dims, got {len(weights)}; "
+            "leave them out for 1 each"
+        )

@@ -1,0 +1,113 @@
+"""A queue of features from earlier steps, negatives that cost no encoder pass. D: width."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradcache_clip.distributed.collectives import gather_rows
+from gradcache_clip.losses.scaled import unit
+from gradcache_clip.ops.arguments import check_features, check_integers
+
+
+class FeatureQueue(nn.Module):
+    """The last `size` features that were pushed, oldest overwritten first.
+
+    They carry no gradient: pass `queue.features` as the hard negatives of `InfoNCELoss`, and push
+    the keys after the step. The queue starts empty and travels with the module: `.to(device)`,
+    checkpoints. Where torch.distributed is initialised a push takes the rows of all ranks, so that
+    every rank holds the same queue. Source: He et al. 2019 (MoCo), section 3.2.
+
+    Args:
+        size: rows that the full queue holds, of all ranks together.
+        width: D.
+        normalize: store unit rows.
+        group: process group whose ranks push together; the default group when None.
+
+    Example:
+        >>> import torch
+        >>> from gradcache_clip import FeatureQueue
+        >>> queue = FeatureQueue(size=3, width=2, normalize=False)
+        >>> queue.push(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), ids=torch.tensor([5, 6]))
+        >>> queue.push(torch.tensor([[3.0, 0.0], [4.0, 0.0]]), ids=torch.tensor([7, 8]))
+        >>> queue.features[:, 0].tolist(), queue.ids.tolist()
+        ([4.0, 2.0, 3.0], [8, 6, 7])
+    """
+
+    features_of_all: Tensor
+    ids_of_all: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        *,
+        normalize: bool = True,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if size < 1 or width < 1:
+            raise ValueError(
+                f"size, width: expected at least 1, got {size} and {width}; MoCo keeps 65,536 rows"
+            )
+        self.size, self.normalize, self.group = size, normalize, group
+        self.register_buffer("features_of_all", torch.zeros(size, width))
+        self.register_buffer("ids_of_all", torch.full((size,), -1))
+        # On the host, so that asking how full the queue is never waits for a device.
+        self._count = 0
+
+    @property
+    def features(self) -> Tensor:
+        """(rows so far, at most `size`, D); None of them carries a gradient."""
+        return self.features_of_all[: min(self._count, self.size)]
+
+    @property
+    def ids(self) -> Tensor:
+        """Ids of `features`; -1 where none were pushed."""
+        return self.ids_of_all[: min(self._count, self.size)]
+
+    @torch.no_grad()
+    def push(self, features: Tensor, ids: Tensor | None = None) -> None:
+        """Append the rows of all ranks, overwriting the oldest.
+
+        Args:
+            features: (b, D) floating tensor, as many rows on every rank.
+            ids: (b,) integers, for `InfoNCELoss(...)(..., ids=)`.
+
+        Raises:
+            ValueError: another width, or more rows than the queue holds.
+        """
+        check_features("features", features)
+        if features.shape[1] != self.features_of_all.shape[1]:
+            raise ValueError(
+                f"features: expected width {self.features_of_all.shape[1]}, got "
+                f"{features.shape[1]}; build the queue with the width of the projection"
+            )
+        if ids is None:
+            ids = torch.full((len(features),), -1, device=features.device)
+        check_integers("ids", ids, (len(features),), features.device)
+        rows = gather_rows(unit(features) if self.normalize else features, self.group)
+        self._write(rows.to(self.features_of_all), gather_rows(ids, self.group))
+
+    def _write(self, rows: Tensor, ids: Tensor) -> None:
+        if len(rows) > self.size:
+            raise ValueError(
+                f"features: expected at most {self.size} rows of all ranks together, the size of "
+                f"the queue, got {len(rows)}; build a larger queue"
+            )
+        start = self._count % self.size
+        tail = min(self.size - start, len(rows))
+        for kept, new in ((self.features_of_all, rows), (self.ids_of_all, ids)):
+            kept[start : start + tail] = new[:tail]
+            kept[: len(rows) - tail] = new[tail:]
+        self._count += len(rows)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._count)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._count = int(state)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, width={self.features_of_all.shape[1]}"

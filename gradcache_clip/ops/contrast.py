@@ -1,0 +1,170 @@
+"""Statistics of a contrast as one differentiable op, so that losses are a few lines over vectors.
+
+M rows q_i, N columns k_j, S_ij = logit_scale <q_i, k_j>. The losses of the softmax family differ in
+their `Pairing` and in what they do with vectors of M and N numbers; autograd brings the gradients
+of those vectors back, and one more pass over the tiles turns them into dq, dk and dlogit_scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.ops.contrast_reference import contrast_reference
+from gradcache_clip.ops.contrast_tiled import gradient_tiled, statistics_tiled
+from gradcache_clip.ops.contrast_triton import gradient_triton, statistics_triton
+from gradcache_clip.ops.implementations import (
+    autocast_disabled,
+    refuse_transforms,
+    resolve_impl,
+    second_derivative_refused,
+)
+from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
+
+_STATISTICS = {"tiled": statistics_tiled, "triton": statistics_triton}
+_GRADIENT = {"tiled": gradient_tiled, "triton": gradient_triton}
+
+
+def contrast_statistics(
+    loss: str, q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing, impl: str
+) -> Statistics:
+    """Statistics of the contrast, differentiable in q, k and logit_scale.
+
+    Args:
+        loss: name of the public function, for its errors.
+        q: (M, D) floating tensor.
+        k: (N, D) floating tensor on the same device; in a self-contrast q itself.
+        logit_scale: 0-dim, in the dtype of the logits.
+        pairing: which logits are positives and which compete.
+        impl: "auto", "reference", "tiled" or "triton".
+    """
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    resolved = resolve_impl(impl, q.device, dtype)
+    q, k = q.to(dtype), k.to(dtype)
+    if resolved == "reference":
+        with autocast_disabled(q.device):
+            return contrast_reference(q, k, logit_scale, pairing)
+    refuse_transforms(loss, q, k, logit_scale)
+    vectors, rules = pairing.packed()
+    return Statistics(*_statistics(q, k, logit_scale, vectors, rules, resolved, loss))
+
+
+# torch.compile calls these two as they are, through the shapes that the fake kernels give.
+@torch.library.custom_op(
+    "gradcache_clip::contrast_statistics",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor logit_scale, Tensor?[] vectors, int[] rules, str impl, "
+    "str loss) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _statistics(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    vectors: Sequence[Tensor | None],
+    rules: Sequence[int],
+    impl: str,
+    loss: str,
+) -> tuple[Tensor, ...]:
+    pairing = Pairing.unpacked(vectors, rules)
+    with autocast_disabled(q.device):
+        return tuple(_STATISTICS[impl](q, k, logit_scale, pairing))
+
+
+@torch.library.custom_op(
+    "gradcache_clip::contrast_gradient",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor logit_scale, Tensor?[] vectors, int[] rules, str impl, "
+    "str loss, Tensor[] rows, Tensor[] columns, bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
+def _gradient(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    vectors: Sequence[Tensor | None],
+    rules: Sequence[int],
+    impl: str,
+    loss: str,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients that are not needed come back empty."""
+    pairing = Pairing.unpacked(vectors, rules)
+    sides = SideGradient(*rows), SideGradient(*columns) if pairing.both_ways else None
+    needed = needs[0], needs[1], needs[2]
+    with autocast_disabled(q.device):
+        gradients = _GRADIENT[impl](q, k, logit_scale, pairing, *sides, needed)
+    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@_statistics.register_fake
+def _(
+    q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, loss: str
+) -> tuple[Tensor, ...]:
+    pairing = Pairing.unpacked(vectors, rules)
+    labelled, M, N = pairing.row_labels is not None, len(q), len(k) if pairing.both_ways else 0
+    sizes = (M, M, M, M * labelled, N * labelled, N, N, N * labelled)
+    return tuple(logit_scale.new_empty(size) for size in sizes)
+
+
+@_gradient.register_fake
+def _(q: Tensor, k: Tensor, logit_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    rules, needs = arguments[1], arguments[-1]
+    self_contrast = Pairing.unpacked(arguments[0], rules).self_contrast
+    needed = needs[0] or (self_contrast and needs[1]), needs[1] and not self_contrast, needs[2]
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else q.new_empty(0)
+        for x, need in zip((q, k, logit_scale), needed, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, logit_scale, vectors, ctx.rules, ctx.impl, ctx.loss = inputs
+    statistics = Statistics(*output)
+    ctx.given = [vector is not None for vector in vectors]
+    ctx.save_for_backward(
+        q,
+        k,
+        logit_scale,
+        statistics.row_max,
+        statistics.column_max,
+        *(vector for vector in vectors if vector is not None),
+    )
+    ctx.mark_non_differentiable(
+        statistics.row_max, statistics.row_rival, statistics.column_max, statistics.column_rival
+    )
+
+
+def _backward(ctx: Any, *doutput: Tensor) -> tuple[Any, ...]:
+    q, k, logit_scale, row_max, column_max, *given = ctx.saved_tensors
+    vectors = [given.pop(0) if there else None for there in ctx.given]
+    d = Statistics(*doutput)
+    dq, dk, dlogit_scale = _gradient(
+        q,
+        k,
+        logit_scale,
+        vectors,
+        ctx.rules,
+        ctx.impl,
+        ctx.loss,
+        [row_max, d.row_sum, d.row_positive],
+        [column_max, d.column_sum, d.column_positive],
+        ctx.needs_input_grad[:3],
+    )
+    gradients = (gradient if gradient.numel() else None for gradient in (dq, dk, dlogit_scale))
+    return (*gradients, None, None, None, None)
+
+
+def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.loss = inputs[6]
+
+
+def _refuse(ctx: Any, *doutput: Tensor) -> None:
+    raise second_derivative_refused(ctx.loss)
+
+
+_statistics.register_autograd(_backward, setup_context=_save)
+_gradient.register_autograd(_refuse, setup_context=_keep_name)

@@ -1,0 +1,66 @@
+"""Statistics from the whole M x N matrix: the specification that other implementations meet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.ops.pairing import Pairing, Statistics
+
+
+def contrast_reference(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing) -> Statistics:
+    """Plain autograd over the full logits, in at least fp32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = logit_scale.to(dtype) * (q.to(dtype) @ k.to(dtype).T)
+    positives, competes = _masks(pairing, len(q), len(k), q.device)
+    rows = _side(logits, positives, competes, pairing.row_labels, pairing.row_threshold)
+    empty = logits.new_empty(0)
+    columns = (empty, empty, empty, empty)
+    if pairing.both_ways:
+        columns = _side(
+            logits.T, positives.T, competes.T, pairing.column_labels, pairing.column_threshold
+        )
+    return Statistics(*rows, *columns)
+
+
+def _masks(
+    pairing: Pairing, rows: int, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Positives and competitors (positives among them), both M x N."""
+    row = torch.arange(rows, device=device)[:, None]
+    column = torch.arange(columns, device=device)[None, :]
+    positives = column == (row + pairing.positive_shift) % columns
+    if pairing.row_labels is not None and pairing.column_labels is not None:
+        positives = pairing.row_labels[:, None] == pairing.column_labels[None, :]
+    competes = torch.ones_like(positives)
+    if pairing.row_ids is not None and pairing.column_ids is not None:
+        competes = positives | (pairing.row_ids[:, None] != pairing.column_ids[None, :])
+    if pairing.self_contrast:
+        positives, competes = positives & (row != column), competes & (row != column)
+    return positives, competes
+
+
+def _side(
+    logits: Tensor,
+    positives: Tensor,
+    competes: Tensor,
+    labels: Tensor | None,
+    threshold: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """positive, max, sum and rival of each row."""
+    if threshold is not None:
+        competes = competes & (logits <= threshold[:, None])
+    positive = logits.where(positives, 0).sum(1)
+    summed = competes if labels is not None else competes & ~positives
+    peak, total = _max_and_sum(logits.masked_fill(~summed, -torch.inf))
+    empty = logits.new_empty(0)
+    if labels is None:
+        return positive, peak, total, empty
+    rival = logits.detach().masked_fill(positives | ~competes, -torch.inf).amax(1)
+    return positive, peak, total, rival
+
+
+def _max_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    peak = logits.detach().amax(1)
+    reference = peak.masked_fill(peak == -torch.inf, 0)
+    return peak, torch.exp(logits - reference[:, None]).sum(1)

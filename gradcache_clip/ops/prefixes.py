@@ -1,0 +1,253 @@
+"""Statistics of several prefixes of the features as one differentiable op.
+
+M rows q_i, N columns k_j, widths d_1 < ... < d_P. Prefix p of a row are its first d_p entries, L2-
+normalised anew; S^p_ij = logit_scale <unit prefix of q_i, unit prefix of k_j>. The products of a
+prefix are those of the one before and a few more, so that all prefixes together need one pass over
+the tiles with the flops of the widest: 2 M N d_P in the forward and 6 M N d_P in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.ops.contrast import contrast_statistics
+from gradcache_clip.ops.implementations import (
+    autocast_disabled,
+    refuse_transforms,
+    resolve_impl,
+    second_derivative_refused,
+)
+from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
+from gradcache_clip.ops.prefixes_reference import prefixes_reference, unit_prefix
+from gradcache_clip.ops.prefixes_tiled import prefix_gradient_tiled, prefix_statistics_tiled
+from gradcache_clip.ops.prefixes_triton import (
+    in_one_pass,
+    prefix_gradient_triton,
+    prefix_statistics_triton,
+)
+
+_STATISTICS = {"tiled": prefix_statistics_tiled, "triton": prefix_statistics_triton}
+_GRADIENT = {"tiled": prefix_gradient_tiled, "triton": prefix_gradient_triton}
+
+
+def prefix_statistics(
+    loss: str,
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    pairing: Pairing,
+    widths: Sequence[int],
+    impl: str,
+) -> list[Statistics]:
+    """Statistics of each prefix, differentiable in q, k and logit_scale.
+
+    "triton" has kernels for one positive a row; with labels, ids or thresholds it makes one pass
+    for each width over normalised copies of the prefixes, and holds no M x N tensor either.
+
+    Args:
+        loss: name of the public function, for its errors.
+        q: (M, D) floating tensor, not normalised. A prefix of zeros stays zero.
+        k: (N, D) floating tensor on the same device; in a self-contrast q itself.
+        logit_scale: 0-dim, in the dtype of the logits.
+        pairing: which logits are positives and which compete; its thresholds are (P, M) and (P, N).
+        widths: increasing, the last at most D; see `check_widths`.
+        impl: "auto", "reference", "tiled" or "triton".
+    """
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    resolved = resolve_impl(impl, q.device, dtype)
+    q, k = q.to(dtype), k.to(dtype)
+    if resolved == "reference":
+        with autocast_disabled(q.device):
+            return prefixes_reference(q, k, logit_scale, _pairings(pairing, widths), widths)
+    if resolved == "triton" and not in_one_pass(pairing):
+        return _one_pass_each(loss, q, k, logit_scale, pairing, widths, resolved)
+    refuse_transforms(loss, q, k, logit_scale)
+    vectors, rules = pairing.packed()
+    stacked = _statistics(q, k, logit_scale, vectors, rules, list(widths), resolved, loss)
+    return [Statistics(*each) for each in zip(*(x.unbind() for x in stacked), strict=True)]
+
+
+def check_widths(name: str, widths: Sequence[int], D: int) -> None:
+    """Raise unless the widths are increasing whole numbers from 1 to D."""
+    increasing = all(a < b for a, b in zip((0, *widths), widths, strict=False))
+    if not widths or not increasing or widths[-1] > D:
+        raise ValueError(
+            f"{name}: expected increasing widths from 1 to the width of the features, {D}, got "
+            f"{list(widths)}; the last one may be {D} itself"
+        )
+
+
+def _pairings(pairing: Pairing, widths: Sequence[int]) -> list[Pairing]:
+    """The rules of each prefix, which differ in their thresholds."""
+    rows, columns = pairing.row_threshold, pairing.column_threshold
+    return [
+        pairing._replace(
+            row_threshold=None if rows is None else rows[index],
+            column_threshold=None if columns is None else columns[index],
+        )
+        for index in range(len(widths))
+    ]
+
+
+def _one_pass_each(
+    loss: str,
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    pairing: Pairing,
+    widths: Sequence[int],
+    impl: str,
+) -> list[Statistics]:
+    result = []
+    for each, width in zip(_pairings(pairing, widths), widths, strict=True):
+        rows = unit_prefix(q, width).to(q.dtype)
+        columns = rows if pairing.self_contrast else unit_prefix(k, width).to(k.dtype)
+        result.append(contrast_statistics(loss, rows, columns, logit_scale, each, impl))
+    return result
+
+
+# torch.compile calls these two as they are, through the shapes that the fake kernels give.
+@torch.library.custom_op(
+    "gradcache_clip::prefix_statistics",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor logit_scale, Tensor?[] vectors, int[] rules, int[] widths, "
+    "str impl, str loss) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _statistics(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    vectors: Sequence[Tensor | None],
+    rules: Sequence[int],
+    widths: Sequence[int],
+    impl: str,
+    loss: str,
+) -> tuple[Tensor, ...]:
+    """Statistics with a leading dimension of prefixes."""
+    pairings = _pairings(Pairing.unpacked(vectors, rules), widths)
+    with autocast_disabled(q.device):
+        each = _STATISTICS[impl](q, k, logit_scale, pairings, widths)
+    return tuple(torch.stack(field) for field in zip(*each, strict=True))
+
+
+@torch.library.custom_op(
+    "gradcache_clip::prefix_gradient",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor logit_scale, Tensor?[] vectors, int[] rules, int[] widths, "
+    "str impl, str loss, Tensor[] rows, Tensor[] columns, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _gradient(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    vectors: Sequence[Tensor | None],
+    rules: Sequence[int],
+    widths: Sequence[int],
+    impl: str,
+    loss: str,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients that are not needed come back empty."""
+    pairing = Pairing.unpacked(vectors, rules)
+    row_sides = [SideGradient(*each) for each in zip(*rows, strict=True)]
+    column_sides: list[SideGradient | None] = [None] * len(widths)
+    if pairing.both_ways:
+        column_sides = [SideGradient(*each) for each in zip(*columns, strict=True)]
+    needed = needs[0], needs[1], needs[2]
+    with autocast_disabled(q.device):
+        gradients = _GRADIENT[impl](
+            q,
+            k,
+            logit_scale,
+            _pairings(pairing, widths),
+            widths,
+            row_sides,
+            column_sides,
+            needed,
+        )
+    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@_statistics.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    vectors: Any,
+    rules: Any,
+    widths: Sequence[int],
+    impl: str,
+    loss: str,
+) -> tuple[Tensor, ...]:
+    pairing = Pairing.unpacked(vectors, rules)
+    labelled, M, N = pairing.row_labels is not None, len(q), len(k) if pairing.both_ways else 0
+    sizes = (M, M, M, M * labelled, N * labelled, N, N, N * labelled)
+    return tuple(logit_scale.new_empty(len(widths), size) for size in sizes)
+
+
+@_gradient.register_fake
+def _(q: Tensor, k: Tensor, logit_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    rules, needs = arguments[1], arguments[-1]
+    self_contrast = Pairing.unpacked(arguments[0], rules).self_contrast
+    needed = needs[0] or (self_contrast and needs[1]), needs[1] and not self_contrast, needs[2]
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else q.new_empty(0)
+        for x, need in zip((q, k, logit_scale), needed, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, logit_scale, vectors, ctx.rules, ctx.widths, ctx.impl, ctx.loss = inputs
+    statistics = Statistics(*output)
+    ctx.given = [vector is not None for vector in vectors]
+    ctx.save_for_backward(
+        q,
+        k,
+        logit_scale,
+        statistics.row_max,
+        statistics.column_max,
+        *(vector for vector in vectors if vector is not None),
+    )
+    ctx.mark_non_differentiable(
+        statistics.row_max, statistics.row_rival, statistics.column_max, statistics.column_rival
+    )
+
+
+def _backward(ctx: Any, *doutput: Tensor) -> tuple[Any, ...]:
+    q, k, logit_scale, row_max, column_max, *given = ctx.saved_tensors
+    vectors = [given.pop(0) if there else None for there in ctx.given]
+    d = Statistics(*doutput)
+    dq, dk, dlogit_scale = _gradient(
+        q,
+        k,
+        logit_scale,
+        vectors,
+        ctx.rules,
+        ctx.widths,
+        ctx.impl,
+        ctx.loss,
+        [row_max, d.row_sum, d.row_positive],
+        [column_max, d.column_sum, d.column_positive],
+        ctx.needs_input_grad[:3],
+    )
+    gradients = (gradient if gradient.numel() else None for gradient in (dq, dk, dlogit_scale))
+    return (*gradients, None, None, None, None, None)
+
+
+def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.loss = inputs[7]
+
+
+def _refuse(ctx: Any, *doutput: Tensor) -> None:
+    raise second_derivative_refused(ctx.loss)
+
+
+_statistics.register_autograd(_backward, setup_context=_save)
+_gradient.register_autograd(_refuse, setup_context=_keep_name)

@@ -1,0 +1,270 @@
+"""Several prefixes of the same features in one pass over the tiles, in plain PyTorch.
+
+M rows q_i, N columns k_j, widths d_1 < ... < d_P; segment t of the features are the entries from
+d_{t-1} to d_t. S^p_ij = logit_scale r^p_i c^p_j <q_i, k_j>_p with the product over the first d_p
+entries, and r, c the inverse norms of these. A tile of products grows from one width to the next:
+all prefixes together cost the flops of the widest. With W^p_ij = r^p_i G^p_ij c^p_j and u^p_i the
+sum of G^p S^p / logit_scale over a row,
+
+    dq_i[segment t] = logit_scale sum_{p >= t} (W^p_i k[segment t] - (r^p_i)^2 u^p_i q_i[segment t])
+
+and dk likewise: tiles of W^p are summed before they are multiplied, again at the flops of the
+widest. That takes a buffer of one tile for each prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.ops.contrast_tiled import (
+    Gradients,
+    Needs,
+    _fold_labelled,
+    _Side,
+    _sides,
+    _statistics,
+    _TileGradient,
+    _walk,
+)
+from gradcache_clip.ops.masks import TileMasks
+from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
+from gradcache_clip.ops.tiles import Tiles, TileShape
+
+# F.normalize divides by no less.
+SMALLEST_NORM = 1e-12
+# Square, as a self-contrast needs it; half the usual edge leaves room for one buffer a prefix.
+PREFIX_TILE = TileShape(rows=512, columns=512)
+
+
+def prefix_statistics_tiled(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    pairings: Sequence[Pairing],
+    widths: Sequence[int],
+    *,
+    shape: TileShape = PREFIX_TILE,
+) -> list[Statistics]:
+    """Statistics of every prefix; nothing larger than one tile is allocated."""
+    products = _Products(Tiles(q, k, logit_scale, shape), widths)
+    prefixes = [
+        _PrefixStatistics(tiles, pairing)
+        for tiles, pairing in zip(products.prefixes(), pairings, strict=True)
+    ]
+    for stripe, panel in _walk(products.tiles, pairings[0]):
+        for prefix in prefixes:
+            prefix.fold(stripe, panel)
+    return [prefix.result() for prefix in prefixes]
+
+
+def segments(widths: Sequence[int]) -> list[slice]:
+    """What each width adds to the one before."""
+    return [slice(a, b) for a, b in zip((0, *widths[:-1]), widths, strict=True)]
+
+
+def prefix_norms(features: Tensor, widths: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """L2 norm of each prefix of each row, (P, rows)."""
+    parts = [features[:, segment].to(dtype) for segment in segments(widths)]
+    return torch.stack([torch.linalg.vecdot(part, part) for part in parts]).cumsum(0).sqrt()
+
+
+class _Products:
+    """A tile of <q_i, k_j> that grows from prefix to prefix, and the factors that make it S."""
+
+    def __init__(self, tiles: Tiles, widths: Sequence[int]) -> None:
+        self.tiles, self.segments = tiles, segments(widths)
+        dtype = tiles.logit_scale.dtype
+        norms = (prefix_norms(features, widths, dtype) for features in (tiles.q, tiles.k))
+        self.row_factor, self.column_factor = (
+            x.clamp_min(SMALLEST_NORM).reciprocal() for x in norms
+        )
+
+    def prefixes(self, *, separate: bool = False) -> list[_PrefixTiles]:
+        """The tiles of every prefix, to be asked in this order; `separate` if all must stay."""
+        return [_PrefixTiles(self, index, separate) for index in range(len(self.segments))]
+
+    def extended(self, index: int, stripe: slice, panel: slice) -> Tensor:
+        """Products over prefix `index`; those over the prefix before are in the buffer."""
+        segment, dtype = self.segments[index], self.tiles.logit_scale.dtype
+        product = self.tiles.buffer("product", stripe, panel)
+        left, right = self.tiles.q[stripe, segment], self.tiles.k[panel, segment]
+        return product.addmm_(left.to(dtype), right.to(dtype).T, beta=min(index, 1))
+
+
+class _PrefixTiles(Tiles):
+    """Tiles of S of one prefix; all prefixes share one set of buffers."""
+
+    def __init__(self, products: _Products, index: int, separate: bool) -> None:
+        tiles = products.tiles
+        super().__init__(tiles.q, tiles.k, tiles.logit_scale, TileShape(tiles.rows, tiles.columns))
+        self._buffers = tiles._buffers
+        self.products, self.index = products, index
+        self.name = f"S{index}" if separate else "S"
+        self.row_factor = products.row_factor[index]
+        self.column_factor = products.column_factor[index]
+
+    def logits(self, stripe: slice, panel: slice) -> Tensor:
+        product = self.products.extended(self.index, stripe, panel)
+        rows = (self.row_factor[stripe] * self.logit_scale)[:, None]
+        tile = torch.mul(product, rows, out=self.buffer(self.name, stripe, panel))
+        return tile.mul_(self.column_factor[panel])
+
+
+class _PrefixStatistics:
+    """Running statistics of one prefix."""
+
+    def __init__(self, tiles: Tiles, pairing: Pairing) -> None:
+        self.tiles, self.pairing = tiles, pairing
+        self.masks = TileMasks(tiles, pairing)
+        labelled, logit_scale = self.masks.labelled, tiles.logit_scale
+        self.rows = _Side(logit_scale, len(tiles.q), labelled)
+        self.columns = self.rows
+        if not pairing.self_contrast:
+            self.columns = _Side(logit_scale, len(tiles.k), labelled)
+        self.positive = logit_scale.new_empty(len(tiles.q))
+
+    def fold(self, stripe: slice, panel: slice) -> None:
+        """Add the next tile of this prefix."""
+        tile = self.tiles.logits(stripe, panel)
+        sides = _sides(stripe, panel, self.rows, self.columns, self.pairing)
+        self.masks.exclude(tile, stripe, panel, -torch.inf)
+        if not self.masks.labelled:
+            self.masks.take_positives(tile, stripe, panel, self.positive)
+        for side, where, dim, threshold in sides:
+            side.fold(tile, self.tiles.buffer("scratch", stripe, panel), where, dim, threshold)
+        if self.masks.labelled:
+            _fold_labelled(tile, self.masks, stripe, panel, sides)
+
+    def result(self) -> Statistics:
+        return _statistics(self.positive, self.rows, self.columns, self.pairing)
+
+
+def prefix_gradient_tiled(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    pairings: Sequence[Pairing],
+    widths: Sequence[int],
+    rows: Sequence[SideGradient],
+    columns: Sequence[SideGradient | None],
+    needs: Needs,
+    *,
+    shape: TileShape = PREFIX_TILE,
+) -> Gradients:
+    """dq, dk and dlogit_scale in a second pass; None where `needs` says False.
+
+    Of a self-contrast dq is the gradient through both sides, and dk is None.
+    """
+    products = _Products(Tiles(q, k, logit_scale, shape), widths)
+    weighted = _WeightedTiles(products, pairings, rows, columns)
+    if pairings[0].self_contrast:
+        return _self_contrast(weighted, needs)
+    return _two_sided(weighted, needs)
+
+
+def _two_sided(weighted: _WeightedTiles, needs: Needs) -> Gradients:
+    needs_q, needs_k, needs_scale = needs
+    tiles, logit_scale = weighted.tiles, weighted.tiles.logit_scale
+    q, k, dtype = tiles.q, tiles.k, logit_scale.dtype
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_q else None
+    dk = torch.zeros(k.shape, dtype=dtype, device=k.device) if needs_k else None
+    for stripe in tiles.stripes():
+        product = logit_scale.new_zeros(q[stripe].shape) if needs_q else None
+        for panel in tiles.panels():
+            for segment, tile in weighted.add(stripe, panel, multiply=needs_q or needs_k):
+                if product is not None:
+                    product[:, segment].addmm_(tile, k[panel, segment].to(dtype))
+                if dk is not None:
+                    dk[panel, segment].addmm_(tile.T, q[stripe, segment].to(dtype))
+        if dq is not None and product is not None:
+            weighted.project_rows(product, stripe)
+            torch.mul(product, logit_scale, out=dq[stripe])
+    if dk is not None:
+        for panel in tiles.panels():
+            weighted.project_columns(dk[panel], panel)
+        dk = dk.mul_(logit_scale).to(k.dtype)
+    return dq, dk, weighted.row_sums.sum() if needs_scale else None
+
+
+def _self_contrast(weighted: _WeightedTiles, needs: Needs) -> Gradients:
+    """Each tile above the diagonal serves its rows, and transposed its columns."""
+    tiles, logit_scale = weighted.tiles, weighted.tiles.logit_scale
+    q, dtype = tiles.q, logit_scale.dtype
+    needed = needs[0] or needs[1]
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    for stripe, panel in _walk(tiles, weighted.pairings[0]):
+        for segment, tile in weighted.add(stripe, panel, multiply=needed):
+            dq[stripe, segment].addmm_(tile, q[panel, segment].to(dtype))
+            if stripe != panel:
+                dq[panel, segment].addmm_(tile.T, q[stripe, segment].to(dtype))
+    for stripe in tiles.stripes():
+        weighted.project_rows(dq[stripe], stripe)
+    # G + G^T meets S twice.
+    dlogit_scale = weighted.row_sums.sum() / 2 if needs[2] else None
+    return dq.mul_(logit_scale).to(q.dtype) if needed else None, None, dlogit_scale
+
+
+class _WeightedTiles:
+    """W^p = r G^p c summed over the prefixes of each segment, and the sums of G^p S^p."""
+
+    def __init__(
+        self,
+        products: _Products,
+        pairings: Sequence[Pairing],
+        rows: Sequence[SideGradient],
+        columns: Sequence[SideGradient | None],
+    ) -> None:
+        self.products, self.tiles, self.pairings = products, products.tiles, pairings
+        prefixes = products.prefixes(separate=True)
+        self.gradients = [
+            _TileGradient(*each) for each in zip(prefixes, pairings, rows, columns, strict=True)
+        ]
+        self.row_sums = torch.zeros_like(products.row_factor)
+        self.column_sums = self.row_sums
+        if not pairings[0].self_contrast:
+            self.column_sums = torch.zeros_like(products.column_factor)
+
+    def add(self, stripe: slice, panel: slice, *, multiply: bool) -> list[tuple[slice, Tensor]]:
+        """Each segment and its sum of W^p; none unless they will be multiplied."""
+        tiles = [self._weighted(index, stripe, panel) for index in range(len(self.gradients))]
+        if not multiply:
+            return []
+        for shorter, longer in zip(tiles[-2::-1], tiles[:0:-1], strict=True):
+            shorter.add_(longer)
+        return list(zip(self.products.segments, tiles, strict=True))
+
+    def _weighted(self, index: int, stripe: slice, panel: slice) -> Tensor:
+        tile = self.gradients[index].tile(stripe, panel)
+        tile.mul_(self.products.row_factor[index, stripe, None])
+        tile.mul_(self.products.column_factor[index, panel])
+        product = self.tiles.buffer("product", stripe, panel)
+        scratch = torch.mul(tile, product, out=self.tiles.buffer("scratch", stripe, panel))
+        self.row_sums[index, stripe] += scratch.sum(1)
+        if self.column_sums is not self.row_sums or stripe != panel:
+            self.column_sums[index, panel] += scratch.sum(0)
+        return tile
+
+    def project_rows(self, gradient: Tensor, stripe: slice) -> None:
+        """Take the part along each prefix out of the gradient of these rows."""
+        weights = _along(self.row_sums, self.products.row_factor, stripe)
+        self._project(gradient, weights, self.tiles.q[stripe])
+
+    def project_columns(self, gradient: Tensor, panel: slice) -> None:
+        """Take the part along each prefix out of the gradient of these columns."""
+        weights = _along(self.column_sums, self.products.column_factor, panel)
+        self._project(gradient, weights, self.tiles.k[panel])
+
+    def _project(self, gradient: Tensor, weights: Tensor, features: Tensor) -> None:
+        for segment, weight in zip(self.products.segments, weights, strict=True):
+            wide = features[:, segment].to(gradient.dtype)
+            gradient[:, segment].addcmul_(wide, weight[:, None], value=-1)
+
+
+def _along(sums: Tensor, factor: Tensor, where: slice) -> Tensor:
+    """Sum of r^2 u over the prefixes that contain a segment; a clamped norm has no gradient."""
+    factor = factor[:, where]
+    free = factor < 1 / SMALLEST_NORM
+    return (sums[:, where] * factor.square()).where(free, 0).flip(0).cumsum(0).flip(0)

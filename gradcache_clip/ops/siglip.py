@@ -1,0 +1,286 @@
+"""The sigmoid loss of SigLIP: one public op over three implementations.
+
+B pairs, M image rows, N text rows, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.ops.arguments import (
+    check_features,
+    check_integers,
+    check_pairs,
+    check_same_device,
+    scalar_tensor,
+)
+from gradcache_clip.ops.implementations import (
+    Impl,
+    autocast_disabled,
+    refuse_transforms,
+    resolve_impl,
+    second_derivative_refused,
+)
+from gradcache_clip.ops.siglip_reference import siglip_reference
+from gradcache_clip.ops.siglip_tiled import Labels, SigmoidPass, Wanted, siglip_tiled
+from gradcache_clip.ops.siglip_triton import siglip_triton
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_NAMES = ("image_features", "text_features")
+_PASSES: dict[str, Callable[..., SigmoidPass]] = {"tiled": siglip_tiled, "triton": siglip_triton}
+
+
+class SigLipLossResult(NamedTuple):
+    """Loss and rank-1 accuracies of a batch, as 0-dim tensors; the accuracies carry no gradient."""
+
+    loss: Float[Tensor, ""]
+    image_to_text_accuracy: Float[Tensor, ""]
+    text_to_image_accuracy: Float[Tensor, ""]
+
+
+def siglip_loss(
+    image_features: Float[Tensor, "m d"],
+    text_features: Float[Tensor, "n d"],
+    logit_scale: float | Float[Tensor, ""],
+    logit_bias: float | Float[Tensor, ""],
+    *,
+    labels: Int[Tensor, " b"] | tuple[Int[Tensor, " m"], Int[Tensor, " n"]] | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, ""]:
+    """The loss of `siglip_loss_with_accuracy` alone; same arguments, errors and source.
+
+    Example:
+        >>> import torch
+        >>> from gradcache_clip.ops.siglip import siglip_loss
+        >>> features = torch.eye(4)
+        >>> print(f"{siglip_loss(features, features, 10.0, -10.0):.4f}")
+        0.6933
+    """
+    arguments = image_features, text_features, logit_scale, logit_bias, labels, impl
+    return _result(*arguments, with_accuracy=False)[0]
+
+
+def siglip_loss_with_accuracy(
+    image_features: Float[Tensor, "m d"],
+    text_features: Float[Tensor, "n d"],
+    logit_scale: float | Float[Tensor, ""],
+    logit_bias: float | Float[Tensor, ""],
+    *,
+    labels: Int[Tensor, " b"] | tuple[Int[Tensor, " m"], Int[Tensor, " n"]] | None = None,
+    impl: Impl = "auto",
+) -> SigLipLossResult:
+    """Every image against every text as a decision of its own: do the two belong together?
+
+    With S = logit_scale * image_features @ text_features.T + logit_bias (M x N), z_ij = 1 where
+    image i and text j are positives and z_ij = -1 elsewhere:
+
+        loss = sum_ij log(1 + exp(-z_ij S_ij)) / M
+
+    "tiled" and "triton" never hold S, nor anything else of M x N numbers. Each tile of S gives its
+    part of the loss and, where gradients are needed, of the gradients in one go (6 M N D flops, no
+    second look at S in the backward); these wait for the backward in fp32 (fp64 for fp64 features),
+    4 D bytes a row, because the factor of a gradient scaler comes only then and 16 bits would have
+    lost what is below it. Logits and sums are of that dtype whatever the features are, and whatever
+    autocast surrounds the call or its backward. Two runs give the same bits. They differentiate
+    once; "reference" is plain autograd, differentiable twice.
+
+    Args:
+        image_features: (M, D) fp16, bf16, fp32 or fp64, taken as it is: L2-normalise first for
+            cosine similarities.
+        text_features: (N, D) on the same device; N = M unless `labels` is a pair. Another dtype is
+            allowed: both are promoted, and each gradient returns in its own input's dtype.
+        logit_scale: multiplier of the similarities (1/temperature, already exponentiated): a number
+            or a tensor of one element on the same device. SigLIP starts at 10.
+        logit_bias: added to every logit: like `logit_scale`. SigLIP starts at -10, because nearly
+            all of the M N decisions are negative.
+        labels: which image and text are positives: None for row i and row i alone; (M,) integers
+            for all pairs of equal labels, where M = N; or a pair of vectors, (M,) for the images
+            and (N,) for the texts. Rows without any positive are allowed.
+        impl: "reference" stores S and is the specification; "tiled" runs on any device; "triton"
+            needs an NVIDIA GPU of compute capability 8.0 or later, or a CPU under Triton's
+            interpreter; "auto" is "triton" where that runs on a GPU, else "tiled".
+
+    Returns:
+        loss: 0-dim, in nats an image: the sum over all texts, averaged over the M images; fp32
+            (fp64 for fp64 features).
+        image_to_text_accuracy: share of images whose best positive has a larger logit than every
+            negative, 0 to 1; a tie is wrong, and so is an image without a positive. No gradient.
+        text_to_image_accuracy: the same over the images for each text.
+
+    Raises:
+        TypeError: features, logit_scale or logit_bias that are no floating-point tensor (the latter
+            two: number); labels that are no integers.
+        ValueError: unequal shapes or devices, an empty batch, an unknown impl.
+        RuntimeError: impl="triton" where it cannot run; torch.func or forward-mode differentiation
+            through "tiled" or "triton".
+
+    Source: Zhai et al. 2023, "Sigmoid loss for language image pre-training", equation 1 and
+    algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from gradcache_clip.ops.siglip import siglip_loss_with_accuracy
+        >>> captions = torch.eye(3)[[0, 0, 1, 2]]
+        >>> result = siglip_loss_with_accuracy(
+        ...     torch.eye(3), captions, 10.0, -5.0,
+        ...     labels=(torch.arange(3), torch.tensor([0, 0, 1, 2])),
+        ... )
+        >>> print(f"{result.loss:.4f} {result.text_to_image_accuracy:.1f}")
+        0.0269 1.0
+    """
+    arguments = image_features, text_features, logit_scale, logit_bias, labels, impl
+    return SigLipLossResult(*_result(*arguments, with_accuracy=True))
+
+
+def _result(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    labels: Tensor | Labels | None,
+    impl: str,
+    *,
+    with_accuracy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    label_pair = _checked_labels(q, k, labels)
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    scale = scalar_tensor("logit_scale", logit_scale, q.device, dtype)
+    bias = scalar_tensor("logit_bias", logit_bias, q.device, dtype)
+    impl = resolve_impl(impl, q.device, dtype)
+    inputs = q.to(dtype), k.to(dtype), scale, bias
+    if impl == "reference":
+        with autocast_disabled(q.device):
+            return siglip_reference(*inputs, label_pair)
+    refuse_transforms("siglip_loss", *inputs)
+    needs = [torch.is_grad_enabled() and each.requires_grad for each in inputs]
+    loss, *gradients, row_accuracy, column_accuracy = _siglip(
+        *(each.detach() for each in inputs),
+        *(label_pair or (None, None)),
+        [*needs, with_accuracy],
+        impl,
+    )
+    for each, gradient, need in zip(inputs, gradients, needs, strict=True):
+        if need:
+            loss = _attach_gradient(loss, each, gradient)
+    return loss, row_accuracy, column_accuracy
+
+
+def _checked_labels(q: Tensor, k: Tensor, labels: Tensor | Labels | None) -> Labels | None:
+    """Check the features as well: they need equal lengths unless labels are a pair."""
+    if not isinstance(labels, (tuple, list)):
+        check_pairs(_NAMES, q, k)
+        if labels is None:
+            return None
+        check_integers("labels", labels, (len(q),), q.device)
+        return labels.long(), labels.long()
+    for name, features in zip(_NAMES, (q, k), strict=True):
+        check_features(name, features)
+    check_same_device(_NAMES, q, k)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"text_features: expected the width of image_features, {q.shape[1]}, got {k.shape[1]}; "
+            "project both to the same width"
+        )
+    if len(labels) != 2:
+        raise ValueError(
+            f"labels: expected one vector or a pair (image labels, text labels), got {len(labels)} "
+            "of them; pass labels=(image_labels, text_labels)"
+        )
+    for name, values, features in zip(("labels[0]", "labels[1]"), labels, (q, k), strict=True):
+        check_integers(name, values, (len(features),), q.device)
+    return labels[0].long(), labels[1].long()
+
+
+# torch.compile calls these three as they are, through the shapes that the fake kernels give.
+@torch.library.custom_op(
+    "gradcache_clip::siglip",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor logit_scale, Tensor logit_bias, Tensor? row_labels, "
+    "Tensor? column_labels, bool[] wanted, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _siglip(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    row_labels: Tensor | None,
+    column_labels: Tensor | None,
+    wanted: Sequence[bool],
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Loss, gradients and accuracies as constants; what is not wanted comes back empty."""
+    labels = None if row_labels is None or column_labels is None else (row_labels, column_labels)
+    with autocast_disabled(q.device):
+        result = _PASSES[impl](q, k, logit_scale, logit_bias, labels, Wanted(*wanted))
+    return tuple(logit_scale.new_empty(0) if each is None else each for each in result)
+
+
+@_siglip.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    _bias: Tensor,
+    _rows: Any,
+    _columns: Any,
+    wanted: Sequence[bool],
+    impl: str,
+) -> tuple[Tensor, ...]:
+    shapes = q.shape, k.shape, (), (), (), ()
+    needed = *wanted, wanted[-1]
+    results = (shape if need else (0,) for shape, need in zip(shapes, needed, strict=True))
+    return tuple(logit_scale.new_empty(shape) for shape in ((), *results))
+
+
+@torch.library.custom_op(
+    "gradcache_clip::attach_gradient",
+    mutates_args=(),
+    schema="(Tensor loss, Tensor x, Tensor gradient) -> Tensor",
+)
+def _attach_gradient(loss: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    """The loss itself, with dloss/dx = gradient. One node an input, so that each lets go alone."""
+    return loss.clone()
+
+
+@torch.library.custom_op(
+    "gradcache_clip::scale_gradient",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor factor, Tensor x) -> Tensor",
+)
+def _scale_gradient(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+    """The gradient times the outer gradient, in the dtype of x; it depends on x, but is constant."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
+
+
+@_attach_gradient.register_fake
+def _(loss: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(loss)
+
+
+@_scale_gradient.register_fake
+def _(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(gradient, dtype=x.dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, gradient = ctx.saved_tensors
+    return dloss, _scale_gradient(gradient, dloss, x), None
+
+
+def _refuse(ctx: Any, *_: Tensor) -> Any:
+    raise second_derivative_refused("siglip_loss")
+
+
+_attach_gradient.register_autograd(_backward, setup_context=_keep)
+_scale_gradient.register_autograd(_refuse)

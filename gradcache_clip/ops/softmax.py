@@ -1,0 +1,103 @@
+"""From the statistics of a contrast to losses: vectors in, vectors and means out.
+
+Of a row with one positive p and the log-sum-exp N of its negatives, the loss is
+log(exp(p) + exp(N)) - p = softplus(gap) with gap = N - p: small losses keep their digits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.ops.pairing import Statistics
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+class Direction(NamedTuple):
+    """Statistics of the rows, or of the columns, of a contrast."""
+
+    positive: Float[Tensor, " m"]
+    """The positive logit; with labels the sum of the positive logits."""
+    peak: Float[Tensor, " m"]
+    """Maximum over what is summed: the negatives; with labels all that compete."""
+    total: Float[Tensor, " m"]
+    """Sum of exp(logit - peak)."""
+    best: Float[Tensor, " m"]
+    """Right if larger than the rival: the best positive or, with labels, the best of all."""
+    rival: Float[Tensor, " m"]
+    """The largest logit of a negative."""
+
+    def accuracy(self) -> Float[Tensor, ""]:
+        """Share of rows with a positive above all negatives; a tie is wrong. No gradient."""
+        return (self.best.detach() > self.rival).to(self.positive.dtype).mean()
+
+
+def rows_of(statistics: Statistics) -> Direction:
+    """The direction in which columns compete for a row."""
+    positive, peak, total, rival = statistics[:4]
+    if len(rival) == 0:
+        return Direction(positive, peak, total, positive, peak)
+    return Direction(positive, peak, total, peak, rival)
+
+
+def columns_of(statistics: Statistics) -> Direction:
+    """The direction in which rows compete for a column, of a contrast that goes both ways.
+
+    Without labels row i and column i are a pair; columns beyond the rows have no positive.
+    """
+    positive, peak, total, rival = statistics[4:]
+    if len(rival) == 0:
+        pairs = len(statistics.row_positive)
+        positive, peak = statistics.row_positive, peak[:pairs]
+        return Direction(positive, peak, total[:pairs], positive, peak)
+    return Direction(positive, peak, total, peak, rival)
+
+
+def negative_gap(direction: Direction) -> Float[Tensor, " m"]:
+    """Log-sum-exp of the negatives less the positive logit; -inf where there are no negatives."""
+    return (direction.peak - direction.positive) + _log(direction.total)
+
+
+def one_positive_loss(gap: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Cross-entropy of rows with one positive."""
+    return torch.logaddexp(gap, torch.zeros_like(gap))
+
+
+def many_positives_loss(direction: Direction, positives: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Cross-entropy against a uniform target over `positives` columns; 0 for rows without any."""
+    mean_positive = direction.positive / positives.clamp_min(1)
+    loss = (direction.peak + _log(direction.total)) - mean_positive
+    return loss.where(positives > 0, 0)
+
+
+def debiased_gap(
+    gap: Float[Tensor, " m"],
+    positive: Float[Tensor, " m"],
+    negatives: Int[Tensor, " m"] | int,
+    logit_scale: Float[Tensor, ""],
+    tau_plus: float,
+) -> Float[Tensor, " m"]:
+    """The gap with the share of positives among the negatives taken out.
+
+    With n negatives of mean g' = mean exp(S_ij) the estimate of a true negative is
+    g = max((g' - tau_plus exp(p)) / (1 - tau_plus), exp(-logit_scale)), and the gap becomes
+    log(n g) - p. Source: Chuang et al. 2020, "Debiased contrastive learning", equation 8.
+    """
+    count = torch.as_tensor(negatives, device=gap.device).clamp_min(1).to(gap.dtype).log()
+    ratio = gap - count
+    tau = torch.full_like(gap, tau_plus).log()
+    # Where nothing is left after the subtraction the floor holds; 1 stands in, to keep log finite.
+    left = ratio > tau
+    inner = ratio.where(left, tau + 1)
+    estimate = inner + torch.log1p(-torch.exp(tau - inner)) - torch.log1p(-torch.exp(tau))
+    estimate = estimate.where(left, -torch.inf)
+    return count + torch.maximum(estimate, -logit_scale - positive)
+
+
+def _log(total: Tensor) -> Tensor:
+    # A sum holds exp(0) unless it is empty: the bound keeps the gradient of an empty one finite.
+    return total.clamp_min(torch.finfo(total.dtype).tiny).log()
