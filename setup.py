@@ -26,6 +26,19 @@ TRAIN = [
 ]
 DEEPSPEED = ["deepspeed>=0.16; platform_system == 'Linux'"]
 BENCH = ["matplotlib>=3.8", "psutil>=5.9", "rich>=13.7"]
+# What benchmarks compare with; none of it is needed to use the library.
+PEERS = [
+    "cut-cross-entropy>=25.1.1",
+    "inf-cl>=1.2.1; platform_system == 'Linux'",
+    "info-nce-pytorch>=0.1.4",
+    "liger-kernel>=0.8.5",
+    "lightly>=1.6",
+    "memeff>=0.3.1; platform_system == 'Linux'",
+    "open_clip_torch>=3.3",
+    "pytorch-metric-learning>=2.9",
+    "sentence-transformers>=6.2",
+    "siglip-kernel>=0.1.2; platform_system == 'Linux'",
+]
 TEST = [
     "hypothesis>=6.100",
     "jaxtyping>=0.2.30",
@@ -56,6 +69,7 @@ setup(
         "train": TRAIN,
         "deepspeed": DEEPSPEED,
         "bench": BENCH,
+        "peers": sorted({*BENCH, *PEERS}),
         "test": sorted({*TRAIN, *BENCH, *TEST}),
         "all": sorted({*TRAIN, *DEEPSPEED, *BENCH, *TEST}),
     },

@@ -75,8 +75,8 @@ def nt_xent_loss_with_accuracy(
 
         loss = mean_i (logsumexp_{j != i} S_ij - S_i,p(i))
 
-    S is symmetric and never held: "tiled" computes one half of it, 8 B^2 D flops in all instead of
-    the 32 B^2 D of a general contrast of 2B rows.
+    S is symmetric and never held: "tiled" computes one half of it, 16 B^2 D flops in all instead
+    of the 32 B^2 D of a general contrast of 2B rows.
 
     Args:
         features_a: (B, D) fp16, bf16, fp32 or fp64, taken as it is: L2-normalise first.
