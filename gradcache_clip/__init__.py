@@ -1,14 +1,24 @@
 """Exact large-batch contrastive training in the memory of one chunk."""
 
-from gradcache_clip.cache import ByLength, FrozenTrunk, GradCache, ReplayMismatchError
+from gradcache_clip.cache import (
+    ByLength,
+    FrozenTrunk,
+    GradCache,
+    ReplayMismatchError,
+    VerifyReport,
+    verify,
+)
 from gradcache_clip.losses import (
     ClipLoss,
     ContrastiveOutput,
     FeatureQueue,
     InfoNCELoss,
+    LateInteractionLoss,
+    MatryoshkaLoss,
     NTXentLoss,
     RetrievalOutput,
     SelfContrastOutput,
+    SigLipLoss,
     SupConLoss,
 )
 
@@ -22,10 +32,15 @@ __all__ = [
     "FrozenTrunk",
     "GradCache",
     "InfoNCELoss",
+    "LateInteractionLoss",
+    "MatryoshkaLoss",
     "NTXentLoss",
     "ReplayMismatchError",
     "RetrievalOutput",
     "SelfContrastOutput",
+    "SigLipLoss",
     "SupConLoss",
+    "VerifyReport",
     "__version__",
+    "verify",
 ]

@@ -1,4 +1,4 @@
-"""The command line: gradcache-clip train | evaluate | data."""
+"""The command line: gradcache-clip train | evaluate | verify | data."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train_arguments(commands.add_parser("train", help="train a CLIP model from shards"))
     _add_evaluate(commands)
+    _add_verify(commands)
     _add_data(commands)
     return parser
 
@@ -53,6 +54,22 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--device", help="auto (default), cpu, cuda:1")
     add_traceback_option(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="is gradient caching exact for these towers?",
+        description="Compare the gradients of a cached step with those of a plain one on a batch "
+        "of the run's data, and say why they differ where they do. Status 0: exact, 1: not.",
+    )
+    verify.add_argument("config", type=Path, help="YAML file, or the train.output of a run")
+    verify.add_argument(
+        "overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="such as train.precision=bf16"
+    )
+    verify.add_argument("--rows", type=int, default=64, help="pairs in the batch (default 64)")
+    add_traceback_option(verify)
+    verify.set_defaults(run=_verify)
 
 
 def _add_data(commands: Any) -> None:
@@ -87,6 +104,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
     )
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from gradcache_clip.train.verify import verify_run
+
+    report = verify_run(arguments.config, arguments.overrides, rows=arguments.rows)
+    return 0 if report.exact else 1
 
 
 def _data(arguments: argparse.Namespace) -> int:

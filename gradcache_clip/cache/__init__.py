@@ -4,5 +4,15 @@ from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.replay_check import ReplayMismatchError
 from gradcache_clip.cache.trunk import FrozenTrunk
+from gradcache_clip.cache.verify import verify
+from gradcache_clip.cache.verify_report import VerifyReport, VerifyRow
 
-__all__ = ["ByLength", "FrozenTrunk", "GradCache", "ReplayMismatchError"]
+__all__ = [
+    "ByLength",
+    "FrozenTrunk",
+    "GradCache",
+    "ReplayMismatchError",
+    "VerifyReport",
+    "VerifyRow",
+    "verify",
+]

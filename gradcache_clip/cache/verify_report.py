@@ -7,7 +7,9 @@ from dataclasses import dataclass
 SHOWN_ROWS = 15
 
 EXACT = "exact"
-SAME_CHUNKS = "exact over the same chunks"
+ROUNDING = "exact (rounding)"
+SAME_DRAWS = "exact (same draws)"
+SAME_CHUNKS = "exact (same chunks)"
 DIFFERS = "differs"
 
 COLUMNS = ("parameter", "shape", "one shot", "same chunks", "verdict")
@@ -25,12 +27,16 @@ class VerifyRow:
     same_chunks_error: float
     """The same against one graph over the same chunks, with the same random draws."""
     verdict: str
-    """"exact", "exact over the same chunks" or "differs"."""
+    """"exact"; "exact (rounding)" where the plain step changes as much when it merely sums its rows
+    in another order; "exact (same draws)" where random layers draw other numbers in one shot, and
+    one graph over the same chunks with the same draws gives the same gradient; "exact (same
+    chunks)" where one such graph does, but features depend on how the batch is cut; "differs"."""
 
     def cells(self) -> tuple[str, ...]:
         """As text, in the order of `COLUMNS`."""
         shape = " x ".join(map(str, self.shape)) or "scalar"
-        return self.name, shape, _error(self.error), _error(self.same_chunks_error), self.verdict
+        error = "other draws" if self.verdict == SAME_DRAWS else _error(self.error)
+        return self.name, shape, error, _error(self.same_chunks_error), self.verdict
 
 
 @dataclass(frozen=True)
@@ -55,22 +61,22 @@ class VerifyReport:
     precision: str
     """What the encoders computed in, the coarsest if there are several."""
     tolerance: float
-    """Relative error against the one-shot step that rounding explains in any case; a gradient that
-    moves more when the rows are merely summed in another order is allowed as much."""
+    """Relative error against the one-shot step that rounding explains in any case."""
 
     @property
     def headline(self) -> str:
         """The answer in one line."""
-        count = len(self.rows)
-        if all(row.verdict == EXACT for row in self.rows) and self.exact:
-            return f"exact: all {count} gradients equal those of the one-shot step up to rounding"
-        wrong = sum(row.verdict == DIFFERS for row in self.rows)
-        if wrong:
-            return f"not exact: {wrong} of {count} gradients differ"
+        count, verdicts = len(self.rows), [row.verdict for row in self.rows]
+        if DIFFERS in verdicts:
+            return f"not exact: {verdicts.count(DIFFERS)} of {count} gradients differ"
         over_chunks = "those of one graph over the same chunks"
-        if self.exact:
-            return f"exact: all {count} gradients equal {over_chunks}, with the same draws"
-        return f"not exact: gradients equal {over_chunks}, not those of the one-shot step"
+        if SAME_CHUNKS in verdicts:
+            return f"not exact: gradients equal {over_chunks}, not those of the one-shot step"
+        if not self.exact:
+            return f"not exact: the loss differs, the {count} gradients do not"
+        if SAME_DRAWS in verdicts:
+            return f"exact: all {count} gradients equal {over_chunks}, with the same random draws"
+        return f"exact: all {count} gradients equal those of the one-shot step up to rounding"
 
     @property
     def setting(self) -> str:
@@ -82,12 +88,12 @@ class VerifyReport:
         )
 
     def shown(self) -> tuple[list[VerifyRow], str]:
-        """The rows for a screen, and what is to be said of the others."""
+        """The rows for a screen, and what to say of the others."""
         shown, left = list(self.rows[:SHOWN_ROWS]), self.rows[SHOWN_ROWS:]
         if not left:
             return shown, ""
         verdicts = ", ".join(dict.fromkeys(row.verdict for row in left))
-        return shown, f"and {len(left)} more with smaller errors: {verdicts}"
+        return shown, f"and {len(left)} more: {verdicts}"
 
     def __str__(self) -> str:
         rows, rest = self.shown()
@@ -98,7 +104,8 @@ class VerifyReport:
             for row in cells
         ]
         reasons = [f"- {reason}" for reason in self.reasons]
-        return "\n".join([self.headline, *reasons, self.setting, "", *table, *([rest] * bool(rest))])
+        lines = [self.headline, *reasons, self.setting, "", *table, rest]
+        return "\n".join(lines).rstrip()
 
 
 def _error(value: float) -> str:

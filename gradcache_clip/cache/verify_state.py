@@ -118,12 +118,9 @@ class _Attributes:
     def changed(self) -> list[str]:
         now = {**vars(self._module), **self._module._buffers}
         before = {**self._plain, **self._buffers}
-        return [
-            name
-            for name, value in before.items()
-            if now.get(name) is not value and not _equal(now.get(name), value)
-            or (name in self._tensors and self._tensors[name].changed)
-        ] + sorted(set(vars(self._module)) - self._names)
+        written = {name for name, kept in self._tensors.items() if kept.changed}
+        replaced = {name for name, value in before.items() if not _same(now.get(name), value)}
+        return sorted(written | replaced | set(vars(self._module)) - self._names)
 
 
 def named_tensors(inputs: Any, path: str) -> Iterator[tuple[str, Tensor]]:
@@ -141,14 +138,14 @@ def named_tensors(inputs: Any, path: str) -> Iterator[tuple[str, Tensor]]:
         yield from named_tensors(child, f"{path}[{key!r}]")
 
 
-def _global_generators() -> Iterator[Callable[[], None]]:
+def _global_generators() -> Iterator[Callable[[], object]]:
     yield partial(random.setstate, random.getstate())
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         yield partial(numpy.random.set_state, numpy.random.get_state())
 
 
-def _put_back_generator(value: Any) -> Callable[[], None] | None:
+def _put_back_generator(value: Any) -> Callable[[], object] | None:
     """Sets a generator back to where it is now; None for what is none."""
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
@@ -167,10 +164,10 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
     return gradient.to_dense() if gradient.is_sparse else gradient.clone()
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return _bit_equal(one, other)
-    return type(one) is type(other) and bool(one == other)
+    return one is other or (type(one) is type(other) and bool(one == other))
 
 
 def _bit_equal(one: Tensor, other: Tensor) -> bool:

@@ -180,8 +180,10 @@ def _change(one: Tensor, other: Tensor) -> float:
     if one.is_complex():
         one, other = torch.view_as_real(one), torch.view_as_real(other)
     same = (one == other) | ((one != one) & (other != other))
-    if bool(same.all()) or not one.is_floating_point():
-        return 0.0 if bool(same.all()) else 1.0
+    if bool(same.all()):
+        return 0.0
+    if not one.is_floating_point():
+        return 1.0
     # An infinity that stayed, such as in an attention mask, has no relative change.
     stayed = same & ~one.isfinite()
     one, other = one.masked_fill(stayed, 0), other.masked_fill(stayed, 0)

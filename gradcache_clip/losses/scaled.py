@@ -95,7 +95,8 @@ def check_rows(**features: Tensor) -> None:
         if given.shape != one.shape:
             raise ValueError(
                 f"{name}: expected the shape of {first}, {tuple(one.shape)}, got "
-                f"{tuple(given.shape)}; row i of both must be one pair: project both to the same width"
+                f"{tuple(given.shape)}; row i of both must be one pair: pass one for each, and "
+                "project both to the same width"
             )
 
 

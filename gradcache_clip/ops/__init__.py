@@ -7,6 +7,11 @@ from gradcache_clip.ops.info_nce import (
     info_nce_loss,
     info_nce_loss_with_accuracy,
 )
+from gradcache_clip.ops.late_interaction import (
+    LateInteractionResult,
+    late_interaction_loss,
+    late_interaction_loss_with_accuracy,
+)
 from gradcache_clip.ops.self_contrast import (
     SelfContrastResult,
     nt_xent_loss,
@@ -14,18 +19,29 @@ from gradcache_clip.ops.self_contrast import (
     sup_con_loss,
     sup_con_loss_with_accuracy,
 )
+from gradcache_clip.ops.siglip import (
+    SigLipLossResult,
+    siglip_loss,
+    siglip_loss_with_accuracy,
+)
 
 __all__ = [
     "ClipLossResult",
     "Impl",
     "InfoNCEResult",
+    "LateInteractionResult",
     "SelfContrastResult",
+    "SigLipLossResult",
     "clip_loss",
     "clip_loss_with_accuracy",
     "info_nce_loss",
     "info_nce_loss_with_accuracy",
+    "late_interaction_loss",
+    "late_interaction_loss_with_accuracy",
     "nt_xent_loss",
     "nt_xent_loss_with_accuracy",
+    "siglip_loss",
+    "siglip_loss_with_accuracy",
     "sup_con_loss",
     "sup_con_loss_with_accuracy",
 ]

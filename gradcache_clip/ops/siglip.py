@@ -255,7 +255,7 @@ def _attach_gradient(loss: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
     schema="(Tensor gradient, Tensor factor, Tensor x) -> Tensor",
 )
 def _scale_gradient(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
-    """The gradient times the outer gradient, in the dtype of x; it depends on x, but is constant."""
+    """The gradient times the outer one, in the dtype of x; an edge to x lets a second one fail."""
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
 
 

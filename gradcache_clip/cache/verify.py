@@ -1,0 +1,272 @@
+"""Is the cached step exact for these encoders? Both steps on one batch, and why they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.cache.chunks import row_count
+from gradcache_clip.cache.grad_cache import GradCache
+from gradcache_clip.cache.settings import refuse_cached_parametrizations
+from gradcache_clip.cache.verify_reasons import (
+    BACKWARD,
+    IN_PLACE,
+    RANDOM,
+    STATE,
+    Experiments,
+    Reason,
+)
+from gradcache_clip.cache.verify_report import (
+    DIFFERS,
+    EXACT,
+    ROUNDING,
+    SAME_CHUNKS,
+    SAME_DRAWS,
+    VerifyReport,
+    VerifyRow,
+)
+from gradcache_clip.cache.verify_steps import (
+    Cut,
+    Outcome,
+    Trial,
+    reversed_chunks,
+    reversed_rows,
+)
+from gradcache_clip.cache.verify_trace import largest_change
+
+# Relative difference that rounding explains in any case.
+_ROUNDING = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 3e-2,
+}
+# Two orders of a sum are a small sample of how far apart orders can be.
+_TIMES_SPREAD = 10.0
+
+
+def verify(
+    cache: GradCache, *inputs: Any, loss_kwargs: Mapping[str, Any] | None = None
+) -> VerifyReport:
+    """Take one batch as cached step and as plain step, and compare every gradient.
+
+    The plain step is `loss(*[encoder(x) for encoder, x in zip(encoders, inputs)]).backward()`:
+    every encoder once over all rows, one graph, one backward. A second plain step goes over the
+    same chunks with the same random draws in one graph, which tells features that depend on how
+    the batch is cut (batch norm) from replays that do not repeat their embed. Gradients may differ
+    by the rounding of the precision computed in, or by ten times what the plain step's own change
+    when its rows are summed in another order.
+
+    Where they differ, experiments name the likely reason for each encoder: random layers, batch
+    norm in train mode, modules that do not repeat themselves, inputs that are changed in place,
+    rows that look at other rows, padding that counts.
+
+    Chunks are those of `cache`, or a quarter of the batch where that is smaller, and one graph at
+    most is kept, so that replays are tested. Gradients, random generators, buffers, training flags
+    and other plain attributes of the modules, and inputs are afterwards as before. Meanwhile the
+    graph of the whole batch and up to four sets of gradients are in memory.
+
+    Args:
+        cache: as used for training; nothing in it is changed.
+        inputs: one batch for each encoder, of some dozen rows.
+        loss_kwargs: further arguments of the loss.
+
+    Raises:
+        ValueError, TypeError: what `cache(*inputs)` would raise; or gradients of the plain step
+            that are not finite, which cannot be compared.
+
+    Example:
+        >>> import torch
+        >>> from gradcache_clip import ClipLoss, GradCache, verify
+        >>> cache = GradCache((torch.nn.Linear(8, 4), torch.nn.Linear(6, 4)), ClipLoss())
+        >>> report = verify(cache, torch.randn(32, 8), torch.randn(32, 6))
+        >>> report.exact, len(report.rows), report.reasons
+        (True, 5, [])
+    """
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "verify: expected gradients to be enabled, got a call inside torch.no_grad(); call it "
+            "outside"
+        )
+    refuse_cached_parametrizations()
+    trial = Trial(cache, inputs, loss_kwargs or {})
+    try:
+        return _Verification(trial).report()
+    finally:
+        trial.start.end()
+
+
+class _Gap(NamedTuple):
+    """Between two steps, in one gradient."""
+
+    error: float
+    """Relative."""
+    equal: bool
+    """Up to the rounding of its precision."""
+    allowed: bool
+    """Equal, or the plain step itself changes as much in another order of its sums."""
+
+
+class _Verification:
+    """Three steps of a trial, compared."""
+
+    def __init__(self, trial: Trial) -> None:
+        self._trial = trial
+        # First, for only its graph tells every leaf, whatever function holds it.
+        self._plain = trial.plain(trial.whole())
+        self._leaves = trial.named_leaves()
+        self._refuse_infinite_gradients()
+        self._cached, self._towers = trial.cached()
+        self._precision = self._coarsest_dtype()
+        self._rounding = _ROUNDING.get(self._precision, max(_ROUNDING.values()))
+
+    def report(self) -> VerifyReport:
+        trial, one_shot_loss = self._trial, float(self._plain.loss)
+        whole = self._gaps(self._plain, reversed_rows(trial.cut), self._rounding)
+        del self._plain
+        chunks = [tower.chunks for tower in self._towers]
+        # The same kernels over the same numbers; only an accelerator may add in another order.
+        rounding = 0.0 if trial.device.type == "cpu" else self._rounding
+        chunked = trial.plain(chunks, over_chunks=True)
+        same = self._gaps(chunked, reversed_chunks(chunks), rounding, over_chunks=True)
+        del chunked
+        reasons = self._reasons(whole, same)
+        kinds = {reason.kind for reason in reasons}
+        only_random = kinds == {RANDOM}
+        otherwise = SAME_DRAWS if only_random else SAME_CHUNKS
+        rows = [self._row(key, whole[key], same[key], otherwise) for key in self._leaves]
+        return VerifyReport(
+            rows=tuple(sorted(rows, key=_severity, reverse=True)),
+            exact=_all(same) and (_all(whole) or only_random),
+            reasons=[reason.text for reason in reasons],
+            loss=float(self._cached.loss),
+            one_shot_loss=one_shot_loss,
+            batch_size=row_count(trial.cut[0]),
+            chunk_sizes=tuple(max(map(len, chunks)) for chunks in trial.cut),
+            precision=str(self._precision).removeprefix("torch."),
+            tolerance=self._rounding,
+        )
+
+    def _gaps(
+        self, plain: Outcome, other_order: Cut, rounding: float, *, over_chunks: bool = False
+    ) -> dict[int, _Gap]:
+        """Between the cached step and a plain one: of every gradient, and of the loss under 0."""
+        gaps = self._gaps_beside(plain, None, rounding)
+        if not self._on_any_rank(not _all(gaps)):
+            return gaps
+        other = self._trial.plain(other_order, over_chunks=over_chunks, like=plain)
+        # What draws or keeps something else in another order says nothing of rounding.
+        if not largest_change(plain.features, other.features) <= self._rounding:
+            return gaps
+        return self._gaps_beside(plain, other, rounding)
+
+    def _gaps_beside(
+        self, plain: Outcome, other: Outcome | None, rounding: float
+    ) -> dict[int, _Gap]:
+        again = plain if other is None else other
+        gaps = {0: _gap(self._cached.loss, plain.loss, again.loss, rounding)}
+        for key in self._leaves:
+            ours, theirs, ordered = (step.gradients[key] for step in (self._cached, plain, again))
+            gaps[key] = _gap(ours, theirs, ordered, rounding)
+        return gaps
+
+    def _row(self, key: int, whole: _Gap, same: _Gap, otherwise: str) -> VerifyRow:
+        """`otherwise` is the verdict where only a graph over the same chunks gives the same."""
+        name, leaf = self._leaves[key]
+        if not same.allowed:
+            verdict = DIFFERS
+        elif not whole.allowed:
+            verdict = otherwise
+        else:
+            verdict = EXACT if whole.equal and same.equal else ROUNDING
+        return VerifyRow(name, tuple(leaf.shape), whole.error, same.error, verdict)
+
+    def _reasons(self, whole: Mapping[int, _Gap], same: Mapping[int, _Gap]) -> list[Reason]:
+        if not self._on_any_rank(not (_all(whole) and _all(same))):
+            return []
+        start, make, found = self._trial.start, self._trial.towers, dict[Reason, None]()
+        for index, tower in enumerate(self._towers):
+            experiments = Experiments(start, index, make, self._rounding)
+            replayed = bool(tower.trainable)
+            reasons = experiments.reasons(replayed=replayed, repeats=replayed and _all(same))
+            found.update(dict.fromkeys(reasons))
+        kinds = {reason.kind for reason in found}
+        if not (kinds if _all(same) else kinds & {STATE, IN_PLACE}):
+            found[self._backward()] = None
+        return list(found)
+
+    def _backward(self) -> Reason:
+        """Nothing was found in the forward."""
+        hooked = [name for name, leaf in self._leaves.values() if _has_hook(leaf)]
+        suspects = (
+            f"the hook on the gradient of {hooked[0]}, which runs once a chunk"
+            if hooked
+            else "hooks on gradients, and autograd functions that look at other rows"
+        )
+        return Reason(
+            BACKWARD,
+            "every encoder repeats itself and gives the same features over chunks, so the "
+            f"difference arises in the backward or in the loss: look at {suspects}",
+        )
+
+    def _refuse_infinite_gradients(self) -> None:
+        for key, (name, _) in self._leaves.items():
+            gradient = self._plain.gradients[key]
+            if gradient is not None and not bool(gradient.isfinite().all()):
+                raise ValueError(
+                    f"{name}: expected a finite gradient of the one-shot step, got NaN or "
+                    "infinity, which cannot be compared; look at the inputs and the weights, and "
+                    "lower the scale of a grad_scaler"
+                )
+
+    def _coarsest_dtype(self) -> torch.dtype:
+        """Of features, of what is trained, and of autocast."""
+        tensors = [*self._cached.features, *(leaf for _, leaf in self._leaves.values())]
+        dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        for device_type in {feature.device.type for feature in self._cached.features}:
+            if torch.is_autocast_enabled(device_type):
+                dtypes.add(torch.get_autocast_dtype(device_type))
+        return max(dtypes, key=lambda dtype: _ROUNDING.get(dtype, 1.0))
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        return self._trial.strategy.on_any_rank(torch.tensor(flag, device=self._trial.device))
+
+
+def _gap(ours: Tensor | None, theirs: Tensor | None, again: Tensor | None, rounding: float) -> _Gap:
+    """`again` is the plain step's value in another order of its sums."""
+    if theirs is not None:
+        rounding = max(rounding, _ROUNDING.get(theirs.dtype, 0.0))
+    size, distance = _distance(theirs, None), _distance(ours, theirs)
+    equal = distance <= rounding * size
+    error = distance / size if size else (math.inf if distance else 0.0)
+    return _Gap(error, equal, equal or distance <= _TIMES_SPREAD * _distance(again, theirs))
+
+
+def _distance(one: Tensor | None, other: Tensor | None) -> float:
+    """Euclidean; a gradient that is missing counts as zero."""
+    if one is None or other is None:
+        single = one if other is None else other
+        return 0.0 if single is None else float(torch.linalg.vector_norm(_wide(single)))
+    return float(torch.linalg.vector_norm(_wide(one) - _wide(other)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # Apple's GPUs have no fp64.
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
+def _all(gaps: Mapping[int, _Gap]) -> bool:
+    return all(gap.allowed for gap in gaps.values())
+
+
+def _severity(row: VerifyRow) -> tuple[int, float]:
+    error = row.same_chunks_error if row.verdict in (DIFFERS, SAME_DRAWS) else row.error
+    return (EXACT, SAME_DRAWS, ROUNDING, SAME_CHUNKS, DIFFERS).index(row.verdict), error
+
+
+def _has_hook(leaf: Tensor) -> bool:
+    return bool(leaf._backward_hooks) or bool(getattr(leaf, "_post_accumulate_grad_hooks", None))

@@ -1,0 +1,148 @@
+"""`gradcache-clip verify`: is gradient caching exact for the towers of a configuration?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gradcache_clip.cache import GradCache
+from gradcache_clip.cache.verify import verify
+from gradcache_clip.cache.verify_report import COLUMNS, DIFFERS, SAME_CHUNKS, VerifyReport
+from gradcache_clip.train.checkpoint import load_latest
+from gradcache_clip.train.command import CommandError
+from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.run_folder import RunFolder, existing_run
+from gradcache_clip.train.session import Session, start_session
+from gradcache_clip.train.step import autocast, make_backward
+
+_STYLES = {DIFFERS: "red", SAME_CHUNKS: "yellow"}
+_SHORTEST_NAME = 20
+# Small enough that gradients of untrained towers do not overflow in fp16.
+_FIRST_FP16_SCALE = 2.0**10
+
+
+def verify_run(
+    config_or_run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    rows: int = 64,
+    console: Console | None = None,
+) -> VerifyReport:
+    """Verify the engine on one batch of a run's data, and print what came of it.
+
+    Towers, loss, precision and data are those of the configuration, in train mode; nothing is
+    written. A run folder is verified with the weights of its newest checkpoint.
+
+    Args:
+        config_or_run: a YAML file, or the `train.output` of a run.
+        overrides: `section.key=value`, as for training.
+        rows: pairs in the batch; the whole of it goes through the towers at once.
+
+    Raises:
+        ConfigError, ValueError, OSError: a configuration or data that cannot be used.
+        CommandError: fewer than two rows, or no memory for all of them at once.
+    """
+    if rows < 2:
+        raise CommandError(f"--rows: expected at least 2, got {rows}; a pair needs a negative")
+    try:
+        session, origin = _session(Path(config_or_run), overrides, rows)
+        report = _verify(session, rows)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CommandError(
+            f"memory: expected {rows} pairs to fit at once, got no memory for them; pass fewer "
+            f"with --rows"
+        ) from error
+    except ValueError as error:
+        # The loader speaks of its batch, which is as large as --rows says.
+        if not str(error).startswith("batch_size:"):
+            raise
+        raise CommandError(str(error).replace("batch_size", "--rows")) from error
+    _show(report, origin, console or Console())
+    return report
+
+
+def _session(path: Path, overrides: Sequence[str], rows: int) -> tuple[Session, str]:
+    """The run as it starts, or with the weights it has reached; and where they are from."""
+    if not path.is_dir():
+        config = load_config(path, overrides)
+        run = RunFolder(Path(config.train.output))
+        return start_session(_for_one_batch(config, rows), run), f"{path}, weights as at its start"
+    run, _ = existing_run(path)
+    session = start_session(_for_one_batch(load_config(run.config, overrides), rows), run)
+    checkpoint = load_latest(run.checkpoints)
+    if checkpoint is None:
+        return session, f"{path}, weights as at its start"
+    try:
+        session.encoder.load_state_dict(checkpoint.modules["encoder"])
+        session.loss.load_state_dict(checkpoint.modules["loss"])
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model: expected the towers of the run in {path}, got others, which its weights do "
+            "not fit; leave overrides of model out"
+        ) from error
+    return session, f"{path}, step {checkpoint.step}"
+
+
+def _for_one_batch(config: Config, rows: int) -> Config:
+    if config.train.negatives != "batch":
+        raise ConfigError(
+            f"train.negatives: expected batch, got {config.train.negatives}, which caches no "
+            "gradients; pass train.negatives=batch"
+        )
+    train = dataclasses.replace(config.train, batch_size=rows, resume=False, ema_decay=0.0)
+    return dataclasses.replace(
+        config, train=train, data=dataclasses.replace(config.data, workers=0)
+    )
+
+
+def _verify(session: Session, rows: int) -> VerifyReport:
+    config = session.config.train
+    if session.scaler.is_enabled():
+        session.scaler = torch.amp.GradScaler(session.device.type, init_scale=_FIRST_FP16_SCALE)
+    if config.compile:
+        session.encoder.compile()
+    cache = make_backward(session.encoder, session.loss, config, session.scaler)
+    assert isinstance(cache, GradCache)
+    with closing(session.batches()) as batches:
+        batch = next(batches)
+    texts = session.tokenizer(batch.captions, pad_to_context=config.compile)
+    inputs = batch.images.to(session.device), {k: v.to(session.device) for k, v in texts.items()}
+    with autocast(config.precision, session.device):
+        return verify(cache, *inputs)
+
+
+def _show(report: VerifyReport, origin: str, console: Console) -> None:
+    rows, rest = report.shown()
+    # Shapes have no room on a narrow terminal.
+    headings, *cells = [(name, *more) for name, _, *more in (COLUMNS, *(r.cells() for r in rows))]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    # Rich puts three characters between two columns, and two at each end.
+    room = max(_SHORTEST_NAME, console.width - sum(widths[1:]) - 3 * len(widths) - 1)
+    table = Table(title=Text(origin), caption=Text(rest) if rest else None, box=box.SIMPLE_HEAD)
+    for heading in headings:
+        is_error = heading in ("one shot", "same chunks")
+        table.add_column(heading, justify="right" if is_error else "left", no_wrap=True)
+    for name, *errors, verdict in cells:
+        style = _STYLES.get(verdict, "green")
+        table.add_row(_elided(name, room), *errors, Text(verdict, style=style))
+    console.print(table)
+    for line in (report.setting, *(f"- {reason}" for reason in report.reasons)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(Text(report.headline, style="green" if report.exact else "red"), soft_wrap=True)
+
+
+def _elided(name: str, room: int) -> Text:
+    """A name without its middle: its tower and its end tell most."""
+    if len(name) <= room:
+        return Text(name)
+    head = room // 3
+    return Text(f"{name[:head]}…{name[head + 1 - room :]}")
