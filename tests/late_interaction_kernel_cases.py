@@ -1,0 +1,209 @@
+"""The late-interaction kernels against the reference: in Triton's interpreter, or on a GPU.
+
+test_kernels_late_interaction.py runs this file in a process of its own, because Triton decides at
+its first import whether kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from clip_inputs import ROUNDED_LOGIT, poisoned_memory, relative_errors
+from late_interaction_inputs import (
+    OPTIONS,
+    TokenInputs,
+    clustered_tokens,
+    loss_and_gradients,
+    plain_loss,
+    random_masks,
+    token_inputs,
+)
+
+from gradcache_clip.kernels import late_interaction as kernels
+from gradcache_clip.kernels.launch_config import INTERPRETED, LaunchConfig, launch_config
+from gradcache_clip.ops.late_interaction import (
+    late_interaction_loss,
+    late_interaction_loss_with_accuracy,
+)
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Products of bfloat16 in the interpreter are silently wrong.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+reference = partial(late_interaction_loss, impl="reference")
+triton = partial(late_interaction_loss, impl="triton")
+
+
+def check(inputs: TokenInputs, options: dict[str, Any], *, outer: float = 1.0) -> None:
+    dtype = inputs.images.dtype
+    with poisoned_memory():
+        got = loss_and_gradients(partial(triton, **options), inputs, outer=outer)
+    exact = inputs.to(torch.float64)
+    expected = loss_and_gradients(partial(reference, **options), exact, outer=outer)
+    tolerance = 8 * torch.finfo(dtype).eps + ROUNDED_LOGIT
+    for value, want in zip(got, expected, strict=True):
+        assert value.isfinite().all()
+        scale = want.abs().max().clamp_min(1e-2)
+        assert ((value - want).abs().max() / scale).item() < tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [None, *OPTIONS])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 2, 3), (2, 1, 1, 3), (7, 16, 5, 16), (5, 17, 33, 24), (9, 2, 7, 123)]
+)
+def test_equals_the_reference(
+    shape: tuple[int, ...], options: dict[str, Any] | None, dtype: torch.dtype
+) -> None:
+    """Without masks, and with them in every setting."""
+    inputs = token_inputs(*shape, dtype, scale=5.0, device=DEVICE)
+    check(inputs, {} if options is None else options | random_masks(inputs), outer=-2.5)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Several stripes, panels, tiles and pieces, and a count of what was launched."""
+    tiles = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=16384)
+    monkeypatch.setattr(kernels, "launch_config", lambda features: tiles)
+    count: Counter[str] = Counter()
+    for name in ("_launch_maxima", "dsimilarity"):
+        original = getattr(kernels.TokenPanels, name)
+
+        def counted(self: Any, *args: Any, name: str = name, original: Any = original) -> Any:
+            count[name] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(kernels.TokenPanels, name, counted)
+    return count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_several_stripes_panels_and_pieces(
+    dtype: torch.dtype, options: dict[str, Any], narrow: Counter[str]
+) -> None:
+    inputs = token_inputs(6, 33, 19, 40, dtype, device=DEVICE)
+    panels = kernels.TokenPanels(inputs.images.detach(), inputs.texts.detach(), both_ways=True)
+    assert (panels.block_p, panels.block_r, panels._pieces()) == (16, 32, (3, 1))
+    images, texts = panels.shape
+    count = math.ceil(6 / images) * math.ceil(6 / texts)
+    assert images < 6 and texts < 6
+    check(inputs, options | random_masks(inputs))
+    assert narrow == {"_launch_maxima": 2 * count, "dsimilarity": count}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cosine", [-0.6, 0.0, 0.9])
+@pytest.mark.parametrize("one_way", [False, True])
+def test_error_budget(dtype: torch.dtype, cosine: float, one_way: bool) -> None:
+    """No further from fp64 than plain PyTorch in the same dtype, plus a few roundings."""
+    inputs = clustered_tokens(cosine, 14, 7, 5, 64, dtype, device=DEVICE)
+    loss, plain = (partial(each, one_way=one_way) for each in (triton, plain_loss))
+    truth = loss_and_gradients(partial(reference, one_way=one_way), inputs.to(torch.float64))
+    budget = relative_errors(loss_and_gradients(plain, inputs), truth)
+    got = relative_errors(loss_and_gradients(loss, inputs), truth)
+    tolerance = 4 * torch.finfo(dtype).eps + ROUNDED_LOGIT
+    assert all(error <= allowed + tolerance for error, allowed in zip(got, budget, strict=True))
+    assert max(got[0], got[3]) < 1e-5
+
+
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_each_subset_of_gradients(needed: int) -> None:
+    inputs = token_inputs(10, 3, 4, 16, torch.float32, device=DEVICE)
+    full = torch.autograd.grad(triton(*inputs), inputs)
+    wanted = [bool(needed >> bit & 1) for bit in range(3)]
+    leaves = [x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+    triton(*leaves).backward()
+    for leaf, gradient, want in zip(leaves, full, wanted, strict=True):
+        assert (leaf.grad is not None) == want
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_of_equal_maxima_the_first_token_gets_the_gradient(narrow: Counter[str]) -> None:
+    """Within a piece, and between pieces."""
+    inputs = token_inputs(4, 3, 40, 16, torch.float32, device=DEVICE)
+    texts = inputs.texts.detach().clone()
+    texts[:, 5] = texts[:, 35] = texts[:, 2]
+    got = loss_and_gradients(triton, inputs._replace(texts=texts.requires_grad_()))
+    expected = loss_and_gradients(reference, inputs._replace(texts=texts))
+    assert max(relative_errors(got, expected)) < 1e-5
+    one_way = partial(triton, one_way=True)
+    mirrored = TokenInputs(texts, inputs.images, inputs.logit_scale)
+    gradient = loss_and_gradients(one_way, mirrored)[1]
+    assert gradient[:, 2].abs().sum() > 0
+    assert gradient[:, 5].abs().sum() == gradient[:, 35].abs().sum() == 0
+
+
+def test_accuracies_count_ranks_and_ties_are_wrong() -> None:
+    tokens = torch.eye(8, device=DEVICE).view(4, 2, 8)
+    texts = torch.stack([tokens[0], tokens[1], tokens[1] + tokens[2], tokens[0] * 2])
+    result = late_interaction_loss_with_accuracy(tokens, texts, 10.0, impl="triton")
+    assert result.image_to_text_accuracy.item() == 0.25
+    assert result.text_to_image_accuracy.item() == 0.5
+
+
+def test_small_gradients_survive_float16() -> None:
+    """Every weight is about exp(-16) / 2, where fp16 has two bits; the loss is scaled by 1e5."""
+    tokens = torch.eye(16, dtype=torch.float16, device=DEVICE).view(8, 2, 16)
+    scale = torch.tensor(16.0, device=DEVICE)
+    inputs = TokenInputs(tokens, tokens.clone(), scale).to(torch.float16)
+    got = loss_and_gradients(triton, inputs, outer=1e5)
+    expected = loss_and_gradients(reference, inputs.to(torch.float64), outer=1e5)
+    assert max(relative_errors(got, expected)) < 2e-3
+
+
+def test_runs_are_bit_equal() -> None:
+    inputs = token_inputs(20, 5, 4, 33, torch.float16, device=DEVICE)
+    first, second = (loss_and_gradients(triton, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_exact_under_autocast() -> None:
+    inputs = token_inputs(12, 5, 4, 33, torch.float32, device=DEVICE)
+    expected = loss_and_gradients(triton, inputs)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = loss_and_gradients(triton, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# NumPy warns of the NaN in the interpreter.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("one_way", [False, True])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_reach_the_loss(bad: float, side: int, one_way: bool) -> None:
+    inputs = [x.detach().clone() for x in token_inputs(5, 3, 4, 16, torch.float32, device=DEVICE)]
+    inputs[side][2, 1, 3] = bad
+    # Not through all of its similarities: a maximum on the device passes over NaN.
+    inputs[1 - side][..., 3] = 0
+    assert not triton(*inputs, one_way=one_way).isfinite()
+
+
+def test_what_cannot_run_is_refused() -> None:
+    tokens = torch.eye(3, device=DEVICE)[None]
+    with pytest.raises(RuntimeError, match="kernels have no float64"):
+        triton(tokens.double(), tokens.double(), 1.0)
+
+
+def test_panels_stay_within_the_workspace() -> None:
+    config = launch_config(torch.empty(1, device=DEVICE))
+    for B in (1, 100, 10_000, 1_000_000):
+        for P, R in ((1, 1), (49, 32), (577, 77), (4096, 4096)):
+            for itemsize in (2, 4):
+                images, texts = kernels.panel_shape(config, B, P, R, itemsize)
+                assert 1 <= images <= B and 1 <= texts <= B
+                for taken in (itemsize * P * R * texts, 32 * (P + R) * texts, 24 * B):
+                    assert images * taken <= config.workspace_bytes or images == 1
+
+
+def test_pieces_waste_little() -> None:
+    lengths = {1: 16, 17: 32, 32: 32, 49: 64, 77: 16, 196: 32, 577: 128, 100_000: 128}
+    for tokens, length in lengths.items():
+        assert kernels.piece_length(tokens, 256) == length
+    assert kernels.piece_length(577, 64) == 64
