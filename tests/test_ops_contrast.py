@@ -82,6 +82,20 @@ def test_each_subset_of_gradients(name: str) -> None:
                 torch.testing.assert_close(leaf.grad, gradient, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "products"),
+    [((True, True, True), 3), ((True, False, True), 2), ((False, False, True), 2)],
+)
+def test_no_product_that_nobody_asked_for(wanted: tuple[bool, ...], products: int) -> None:
+    B, D = 50, 8
+    each = case("clip", B, D, torch.float32)
+    leaves = [x.detach().requires_grad_(w) for x, w in zip(each.leaves, wanted, strict=True)]
+    loss, count = each.loss(*leaves), Products()
+    with small_tiles(32, 32, watched_by=count):
+        loss.backward()
+    assert count.flops == products * 2 * B * B * D
+
+
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_runs_are_bit_equal(name: str, dtype: torch.dtype) -> None:
@@ -246,12 +260,10 @@ def test_a_factor_moves_between_features_and_scale(name: str) -> None:
     if "debiased" in name:
         pytest.skip("its floor exp(-logit_scale) assumes unit features")
     each, c = case(name, 40, 6), 2.0
-    if "margin" in name:
-        # A margin of similarities scales with them.
-        each.call.keywords["false_negative_margin"] = 0.2
     expected = each.outcome()
     leaves = [leaf * c for leaf in each.leaves[:-1]] + [each.leaves[-1] / c**2]
     if "margin" in name:
+        # A margin of similarities scales with them.
         each.call.keywords["false_negative_margin"] *= c**2
     got = each.with_leaves(*leaves).outcome()
     factors = [1.0, *[1 / c] * (len(leaves) - 1), c**2]

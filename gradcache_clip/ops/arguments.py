@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_features(name: str, features: Tensor) -> None:
@@ -53,7 +54,7 @@ def check_integers(
     name: str, values: Tensor, lengths: tuple[int, ...], device: torch.device
 ) -> None:
     """Raise unless `values` is a vector of integers of one of the lengths."""
-    if not isinstance(values, Tensor) or values.is_floating_point() or values.is_complex():
+    if not isinstance(values, Tensor) or values.dtype not in _INTEGERS:
         got = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"{name}: expected a tensor of integers, got {got}; convert with .long()")
     if values.ndim != 1 or len(values) not in lengths:

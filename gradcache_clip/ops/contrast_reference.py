@@ -20,6 +20,8 @@ def contrast_reference(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairi
         columns = _side(
             logits.T, positives.T, competes.T, pairing.column_labels, pairing.column_threshold
         )
+        if pairing.column_labels is None:
+            columns = (empty, *columns[1:])
     return Statistics(*rows, *columns)
 
 

@@ -29,7 +29,7 @@ def statistics_tiled(
     shape: TileShape = DEFAULT_TILE,
 ) -> Statistics:
     """Statistics in one pass; nothing larger than one tile is allocated."""
-    tiles = Tiles(q, k, logit_scale, shape)
+    tiles = _tiles(q, k, logit_scale, shape, pairing)
     masks = TileMasks(tiles, pairing)
     rows = _Side(logit_scale, len(q), masks.labelled)
     columns = rows if pairing.self_contrast else _Side(logit_scale, len(k), masks.labelled)
@@ -45,6 +45,13 @@ def statistics_tiled(
         if masks.labelled:
             _fold_labelled(tile, masks, stripe, panel, sides)
     return _statistics(positive, rows, columns, pairing)
+
+
+def _tiles(q: Tensor, k: Tensor, logit_scale: Tensor, shape: TileShape, pairing: Pairing) -> Tiles:
+    if pairing.self_contrast:
+        # Only square tiles have their mirror images below the diagonal.
+        shape = TileShape(min(shape.rows, shape.columns), min(shape.rows, shape.columns))
+    return Tiles(q, k, logit_scale, shape)
 
 
 def _walk(tiles: Tiles, pairing: Pairing) -> Iterator[tuple[slice, slice]]:
@@ -132,7 +139,8 @@ def gradient_tiled(
 
     Of a self-contrast dq is the gradient through both sides, and dk is None.
     """
-    gradient = _TileGradient(Tiles(q, k, logit_scale, shape), pairing, rows, columns)
+    tiles = _tiles(q, k, logit_scale, shape, pairing)
+    gradient = _TileGradient(tiles, pairing, rows, columns)
     if pairing.self_contrast:
         return _self_contrast(gradient, needs)
     return _two_sided(gradient, needs)

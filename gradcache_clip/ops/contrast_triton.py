@@ -1,22 +1,39 @@
-"""The softmax family through the Triton kernels, which are imported on first use only."""
+"""The softmax family through the Triton kernels, which are imported on first use only.
+
+The kernels count in units of log 2, the losses in nats.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
 
+if TYPE_CHECKING:
+    from gradcache_clip.kernels.competition import Competition
+
 Needs = tuple[bool, bool, bool]
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
+_LOG_2 = math.log(2)
+_LOG2_E = 1 / _LOG_2
+
 
 def statistics_triton(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing) -> Statistics:
-    """Statistics by the tile kernel and its merges, back from units of log 2 into nats."""
+    """Statistics by the tile kernel and its merges; memory: vectors, and a bounded workspace."""
     from gradcache_clip.kernels.contrast_statistics import contrast_statistics
 
-    raise NotImplementedError(contrast_statistics, math.log(2))
+    q, k = _contiguous(q, k, pairing)
+    positive, rows, columns = contrast_statistics(q, k, logit_scale, _competition(pairing))
+    row_side = _in_nats(rows)
+    if len(positive):
+        row_side = (positive * _LOG_2, *row_side[1:])
+    column_side = _in_nats(rows.new_empty(2, 0) if columns is None else columns)
+    return Statistics(*row_side, *column_side)
 
 
 def gradient_triton(
@@ -28,6 +45,41 @@ def gradient_triton(
     columns: SideGradient | None,
     needs: Needs,
 ) -> Gradients:
+    """dq, dk and dlogit_scale; None where `needs` says False. A self-contrast has no dk."""
     from gradcache_clip.kernels.contrast_gradient import contrast_gradient
 
-    raise NotImplementedError(contrast_gradient)
+    q, k = _contiguous(q, k, pairing)
+    column_side = None if columns is None else _in_log2(columns)
+    return contrast_gradient(
+        q, k, logit_scale, _competition(pairing), _in_log2(rows), column_side, needs
+    )
+
+
+def _contiguous(q: Tensor, k: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
+    q = q.contiguous()
+    return q, q if pairing.self_contrast else k.contiguous()
+
+
+def _competition(pairing: Pairing) -> Competition:
+    from gradcache_clip.kernels.competition import Competition
+
+    integers = (None if each is None else each.to(torch.int64).contiguous() for each in pairing[:4])
+    thresholds = (None if each is None else each * _LOG2_E for each in pairing[4:6])
+    return Competition(*integers, *thresholds, *pairing[6:])
+
+
+def _in_nats(planes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """positive, max, sum and rival; what there is not is empty.
+
+    A maximum is rounded on its way into nats, and again on its way back in the backward. The sum is
+    taken relative to what comes back, so that the two passes agree to the last bit.
+    """
+    maximum, total = planes[:2]
+    reference = maximum * _LOG_2
+    moved = torch.where(maximum > -torch.inf, maximum - reference * _LOG2_E, 0)
+    positive, rival = planes[2:] * _LOG_2 if len(planes) == 4 else planes.new_empty(2, 0)
+    return positive.clone(), reference, total * torch.exp2(moved), rival.clone()
+
+
+def _in_log2(side: SideGradient) -> tuple[Tensor, Tensor, Tensor]:
+    return side.max * _LOG2_E, side.dsum.contiguous(), side.dpositive.contiguous()

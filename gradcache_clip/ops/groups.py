@@ -20,7 +20,7 @@ def occurrences(values: Int[Tensor, " m"], among: Int[Tensor, " n"]) -> Int[Tens
 
 def dense_groups(*values: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Numbers from 0 to n - 1, equal where all of `values` are equal."""
-    group = torch.zeros_like(values[0])
+    group = torch.zeros_like(values[0], dtype=torch.int64)
     for each in values:
         ranks = _ranks(each)
         group = _ranks(group * len(each) + ranks)
@@ -36,6 +36,6 @@ def group_sums(features: Float[Tensor, "n d"], group: Int[Tensor, " n"]) -> Floa
 
 def _ranks(values: Tensor) -> Tensor:
     ordered, order = values.sort()
-    steps = torch.zeros_like(values)
-    steps[1:] = (ordered[1:] != ordered[:-1]).to(values.dtype)
-    return torch.empty_like(values).scatter(0, order, steps.cumsum(0))
+    steps = torch.zeros_like(order)
+    steps[1:] = (ordered[1:] != ordered[:-1]).to(order.dtype)
+    return torch.empty_like(order).scatter(0, order, steps.cumsum(0))

@@ -19,7 +19,7 @@ from gradcache_clip.ops.arguments import (
     scalar_tensor,
 )
 from gradcache_clip.ops.contrast import contrast_statistics
-from gradcache_clip.ops.groups import occurrences
+from gradcache_clip.ops.groups import dense_groups, occurrences
 from gradcache_clip.ops.implementations import Impl, autocast_disabled
 from gradcache_clip.ops.pairing import Pairing, Statistics
 from gradcache_clip.ops.softmax import (
@@ -212,7 +212,8 @@ def retrieval_pairing(
     """Which columns compete; `cosine` are the similarities of the pairs where a margin is given."""
     row_ids = column_ids = row_threshold = column_threshold = None
     if rules.ids is not None:
-        row_ids, column_ids = rules.ids[:rows], _extended(rules.ids, columns)
+        column_ids = _extended(rules.ids, columns)
+        row_ids = column_ids[:rows]
     if cosine is not None and rules.false_negative_margin is not None:
         row_threshold = logit_scale.detach() * (cosine + rules.false_negative_margin)
         column_threshold = row_threshold.new_full((*cosine.shape[:-1], columns), torch.inf)
@@ -230,8 +231,8 @@ def pair_products(queries: Tensor, documents: Tensor, dtype: torch.dtype) -> Flo
 
 def _extended(ids: Tensor, columns: int) -> Tensor:
     """Ids of documents, then of hard negatives: without their own, one that no document has."""
-    absent = (ids.min() - 1).expand(columns - len(ids))
-    return torch.cat((ids, absent))
+    groups = dense_groups(ids)
+    return torch.cat((groups, groups.new_full((columns - len(ids),), -1)))
 
 
 def own_negative_logits(queries: Tensor, own: Tensor, logit_scale: Tensor) -> Float[Tensor, "b k"]:
@@ -248,9 +249,14 @@ def retrieval_columns(
     """Columns that compete for every query, and hard negatives of each alone; checks them all."""
     check_pairs(("queries", "documents"), queries, documents)
     shared, own = _hard_negatives(queries, hard_negatives)
-    columns = documents if shared is None else torch.cat((documents, shared.to(documents.dtype)))
+    columns = documents if shared is None else _appended(documents, shared)
     _check_options(queries, columns, rules)
     return columns, own
+
+
+def _appended(documents: Tensor, hard_negatives: Tensor) -> Tensor:
+    dtype = torch.promote_types(documents.dtype, hard_negatives.dtype)
+    return torch.cat((documents.to(dtype), hard_negatives.to(dtype)))
 
 
 def _hard_negatives(

@@ -64,7 +64,8 @@ def negative_gap(direction: Direction) -> Float[Tensor, " m"]:
 
 def one_positive_loss(gap: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
     """Cross-entropy of rows with one positive."""
-    return torch.logaddexp(gap, torch.zeros_like(gap))
+    # Beyond the threshold softplus is linear, which is exact there in fp64 too.
+    return torch.nn.functional.softplus(gap, threshold=50.0)
 
 
 def many_positives_loss(direction: Direction, positives: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
@@ -87,15 +88,17 @@ def debiased_gap(
     g = max((g' - tau_plus exp(p)) / (1 - tau_plus), exp(-logit_scale)), and the gap becomes
     log(n g) - p. Source: Chuang et al. 2020, "Debiased contrastive learning", equation 8.
     """
-    count = torch.as_tensor(negatives, device=gap.device).clamp_min(1).to(gap.dtype).log()
+    number = torch.as_tensor(negatives, device=gap.device)
+    count = number.clamp_min(1).to(gap.dtype).log()
     ratio = gap - count
     tau = torch.full_like(gap, tau_plus).log()
     # Where nothing is left after the subtraction the floor holds; 1 stands in, to keep log finite.
-    left = ratio > tau
+    left = ~(ratio <= tau)  # NaN stays NaN
     inner = ratio.where(left, tau + 1)
     estimate = inner + torch.log1p(-torch.exp(tau - inner)) - torch.log1p(-torch.exp(tau))
     estimate = estimate.where(left, -torch.inf)
-    return count + torch.maximum(estimate, -logit_scale - positive)
+    debiased = count + torch.maximum(estimate, -logit_scale - positive)
+    return debiased.where(number > 0, gap)
 
 
 def _log(total: Tensor) -> Tensor:
