@@ -6,15 +6,17 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.nested import tensors_in
-from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
+from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory, leaves_behind
 from gradcache_clip.cache.retained import SavedBytes, budget_bytes
 from gradcache_clip.cache.settings import autocast_off, forget_autocast_casts
 from gradcache_clip.cache.tower import Tower
@@ -53,28 +55,32 @@ def find_chunk_size(measure: Callable[[int], Measured | None], rows: int, limit_
         size = min(2 * size, rows)
 
 
-def measured_chunk_size(tower: Tower, rows: int) -> int:
+def measured_chunk_size(tower: Tower, rows: int, modules: Sequence[nn.Module]) -> int:
     """The size at which forward and backward of this tower take least time a row.
 
-    Gradients, random generators and running statistics are afterwards as before.
+    Gradients (of all `modules`, and of whatever else the tower's graph ends in), random
+    generators and running statistics are afterwards as before.
     """
-    snapshot = StepSnapshot([tower.bare_module], [tower])
+    snapshot = StepSnapshot(modules, [tower])
     try:
         device = _device_of(tower)
         limit = int(_SHARE_OF_MEMORY * budget_bytes("auto", device))
-        return find_chunk_size(lambda size: _measure(tower, size, device), rows, limit)
+        measure = partial(_measure, tower, device=device, snapshot=snapshot)
+        return find_chunk_size(measure, rows, limit)
     finally:
         snapshot.restore()
         snapshot.finish()
 
 
-def _measure(tower: Tower, size: int, device: torch.device) -> Measured | None:
+def _measure(
+    tower: Tower, size: int, device: torch.device, snapshot: StepSnapshot
+) -> Measured | None:
     chunk, times = Chunk(slice(0, size)), []
     saved = SavedBytes(tower.known_tensors())
     try:
         for repeat in range(_REPEATS):
             with saved.counting(repeat == 0):
-                times.append(_forward_and_backward(tower, chunk, device))
+                times.append(_forward_and_backward(tower, chunk, device, snapshot))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -82,10 +88,13 @@ def _measure(tower: Tower, size: int, device: torch.device) -> Measured | None:
     return Measured(size / min(times), saved.total)
 
 
-def _forward_and_backward(tower: Tower, chunk: Chunk, device: torch.device) -> float:
+def _forward_and_backward(
+    tower: Tower, chunk: Chunk, device: torch.device, snapshot: StepSnapshot
+) -> float:
     forget_autocast_casts()
     start = _now(device)
     features = [f for f in tower.forward(tower.bare_module, chunk) if f.requires_grad]
+    snapshot.set_aside(leaves_behind(features))
     with autocast_off({device.type, "cpu"}):
         torch.autograd.backward(features, [torch.zeros_like(feature) for feature in features])
     return _now(device) - start
@@ -139,8 +148,8 @@ def record_key(tower: Tower) -> str:
 def _read(path: Path) -> dict[str, int]:
     """What another version or a half-written file holds is measured again."""
     found: dict[str, int] = {}
-    with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+    with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         content: Any = json.loads(path.read_text())
         if isinstance(content, dict):
-            found = {k: v for k, v in content.items() if isinstance(v, int) and v > 0}
+            found = {k: v for k, v in content.items() if type(v) is int and v > 0}
     return found

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import LocalStrategy, innermost
@@ -37,13 +38,15 @@ def checked_encoders(encoders: Any) -> nn.Module | tuple[nn.Module, ...]:
     return modules
 
 
-def checked_chunk_size(chunk_size: int | Sequence[int]) -> int | tuple[int, ...]:
+def checked_chunk_size(
+    chunk_size: int | Sequence[int], name: str = "chunk_size"
+) -> int | tuple[int, ...]:
     several = isinstance(chunk_size, (list, tuple))
     sizes = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,)
     if not sizes or not all(_is_positive_integer(size) for size in sizes):
         raise ValueError(
-            f"chunk_size: expected a positive integer, or one for each input, got {chunk_size!r}; "
-            "take the largest that fits in memory, such as chunk_size=64"
+            f"{name}: expected a positive integer, or one for each input, got {chunk_size!r}; "
+            f'take the largest that fits in memory, such as {name}=64, or chunk_size="auto"'
         )
     integers = tuple(int(size) for size in sizes)
     return integers if several else integers[0]
@@ -59,6 +62,23 @@ def one_for_each(given: Any, count: int, name: str) -> list[Any]:
     if len(given) != count:
         raise ValueError(f"{name}: expected one for each of {count} inputs, got {len(given)}")
     return list(given)
+
+
+def checked_sorting(given: Any) -> Any:
+    each = given if isinstance(given, (list, tuple)) else [given]
+    if not all(sorting is None or isinstance(sorting, ByLength) for sorting in each):
+        raise TypeError(
+            f"sort_by_length: expected ByLength() or None, or one for each input, got {given!r}; "
+            "such as sort_by_length=[None, ByLength()]"
+        )
+    return given
+
+
+def one_of(name: str, given: str, choices: tuple[str, ...]) -> str:
+    if given not in choices:
+        named = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+        raise ValueError(f"{name}: expected {named}, got {given!r}")
+    return given
 
 
 def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:

@@ -29,6 +29,11 @@ class Chunk:
         return len(self.rows) if isinstance(self.rows, Tensor) else self.rows.stop - self.rows.start
 
     @property
+    def size(self) -> int:
+        """Tokens where the chunk is trimmed to its longest row, rows otherwise."""
+        return len(self) * (1 if self.trim is None else self.trim[1])
+
+    @property
     def name(self) -> str:
         """The rows as a person counts them."""
         if isinstance(self.rows, Tensor):

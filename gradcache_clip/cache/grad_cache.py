@@ -16,7 +16,9 @@ from gradcache_clip.cache.checks import (
     check_inputs,
     checked_chunk_size,
     checked_encoders,
+    checked_sorting,
     one_for_each,
+    one_of,
 )
 from gradcache_clip.cache.chunks import Chunk, even_chunks, row_count
 from gradcache_clip.cache.lengths import ByLength
@@ -29,11 +31,7 @@ from gradcache_clip.cache.replay_check import (
     describe,
 )
 from gradcache_clip.cache.retained import GraphBudget, MemoryBudget, checked_budget
-from gradcache_clip.cache.settings import (
-    has_batch_statistics,
-    refuse_cached_parametrizations,
-    warn_of_batch_norm,
-)
+from gradcache_clip.cache.settings import refuse_cached_parametrizations, warn_of_batch_norm
 from gradcache_clip.cache.step import CachedStep
 from gradcache_clip.cache.tower import Encode, Tower, surely_trainable
 from gradcache_clip.cache.trunk import call_encoder
@@ -112,14 +110,16 @@ class GradCache:
         self.loss = loss
         self.chunk_size = chunk_size if chunk_size == "auto" else checked_chunk_size(chunk_size)
         self.memory_budget = checked_budget(memory_budget)
-        self.sort_by_length = sort_by_length
+        self.sort_by_length = checked_sorting(sort_by_length)
         self.embed_chunk_size = (
-            None if embed_chunk_size is None else checked_chunk_size(embed_chunk_size)
+            None
+            if embed_chunk_size is None
+            else checked_chunk_size(embed_chunk_size, "embed_chunk_size")
         )
         self.get_features = get_features
         self.strategy = strategy or LocalStrategy()
-        self.replay_check = _one_of("replay_check", replay_check, ("error", "warn", "off"))
-        self.on_out_of_memory = _one_of("on_out_of_memory", on_out_of_memory, ("halve", "raise"))
+        self.replay_check = one_of("replay_check", replay_check, ("error", "warn", "off"))
+        self.on_out_of_memory = one_of("on_out_of_memory", on_out_of_memory, ("halve", "raise"))
         self._record = ChunkRecord(None if chunk_record is None else Path(chunk_record))
         self._warned_of_batch_norm = False
 
@@ -140,19 +140,29 @@ class GradCache:
             )
         refuse_cached_parametrizations()
         self._settle_chunk_size(inputs)
+        modules = self._check(inputs)
+        if not self._warned_of_batch_norm:
+            self._warned_of_batch_norm = warn_of_batch_norm(modules)
+        if self.on_out_of_memory == "raise" or not self.strategy.recovers:
+            output, failures = self._step(self._towers(inputs), loss_kwargs or {})
+        else:
+            output, failures = self._step_that_fits(inputs, loss_kwargs or {})
+        if failures:
+            warnings.warn(failures, stacklevel=2)
+        return output
+
+    def _check(self, inputs: tuple[Any, ...]) -> list[nn.Module]:
+        """The modules that features come out of; no tower stays alive beside those of the step."""
         towers = self._towers(inputs)
         check_inputs(towers)
         self.strategy.check([tower.module for tower in towers])
-        if not self._warned_of_batch_norm:
-            self._warned_of_batch_norm = warn_of_batch_norm(t.bare_module for t in towers)
-        if self.on_out_of_memory == "raise" or not self.strategy.recovers:
-            return self._step(towers, loss_kwargs or {})
-        return self._step_that_fits(towers, inputs, loss_kwargs or {})
+        return [module for tower in towers for module in tower.modules]
 
     def _step_that_fits(
-        self, towers: list[Tower], inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
-    ) -> Any:
+        self, inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
+    ) -> tuple[Any, str]:
         """A step that starts again with smaller chunks for as long as memory runs out."""
+        towers = self._towers(inputs)
         snapshot, tried = StepSnapshot(self._modules_with_gradients(towers), towers), []
         try:
             while True:
@@ -160,6 +170,7 @@ class GradCache:
                     return self._step(towers, loss_kwargs, snapshot)
                 except Exception as error:
                     if not is_out_of_memory(error):
+                        snapshot.drop()
                         raise
                     phase, reason = snapshot.phase, str(error)
                 # Outside of the handler, whose traceback holds on to tensors of the step.
@@ -176,12 +187,11 @@ class GradCache:
         towers: list[Tower],
         loss_kwargs: Mapping[str, Any],
         snapshot: StepSnapshot | None = None,
-    ) -> Any:
+    ) -> tuple[Any, str]:
         step = CachedStep(towers, self.loss, self.strategy, snapshot, self.replay_check != "off")
         budget = GraphBudget(self.memory_budget, _device_of(towers))
         output, check = step.run(budget, loss_kwargs)
-        self._report(check)
-        return output
+        return output, self._failures(check)
 
     def _halve(self, phase: str, tried: list[int]) -> None:
         """Smaller chunks, and less memory for graphs, from here on."""
@@ -191,12 +201,16 @@ class GradCache:
         else:
             self.chunk_size = tuple(max(1, min(n, tried[-1]) // 2) for n in self.chunk_size)
         self.embed_chunk_size = None
+        if isinstance(self.sort_by_length, (list, tuple)):
+            self.sort_by_length = [each and each.halved() for each in self.sort_by_length]
+        elif isinstance(self.sort_by_length, ByLength):
+            self.sort_by_length = self.sort_by_length.halved()
         if isinstance(self.memory_budget, (int, float)):
             self.memory_budget = type(self.memory_budget)(self.memory_budget / 2)
         warnings.warn(
             f"GradCache: out of memory in the {phase} with chunks of {tried[-1]} rows; the step "
             f"starts again, from now on with chunk_size={self.chunk_size}",
-            stacklevel=5,
+            stacklevel=4,
         )
 
     def _modules_with_gradients(self, towers: list[Tower]) -> list[nn.Module]:
@@ -224,7 +238,7 @@ class GradCache:
                     chunks=cut[index],
                     # One module for all inputs may be frozen for this one; only its graph tells.
                     trainable=True if not one_for_all and surely_trainable(module, given) else None,
-                    embed_together=_embed_together(bare, cut[index], embed_sizes[index]),
+                    embed_chunk_size=embed_sizes[index],
                 )
             )
         return towers
@@ -233,16 +247,20 @@ class GradCache:
         """Turn "auto" into sizes, on the first batch."""
         if self.chunk_size != "auto":
             return
-        self.chunk_size = 1
-        found = []
-        for tower in self._towers(inputs):
-            key = record_key(tower)
-            size = self._record.get(key) or measured_chunk_size(tower, row_count(tower.chunks))
-            # All ranks cut alike.
-            size = self.strategy.smallest(size)
-            self._record.put(key, size)
-            found.append(size)
-        self.chunk_size = tuple(found)
+        self.chunk_size, found = 1, []
+        try:
+            towers = self._towers(inputs)
+            check_inputs(towers)
+            modules = self._modules_with_gradients(towers)
+            for tower in towers:
+                key, rows = record_key(tower), row_count(tower.chunks)
+                size = self._record.get(key) or measured_chunk_size(tower, rows, modules)
+                # All ranks cut alike.
+                size = self.strategy.smallest(size)
+                self._record.put(key, size)
+                found.append(size)
+        finally:
+            self.chunk_size = tuple(found) if len(found) == len(inputs) else "auto"
 
     def _cut(self, inputs: tuple[Any, ...]) -> list[list[Chunk]]:
         """The chunks of every input."""
@@ -274,37 +292,24 @@ class GradCache:
             )
         return list(self.encoders)
 
-    def _report(self, check: ReplayCheck) -> None:
+    def _failures(self, check: ReplayCheck) -> str:
+        """What to warn of, if anything."""
         if self.replay_check == "off" or check.device is None:
-            return
+            return ""
         failures = check.failures()
         # On the features' device: NCCL reduces nothing that lies on the host.
         if not self.strategy.on_any_rank(torch.tensor(bool(failures), device=check.device)):
-            return
+            return ""
         message = describe(failures) if failures else ON_ANOTHER_RANK
         if self.replay_check == "error":
             raise ReplayMismatchError(message)
-        warnings.warn(message, stacklevel=5)
+        return message
 
 
 def _call_tower(index: int, module: nn.Module, inputs: Any) -> Any:
     return module(index, inputs)
 
 
-def _embed_together(module: nn.Module, chunks: list[Chunk], embed_chunk_size: int | None) -> int:
-    """Chunks that are embedded at once; features of batch norm depend on what is in a chunk."""
-    if embed_chunk_size is None or has_batch_statistics(module):
-        return 1
-    return max(1, embed_chunk_size // max(map(len, chunks)))
-
-
 def _device_of(towers: Sequence[Tower]) -> torch.device:
     tensors = (tensor for tower in towers for tensor in tower.known_tensors())
     return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-
-
-def _one_of(name: str, given: str, choices: tuple[str, ...]) -> str:
-    if given not in choices:
-        named = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
-        raise ValueError(f"{name}: expected {named}, got {given!r}")
-    return given

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradcache_clip.cache.chunks import Chunk
+from gradcache_clip.cache.nested import count_rows
 
 
 @dataclass(frozen=True)
@@ -28,34 +30,51 @@ class ByLength:
     """Lengths of the rows of an input, where neither a mask nor lists tell them."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
+        count = self.max_tokens
+        whole = isinstance(count, Integral) and not isinstance(count, bool)
+        if count is not None and not (whole and int(count) > 0):
             raise ValueError(
-                f"max_tokens: expected a positive integer or None, got {self.max_tokens}"
+                f"max_tokens: expected a positive integer or None, got {self.max_tokens!r}; "
+                "such as max_tokens=16384"
             )
+
+    def halved(self) -> ByLength:
+        """Half of the tokens a chunk."""
+        most = self.max_tokens
+        return self if most is None else replace(self, max_tokens=max(1, most // 2))
 
     def chunks(self, inputs: Any, chunk_size: int, at_least: int, name: str) -> list[Chunk]:
         """Cut the rows of `inputs`, by tokens or by rows."""
-        lengths = self._lengths(inputs, name)
-        lengths, order = lengths.sort(descending=True, stable=True)
-        full = _padded_length(inputs)
+        mask = _mask_of(inputs)
+        ends = None if mask is None else _lengths_of_mask(mask, name)
+        lengths, order = self._lengths(inputs, ends, name).sort(descending=True, stable=True)
         chunks, start = [], 0
         most = max(1, -(-len(lengths) // at_least))
         while start < len(lengths):
             longest = max(1, int(lengths[start]))
             rows = chunk_size if self.max_tokens is None else self.max_tokens // longest
             stop = min(start + max(1, min(rows, most)), len(lengths))
-            trim = None if full is None else (full, longest)
-            chunks.append(Chunk(order[start:stop], trim))
+            taken, trim = order[start:stop], None
+            if mask is not None and ends is not None:
+                trim = mask.shape[1], max(1, int(ends[taken].max()))
+            chunks.append(Chunk(taken, trim))
             start = stop
         return chunks
 
-    def _lengths(self, inputs: Any, name: str) -> Tensor:
+    def _lengths(self, inputs: Any, ends: Tensor | None, name: str) -> Tensor:
         if self.length_of is not None:
-            return torch.as_tensor(self.length_of(inputs)).cpu().long()
+            lengths = torch.as_tensor(self.length_of(inputs)).cpu().long()
+            rows = count_rows(inputs, name)
+            if lengths.shape != (rows,):
+                raise ValueError(
+                    f"{name}: expected length_of to return the lengths of all {rows} rows, got "
+                    f"shape {tuple(lengths.shape)}; return one number a row"
+                )
+            return lengths
         if isinstance(inputs, list) and all(hasattr(row, "__len__") for row in inputs):
             return torch.tensor([len(row) for row in inputs])
-        if isinstance(inputs, Mapping) and isinstance(inputs.get("attention_mask"), Tensor):
-            return _lengths_of_mask(inputs["attention_mask"], name)
+        if ends is not None:
+            return ends
         raise ValueError(
             f"{name}: expected rows whose length is known, a mapping with attention_mask or a list "
             f"of strings, got {type(inputs).__name__}; pass ByLength(length_of=...)"
@@ -74,7 +93,6 @@ def _lengths_of_mask(mask: Tensor, name: str) -> Tensor:
     return mask.sum(1)
 
 
-def _padded_length(inputs: Any) -> int | None:
-    if isinstance(inputs, Mapping) and isinstance(inputs.get("attention_mask"), Tensor):
-        return int(inputs["attention_mask"].shape[1])
-    return None
+def _mask_of(inputs: Any) -> Tensor | None:
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None

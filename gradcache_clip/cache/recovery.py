@@ -32,7 +32,8 @@ class StepSnapshot:
         self._devices = accelerators_among(known)
         self._random_state = RandomState.capture(self._devices)
         self._statistics = {id(b): (b, b.clone()) for b in _running_statistics(self._modules)}
-        self._versions = {id(b): b._version for m in self._modules for b in m.buffers()}
+        # The buffers themselves: the id of one that is gone may come again.
+        self._versions = {id(b): (b, b._version) for m in self._modules for b in m.buffers()}
 
     def set_aside(self, leaves: Iterable[Tensor]) -> None:
         """Keep gradients that exist out of what this step adds up."""
@@ -47,8 +48,7 @@ class StepSnapshot:
         Raises:
             torch.OutOfMemoryError: chunks of one row do not fit, or a buffer cannot be restored.
         """
-        for leaf, _ in self._aside.values():
-            leaf.grad = None
+        self.drop()
         if changed := self._changed_buffer():
             raise torch.OutOfMemoryError(
                 f"GradCache: out of memory in the {phase}, and the step cannot start again because "
@@ -66,11 +66,15 @@ class StepSnapshot:
             # Smaller chunks must not meet the fragments of larger ones.
             torch.cuda.empty_cache()
 
+    def drop(self) -> None:
+        """Leave out the gradients of this step."""
+        for leaf, _ in self._aside.values():
+            leaf.grad = None
+
     @torch.no_grad()
     def restore(self) -> None:
         """Drop this step's gradients; generators and running statistics as at its start."""
-        for leaf, _ in self._aside.values():
-            leaf.grad = None
+        self.drop()
         self._random_state.restore()
         for buffer, before in self._statistics.values():
             buffer.copy_(before)
@@ -86,7 +90,8 @@ class StepSnapshot:
     def _changed_buffer(self) -> str | None:
         for module in self._modules:
             for name, buffer in module.named_buffers():
-                changed = buffer._version != self._versions.get(id(buffer), -1)
+                _, before = self._versions.get(id(buffer), (buffer, -1))
+                changed = buffer._version != before
                 if changed and id(buffer) not in self._statistics:
                     return f"the buffer {name} of {type(module).__name__}"
         return None

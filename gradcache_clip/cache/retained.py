@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from gradcache_clip.cache.chunks import Chunk
 
 MemoryBudget = int | float | str | None
 
@@ -22,27 +25,35 @@ class GraphBudget:
         # What is free now must also hold the graph of a chunk that is replayed.
         self._keeps_one_free = budget == "auto"
 
-    def take(self, chunk_bytes: int, chunks: int) -> int:
-        """How many of `chunks` graphs of this size fit; their bytes leave the budget."""
-        fitting = self.left_bytes // max(1, chunk_bytes)
-        if fitting < chunks and self._keeps_one_free:
+    def take(self, graph_bytes: Sequence[int]) -> int:
+        """How many of these graphs fit, from the first one on; their bytes leave the budget."""
+        totals = list(accumulate(graph_bytes))
+        fitting = sum(total <= self.left_bytes for total in totals)
+        if fitting < len(totals) and self._keeps_one_free:
             fitting = max(0, fitting - 1)
-        fitting = min(fitting, chunks)
-        self.left_bytes -= fitting * chunk_bytes
+        if fitting:
+            self.left_bytes -= totals[fitting - 1]
         return fitting
 
 
 class Retention:
     """Which graphs of one tower are kept.
 
-    The first candidate is measured; of all candidates as many as then fit in the budget are kept,
-    from the first one on. One chunk may be kept in any case: the last of a step, for the replay
-    would need the memory of a graph anyway.
+    The first candidate is measured, and the others are taken to need as much a token (or a row);
+    as many as then fit in the budget are kept, from the first one on. One chunk may be kept in any
+    case: the last of a step, for the replay would need the memory of a graph anyway.
     """
 
-    def __init__(self, budget: GraphBudget, candidates: range, always: int | None = None) -> None:
-        self._budget, self._candidates, self._always = budget, candidates, always
-        self._measured, self._end = False, candidates.start
+    def __init__(
+        self,
+        budget: GraphBudget,
+        chunks: Sequence[Chunk],
+        candidates: range,
+        always: int | None = None,
+    ) -> None:
+        self._budget, self._chunks = budget, chunks
+        self._candidates, self._always = candidates, always
+        self._measured, self._kept = False, range(0)
 
     def measures(self, index: int) -> bool:
         """Whether the graph of this chunk decides how many fit."""
@@ -51,14 +62,16 @@ class Retention:
 
     def wants_graph(self, index: int) -> bool:
         """Whether this chunk is embedded with its graph."""
-        return index == self._always or index < self._end or self.measures(index)
+        return index == self._always or index in self._kept or self.measures(index)
 
     def keeps_graph(self, index: int, graph_bytes: int) -> bool:
         """Whether its graph, now that it is there, is kept."""
         if self.measures(index):
-            left = len(self._candidates) - (index - self._candidates.start)
-            self._end, self._measured = index + self._budget.take(graph_bytes, left), True
-        return index == self._always or index < self._end
+            sizes = [chunk.size for chunk in self._chunks[index : self._candidates.stop]]
+            expected = [-(-graph_bytes * size // sizes[0]) for size in sizes]
+            self._kept = range(index, index + self._budget.take(expected))
+            self._measured = True
+        return index == self._always or index in self._kept
 
 
 class SavedBytes:
@@ -74,18 +87,26 @@ class SavedBytes:
         if not wanted:
             yield
             return
-        with torch.autograd.graph.saved_tensors_hooks(self._add, _same):
+        with torch.autograd.graph.saved_tensors_hooks(self._add, _unchanged):
             yield
 
-    def _add(self, tensor: Tensor) -> Tensor:
+    def _add(self, tensor: Tensor) -> tuple[Tensor, int]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
-        return tensor
+        return tensor, tensor._version
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    """Autograd leaves it to whoever packs a tensor to see that it stays as it was."""
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(
+            "memory_budget: expected tensors that a retained graph needs to stay as they are, got "
+            f"one of shape {tuple(tensor.shape)} that was modified by an inplace operation; let "
+            "the encoder change a copy, or leave memory_budget out"
+        )
     return tensor
 
 
@@ -128,4 +149,4 @@ def _total_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-NO_RETENTION = Retention(GraphBudget(None, torch.device("cpu")), range(0))
+NO_RETENTION = Retention(GraphBudget(None, torch.device("cpu")), (), range(0))

@@ -69,24 +69,47 @@ def frozen_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
             norm.momentum = momentum
 
 
+@contextmanager
+def kept_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The backward of a graph from the embed may run a norm again, inside a checkpoint, and the
+    checkpoint wants it to save what it saved before: it records, and that is undone."""
+    norms = [norm for _, norm in _norms_in_training(modules, _NormBase)]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
 def warn_of_batch_norm(modules: Iterable[nn.Module]) -> bool:
     """Name the layers through which features depend on the chunk; False when there are none."""
-    names = [name for name, _ in _norms_in_training(modules, _BatchNorm)]
+    names = [
+        name or type(child).__name__
+        for module in {id(module): module for module in modules}.values()
+        for name, child in module.named_modules()
+        if _normalises_by_chunk(child)
+    ]
     if not names:
         return False
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     warnings.warn(
-        "batch norm in train mode normalises each chunk by itself, so gradients are those of "
-        f"chunk statistics and not of the one-shot step: {shown}. Put these layers in eval mode, "
-        "or use a model with layer or group norm, to be exact.",
-        stacklevel=4,
+        "batch norm in train mode, or without running statistics, normalises each chunk by itself, "
+        f"so gradients are those of chunk statistics and not of the one-shot step: {shown}. Put "
+        "these layers in eval mode, or use a model with layer or group norm, to be exact.",
+        stacklevel=3,
     )
     return True
 
 
 def has_batch_statistics(module: nn.Module) -> bool:
     """Whether a row's features depend on the other rows of its chunk."""
-    return any(isinstance(child, _BatchNorm) and child.training for child in module.modules())
+    return any(_normalises_by_chunk(child) for child in module.modules())
+
+
+def _normalises_by_chunk(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
 def _norms_in_training(

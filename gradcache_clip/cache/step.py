@@ -22,6 +22,7 @@ from gradcache_clip.cache.settings import (
     autocast_off,
     forget_autocast_casts,
     frozen_running_statistics,
+    kept_running_statistics,
 )
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import LocalStrategy
@@ -58,8 +59,7 @@ class CachedStep:
         self._enter("loss")
         output = self._backward_of_loss(loss_kwargs)
         self._enter("replay")
-        with frozen_running_statistics([tower.bare_module for tower in self.towers]):
-            check = self._replay([tower for tower in self.towers if tower.trainable])
+        check = self._replay([tower for tower in self.towers if tower.trainable])
         return output, check
 
     def _enter(self, phase: str) -> None:
@@ -69,11 +69,14 @@ class CachedStep:
     def _retentions(self, budget: GraphBudget) -> list[Retention]:
         if self.strategy.joint_ends:
             # The first and the last replay go through the wrapper that exchanges gradients.
-            return [Retention(budget, range(1, len(t.chunks) - 1)) for t in self.towers]
-        last = max((i for i, t in enumerate(self.towers) if t.trainable is not False), default=0)
+            ends = [range(1, len(t.chunks) - 1) for t in self.towers]
+            return [Retention(budget, t.chunks, r) for t, r in zip(self.towers, ends, strict=True)]
+        places = range(len(self.towers))
+        # Where all are unknown the last one may turn out to be frozen; then none is kept.
+        last = max((i for i in places if self.towers[i].trainable), default=places[-1])
         return [
-            Retention(budget, range(len(t.chunks)), always=len(t.chunks) - 1 if i == last else None)
-            for i, t in enumerate(self.towers)
+            Retention(budget, t.chunks, range(n), always=n - 1 if i == last else None)
+            for i, t, n in ((i, self.towers[i], len(self.towers[i].chunks)) for i in places)
         ]
 
     def _backward_of_loss(self, loss_kwargs: Mapping[str, Any]) -> Any:
@@ -104,15 +107,18 @@ class CachedStep:
         retained, order = _retained_first(towers, self.strategy.joint_ends)
         states = [c.random_state for _, c in _chunks(order) if c.random_state is not None]
         after_embed = RandomState.capture(_drawn_on(states)) if states else None
+        norms = [module for tower in towers for module in tower.modules]
         try:
-            for tower, chunk in retained:
-                with self.strategy.replaying(modules, last=False):
-                    graph, chunk.graph = chunk.graph, None
-                    self._backward([(tower, chunk, graph or [])])
-                    del graph
-            for position, group in enumerate(order):
-                with self.strategy.replaying(modules, last=position == len(order) - 1):
-                    self._replay_together(group, check)
+            with kept_running_statistics(norms):
+                for tower, chunk in retained:
+                    with self.strategy.replaying(modules, last=False):
+                        graph, chunk.graph = chunk.graph, None
+                        self._backward([(tower, chunk, graph or [])])
+                        del graph
+            with frozen_running_statistics(norms):
+                for position, group in enumerate(order):
+                    with self.strategy.replaying(modules, last=position == len(order) - 1):
+                        self._replay_together(group, check)
         finally:
             # Whatever draws next continues from where one pass over the batch would have left off.
             if after_embed is not None:

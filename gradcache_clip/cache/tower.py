@@ -15,7 +15,11 @@ from gradcache_clip.cache.chunks import Chunk, merged, row_count
 from gradcache_clip.cache.nested import chunk_of, tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.retained import NO_RETENTION, Retention, SavedBytes
-from gradcache_clip.cache.settings import forget_autocast_casts, kernels_as_with_gradients
+from gradcache_clip.cache.settings import (
+    forget_autocast_casts,
+    has_batch_statistics,
+    kernels_as_with_gradients,
+)
 from gradcache_clip.cache.trunk import FrozenTrunk, run_trunk
 
 _MODEL_OUTPUT_FIELDS = ("image_embeds", "text_embeds", "sentence_embedding", "pooler_output")
@@ -40,21 +44,32 @@ class Tower:
     inputs: Any
     chunks: list[Chunk]
     trainable: bool | None = None
-    embed_together: int = 1
-    """Chunks that the embed runs at once while nothing random is drawn."""
+    embed_chunk_size: int | None = None
+    """Rows that the embed runs at once while nothing random is drawn."""
     features: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
     structure: Any = None
+    _last_had_graph: bool = False
+
+    @property
+    def embed_together(self) -> int:
+        """Chunks of that; one where the features of a row depend on what else is in its chunk."""
+        if self.embed_chunk_size is None or any(map(has_batch_statistics, self.modules)):
+            return 1
+        return max(1, self.embed_chunk_size // max(map(len, self.chunks)))
 
     def embed(self, retention: Retention = NO_RETENTION) -> None:
         """Run every chunk; keep features, the graphs that `retention` allows, and the RNG."""
         self._run_trunk()
         devices = accelerators_among(self.known_tensors())
         before, index, drawn = RandomState.capture(devices), 0, False
+        together = self.embed_together
         with kernels_as_with_gradients():
             while index < len(self.chunks):
                 # The first chunk goes alone: it shows whether the encoder draws random numbers.
-                group = self.chunks[index : index + self._together(index, drawn, retention)]
+                group = self.chunks[
+                    index : index + self._group_size(index, together, drawn, retention)
+                ]
                 chunk = group[0] if len(group) == 1 else merged(group)
                 self._embed(chunk, index, retention)
                 after = RandomState.capture(devices)
@@ -71,18 +86,20 @@ class Tower:
             for chunk in self.chunks:
                 chunk.trim = None
 
-    def _together(self, index: int, drawn: bool, retention: Retention) -> int:
+    def _group_size(self, index: int, together: int, drawn: bool, retention: Retention) -> int:
         if index == 0 or drawn:
             return 1
-        last = min(index + self.embed_together, len(self.chunks))
+        last = min(index + together, len(self.chunks))
         alone = (i for i in range(index, last) if retention.wants_graph(i))
         return max(1, next(alone, last) - index)
 
     def _embed(self, chunk: Chunk, index: int, retention: Retention) -> None:
         wanted = self.trainable is not False and retention.wants_graph(index)
         with_graph = wanted or self.trainable is None
-        if with_graph:
+        # Graphs one after another share their casts, as those of a plain step do.
+        if with_graph and not self._last_had_graph:
             forget_autocast_casts()
+        self._last_had_graph = with_graph
         known = self.known_tensors() if retention.measures(index) else ()
         saved = SavedBytes(known)
         with torch.set_grad_enabled(with_graph), saved.counting(retention.measures(index)):
@@ -113,8 +130,14 @@ class Tower:
 
     def known_tensors(self) -> list[Tensor]:
         """What is in memory whether or not the tower runs."""
-        module = self.module
-        return list(chain(module.parameters(), module.buffers(), tensors_in(self.inputs)))
+        held = (chain(module.parameters(), module.buffers()) for module in self.modules)
+        return [*chain.from_iterable(held), *tensors_in(self.inputs)]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What its features come out of: the encoder, and a head in `get_features`."""
+        head = self.get_features
+        return [self.bare_module, *([head] if isinstance(head, nn.Module) else [])]
 
     @torch.no_grad()
     def keep(self, parts: list[Tensor], chunk: Chunk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ def call_encoder(encoder: Callable[..., Any], inputs: Any) -> Any:
 class TrunkOutput:
     """What a trunk left at its boundary; a `FrozenTrunk` given this runs its head alone."""
 
-    output: Any
+    parts: tuple[Tensor, ...]
+    """Its tensors, one row a sample each."""
+    rebuild: Callable[[tuple[Tensor, ...]], Any]
+    """Puts them back into what the trunk returned."""
 
 
 class FrozenTrunk(nn.Module):
@@ -60,7 +64,7 @@ class FrozenTrunk(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and isinstance(args[0], TrunkOutput):
-            return self.head(args[0].output)
+            return self.head(args[0].rebuild(args[0].parts))
         return self.head(self.through_trunk(*args, **kwargs))
 
     def through_trunk(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,19 +82,31 @@ class FrozenTrunk(nn.Module):
 def run_trunk(encoder: FrozenTrunk, inputs: Any, chunks: Sequence[Chunk], name: str) -> TrunkOutput:
     """The trunk over all rows, chunk by chunk; its outputs in the order of the rows."""
     wholes: list[Tensor] = []
-    structure = None
+    structure: Any = None
     for chunk in chunks:
         given = chunk_of(inputs, chunk.rows, chunk.trim)
         parts, structure = pytree.tree_flatten(call_encoder(encoder.through_trunk, given))
+        _check_parts(parts, name)
         if not wholes:
             rows = row_count(chunks)
             wholes = [part.new_empty((rows, *part.shape[1:])) for part in parts]
         for whole, part in zip(wholes, parts, strict=True):
-            if part.shape[1:] != whole.shape[1:] or len(part) != len(chunk):
+            if part.shape != (len(chunk), *whole.shape[1:]):
                 raise ValueError(
                     f"{name}: expected trunk outputs with one row a sample, of one shape, got "
                     f"{tuple(part.shape)} for {chunk.name} after {tuple(whole.shape[1:])} a row; "
                     "pool in the trunk, or leave sort_by_length out"
                 )
             whole[chunk.rows] = part
-    return TrunkOutput(pytree.tree_unflatten(wholes, structure) if structure else None)
+    # Behind a function, for a structure is a nest that must not be cut into rows.
+    return TrunkOutput(tuple(wholes), partial(pytree.tree_unflatten, treespec=structure))
+
+
+def _check_parts(parts: Sequence[Any], name: str) -> None:
+    for part in parts or [None]:
+        if not isinstance(part, Tensor) or part.dim() == 0:
+            got = "a 0-dim tensor" if isinstance(part, Tensor) else type(part).__name__
+            raise TypeError(
+                f"{name}: expected trunk outputs, tensors with one row a sample, got {got}; let "
+                "the trunk return only what the head needs"
+            )
