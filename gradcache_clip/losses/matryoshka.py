@@ -23,10 +23,12 @@ class MatryoshkaLoss(nn.Module):
 
         loss = sum_p weights[p] * loss_(dims[p])
 
-    For `ClipLoss`, `InfoNCELoss`, `NTXentLoss` and `SupConLoss` all prefixes share one pass over
-    the tiles, at the flops of the widest: inner products of a prefix go on from those of the one
-    before, and no normalised copy is made. Nothing of B x B numbers is stored. Any other loss, such
-    as `SigLipLoss`, is called once for each prefix. One scale serves all prefixes.
+    For `ClipLoss`, `InfoNCELoss`, `NTXentLoss` and `SupConLoss` inner products of a prefix go on
+    from those of the one before. With impl="tiled" one pass over the tiles serves all prefixes, at
+    the flops of the widest. With impl="triton" one pass serves all where each row has one positive
+    and nothing is left out; with labels, ids or a margin, and for a batch against itself, it makes
+    one pass for each. Nothing of B x B numbers is stored unless impl="reference". Any other loss,
+    such as `SigLipLoss`, is called once for each prefix. One scale serves all.
 
     Source: Kusupati et al. 2022, "Matryoshka representation learning", equation 1.
 
@@ -79,6 +81,7 @@ class MatryoshkaLoss(nn.Module):
         Raises:
             ValueError: dims beyond D, and what the wrapped loss raises.
         """
+        self._check_features(features)
         if isinstance(self.loss, _OnePass):
             outputs = self.loss.prefixes(self.dims, *features, **options)
         else:
@@ -88,6 +91,14 @@ class MatryoshkaLoss(nn.Module):
             for weight, output in zip(self.weights, outputs, strict=True)
         )
         return total if isinstance(outputs[-1], Tensor) else outputs[-1]._replace(loss=total)
+
+    def _check_features(self, features: tuple[Any, ...]) -> None:
+        D = min((each.shape[-1] for each in features if _is_matrix(each)), default=self.dims[-1])
+        if self.dims[-1] > D:
+            raise ValueError(
+                f"dims: expected at most the width of the features, {D}, got {self.dims[-1]}; "
+                "leave out what is wider"
+            )
 
     def _of_prefix(self, width: int, features: tuple[Any, ...], options: dict[str, Any]) -> Any:
         cut = (_unit_prefix(each, width) if _is_matrix(each) else each for each in features)
@@ -102,11 +113,6 @@ def _is_matrix(given: Any) -> bool:
 
 
 def _unit_prefix(features: Tensor, width: int) -> Tensor:
-    if width > features.shape[-1]:
-        raise ValueError(
-            f"dims: expected at most the width of the features, {features.shape[-1]}, got {width}; "
-            "leave out what is wider"
-        )
     # In 16 bits a norm may overflow.
     prefix = features[..., :width]
     wide = prefix if prefix.dtype.itemsize > 2 else prefix.float()

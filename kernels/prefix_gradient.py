@@ -1,0 +1,278 @@
+"""Backward over several prefixes of the features: G^p = dloss/dS^p panel by panel.
+
+M rows q_i, N columns k_j, P prefixes, logit_scale s. With unit prefixes u_i of q_i and v_j of k_j,
+r the inverse norms of the prefixes of q and A_i = sum_j G_ij v_j, the chain through the norm gives
+
+    dq_i[:d] += s r_i (A_i - u_i <u_i, A_i>)          dlogit_scale += sum_i <u_i, A_i>
+
+and likewise dk. It is linear in A: each panel adds its own part. The products take the flops of
+each prefix, not of the widest alone: sums over the tiles of several prefixes, which would save
+that, cost more traffic than the flops are worth on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradcache_clip.kernels.competition import meets_diagonal
+from gradcache_clip.kernels.launch_config import (
+    FLOAT16_GRADIENT_SCALE,
+    LaunchConfig,
+    launch_config,
+    launch_options,
+    panel_shape,
+    tile_grid,
+)
+from gradcache_clip.kernels.panels import aligned, product, slices
+from gradcache_clip.kernels.prefix_statistics import Segments, is_one_of, prefix_config
+from gradcache_clip.kernels.similarity import tile_position
+
+Needs = tuple[bool, bool, bool]
+Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+
+
+@triton.jit
+def _prefix_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    row_factor_ptr,
+    column_factor_ptr,
+    row_max_ptr,
+    row_dsum_ptr,
+    row_dpositive_ptr,
+    column_max_ptr,
+    column_dsum_ptr,
+    gradient_ptr,
+    gradient_plane,
+    gradient_stride,
+    first_row,
+    first_column,
+    rows,
+    columns,
+    M,
+    N,
+    D,
+    positive_shift,
+    ENDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of G of each prefix; factors and maxima in units of log 2."""
+    tile_m, tile_n = tile_position(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    row_start, column_start = first_row + tile_m * BLOCK_M, first_column + tile_n * BLOCK_N
+    row = row_start + tl.arange(0, BLOCK_M)
+    column = column_start + tl.arange(0, BLOCK_N)
+    # Clamped indices need fewer registers than masked loads, and the store masks the repeats.
+    row_clamped, column_clamped = tl.minimum(row, M - 1), tl.minimum(column, N - 1)
+    depth = tl.arange(0, BLOCK_D)
+    q_offset = (row_clamped - row_start)[:, None] * D + depth[None, :]
+    k_offset = (column_clamped - column_start)[None, :] * D + depth[:, None]
+    q_ptrs = q_ptr + row_start.to(tl.int64) * D + q_offset
+    k_ptrs = k_ptr + column_start.to(tl.int64) * D + k_offset
+    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    prefix = 0
+    # Up to D, which the compiler does not know: it would unroll short loops, epilogues and all.
+    for start in range(0, D, BLOCK_D):
+        tile = tl.dot(tl.load(q_ptrs), tl.load(k_ptrs), tile, input_precision=PRECISION)
+        q_ptrs += BLOCK_D
+        k_ptrs += BLOCK_D
+        if is_one_of(start + BLOCK_D, ENDS):
+            own_row, own_column = prefix * M + row_clamped, prefix * N + column_clamped
+            row_factor = tl.load(row_factor_ptr + own_row)
+            logits = tile * row_factor[:, None] * tl.load(column_factor_ptr + own_column)[None, :]
+            gradient = _softmax_gradient(logits, row_max_ptr, row_dsum_ptr, own_row, 1)
+            if column_max_ptr is not None:
+                gradient += _softmax_gradient(
+                    logits, column_max_ptr, column_dsum_ptr, own_column, 0
+                )
+            near = meets_diagonal(row_start, column_start, positive_shift, BLOCK_M, BLOCK_N)
+            near |= meets_diagonal(row_start, column_start, positive_shift - N, BLOCK_M, BLOCK_N)
+            if near:
+                partner = row + positive_shift
+                partner = tl.where(partner < N, partner, partner - N)
+                dpositive = tl.load(row_dpositive_ptr + own_row)
+                positives = partner[:, None] == column[None, :]
+                gradient = tl.where(positives, dpositive[:, None], gradient)
+            corner_ptr = gradient_ptr + prefix * gradient_plane + tile_n * BLOCK_N
+            corner_ptr += (tile_m * BLOCK_M).to(tl.int64) * gradient_stride
+            near_row, near_column = row - row_start, column - column_start
+            offset = near_row[:, None] * gradient_stride + near_column[None, :]
+            inside = (row[:, None] < first_row + rows) & (column[None, :] < first_column + columns)
+            value = gradient.to(gradient_ptr.dtype.element_ty)
+            tl.store(corner_ptr + offset, value, mask=inside)
+            prefix += 1
+
+
+@triton.jit
+def _softmax_gradient(tile, max_ptr, dsum_ptr, index, AXIS: tl.constexpr):
+    """dsum exp(S - max) along one axis."""
+    maximum = tl.expand_dims(tl.load(max_ptr + index), AXIS)
+    dsum = tl.expand_dims(tl.load(dsum_ptr + index), AXIS)
+    return tl.exp2(tile - maximum) * dsum
+
+
+def prefix_gradient(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    factors: tuple[Tensor, Tensor, Tensor],
+    sides: Sequence[Tensor | None],
+    widths: Sequence[int],
+    positive_shift: int,
+    largest_inverse_norm: float,
+    needs: Needs,
+    *,
+    config: LaunchConfig | None = None,
+) -> Gradients:
+    """Launch the backward: for each panel the tile kernel, then two vendor products a prefix.
+
+    Args:
+        q: (M, D), fp32, fp16 or bf16.
+        k: (N, D), like q.
+        logit_scale: 0-dim, fp32, on the same device.
+        factors: row_factor (P, M) as the forward takes it; inverse norms of the prefixes of q
+            (P, M) and of k (P, N).
+        sides: maxima (in units of log 2, +inf for empty sums), dsum and dpositive of the rows,
+            (P, M) each; maxima and dsum of the columns, (P, N) each, or None and None.
+        widths: P increasing widths, the last at most D.
+        positive_shift: the positive of row i is column (i + positive_shift) mod N.
+        largest_inverse_norm: rows that have it were divided by a constant, not by their norm.
+        needs: which of q, k and logit_scale need a gradient.
+        config: launch parameters; those of `prefix_config` when None.
+
+    Returns:
+        dq, dk in the dtype of q, dlogit_scale in fp32; None where not needed.
+    """
+    needs_q, needs_k, needs_scale = needs
+    config = config or prefix_config(launch_config(q), q.dtype)
+    panels = _Panels(q, k, factors, sides, widths, positive_shift, config)
+    rows_chain = _Chain(q, factors[1], widths, largest_inverse_norm)
+    columns_chain = _Chain(k, factors[2], widths, largest_inverse_norm)
+    through_q = needs_q or not needs_k
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_q else None
+    dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device) if needs_k else None
+    # Either side gives the gradient of the scale; the other one adds to a sum nobody reads.
+    dscale = torch.zeros_like(logit_scale)
+    for rows in panels.stripes():
+        sums = torch.zeros(q[rows].shape, dtype=torch.float32, device=q.device)
+        for columns in panels.columns_of_stripe():
+            for index, gradient in enumerate(panels.gradients(rows, columns)):
+                if through_q:
+                    own = product(gradient, columns_chain.unit(index, columns))
+                    dscale += rows_chain.add(sums, index, rows, own)
+                if dk is not None:
+                    own = product(gradient.T, rows_chain.unit(index, rows))
+                    along = columns_chain.add(dk[columns], index, columns, own)
+                    dscale += 0 if through_q else along
+        if dq is not None:
+            torch.mul(sums, logit_scale / panels.gradient_scale, out=dq[rows])
+    if dk is not None:
+        dk = dk.mul_(logit_scale / panels.gradient_scale).to(k.dtype)
+    return dq, dk, dscale / panels.gradient_scale if needs_scale else None
+
+
+class _Chain:
+    """Unit prefixes of features, and the way back through their norms."""
+
+    def __init__(
+        self, features: Tensor, inverse_norm: Tensor, widths: Sequence[int], largest: float
+    ) -> None:
+        self.features, self.inverse_norm, self.widths = features, inverse_norm, widths
+        self.largest = largest
+
+    def unit(self, index: int, where: slice) -> Tensor:
+        """Unit prefixes of these rows in the dtype of the features."""
+        prefix = self.features[where, : self.widths[index]]
+        return (prefix * self.inverse_norm[index, where, None]).to(self.features.dtype)
+
+    def add(self, sums: Tensor, index: int, where: slice, gradient: Tensor) -> Tensor:
+        """Add to the sums of these rows what a gradient of unit prefixes means for them.
+
+        Returns the sum of <unit prefix, gradient>.
+        """
+        factor = self.inverse_norm[index, where]
+        unit = self.features[where, : self.widths[index]] * factor[:, None]
+        along = torch.linalg.vecdot(unit, gradient)
+        projected = along.where(factor < self.largest, 0)
+        gradient.addcmul_(unit, projected[:, None], value=-1)
+        sums[:, : self.widths[index]].addcmul_(gradient, factor[:, None])
+        return along.sum()
+
+
+class _Panels:
+    """Cuts G into panels that fit the workspace, and computes one of each prefix at a time."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        factors: tuple[Tensor, Tensor, Tensor],
+        sides: Sequence[Tensor | None],
+        widths: Sequence[int],
+        positive_shift: int,
+        config: LaunchConfig,
+    ) -> None:
+        self.segments, self.config = Segments(widths, config.BLOCK_D), config
+        self.q, self.k = self.segments.padded(q), self.segments.padded(k)
+        self.factors, self.positive_shift = (factors[0], factors[2]), positive_shift
+        self.gradient_scale, self.sides = _scaled(sides, q.dtype)
+        rows, columns = panel_shape(config, len(k), q.element_size() * len(widths))
+        self.shape = min(rows, len(q)), min(columns, len(k))
+        self.plane = self.shape[0] * aligned(self.shape[1])
+        self.workspace = q.new_empty(len(widths), self.plane)
+
+    def stripes(self) -> Iterator[slice]:
+        return slices(len(self.q), self.shape[0])
+
+    def columns_of_stripe(self) -> Iterator[slice]:
+        return slices(len(self.k), self.shape[1])
+
+    def gradients(self, rows: slice, columns: slice) -> list[Tensor]:
+        """G of these rows and columns, times gradient_scale; overwritten by the next call."""
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        stride = aligned(width)
+        with torch.cuda.device_of(self.q):
+            _prefix_gradient_kernel[tile_grid(self.config, height, width)](
+                self.q,
+                self.k,
+                *self.factors,
+                *self.sides,
+                self.workspace,
+                self.plane,
+                stride,
+                rows.start,
+                columns.start,
+                height,
+                width,
+                len(self.q),
+                *self.k.shape,
+                self.positive_shift,
+                ENDS=self.segments.ends,
+                **launch_options(self.config),
+            )
+        planes = self.workspace[:, : height * stride].view(-1, height, stride)
+        return list(planes[:, :, :width])
+
+
+def _scaled(
+    sides: Sequence[Tensor | None], dtype: torch.dtype
+) -> tuple[Tensor | float, list[Tensor | None]]:
+    """In fp16 a power of two that brings the largest |G| near 2^14, and the sides times it."""
+    if dtype != torch.float16:
+        return 1.0, list(sides)
+    row_max, row_dsum, row_dpositive, column_max, column_dsum = sides
+    largest = torch.maximum(row_dsum.abs().amax(), row_dpositive.abs().amax())
+    if column_dsum is not None:
+        largest = torch.maximum(largest, column_dsum.abs().amax())
+    exponent = torch.log2(FLOAT16_GRADIENT_SCALE / largest.clamp_min(2.0**-100)).floor()
+    scale = torch.exp2(exponent)
+    scaled = [None if x is None else x * scale for x in (row_dsum, row_dpositive, column_dsum)]
+    return scale, [row_max, scaled[0], scaled[1], column_max, scaled[2]]
