@@ -1,20 +1,24 @@
 """What the kernels use of each GPU architecture, read from compiled machine code without a GPU.
 
-    python benchmarks/kernel_resources.py [--architecture 90 ...] [--json]
+    python benchmarks/kernel_resources.py [--architecture 90 ...] [--dtype ...] [--variant ...]
 
-Prints, for each architecture, dtype and kernel: registers a thread, bytes spilled, shared memory a
-block and its limit, the matrix instructions found, and how many blocks fit a multiprocessor.
+Prints, for each architecture, dtype, variant and kernel of the softmax family: registers a thread,
+bytes spilled, shared memory a block and its limit, the matrix instructions found, and how many
+blocks fit a multiprocessor.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +31,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from gradcache_clip.kernels.clip_gradient import _clip_gradient_kernel
-from gradcache_clip.kernels.clip_statistics import _clip_statistics_kernel, _merge_kernel
+from gradcache_clip.kernels.contrast_gradient import _contrast_gradient_kernel
+from gradcache_clip.kernels.contrast_statistics import _contrast_statistics_kernel, _merge_kernel
 from gradcache_clip.kernels.launch_config import (
     ARCHITECTURES,
-    FLOAT16_GRADIENT_SCALE,
+    LaunchConfig,
     launch_options,
     table_entry,
 )
@@ -66,7 +70,13 @@ class Case:
 
     architecture: int
     dtype: str
+    variant: str
     kernel: str
+
+    @property
+    def config(self) -> LaunchConfig:
+        dtype = getattr(torch, self.dtype)
+        return table_entry(self.architecture, dtype, plain=self.variant == "plain")
 
 
 @dataclass(frozen=True)
@@ -83,20 +93,36 @@ class Resources:
 
 
 KERNELS: dict[str, JITFunction] = {
-    "statistics": _clip_statistics_kernel,
-    "gradient": _clip_gradient_kernel,
+    "statistics": _contrast_statistics_kernel,
+    "gradient": _contrast_gradient_kernel,
     "merge": _merge_kernel,
 }
 DTYPES = ("bfloat16", "float16", "float32")
+# The rules that the public losses combine: plain is CLIP, rows is InfoNCE, self is NT-Xent.
+VARIANTS = {
+    "plain": {"columns"},
+    "labels": {"columns", "labels"},
+    "ids": {"columns", "ids"},
+    "labels, ids": {"columns", "labels", "ids"},
+    "rows": set(),
+    "rows, thresholds": {"threshold"},
+    "ids, thresholds": {"columns", "ids", "threshold"},
+    "self": {"columns", "self"},
+    "self, labels": {"columns", "labels", "self"},
+}
+_RULES = ("labels", "ids", "threshold")
+_OF_COLUMNS = ("column_parts_ptr", "column_max_ptr", "column_dsum_ptr", "column_dpositive_ptr")
 
 
-def cases(architecture: int) -> list[Case]:
+def cases(architecture: int, dtypes: list[str], variants: list[str]) -> list[Case]:
     tiles = [
-        Case(architecture, dtype, kernel)
-        for dtype in DTYPES
+        Case(architecture, dtype, variant, kernel)
+        for dtype in dtypes
+        for variant in variants
         for kernel in ("statistics", "gradient")
     ]
-    return [*tiles, Case(architecture, "float32", "merge")]
+    merges = [each for each in ("plain", "labels") if each in variants]
+    return [*tiles, *(Case(architecture, "float32", each, "merge") for each in merges)]
 
 
 def measure(case: Case) -> Resources:
@@ -135,26 +161,40 @@ def _compile(case: Case) -> Any:
         if name.endswith("_ptr") or name == "D"
     }
     by_index = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = {key: value for key, value in aligned.items() if key not in by_index}
     source = ASTSource(kernel, signature, by_index, aligned)
     return triton.compile(source, GPUTarget("cuda", case.architecture, 32), options)
 
 
 def _constants(case: Case, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments of the kernel, and options of the compiler."""
+    rules, names = VARIANTS[case.variant], KERNELS[case.kernel].arg_names
     if case.kernel == "merge":
-        return {"WIDTH": 32, "DEPTH": 64}, {"enable_fp_fusion": True}
-    launch = launch_options(table_entry(case.architecture, dtype))
-    if case.kernel == "gradient":
-        launch["GRADIENT_SCALE"] = FLOAT16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
-    names = KERNELS[case.kernel].arg_names
+        constants = {"LABELLED": "labels" in rules, "WIDTH": 32, "DEPTH": 64}
+        return constants, {"enable_fp_fusion": True}
+    launch = launch_options(case.config)
     constants = {name: value for name, value in launch.items() if name in names}
+    constants |= {"SELF": "self" in rules}
+    constants |= {name: None for name in names if _is_absent(name, rules)}
     return constants, {name: value for name, value in launch.items() if name not in names}
+
+
+def _is_absent(name: str, rules: set[str]) -> bool:
+    """Whether a contrast of these rules has nothing to pass for this pointer."""
+    rule = next((each for each in _RULES if name.endswith(f"_{each}_ptr")), None)
+    if rule is not None:
+        return rule not in rules or (name == "column_threshold_ptr" and "columns" not in rules)
+    return name in _OF_COLUMNS and (
+        "columns" not in rules or (name == "column_dpositive_ptr" and "labels" not in rules)
+    )
 
 
 def _argument_type(name: str, dtype: torch.dtype) -> str:
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     if name in ("q_ptr", "k_ptr", "gradient_ptr"):
         return f"*{short}"
+    if name.endswith(("labels_ptr", "ids_ptr")):
+        return "*i64"
     return "*fp32" if name.endswith("_ptr") else "i32"
 
 
@@ -172,7 +212,7 @@ def _blocks(limits: Limits, registers: int, shared_bytes: int, threads: int) -> 
 
 def _table(measured: list[Resources]) -> Table:
     table = Table(title=f"Triton {triton.__version__}: resources of the kernels")
-    for heading in ("sm", "dtype", "kernel", "tile", "warps", "regs", "spilled"):
+    for heading in ("sm", "dtype", "variant", "kernel", "tile", "warps", "regs", "spilled"):
         table.add_column(heading, justify="right")
     for heading in ("shared KiB", "limit", "matrix units", "blocks"):
         table.add_column(heading, justify="right")
@@ -182,10 +222,9 @@ def _table(measured: list[Resources]) -> Table:
 
 
 def _row(each: Resources) -> Iterator[str]:
-    case = each.case
-    config = table_entry(case.architecture, getattr(torch, case.dtype))
+    case, config = each.case, each.case.config
     merge = case.kernel == "merge"
-    yield from (str(case.architecture), case.dtype, case.kernel)
+    yield from (str(case.architecture), case.dtype, case.variant, case.kernel)
     yield "-" if merge else f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_D}"
     yield "4" if merge else str(config.num_warps)
     yield from (str(each.registers), str(each.spilled_bytes), f"{each.shared_bytes / 1024:.0f}")
@@ -199,14 +238,22 @@ def main() -> None:
     parser.add_argument(
         "--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
     )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON list, no table")
     options = parser.parse_args()
-    todo = [case for architecture in options.architecture for case in cases(architecture)]
-    if options.json:
-        print(json.dumps([asdict(measure(case)) for case in todo]))
-        return
-    measured = [measure(case) for case in track(todo, "compiling")]
-    Console(width=120).print(_table(measured))
+    todo = [
+        case
+        for architecture in options.architecture
+        for case in cases(architecture, options.dtype, options.variant)
+    ]
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        if options.json:
+            print(json.dumps([asdict(each) for each in pool.map(measure, todo)]))
+            return
+        measured = list(track(pool.map(measure, todo), "compiling", total=len(todo)))
+    Console(width=140).print(_table(measured))
 
 
 if __name__ == "__main__":

@@ -69,22 +69,31 @@ _TABLE: dict[tuple[int, int], LaunchConfig] = {
     (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", workspace_bytes=_LARGE),
     (120, 32): _CONSUMER_32,
 }
+# Where rules beside those of CLIP leave too few registers for the tile above.
+_NOT_PLAIN: dict[tuple[int, int], LaunchConfig] = {
+    (90, 16): LaunchConfig(128, 128, 64, 8, 3, workspace_bytes=_LARGE),
+    (100, 16): LaunchConfig(128, 64, 64, 8, 3, workspace_bytes=_LARGE),
+}
 ARCHITECTURES = tuple(sorted({architecture for architecture, _ in _TABLE}))
 _INTERPRETER = LaunchConfig(64, 64, 64, num_warps=4, num_stages=1)
 
 
-def table_entry(architecture: int, dtype: torch.dtype) -> LaunchConfig:
-    """The entry of the newest known architecture that is not newer than this one (80 = 8.0)."""
+def table_entry(architecture: int, dtype: torch.dtype, *, plain: bool = True) -> LaunchConfig:
+    """The entry of the newest known architecture that is not newer than this one (80 = 8.0).
+
+    A contrast is plain if it goes both ways with one positive for each row and no other rules.
+    """
     known = max(each for each in ARCHITECTURES if each <= architecture)
-    return _TABLE[known, 32 if dtype == torch.float32 else 16]
+    key = known, 32 if dtype == torch.float32 else 16
+    return _TABLE[key] if plain else _NOT_PLAIN.get(key, _TABLE[key])
 
 
-def launch_config(features: Tensor) -> LaunchConfig:
-    """The configuration for features on their device."""
+def launch_config(features: Tensor, *, plain: bool = True) -> LaunchConfig:
+    """The configuration for features on their device, and for a contrast that is plain or not."""
     if INTERPRETED:
         return _INTERPRETER
     major, minor = torch.cuda.get_device_capability(features.device)
-    return table_entry(10 * major + minor, features.dtype)
+    return table_entry(10 * major + minor, features.dtype, plain=plain)
 
 
 def launch_options(config: LaunchConfig) -> dict[str, Any]:
@@ -107,9 +116,12 @@ def tile_grid(config: LaunchConfig, rows: int, columns: int) -> tuple[int]:
     return (triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N),)
 
 
-def stripe_rows(config: LaunchConfig, N: int) -> int:
-    """Rows of a forward stripe: as many whole tiles as the partial statistics may take."""
-    bytes_per_logit = 8 * (1 / config.BLOCK_M + 1 / config.BLOCK_N)
+def stripe_rows(config: LaunchConfig, N: int, *, numbers: int = 2) -> int:
+    """Rows of a forward stripe: as many whole tiles as the partial statistics may take.
+
+    A tile leaves so many fp32 numbers of each of its rows and columns.
+    """
+    bytes_per_logit = 4 * numbers * (1 / config.BLOCK_M + 1 / config.BLOCK_N)
     return _whole_tiles(int(config.workspace_bytes / (N * bytes_per_logit)), config.BLOCK_M)
 
 

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from gradcache_clip.kernels.launch_config import FLOAT16_GRADIENT_SCALE
+
 # Rows of G start at multiples of 16 bytes, which the vendor's fast products require.
 _ALIGNED_COLUMNS = 8
 
@@ -30,6 +32,17 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if _mm_returns_float32(a.device):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
+
+
+def in_range_of_float16(
+    vectors: list[Tensor | None],
+) -> tuple[list[Tensor | None], Tensor]:
+    """The vectors over a common factor, so that |G| <= FLOAT16_GRADIENT_SCALE."""
+    # exp(S - max) <= 1: no entry of G is larger than all vectors at their largest together.
+    largest = sum(each.abs().amax() for each in vectors if each is not None)
+    largest = largest.clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = [None if each is None else each / largest * FLOAT16_GRADIENT_SCALE for each in vectors]
+    return scaled, largest / FLOAT16_GRADIENT_SCALE
 
 
 @cache

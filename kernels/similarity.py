@@ -39,6 +39,7 @@ def similarity_tile(
     logit_scale_ptr,
     first_row,
     first_column,
+    M,
     N,
     D,
     BLOCK_M: tl.constexpr,
@@ -46,8 +47,8 @@ def similarity_tile(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S in units of log 2 (exp2 gives exp(S)); rows and columns from N on repeat the last one."""
-    row = tl.minimum(tl.arange(0, BLOCK_M), N - 1 - first_row)
+    """S in units of log 2 (exp2 gives exp(S)); rows from M, columns from N on repeat the last."""
+    row = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_row)
     column = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_column)
     depth = tl.arange(0, BLOCK_D)
     q_ptrs = q_ptr + first_row.to(tl.int64) * D + (row[:, None] * D + depth[None, :])

@@ -20,12 +20,27 @@ SCRIPT = ROOT / "benchmarks" / "kernel_resources.py"
 # Where three passes of tf32 are faster than fp32 on the ordinary cores.
 TF32_PAYS = (80, 90, 100)
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+TILE_KERNELS = ("statistics", "gradient")
 
 
-def measured(architecture: int) -> list[dict[str, Any]]:
+VARIANTS = (
+    "plain",
+    "labels",
+    "ids",
+    "labels, ids",
+    "rows",
+    "rows, thresholds",
+    "ids, thresholds",
+    "self",
+    "self, labels",
+)
+
+
+def measured(architecture: int, dtypes: list[str], variants: list[str]) -> list[dict[str, Any]]:
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    options = ["--architecture", str(architecture), "--dtype", *dtypes, "--variant", *variants]
     result = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), "--architecture", str(architecture), "--json"],
+        [sys.executable, "-W", "error", str(SCRIPT), "--json", *options],
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -34,21 +49,44 @@ def measured(architecture: int) -> list[dict[str, Any]]:
     return json.loads(result.stdout)
 
 
+def compiled(kernels: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
+    cases = (each["case"] for each in kernels)
+    return {(case["dtype"], case["variant"], case["kernel"]) for case in cases}
+
+
+def check(each: dict[str, Any]) -> None:
+    case = each["case"]
+    print(case, {name: value for name, value in each.items() if name != "case"})
+    on_tensor_cores = case["dtype"] != "float32" or case["architecture"] in TF32_PAYS
+    if on_tensor_cores and case["kernel"] != "merge":
+        assert each["matrix_instructions"] == [TENSOR_CORES[case["architecture"]]], case
+    assert each["spilled_bytes"] == 0, case
+    assert each["registers"] <= 255, case
+    assert each["shared_bytes"] <= each["shared_limit_bytes"], case
+    assert each["blocks_per_multiprocessor"] >= 1, case
+
+
 @pytest.mark.parametrize("architecture", sorted(TENSOR_CORES))
-def test_fits_and_uses_the_matrix_units(architecture: int) -> None:
+def test_the_plain_contrast_fits_and_uses_the_matrix_units(architecture: int) -> None:
     pytest.importorskip("triton")
-    kernels = measured(architecture)
-    dtypes = {"bfloat16", "float16", "float32"}
-    compiled = {(each["case"]["dtype"], each["case"]["kernel"]) for each in kernels}
-    expected = {(dtype, kernel) for dtype in dtypes for kernel in ("statistics", "gradient")}
-    assert compiled == {*expected, ("float32", "merge")}
+    dtypes = ["bfloat16", "float16", "float32"]
+    kernels = measured(architecture, dtypes, ["plain"])
+    expected = {(dtype, "plain", kernel) for dtype in dtypes for kernel in TILE_KERNELS}
+    assert compiled(kernels) == {*expected, ("float32", "plain", "merge")}
     for each in kernels:
-        case = each["case"]
-        print(case, {name: value for name, value in each.items() if name != "case"})
-        on_tensor_cores = case["dtype"] != "float32" or architecture in TF32_PAYS
-        if on_tensor_cores and case["kernel"] != "merge":
-            assert each["matrix_instructions"] == [TENSOR_CORES[architecture]]
-        assert each["spilled_bytes"] == 0
-        assert each["registers"] <= 255
-        assert each["shared_bytes"] <= each["shared_limit_bytes"]
-        assert each["blocks_per_multiprocessor"] >= 1
+        check(each)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sorted(TENSOR_CORES))
+def test_every_variant_fits_and_uses_the_matrix_units(architecture: int) -> None:
+    """Machine code of bf16 and fp16 differs in one conversion, so one stands for both."""
+    pytest.importorskip("triton")
+    dtypes, variants = ["bfloat16", "float32"], [*VARIANTS[1:]]
+    kernels = measured(architecture, dtypes, variants)
+    tiles = {
+        (d, variant, kernel) for d in dtypes for variant in variants for kernel in TILE_KERNELS
+    }
+    assert compiled(kernels) == {*tiles, ("float32", "labels", "merge")}
+    for each in kernels:
+        check(each)

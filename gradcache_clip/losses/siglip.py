@@ -9,10 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradcache_clip.losses.clip import ContrastiveOutput
-from gradcache_clip.losses.scaled import ScaledLoss, check_rows
-from gradcache_clip.ops.arguments import check_features, check_integers
+from gradcache_clip.losses.scaled import ScaledLoss
 from gradcache_clip.ops.implementations import Impl
-from gradcache_clip.ops.siglip import siglip_loss_with_accuracy
+from gradcache_clip.ops.siglip import checked_labels, siglip_loss_with_accuracy
 
 
 class SigLipLoss(ScaledLoss):
@@ -90,30 +89,19 @@ class SigLipLoss(ScaledLoss):
             TypeError: features of a wrong type, or labels that are no integers.
             ValueError: shapes that do not fit together.
         """
-        if isinstance(labels, (tuple, list)):
-            labels = self._global_label_pair(image_features, text_features, labels)
-        else:
-            check_rows(image_features=image_features, text_features=text_features)
-            if labels is not None:
-                check_integers("labels", labels, (len(image_features),), image_features.device)
-                labels = self._global_integers(labels)
+        label_pair = checked_labels(image_features, text_features, labels)
+        if label_pair is not None:
+            label_pair = self._global_labels(*label_pair)
         result = siglip_loss_with_accuracy(
             self._global_features(image_features),
             self._global_features(text_features),
             self._bounded_scale(logit_scale),
             self.logit_bias if logit_bias is None else logit_bias,
-            labels=labels,
+            labels=label_pair,
             impl=self.impl,
         )
         return ContrastiveOutput(*result)
 
-    def _global_label_pair(
-        self, image_features: Tensor, text_features: Tensor, labels: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        check_features("image_features", image_features)
-        check_features("text_features", text_features)
-        for name, values, features in zip(
-            ("labels[0]", "labels[1]"), labels, (image_features, text_features), strict=True
-        ):
-            check_integers(name, values, (len(features),), image_features.device)
-        return self._global_integers(labels[0]), self._global_integers(labels[1])
+    def _global_labels(self, of_images: Tensor, of_texts: Tensor) -> tuple[Tensor, Tensor]:
+        images = self._global_integers(of_images)
+        return images, images if of_texts is of_images else self._global_integers(of_texts)

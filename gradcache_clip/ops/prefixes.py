@@ -2,8 +2,9 @@
 
 M rows q_i, N columns k_j, widths d_1 < ... < d_P. Prefix p of a row are its first d_p entries, L2-
 normalised anew; S^p_ij = logit_scale <unit prefix of q_i, unit prefix of k_j>. The products of a
-prefix are those of the one before and a few more, so that all prefixes together need one pass over
-the tiles with the flops of the widest: 2 M N d_P in the forward and 6 M N d_P in the backward.
+prefix are those of the one before and a few more, so that one pass over the tiles serves all: with
+d_P the widest, 2 M N d_P flops in the forward, 2 M N d_P in the backward for S again, and 4 M N d_P
+("tiled") or 4 M N (d_1 + ... + d_P) ("triton") for the products with its gradient.
 """
 
 from __future__ import annotations

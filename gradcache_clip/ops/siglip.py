@@ -148,7 +148,7 @@ def _result(
     *,
     with_accuracy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    label_pair = _checked_labels(q, k, labels)
+    label_pair = checked_labels(q, k, labels)
     dtype = torch.promote_types(q.dtype, k.dtype)
     scale = scalar_tensor("logit_scale", logit_scale, q.device, dtype)
     bias = scalar_tensor("logit_bias", logit_bias, q.device, dtype)
@@ -171,14 +171,14 @@ def _result(
     return loss, row_accuracy, column_accuracy
 
 
-def _checked_labels(q: Tensor, k: Tensor, labels: Tensor | Labels | None) -> Labels | None:
-    """Check the features as well: they need equal lengths unless labels are a pair."""
+def checked_labels(q: Tensor, k: Tensor, labels: Tensor | Labels | None) -> Labels | None:
+    """Labels of both sides, twice the same for one vector, after all checks of shapes."""
     if not isinstance(labels, (tuple, list)):
         check_pairs(_NAMES, q, k)
         if labels is None:
             return None
         check_integers("labels", labels, (len(q),), q.device)
-        return labels.long(), labels.long()
+        return (labels.long(),) * 2
     for name, features in zip(_NAMES, (q, k), strict=True):
         check_features(name, features)
     check_same_device(_NAMES, q, k)

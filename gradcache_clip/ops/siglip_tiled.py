@@ -20,6 +20,7 @@ Labels = tuple["Int[Tensor, ' m']", "Int[Tensor, ' n']"]
 
 # Above it log(1 + exp(x)) is x to the last digit of fp64.
 _SOFTPLUS_IS_LINEAR = 40.0
+_SPARE = 64
 
 
 class Wanted(NamedTuple):
@@ -120,8 +121,8 @@ class _Gradients:
     def __init__(self, tiles: Tiles, wanted: Wanted) -> None:
         self.tiles, self.wanted = tiles, wanted
         self.dtype = tiles.logit_scale.dtype
-        self.dq = tiles.logit_scale.new_zeros(tiles.q.shape) if wanted.dq else None
-        self.dk = tiles.logit_scale.new_zeros(tiles.k.shape) if wanted.dk else None
+        self.dq = _zeros(tiles.logit_scale, tiles.q) if wanted.dq else None
+        self.dk = _zeros(tiles.logit_scale, tiles.k) if wanted.dk else None
         # <q, G k> and <k, G^T q> are the same sum, so the scale needs only one of the two products.
         self.through_q = wanted.dq or (wanted.dlogit_scale and not wanted.dk)
         self.scale_parts: list[Tensor] = []
@@ -157,6 +158,15 @@ class _Gradients:
             _total(parts) / rows if parts else None for parts in (self.scale_parts, self.bias_parts)
         )
         return self.dq, self.dk, scale, bias
+
+
+def _zeros(scale: Tensor, like: Tensor) -> Tensor:
+    """Zeros in the shape of `like`, in memory that the scaled gradient of its size can take over.
+
+    The backward lets go of one before it asks for the next, but malloc finds aligned memory only
+    where there is a little more than asked for.
+    """
+    return scale.new_zeros(like.numel() + _SPARE)[: like.numel()].view(like.shape)
 
 
 class _Ranks:

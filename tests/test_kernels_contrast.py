@@ -1,4 +1,4 @@
-"""Runs clip_kernel_cases.py: in Triton's interpreter, and on the GPU where there is one.
+"""Runs contrast_kernel_cases.py: in Triton's interpreter, and on the GPU where there is one.
 
 Each runs in its own process. Triton reads TRITON_INTERPRET when it is first imported, and another
 test of this process may have imported it, or need it, the other way.
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = Path(__file__).with_name("clip_kernel_cases.py")
+CASES = Path(__file__).with_name("contrast_kernel_cases.py")
 
 
 def run_cases(environment: dict[str, str]) -> None:

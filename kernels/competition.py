@@ -1,0 +1,103 @@
+"""Which logits compete, inside a tile: the rules that both passes of a contrast share.
+
+Pointers to what a contrast lacks are None, and their branches vanish when a kernel is compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Integers of the tile kernels whose divisibility no machine code may depend on: one for all shapes.
+RAGGED = (
+    "gradient_stride",
+    "first_row",
+    "first_column",
+    "rows",
+    "columns",
+    "M",
+    "N",
+    "positive_shift",
+)
+
+
+@dataclass(frozen=True)
+class Competition:
+    """The rules of M rows and N columns, as the kernels take them."""
+
+    row_labels: Tensor | None = None
+    """(M,) int64. Logits of equal labels are positives."""
+    column_labels: Tensor | None = None
+    row_ids: Tensor | None = None
+    """(M,) int64. Logits of equal ids do not compete, unless they are positives."""
+    column_ids: Tensor | None = None
+    row_threshold: Tensor | None = None
+    """(M,) fp32 in units of log 2. Logits above it do not compete for the row."""
+    column_threshold: Tensor | None = None
+    positive_shift: int = 0
+    """Without labels the positive of row i is column (i + positive_shift) mod N."""
+    both_ways: bool = True
+    self_contrast: bool = False
+
+    @property
+    def labelled(self) -> bool:
+        return self.row_labels is not None
+
+    @property
+    def plain(self) -> bool:
+        """Both ways, one positive, and everything else competes: what CLIP has."""
+        ruled = (self.row_labels, self.row_ids, self.row_threshold, self.column_threshold)
+        return self.both_ways and not self.self_contrast and all(each is None for each in ruled)
+
+    def vectors(self, BLOCK_N: int) -> tuple[Tensor | None, ...]:
+        """What the kernels read of each row and column, in their order."""
+        return (
+            self.row_labels,
+            lengthened(self.column_labels, BLOCK_N),
+            self.row_ids,
+            lengthened(self.column_ids, BLOCK_N),
+            self.row_threshold,
+            lengthened(self.column_threshold, BLOCK_N),
+        )
+
+
+def lengthened(vector: Tensor | None, BLOCK_N: int) -> Tensor | None:
+    """A vector of columns that a tile may read beyond its end: without clamps, four at a time."""
+    return None if vector is None else torch.nn.functional.pad(vector, (0, BLOCK_N))
+
+
+@triton.jit
+def meets_diagonal(row_start, column_start, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a tile holds an entry (i, i + shift)."""
+    distance = column_start - row_start - shift
+    return (distance < BLOCK_M) & (distance > -BLOCK_N)
+
+
+@triton.jit
+def equal(row_ptr, column_ptr, row, column):
+    """Where the integers of a row and of a column are the same."""
+    return tl.load(row_ptr + row)[:, None] == tl.load(column_ptr + column)[None, :]
+
+
+@triton.jit
+def without_equal_ids(
+    tile, row_ids_ptr, column_ids_ptr, row_labels_ptr, column_labels_ptr, row, column
+):
+    """-inf where ids are equal, but not at positives with labels."""
+    excluded = equal(row_ids_ptr, column_ids_ptr, row, column)
+    if row_labels_ptr is not None:
+        excluded &= ~equal(row_labels_ptr, column_labels_ptr, row, column)
+    return tl.where(excluded, -float("inf"), tile)
+
+
+@triton.jit
+def up_to(tile, threshold_ptr, index, AXIS: tl.constexpr):
+    """-inf where a logit is above the threshold of its row (AXIS 1) or of its column (AXIS 0)."""
+    if threshold_ptr is not None:
+        threshold = tl.expand_dims(tl.load(threshold_ptr + index), AXIS)
+        tile = tl.where(tile > threshold, -float("inf"), tile)
+    return tile

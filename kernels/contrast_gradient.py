@@ -1,0 +1,310 @@
+"""Backward of the softmax family: G = dloss/dS panel by panel, and the products with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradcache_clip.kernels.competition import (
+    RAGGED,
+    Competition,
+    equal,
+    lengthened,
+    meets_diagonal,
+    up_to,
+    without_equal_ids,
+)
+from gradcache_clip.kernels.launch_config import (
+    LaunchConfig,
+    launch_config,
+    launch_options,
+    panel_shape,
+    tile_grid,
+)
+from gradcache_clip.kernels.panels import aligned, in_range_of_float16, product, slices
+from gradcache_clip.kernels.similarity import padded, similarity_tile, tile_position
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def _contrast_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    logit_scale_ptr,
+    row_labels_ptr,
+    column_labels_ptr,
+    row_ids_ptr,
+    column_ids_ptr,
+    row_threshold_ptr,
+    column_threshold_ptr,
+    row_max_ptr,
+    row_dsum_ptr,
+    row_dpositive_ptr,
+    column_max_ptr,
+    column_dsum_ptr,
+    column_dpositive_ptr,
+    gradient_ptr,
+    gradient_stride,
+    first_row,
+    first_column,
+    rows,
+    columns,
+    M,
+    N,
+    D,
+    positive_shift,
+    SELF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of G; maxima and thresholds in units of log 2."""
+    tile_m, tile_n = tile_position(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    row_start = tl.multiple_of(first_row, 16) + tile_m * BLOCK_M
+    column_start = tl.multiple_of(first_column, 16) + tile_n * BLOCK_N
+    tile = similarity_tile(
+        q_ptr,
+        k_ptr,
+        logit_scale_ptr,
+        row_start,
+        column_start,
+        M,
+        N,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PRECISION,
+    )
+    row = row_start + tl.arange(0, BLOCK_M)
+    column = column_start + tl.arange(0, BLOCK_N)
+    # Rows from M on repeat the last; vectors of columns are longer than N. The store masks both.
+    row_clamped = tl.minimum(row, M - 1)
+    if SELF and meets_diagonal(row_start, column_start, 0, BLOCK_M, BLOCK_N):
+        tile = tl.where(row[:, None] == column[None, :], -float("inf"), tile)
+    if row_ids_ptr is not None:
+        tile = without_equal_ids(
+            tile,
+            row_ids_ptr,
+            column_ids_ptr,
+            row_labels_ptr,
+            column_labels_ptr,
+            row_clamped,
+            column,
+        )
+    by_row = up_to(tile, row_threshold_ptr, row_clamped, 1)
+    gradient = _softmax_gradient(by_row, row_max_ptr, row_dsum_ptr, row_clamped, 1)
+    if column_max_ptr is not None:
+        by_column = up_to(tile, column_threshold_ptr, column, 0)
+        gradient += _softmax_gradient(by_column, column_max_ptr, column_dsum_ptr, column, 0)
+    if row_labels_ptr is not None:
+        positives = equal(row_labels_ptr, column_labels_ptr, row_clamped, column)
+        if SELF:
+            positives &= row[:, None] != column[None, :]
+        dpositive = tl.load(row_dpositive_ptr + row_clamped)[:, None]
+        if column_max_ptr is not None:
+            dpositive += tl.load(column_dpositive_ptr + column)[None, :]
+        gradient += tl.where(positives, dpositive, 0.0)
+    if row_labels_ptr is None:
+        near = meets_diagonal(row_start, column_start, positive_shift, BLOCK_M, BLOCK_N)
+        near |= meets_diagonal(row_start, column_start, positive_shift - N, BLOCK_M, BLOCK_N)
+        if near:
+            positive_column = row + positive_shift
+            positive_column = tl.where(positive_column < N, positive_column, positive_column - N)
+            dpositive = tl.load(row_dpositive_ptr + row_clamped)
+            positives = positive_column[:, None] == column[None, :]
+            gradient = tl.where(positives, dpositive[:, None], gradient)
+
+    gradient_stride = tl.multiple_of(gradient_stride, 8)
+    corner_ptr = gradient_ptr + (tile_m * BLOCK_M).to(tl.int64) * gradient_stride + tile_n * BLOCK_N
+    offset = tl.arange(0, BLOCK_M)[:, None] * gradient_stride + tl.arange(0, BLOCK_N)[None, :]
+    inside = (row[:, None] < first_row + rows) & (column[None, :] < first_column + columns)
+    tl.store(corner_ptr + offset, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _softmax_gradient(tile, max_ptr, dsum_ptr, index, AXIS: tl.constexpr):
+    """dsum exp(S - max) along one axis."""
+    dsum = tl.expand_dims(tl.load(dsum_ptr + index), AXIS)
+    maximum = tl.expand_dims(tl.load(max_ptr + index), AXIS)
+    return tl.exp2(tile - maximum) * dsum
+
+
+# What the kernels know of rows, or of columns: maximum in units of log 2, dsum, dpositive.
+Side = tuple[Tensor, Tensor, Tensor]
+
+
+def contrast_gradient(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    competition: Competition,
+    rows: Side,
+    columns: Side | None,
+    needs: tuple[bool, bool, bool],
+    *,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launch the backward: for each panel of G the tile kernel, then at most two vendor products.
+
+    Args:
+        q: (M, D) contiguous, fp32, fp16 or bf16.
+        k: (N, D), like q; q itself in a self-contrast.
+        logit_scale: 0-dim, fp32, on the same device.
+        competition: which logits are positives and which compete.
+        rows: maximum (in units of log 2, -inf where nothing competes), dsum and dpositive of each
+            row, contiguous fp32.
+        columns: the same of each column, dpositive only with labels; None unless both ways.
+        needs: which of q, k and logit_scale need a gradient.
+        config: launch parameters; those of the table when None.
+
+    Returns:
+        dq, dk in the dtype of q, dlogit_scale in fp32; None where not needed. Of a self-contrast dq
+        is the gradient through both sides, and dk is None.
+    """
+    config = config or launch_config(q, plain=competition.plain)
+    panels = _Panels(q, k, logit_scale, competition, rows, columns, config)
+    return (_self_contrast if competition.self_contrast else _two_sided)(panels, q, k, needs)
+
+
+def _two_sided(
+    panels: _Panels, q: Tensor, k: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs_q, needs_k, needs_scale = needs
+    logit_scale, factor = panels.logit_scale, panels.factor
+    # <q, G k> and <k, G^T q> are the same sum, so the scale needs only one of the two products.
+    through_q = needs_q or not needs_k
+    dq = torch.empty_like(q) if needs_q else None
+    dk = torch.zeros_like(k, dtype=torch.float32) if needs_k else None
+    dlogit_scale = torch.zeros_like(logit_scale) if needs_scale else None
+    for stripe in panels.stripes():
+        rows = torch.zeros_like(q[stripe], dtype=torch.float32) if through_q else None
+        for panel in panels.columns_from(0):
+            gradient = panels.gradient(stripe, panel)
+            if rows is not None:
+                rows += product(gradient, k[panel])
+            if dk is not None:
+                dk[panel] += product(gradient.T, q[stripe])
+        if rows is not None and dlogit_scale is not None:
+            dlogit_scale += (q[stripe] * rows).sum()
+        if rows is not None and dq is not None:
+            torch.mul(rows, factor * logit_scale, out=dq[stripe])
+    if not through_q and dk is not None and dlogit_scale is not None:
+        dlogit_scale += (k * dk).sum()
+    if dk is not None:
+        dk = dk.mul_(factor * logit_scale).to(k.dtype)
+    return dq, dk, None if dlogit_scale is None else dlogit_scale * factor
+
+
+def _self_contrast(
+    panels: _Panels, q: Tensor, k: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """G is symmetric: what a stripe holds beyond its own columns also serves those, transposed."""
+    needs_q, needs_k, needs_scale = needs
+    dq = torch.zeros_like(q, dtype=torch.float32)
+    for stripe in panels.stripes():
+        for panel in panels.columns_from(stripe.start):
+            gradient = panels.gradient(stripe, panel)
+            dq[stripe] += product(gradient, q[panel])
+            beyond = slice(max(panel.start, stripe.stop), panel.stop)
+            if beyond.start < beyond.stop:
+                dq[beyond] += product(gradient[:, beyond.start - panel.start :].T, q[stripe])
+    # G holds dloss/dS_ij + dloss/dS_ji, and <q, G q> meets each pair twice.
+    dlogit_scale = (q * dq).sum() * (panels.factor / 2) if needs_scale else None
+    if not (needs_q or needs_k):
+        return None, None, dlogit_scale
+    return dq.mul_(panels.factor * panels.logit_scale).to(q.dtype), None, dlogit_scale
+
+
+class _Panels:
+    """Cuts G into panels that fit the workspace, and computes one at a time into it."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        logit_scale: Tensor,
+        competition: Competition,
+        rows: Side,
+        columns: Side | None,
+        config: LaunchConfig,
+    ) -> None:
+        self.q, self.k = padded(q, config.BLOCK_D), padded(k, config.BLOCK_D)
+        self.logit_scale, self.competition, self.config = logit_scale, competition, config
+        self.vectors = competition.vectors(config.BLOCK_N)
+        self.sides, self.factor = _sides(rows, columns, competition, q.dtype, config)
+        height, width = panel_shape(config, len(k), q.element_size())
+        self.shape = min(height, len(q)), min(width, len(k))
+        self.workspace = q.new_empty(self.shape[0] * aligned(self.shape[1]))
+
+    def stripes(self) -> Iterator[slice]:
+        return slices(len(self.q), self.shape[0])
+
+    def columns_from(self, first: int) -> Iterator[slice]:
+        for part in slices(len(self.k) - first, self.shape[1]):
+            yield slice(first + part.start, first + part.stop)
+
+    def gradient(self, rows: slice, columns: slice) -> Tensor:
+        """G of these rows and columns, over `factor`; overwritten by the next call."""
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        stride = aligned(width)
+        with torch.cuda.device_of(self.q):
+            _contrast_gradient_kernel[tile_grid(self.config, height, width)](
+                self.q,
+                self.k,
+                self.logit_scale,
+                *self.vectors,
+                *self.sides,
+                self.workspace,
+                stride,
+                rows.start,
+                columns.start,
+                height,
+                width,
+                len(self.q),
+                *self.k.shape,
+                self.competition.positive_shift,
+                SELF=self.competition.self_contrast,
+                **launch_options(self.config),
+            )
+        return self.workspace[: height * stride].view(height, stride)[:, :width]
+
+
+def _sides(
+    rows: Side,
+    columns: Side | None,
+    competition: Competition,
+    dtype: torch.dtype,
+    config: LaunchConfig,
+) -> tuple[list[Tensor | None], Tensor | float]:
+    """The six vectors of the kernel, and the factor by which its G is to be multiplied."""
+    if competition.self_contrast:
+        rows = columns = _symmetric(rows, competition)
+    maxima = [rows[0], columns and columns[0]]
+    dsums = [rows[1], columns and columns[1]]
+    dpositives = [rows[2], columns[2] if columns and competition.labelled else None]
+    factor: Tensor | float = 1.0
+    if dtype == torch.float16:
+        scaled, factor = in_range_of_float16([*dsums, *dpositives])
+        dsums, dpositives = scaled[:2], scaled[2:]
+    maxima = [_without_empty(each) for each in maxima]
+    row, column = zip(maxima, dsums, dpositives, strict=True)
+    return [*row, *(lengthened(each, config.BLOCK_N) for each in column)], factor
+
+
+def _symmetric(rows: Side, competition: Competition) -> Side:
+    """Without labels row and partner are each other's positive, and G holds both gradients."""
+    maximum, dsum, dpositive = rows
+    if not competition.labelled:
+        dpositive = dpositive + dpositive.roll(-competition.positive_shift)
+    return maximum, dsum, dpositive
+
+
+def _without_empty(maximum: Tensor | None) -> Tensor | None:
+    """Where nothing competes, exp(S - inf) is 0, and no overflow meets a dsum of 0."""
+    return None if maximum is None else maximum.masked_fill(maximum == -torch.inf, torch.inf)

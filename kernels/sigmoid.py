@@ -1,0 +1,239 @@
+"""The sigmoid loss and its gradients in one pass: panels of S, and two vendor products with G.
+
+M rows q_i, N columns k_j, S_ij = logit_scale <q_i, k_j> + logit_bias, G_ij = M dloss/dS_ij.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from gradcache_clip.kernels.launch_config import (
+    FLOAT16_GRADIENT_SCALE,
+    LaunchConfig,
+    launch_config,
+    launch_options,
+    panel_shape,
+    tile_grid,
+)
+from gradcache_clip.kernels.panels import aligned, product, slices
+from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
+from gradcache_clip.kernels.similarity import LOG2_E, padded
+
+
+def sigmoid_loss(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+    wanted: tuple[bool, bool, bool, bool, bool],
+    *,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Launch one pass over the tiles: for each panel the kernel, then at most two vendor products.
+
+    Args:
+        q: (M, D) contiguous, fp32, fp16 or bf16.
+        k: (N, D), like q.
+        logit_scale: 0-dim, fp32, on the same device.
+        logit_bias: like logit_scale.
+        labels: (M,) and (N,) int64, equal on positives; None where M = N and the positives are on
+            the diagonal.
+        wanted: whether dq, dk, dlogit_scale, dlogit_bias and the two accuracies are.
+        config: launch parameters; those of the table when None.
+
+    Returns:
+        loss, dq, dk, dlogit_scale, dlogit_bias, row accuracy, column accuracy: fp32, None where not
+        wanted.
+    """
+    panels = _Panels(q, k, logit_scale, logit_bias, labels, wanted, config or launch_config(q))
+    wants_q, wants_k, wants_scale, wants_bias, wants_accuracy = wanted
+    dq = torch.zeros_like(q, dtype=torch.float32) if wants_q else None
+    dk = torch.zeros_like(k, dtype=torch.float32) if wants_k else None
+    for rows in panels.stripes():
+        for columns in panels.columns_of_stripe():
+            gradient = panels.compute(rows, columns)
+            if dq is not None:
+                dq[rows] += product(gradient, k[columns])
+            if dk is not None:
+                dk[columns] += product(gradient.T, q[rows])
+    for each in (dq, dk):
+        if each is not None:
+            each.mul_(logit_scale / (len(q) * panels.gradient_scale))
+    loss, dlogit_scale, dlogit_bias = panels.means()
+    return (
+        loss,
+        dq,
+        dk,
+        dlogit_scale if wants_scale else None,
+        dlogit_bias if wants_bias else None,
+        *(panels.accuracies() if wants_accuracy else (None, None)),
+    )
+
+
+class _Panels:
+    """Cuts S into panels, and computes one at a time: its sums, its largest logits and its G."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        labels: tuple[Tensor, Tensor] | None,
+        wanted: tuple[bool, bool, bool, bool, bool],
+        config: LaunchConfig,
+    ) -> None:
+        self.q, self.k = padded(q, config.BLOCK_D), padded(k, config.BLOCK_D)
+        # Where sign <q, k> is largest the logit is, also of a negative scale.
+        self.sign = torch.copysign(torch.ones_like(logit_scale), logit_scale)
+        self.scale, self.bias, self.labels = logit_scale.abs(), logit_bias, labels
+        self.gradient_wanted, self.best_wanted = wanted[0] or wanted[1], wanted[4]
+        self.gradient_scale = FLOAT16_GRADIENT_SCALE if q.dtype == torch.float16 else 1.0
+        labelled = labels is not None
+        self.tiles = _tiles(config, compares=labelled and self.best_wanted)
+        self.switches = {
+            "LABELS": labelled,
+            "SUMS": any(wanted[:4]),
+            "GRADIENT": self.gradient_wanted,
+            "BEST": self.best_wanted,
+            "PARTS": self.tiles.parts,
+            "GRADIENT_SCALE": self.gradient_scale,
+        }
+        rows, columns = panel_shape(self.tiles.inner, len(k), q.element_size())
+        self.shape = min(rows, len(q)), min(columns, len(k))
+        self._allocate(*self.shape)
+
+    def _allocate(self, rows: int, columns: int) -> None:
+        panels = [(r, c) for r in self.stripes() for c in self.columns_of_stripe()]
+        self.sums = self.scale.new_zeros(3, sum(self._slots(*panel) for panel in panels))
+        self.slots_done = 0
+        # What is not wanted is neither read nor written: any pointer will do.
+        self.workspace = self.row_best = self.column_best = self.scale
+        if self.gradient_wanted:
+            self.workspace = self.q.new_empty(rows * aligned(columns))
+        if self.best_wanted:
+            tiles_m, slots_n = self.tiles.count(rows, columns)
+            self.row_best = self.scale.new_empty(2 * slots_n * rows)
+            self.column_best = self.scale.new_empty(2 * tiles_m * columns)
+            self.best = [self.scale.new_full((2, len(x)), -torch.inf) for x in (self.q, self.k)]
+
+    def stripes(self) -> Iterator[slice]:
+        return slices(len(self.q), self.shape[0])
+
+    def columns_of_stripe(self) -> Iterator[slice]:
+        return slices(len(self.k), self.shape[1])
+
+    def _slots(self, rows: slice, columns: slice) -> int:
+        tiles_m, slots_n = self.tiles.count(rows.stop - rows.start, columns.stop - columns.start)
+        # Every panel starts at an aligned address, or Triton would compile for both cases.
+        return aligned(tiles_m * slots_n)
+
+    def compute(self, rows: slice, columns: slice) -> Tensor:
+        """G of these rows and columns, times gradient_scale; overwritten by the next call."""
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        tiles_m, slots_n = self.tiles.count(height, width)
+        if self.best_wanted:
+            row_best = self.row_best[: 2 * slots_n * height].fill_(-torch.inf)
+            column_best = self.column_best[: 2 * tiles_m * width].fill_(-torch.inf)
+        self._launch(rows, columns, height, width)
+        self.slots_done += self._slots(rows, columns)
+        if self.best_wanted:
+            _raise(self.best[0][:, rows], row_best.view(2, slots_n, height))
+            _raise(self.best[1][:, columns], column_best.view(2, tiles_m, width))
+        if not self.gradient_wanted:
+            return self.workspace
+        stride = aligned(width)
+        return self.workspace[: height * stride].view(height, stride)[:, :width]
+
+    def _launch(self, rows: slice, columns: slice, height: int, width: int) -> None:
+        for edge in (False, True):
+            config = self.tiles.edge if edge else self.tiles.inner
+            grid = self.tiles.grid(height, width, edge, self.switches["LABELS"])
+            if grid == (0,):
+                continue
+            with torch.cuda.device_of(self.q):
+                sigmoid_kernel[grid](
+                    self.q,
+                    self.k,
+                    self.scale,
+                    self.bias,
+                    self.sign,
+                    *(self.labels or (self.scale, self.scale)),
+                    self.sums[:, self.slots_done :],
+                    self.workspace,
+                    self.row_best,
+                    self.column_best,
+                    aligned(width),
+                    rows.start,
+                    columns.start,
+                    height,
+                    width,
+                    len(self.q),
+                    *self.k.shape,
+                    self.tiles.count(height, width)[1],
+                    self.sums.shape[1],
+                    EDGE=edge,
+                    **self.switches,
+                    **launch_options(config),
+                )
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss and its gradients of scale and bias, from the sums of the tiles."""
+        loss, bias, scale = self.sums.sum(1, dtype=torch.float64) / len(self.q)
+        return loss.float(), (scale * self.sign / LOG2_E.value).float(), bias.float()
+
+    def accuracies(self) -> tuple[Tensor, Tensor]:
+        """Share of rows, and of columns, with a positive above all negatives."""
+        (row_positive, row_negative), (column_positive, column_negative) = self.best
+        # A scale of zero makes all logits equal.
+        row_right = (row_positive > row_negative) & (self.scale != 0)
+        column_right = (column_positive > column_negative) & (self.scale != 0)
+        return row_right.float().mean(), column_right.float().mean()
+
+
+def _raise(best: Tensor, parts: Tensor) -> None:
+    torch.maximum(best, parts.amax(1), out=best)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Tiles inside a panel, and the parts that tiles on its edge are cut into."""
+
+    inner: LaunchConfig
+    parts: int
+
+    @property
+    def edge(self) -> LaunchConfig:
+        return replace(self.inner, BLOCK_N=self.inner.BLOCK_N // self.parts)
+
+    def count(self, height: int, width: int) -> tuple[int, int]:
+        """Tile rows of a panel, and parts along its columns."""
+        tiles_n = triton.cdiv(width, self.inner.BLOCK_N)
+        return triton.cdiv(height, self.inner.BLOCK_M), tiles_n * self.parts
+
+    def grid(self, height: int, width: int, edge: bool, labelled: bool) -> tuple[int]:
+        """Programs of a launch; on the edge: the last tile row and column, and the diagonal."""
+        if not edge:
+            return tile_grid(self.inner, height, width)
+        tiles_m, parts_n = self.count(height, width)
+        if not labelled:
+            diagonal = tiles_m * triton.cdiv(self.inner.BLOCK_M, self.inner.BLOCK_N)
+            return (parts_n + (tiles_m + diagonal) * self.parts,)
+        ragged = height % self.inner.BLOCK_M or width % self.inner.BLOCK_N
+        return (parts_n + tiles_m * self.parts,) if ragged else (0,)
+
+
+def _tiles(config: LaunchConfig, *, compares: bool) -> _Tiles:
+    """The table's tiles, less where masks or sums need the registers."""
+    if config.num_warps > 8:
+        # More warps leave fewer registers a thread; two of these fit in place of one.
+        config = replace(config, BLOCK_M=config.BLOCK_M // 2, num_warps=config.num_warps // 2)
+    if compares:
+        return _Tiles(replace(config, BLOCK_N=config.BLOCK_N // 2), parts=1)
+    return _Tiles(config, parts=2)

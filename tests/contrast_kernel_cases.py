@@ -1,0 +1,280 @@
+"""The softmax family's kernels against the reference: in Triton's interpreter, or on a GPU.
+
+test_kernels_contrast.py runs this file in a process of its own, because Triton decides at its first
+import whether kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from clip_inputs import (
+    ROUNDED_LOGIT,
+    Inputs,
+    clustered_inputs,
+    loss_and_gradients,
+    plain_loss,
+    poisoned_memory,
+    random_inputs,
+    relative_errors,
+)
+from contrast_pairings import RULES, assert_close, outcome, pairing, unequal_inputs
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from gradcache_clip.kernels import contrast_gradient, contrast_statistics
+from gradcache_clip.kernels.competition import Competition
+from gradcache_clip.kernels.launch_config import (
+    INTERPRETED,
+    LaunchConfig,
+    launch_config,
+    panel_shape,
+    stripe_rows,
+)
+from gradcache_clip.ops import clip_loss, clip_loss_with_accuracy, contrast
+from gradcache_clip.ops.info_nce import info_nce_loss
+from gradcache_clip.ops.pairing import Pairing
+from gradcache_clip.ops.self_contrast import nt_xent_loss, sup_con_loss
+
+# A positive, or what repeats it beyond the edge, is computed like a negative and then replaced.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning"),
+]
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Products of bfloat16 in the interpreter are silently wrong.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+NARROW = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=8192)
+
+reference = partial(clip_loss, impl="reference")
+triton = partial(clip_loss, impl="triton")
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Several stripes and panels at B = 150, and a count of what was launched."""
+    count: Counter[str] = Counter()
+    for module in (contrast_gradient, contrast_statistics):
+        monkeypatch.setattr(module, "launch_config", lambda features, plain: NARROW)
+    _count_calls(monkeypatch, count, contrast_statistics._Running, "merge")
+    _count_calls(monkeypatch, count, contrast_gradient._Panels, "gradient")
+    return count
+
+
+def _count_calls(
+    monkeypatch: pytest.MonkeyPatch, count: Counter[str], owner: Any, name: str
+) -> None:
+    original = getattr(owner, name)
+
+    def counted(*args: Any) -> Any:
+        count[name] += 1
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+SIZES = [(1, 1, 3), (64, 64, 64), (63, 66, 40), (65, 130, 123)]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(size, torch.float32) for size in SIZES] + [(SIZES[-1], dtype) for dtype in DTYPES[1:]],
+)
+@pytest.mark.parametrize("rules", RULES)
+def test_equals_the_reference(rules: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    M, N, D = size
+    if "self" in rules:
+        M = N = N + N % 2
+    inputs, pairs = unequal_inputs(M, N, D, dtype, DEVICE), pairing(rules, M, N, DEVICE)
+    with poisoned_memory():
+        got = outcome(pairs, "triton", inputs)
+    assert_close(got, outcome(pairs, "reference", inputs), dtype)
+
+
+@pytest.mark.parametrize(
+    ("rules", "dtype"),
+    [(rules, torch.float32) for rules in RULES]
+    + [(rules, dtype) for rules in ("", "labels ids", "self") for dtype in DTYPES[1:]],
+)
+def test_several_stripes_and_panels(rules: str, dtype: torch.dtype, narrow: Counter[str]) -> None:
+    M, N = (150, 150) if "self" in rules else (150, 170)
+    inputs, pairs = unequal_inputs(M, N, 40, dtype, DEVICE), pairing(rules, M, N, DEVICE)
+    numbers = 4 if "labels" in rules else 2
+    stripes = -(-M // stripe_rows(NARROW, N, numbers=numbers))
+    height, width = panel_shape(NARROW, N, inputs.q.element_size())
+    assert stripes > 1 and height < M and width < N
+    with poisoned_memory():
+        got = outcome(pairs, "triton", inputs)
+    assert_close(got, outcome(pairs, "reference", inputs), dtype)
+    assert narrow["merge"] == stripes * (1 if "rows" in rules else 2)
+    firsts = range(0, M, height)
+    if "self" in rules:
+        # Panels left of a stripe's own columns are never computed.
+        assert narrow["gradient"] == sum(-(-(N - first) // width) for first in firsts)
+    else:
+        assert narrow["gradient"] == len(firsts) * -(-N // width)
+
+
+Public = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+
+
+def public_losses() -> dict[str, Public]:
+    labels, ids = torch.arange(40, device=DEVICE) // 3, torch.arange(40, device=DEVICE) % 13
+    hard = normalize(torch.randn(10, 24, device=DEVICE), dim=1)
+    options: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+        "labels": (clip_loss, {"labels": labels}),
+        "ids": (clip_loss, {"ids": ids, "label_smoothing": 0.1}),
+        "labels and ids": (clip_loss, {"labels": labels, "ids": ids, "label_smoothing": 0.1}),
+        "retrieval": (info_nce_loss, {"hard_negatives": hard, "tau_plus": 0.1}),
+        "margin": (info_nce_loss, {"false_negative_margin": 0.1, "ids": ids}),
+        "symmetric": (info_nce_loss, {"false_negative_margin": -0.3, "symmetric": True}),
+        "views": (nt_xent_loss, {}),
+    }
+    losses: dict[str, Public] = {
+        name: lambda q, k, s, impl, loss=loss, given=given: loss(q, k, s, impl=impl, **given)
+        for name, (loss, given) in options.items()
+    }
+    losses["classes"] = lambda q, k, s, impl: sup_con_loss(
+        torch.cat((q, k)), labels.repeat(2), s, impl=impl
+    )
+    return losses
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", public_losses())
+def test_public_losses(name: str, dtype: torch.dtype) -> None:
+    loss = public_losses()[name]
+    inputs = random_inputs(40, 24, dtype, scale=10.0, device=DEVICE)
+    results = [
+        loss_and_gradients(lambda *x, impl=impl: loss(*x, impl), inputs, outer=-2.5)
+        for impl in ("triton", "reference")
+    ]
+    assert_close(*results, dtype)
+
+
+def test_merge_reads_many_partials_at_once() -> None:
+    """More tiles in a row than one step of the merge takes."""
+    inputs = random_inputs(16 * 65, 16, torch.float32, device=DEVICE)
+    config = LaunchConfig(2048 if INTERPRETED else 64, 16, 16, num_warps=4, num_stages=1)
+    with torch.no_grad():
+        _, rows, _ = contrast_statistics.contrast_statistics(
+            *inputs, Competition(both_ways=False), config=config
+        )
+        logits = 30.0 * (inputs.q @ inputs.k.T).fill_diagonal_(-torch.inf)
+    neg_lse = (rows[0] + rows[1].log2()) / torch.log2(torch.tensor(torch.e))
+    torch.testing.assert_close(neg_lse, logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cosine", [-0.6, 0.0, 0.9])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_error_budget(labelled: bool, cosine: float, dtype: torch.dtype) -> None:
+    """No further from fp64 than plain PyTorch in the same dtype, plus a few roundings."""
+    inputs = clustered_inputs(cosine, 130, 64, dtype, device=DEVICE)
+    # Labels that all differ change the algebra and not the loss.
+    labels = torch.arange(130, device=DEVICE) if labelled else None
+    truth = loss_and_gradients(reference, inputs.to(torch.float64))
+    budget = relative_errors(loss_and_gradients(plain_loss, inputs), truth)
+    got = relative_errors(loss_and_gradients(partial(triton, labels=labels), inputs), truth)
+    tolerance = 4 * torch.finfo(dtype).eps + ROUNDED_LOGIT
+    assert all(error <= plain + tolerance for error, plain in zip(got, budget, strict=True))
+    assert got[0] < 1e-5
+
+
+@pytest.mark.parametrize("rules", ["", "labels", "rows"])
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_each_subset_of_gradients(needed: int, rules: str) -> None:
+    inputs, pairs = (
+        unequal_inputs(65, 70, 16, torch.float32, DEVICE),
+        pairing(rules, 65, 70, DEVICE),
+    )
+
+    def loss(*leaves: Tensor) -> Tensor:
+        result = contrast.contrast_statistics("loss", *leaves, pairs, "triton")
+        return (result.row_max + result.row_sum.log() - result.row_positive).sum()
+
+    full = torch.autograd.grad(loss(*inputs), inputs)
+    wanted = [bool(needed >> bit & 1) for bit in range(3)]
+    leaves = Inputs(*(x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)))
+    loss(*leaves).backward()
+    for leaf, gradient, want in zip(leaves, full, wanted, strict=True):
+        assert (leaf.grad is not None) == want
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_accuracies_count_ranks_and_ties_are_wrong() -> None:
+    q = torch.eye(4, device=DEVICE)
+    k = torch.stack([q[0], q[1], q[1], q[0] + q[3]])
+    result = clip_loss_with_accuracy(q, k, 10.0, impl="triton")
+    assert result.image_to_text_accuracy.item() == 0.25
+    assert result.text_to_image_accuracy.item() == 0.5
+
+
+@pytest.mark.parametrize(("labelled", "outer"), [(0, 1e-4), (0, 1e5), (1, 1e-4), (1, 1e4)])
+def test_float16_gradients_neither_vanish_nor_overflow(labelled: int, outer: float) -> None:
+    """Without labels every term of G is about exp(-16), where fp16 has two bits."""
+    q = torch.eye(8, dtype=torch.float16, device=DEVICE)
+    inputs = Inputs(q, q.clone(), torch.tensor(16.0, device=DEVICE)).to(torch.float16)
+    labels = torch.arange(8, device=DEVICE) // 2 if labelled else None
+    got, expected = (
+        torch.autograd.grad(outer * clip_loss(*leaves, labels=labels, impl=impl), leaves)
+        for impl, leaves in (("triton", inputs), ("reference", inputs.to(torch.float64)))
+    )
+    for value, want in zip(got, expected, strict=True):
+        # Half the smallest fp16: what the result itself cannot hold.
+        error = (value.double() - want).abs().max() - 2.0**-25
+        assert error <= 2e-3 * want.abs().max()
+
+
+def test_runs_are_bit_equal_and_layout_does_not_matter() -> None:
+    inputs, pairs = (
+        unequal_inputs(70, 90, 33, torch.float16, DEVICE),
+        pairing("labels ids", 70, 90, DEVICE),
+    )
+    first, second = (outcome(pairs, "triton", inputs) for _ in range(2))
+    strided = Inputs(inputs.q.T.contiguous().T, inputs.k.T.contiguous().T, inputs.logit_scale)
+    vectors = [None if x is None else x.int().repeat_interleave(2)[::2] for x in pairs[:4]]
+    third = outcome(Pairing(*vectors), "triton", strided)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+# Which implementation runs is decided once and cached; compiled code traces through that.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_exact_under_autocast_and_compile() -> None:
+    inputs = random_inputs(65, 33, torch.float32, device=DEVICE)
+    expected = loss_and_gradients(triton, inputs)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = loss_and_gradients(triton, inputs)
+    compiled = torch.compile(triton, backend="aot_eager", fullgraph=True)
+    for values in (got, loss_and_gradients(compiled, inputs)):
+        assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+
+
+def test_what_cannot_run_is_refused() -> None:
+    q = torch.eye(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="kernels have no float64"):
+        triton(q.double(), q.double(), 1.0)
+    if INTERPRETED:
+        with pytest.raises(RuntimeError, match="interpreter has no bfloat16"):
+            triton(q.bfloat16(), q.bfloat16(), 1.0)
+    assert clip_loss(q.double(), q.double(), 1.0).dtype == torch.float64
+
+
+def test_workspace_stays_within_its_budget() -> None:
+    config = launch_config(torch.empty(1, device=DEVICE))
+    for N in (100, 10_000, 65_536, 1_000_000):
+        for itemsize in (2, 4):
+            rows, columns = panel_shape(config, N, itemsize)
+            assert rows % config.BLOCK_M == 0
+            assert columns == N or columns % config.BLOCK_N == 0
+            assert rows * columns * itemsize <= config.workspace_bytes
+        assert stripe_rows(config, N) % config.BLOCK_M == 0
+        assert stripe_rows(config, N, numbers=4) <= stripe_rows(config, N)

@@ -1,0 +1,85 @@
+"""Pairings of every kind, features for them, and what a contrast makes of both."""
+
+from __future__ import annotations
+
+import torch
+from clip_inputs import ROUNDED_LOGIT, Inputs
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from gradcache_clip.ops import contrast
+from gradcache_clip.ops.pairing import Pairing
+
+RULES = [
+    "",
+    "shift",
+    "labels",
+    "ids",
+    "labels ids",
+    "thresholds",
+    "shift ids thresholds",
+    "rows",
+    "rows shift ids",
+    "rows thresholds",
+    "rows labels",
+    "self",
+    "self ids",
+    "self labels",
+    "self labels ids",
+]
+
+
+def pairing(rules: str, M: int, N: int, device: str) -> Pairing:
+    """A pairing in which every rule that is named has something to do."""
+    has = set(rules.split())
+    self_contrast = "self" in has
+    vectors: list[Tensor | None] = [None] * 6
+    for place, rule in enumerate(("labels", "ids")):
+        if rule in has:
+            row, column = (torch.randint(max(2, N // 4), (n,), device=device) for n in (M, N))
+            vectors[2 * place : 2 * place + 2] = [column if self_contrast else row, column]
+    if "thresholds" in has:
+        vectors[4], vectors[5] = (2 * torch.randn(n, device=device) for n in (M, N))
+    both_ways = "rows" not in has and not self_contrast
+    shift = N // 2 if self_contrast else min(3, N - 1) * ("shift" in has)
+    return Pairing(*vectors, shift, both_ways, self_contrast)
+
+
+def outcome(rules: Pairing, impl: str, inputs: Inputs) -> list[Tensor]:
+    """Log-sum-exps, positives and rivals, and the gradients of a weighted loss over them."""
+    q, k, logit_scale = inputs
+    k = q if rules.self_contrast else k
+    rows_and_columns = contrast.contrast_statistics("loss", q, k, logit_scale, rules, impl)
+    sides = [rows_and_columns[:4]] + [rows_and_columns[4:]] * rules.both_ways
+    values, loss = [], torch.zeros((), device=q.device)
+    for side, (positive, peak, total, rival) in enumerate(sides):
+        lse = torch.where(total > 0, peak + total.clamp_min(1e-30).log(), 0)
+        weight = torch.linspace(0.5, 1.5, len(lse), device=q.device) / len(lse)
+        loss = loss + (weight * lse).sum()
+        values += [lse, peak]
+        if side == 0 or rules.row_labels is not None:
+            loss = loss - (weight.flip(0) * positive).sum() / 4
+            values += [positive, rival]
+    leaves = (q, logit_scale) if rules.self_contrast else inputs
+    gradients = torch.autograd.grad(loss, leaves)
+    return [each.detach().double() for each in (*values, *gradients)]
+
+
+def unequal_inputs(M: int, N: int, D: int, dtype: torch.dtype, device: str) -> Inputs:
+    q, k = (normalize(torch.randn(n, D, dtype=torch.float64), dim=1) for n in (M, N))
+    scale = torch.tensor(10.0, dtype=torch.float64)
+    return Inputs(q.to(device), k.to(device), scale.to(device)).to(dtype)
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    """Statistics to the rounding of fp32, and the last three, the gradients, to that of `dtype`."""
+    for place, (value, want) in enumerate(zip(got, expected, strict=True)):
+        finite = want.isfinite()
+        assert torch.equal(value.isfinite(), finite) and not value.isnan().any(), place
+        if finite.any():
+            rounding = torch.finfo(dtype if place >= len(got) - 3 else torch.float32).eps
+            # dlogit_scale is a sum of terms of either sign that all weigh like 1.
+            floor = 0.3 if want.ndim == 0 else 1e-3
+            scale = want[finite].abs().max().clamp_min(floor)
+            error = (value - want)[finite].abs().max() / scale
+            assert error.item() < 8 * rounding + ROUNDED_LOGIT, (place, error)

@@ -1,0 +1,263 @@
+"""The kernel of the sigmoid loss against the reference: in Triton's interpreter, or on a GPU.
+
+test_kernels_siglip.py runs this file in a process of its own, because Triton decides at its first
+import whether kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+import siglip_inputs
+import torch
+from clip_inputs import ROUNDED_LOGIT, poisoned_memory, relative_errors
+from siglip_inputs import (
+    Inputs,
+    clustered_inputs,
+    loss_and_gradients,
+    plain_loss,
+    random_inputs,
+)
+from torch import Tensor
+
+from gradcache_clip.kernels import sigmoid as kernels
+from gradcache_clip.kernels.launch_config import INTERPRETED, LaunchConfig, panel_shape
+from gradcache_clip.ops.siglip import siglip_loss, siglip_loss_with_accuracy
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Products of bfloat16 in the interpreter are silently wrong.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+labels_of = partial(siglip_inputs.labels_of, device=DEVICE)
+reference = partial(siglip_loss, impl="reference")
+triton = partial(siglip_loss, impl="triton")
+
+
+def tiles(rows: int, columns: int, workspace_bytes: int) -> LaunchConfig:
+    return LaunchConfig(
+        rows, columns, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=workspace_bytes
+    )
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Tiles of 32 x 64 and a workspace for several panels; counts panels and products."""
+    monkeypatch.setattr(kernels, "launch_config", lambda features: tiles(32, 64, 8192))
+    count: Counter[str] = Counter()
+    compute, product = kernels._Panels.compute, kernels.product
+
+    def counted_panel(*arguments: Any) -> Tensor:
+        count["panels"] += 1
+        return compute(*arguments)
+
+    def counted_product(*arguments: Any) -> Tensor:
+        count["products"] += 1
+        return product(*arguments)
+
+    monkeypatch.setattr(kernels._Panels, "compute", counted_panel)
+    monkeypatch.setattr(kernels, "product", counted_product)
+    return count
+
+
+def check(inputs: Inputs, labels: Any = None, *, outer: float = 1.0) -> None:
+    """Loss, gradients and accuracies equal those of the reference."""
+    dtype = inputs.q.dtype
+    with poisoned_memory():
+        got = loss_and_gradients(partial(triton, labels=labels), inputs, outer=outer)
+        accuracies = siglip_loss_with_accuracy(*inputs, labels=labels, impl="triton")[1:]
+    exact = inputs.to(torch.float64)
+    expected = loss_and_gradients(partial(reference, labels=labels), exact, outer=outer)
+    tolerance = 8 * torch.finfo(dtype).eps + ROUNDED_LOGIT
+    for value, want in zip(got, expected, strict=True):
+        assert value.isfinite().all()
+        scale = want.abs().max().clamp_min(1e-3)
+        assert ((value - want).abs().max() / scale).item() < tolerance
+    right = siglip_loss_with_accuracy(*exact, labels=labels, impl="reference")[1:]
+    assert [x.item() for x in accuracies] == pytest.approx([x.item() for x in right])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("B", "D"), [(1, 3), (2, 16), (63, 64), (64, 16), (65, 64), (252, 123)])
+def test_equals_the_reference(dtype: torch.dtype, labelled: bool, B: int, D: int) -> None:
+    inputs = random_inputs(B, D, dtype, device=DEVICE)
+    check(inputs, labels_of(B) if labelled else None, outer=-2.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_texts_than_images(dtype: torch.dtype) -> None:
+    for M, N in ((70, 129), (129, 70), (1, 65), (65, 1)):
+        inputs = random_inputs(M, 33, dtype, N=N, device=DEVICE)
+        check(inputs, (labels_of(M, 60), labels_of(N, 60)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("labelled", [False, True])
+def test_several_panels(dtype: torch.dtype, labelled: bool, launched: Counter[str]) -> None:
+    inputs = random_inputs(150, 40, dtype, device=DEVICE)
+    check(inputs, labels_of(150) if labelled else None)
+    rows, columns = panel_shape(tiles(32, 64, 8192), 150, inputs.q.element_size())
+    panels = -(-150 // rows) * -(-150 // columns)
+    assert panels >= 4 and rows < 150 and columns < 150
+    # Twice, and the second time with accuracies.
+    assert launched == {"panels": 2 * panels, "products": 4 * panels}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tiles too small for a GPU")
+@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16)])
+@pytest.mark.parametrize("workspace_bytes", [1, 8192, 2**20])
+def test_every_tile_is_computed_wherever_edges_fall(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], workspace_bytes: int
+) -> None:
+    """Diagonal, last tile row and last tile column meet in all ways, in one panel and in many."""
+    monkeypatch.setattr(kernels, "launch_config", lambda _: tiles(*shape, workspace_bytes))
+    for B in (17, 48, 65):
+        check(random_inputs(B, 8, torch.float32))
+    check(random_inputs(40, 8, torch.float32, N=64), (labels_of(40), labels_of(64)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cosine", [-0.6, 0.0, 0.9])
+def test_error_budget(dtype: torch.dtype, cosine: float) -> None:
+    """No further from fp64 than plain PyTorch in the same dtype, plus a few roundings."""
+    inputs = clustered_inputs(cosine, 130, 64, dtype, device=DEVICE)
+    truth = loss_and_gradients(reference, inputs.to(torch.float64))
+    budget = relative_errors(loss_and_gradients(plain_loss, inputs), truth)
+    got = relative_errors(loss_and_gradients(triton, inputs), truth)
+    tolerance = 4 * torch.finfo(dtype).eps + ROUNDED_LOGIT
+    assert all(error <= plain + tolerance for error, plain in zip(got, budget, strict=True))
+    assert max(got[0], got[3], got[4]) < 1e-5
+
+
+def test_each_term_keeps_its_digits() -> None:
+    """log(1 + exp(x)) and its derivative from -80 to 80, of a negative and of a positive."""
+    one = torch.ones(1, 16, device=DEVICE) / 4
+    for x in (-80.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.01, 0.0, 0.01, 0.3, 1.0, 3.0, 10.0, 80.0):
+        softplus = max(x, 0) + math.log1p(math.exp(-abs(x)))
+        sigmoid = math.exp(min(x, 0)) / (1 + math.exp(-abs(x)))
+        bias = torch.tensor(x, device=DEVICE, requires_grad=True)
+        loss = triton(one, one, 0.0, bias, labels=(labels_of(1), labels_of(1) - 100))
+        loss.backward()
+        rel = 4e-7 + 2e-7 * abs(x)
+        assert loss.item() == pytest.approx(softplus, rel=rel)
+        assert bias.grad.item() == pytest.approx(sigmoid, rel=rel)
+        assert triton(one, one, 0.0, -bias).item() == pytest.approx(softplus, rel=rel)
+
+
+def test_sums_of_many_small_terms() -> None:
+    inputs = random_inputs(500, 16, torch.float32, bias=-10.0, device=DEVICE)
+    truth = loss_and_gradients(reference, inputs.to(torch.float64))
+    assert max(relative_errors(loss_and_gradients(triton, inputs), truth)) < 2e-6
+
+
+@pytest.mark.parametrize("needed", range(1, 16))
+def test_each_subset_of_gradients(needed: int, launched: Counter[str]) -> None:
+    inputs = random_inputs(65, 16, torch.float32, device=DEVICE)
+    full = torch.autograd.grad(triton(*inputs), inputs)
+    launched.clear()
+    leaves = inputs.requiring(needed)
+    triton(*leaves).backward()
+    assert launched["products"] == launched["panels"] * (needed & 3).bit_count()
+    for leaf, gradient in zip(leaves, full, strict=True):
+        assert (leaf.grad is not None) == leaf.requires_grad
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_loss_alone_allocates_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    original = kernels._Panels._allocate
+    monkeypatch.setattr(
+        kernels._Panels, "_allocate", lambda self, *size: (original(self, *size), made.append(self))
+    )
+    inputs = random_inputs(65, 16, torch.float32, device=DEVICE)
+    with torch.no_grad():
+        triton(*inputs)
+    triton(inputs.q.detach(), inputs.k.detach(), *inputs[2:])
+    triton(*inputs)
+    siglip_loss_with_accuracy(*inputs, impl="triton")
+    assert [panels.workspace.numel() > 1 for panels in made] == [False, False, True, True]
+    assert [panels.row_best.numel() > 1 for panels in made] == [False, False, False, True]
+
+
+def test_accuracies_count_ranks_and_ties_are_wrong() -> None:
+    q = torch.eye(4, device=DEVICE)
+    k = torch.stack([q[0], q[1], q[1], q[0] + q[3]])
+    result = siglip_loss_with_accuracy(q, k, 10.0, -10.0, impl="triton")
+    assert result.image_to_text_accuracy.item() == 0.25
+    assert result.text_to_image_accuracy.item() == 0.5
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_ranks_among_negative_similarities(labelled: bool) -> None:
+    inputs = clustered_inputs(-0.6, 130, 64, torch.float32, device=DEVICE)
+    labels = labels_of(130, 60) if labelled else None
+    got, expected = (
+        siglip_loss_with_accuracy(*inputs, labels=labels, impl=impl)[1:]
+        for impl in ("triton", "reference")
+    )
+    assert [x.item() for x in got] == pytest.approx([x.item() for x in expected])
+    assert max(got) < 0.5
+
+
+@pytest.mark.parametrize("scale", [-3.0, 0.0])
+def test_scales_that_turn_or_level_the_ranks(scale: float) -> None:
+    inputs = random_inputs(70, 3, torch.float32, scale=scale, device=DEVICE)
+    check(inputs)
+    check(inputs, labels_of(70, 40))
+
+
+def test_small_gradients_survive_float16() -> None:
+    """Every term of G is about exp(-16), where fp16 has two bits; the loss is scaled by 1e5."""
+    inputs = random_inputs(64, 16, torch.float16, scale=1.0, bias=-16.0, device=DEVICE)
+    no_positives = torch.arange(64, device=DEVICE), torch.arange(64, device=DEVICE) + 64
+    got = loss_and_gradients(partial(triton, labels=no_positives), inputs, outer=1e5)
+    exact = inputs.to(torch.float64)
+    expected = loss_and_gradients(partial(reference, labels=no_positives), exact, outer=1e5)
+    assert max(relative_errors(got, expected)) < 2e-3
+
+
+def test_runs_are_bit_equal() -> None:
+    inputs = random_inputs(130, 33, torch.float16, device=DEVICE)
+    first, second = (loss_and_gradients(triton, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_exact_under_autocast() -> None:
+    inputs = random_inputs(65, 33, torch.float32, device=DEVICE)
+    expected = loss_and_gradients(triton, inputs)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = loss_and_gradients(triton, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
+def test_nan_and_infinity_reach_the_loss() -> None:
+    for bad in (math.nan, math.inf):
+        inputs = random_inputs(65, 4, torch.float32, device=DEVICE)
+        q = inputs.q.detach().clone()
+        q[40, 1] = bad
+        assert not triton(q, *inputs[1:]).isfinite()
+
+
+def test_what_cannot_run_is_refused() -> None:
+    q = torch.eye(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="kernels have no float64"):
+        triton(q.double(), q.double(), 1.0, 0.0)
+    if INTERPRETED:
+        with pytest.raises(RuntimeError, match="interpreter has no bfloat16"):
+            triton(q.bfloat16(), q.bfloat16(), 1.0, 0.0)
+
+
+def test_workspace_stays_within_its_budget() -> None:
+    config = kernels.launch_config(torch.empty(1, device=DEVICE))
+    q, scale = torch.empty(100_000, 1, device="meta"), torch.empty((), device="meta")
+    for labels in (None, (scale, scale)):
+        panels = kernels._Panels(q, q, scale, scale, labels, (True,) * 5, config)
+        for each in (panels.workspace, panels.row_best, panels.column_best):
+            assert each.numel() * each.element_size() <= config.workspace_bytes
+        assert panels.sums.numel() < 3 * (100_000 / 32) ** 2
