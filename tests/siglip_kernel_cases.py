@@ -95,6 +95,14 @@ def test_more_texts_than_images(dtype: torch.dtype) -> None:
         check(inputs, (labels_of(M, 60), labels_of(N, 60)))
 
 
+def test_strided_features_and_labels() -> None:
+    inputs = random_inputs(130, 32, torch.float32, device=DEVICE)
+    strided = Inputs(inputs.q.T.contiguous().T, inputs.k[:, ::2].repeat(1, 2), *inputs[2:])
+    labels = labels_of(260)[::2]
+    assert not (labels.is_contiguous() or strided.q.is_contiguous())
+    check(strided.to(torch.float32), labels)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("labelled", [False, True])
 def test_several_panels(dtype: torch.dtype, labelled: bool, launched: Counter[str]) -> None:
@@ -225,6 +233,14 @@ def test_runs_are_bit_equal() -> None:
     inputs = random_inputs(130, 33, torch.float16, device=DEVICE)
     first, second = (loss_and_gradients(triton, inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_compiles_whole() -> None:
+    inputs = random_inputs(65, 16, torch.float32, device=DEVICE)
+    expected = loss_and_gradients(triton, inputs)
+    compiled = torch.compile(triton, fullgraph=True, backend="aot_eager")
+    got = loss_and_gradients(compiled, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_exact_under_autocast() -> None:

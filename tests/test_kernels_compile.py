@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,6 @@ SCRIPT = ROOT / "benchmarks" / "kernel_resources.py"
 TF32_PAYS = (80, 90, 100)
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 TILE_KERNELS = ("statistics", "gradient")
-
-
-VARIANTS = (
-    "plain",
-    "labels",
-    "ids",
-    "labels, ids",
-    "rows",
-    "rows, thresholds",
-    "ids, thresholds",
-    "self",
-    "self, labels",
-)
 
 
 def measured(architecture: int, dtypes: list[str], variants: list[str]) -> list[dict[str, Any]]:
@@ -78,15 +66,16 @@ def test_the_plain_contrast_fits_and_uses_the_matrix_units(architecture: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", sorted(TENSOR_CORES))
-def test_every_variant_fits_and_uses_the_matrix_units(architecture: int) -> None:
-    """Machine code of bf16 and fp16 differs in one conversion, so one stands for both."""
+@pytest.mark.parametrize("architecture", [86, 90])
+def test_the_costliest_variants_fit_and_use_the_matrix_units(architecture: int) -> None:
+    """Least shared memory, and least registers a thread; `kernel_resources.py` prints all.
+
+    Machine code of bf16 and fp16 differs in one conversion, so one stands for both.
+    """
     pytest.importorskip("triton")
-    dtypes, variants = ["bfloat16", "float32"], [*VARIANTS[1:]]
+    dtypes, variants = ["bfloat16", "float32"], ["labels", "labels, ids", "ids, thresholds"]
     kernels = measured(architecture, dtypes, variants)
-    tiles = {
-        (d, variant, kernel) for d in dtypes for variant in variants for kernel in TILE_KERNELS
-    }
+    tiles = set(product(dtypes, variants, TILE_KERNELS))
     assert compiled(kernels) == {*tiles, ("float32", "labels", "merge")}
     for each in kernels:
         check(each)

@@ -65,7 +65,7 @@ def test_an_archive_holds_what_its_makefile_needs(unpacked: Path) -> None:
 
 def test_an_installed_archive_has_the_kernels(unpacked: Path, tmp_path: Path) -> None:
     setup(unpacked, "build", "--build-lib", str(tmp_path / "lib"))
-    code = "import gradcache_clip.kernels.clip_gradient as it; print(it.__file__)"
+    code = "import gradcache_clip.kernels.contrast_gradient as it; print(it.__file__)"
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path / "lib",
@@ -73,5 +73,5 @@ def test_an_installed_archive_has_the_kernels(unpacked: Path, tmp_path: Path) ->
         capture_output=True,
         text=True,
     )
-    expected = tmp_path / "lib" / "gradcache_clip" / "kernels" / "clip_gradient.py"
+    expected = tmp_path / "lib" / "gradcache_clip" / "kernels" / "contrast_gradient.py"
     assert Path(found.stdout.strip()) == expected

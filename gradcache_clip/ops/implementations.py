@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -17,6 +16,8 @@ Impl = Literal["auto", "reference", "tiled", "triton"]
 
 _IMPLEMENTATIONS = ("reference", "tiled", "triton")
 _OLDEST_CAPABILITY = (8, 0)
+# Once, and not in a function with a cache, which torch.compile warns of.
+_TRITON_IS_INSTALLED = find_spec("triton") is not None
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -45,7 +46,7 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here, or None if they can. Triton is imported on demand only."""
-    if not _triton_is_installed():
+    if not _TRITON_IS_INSTALLED:
         return "triton is not installed"
     if dtype == torch.float64:
         return "the kernels have no float64"
@@ -88,11 +89,6 @@ def autocast_disabled(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
 
 
 def _interpreter_obstacle(dtype: torch.dtype) -> str | None:

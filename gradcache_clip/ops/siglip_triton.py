@@ -23,6 +23,7 @@ def siglip_triton(
     """Loss and gradients in one pass; memory beyond them: a workspace of bounded size."""
     from gradcache_clip.kernels.sigmoid import sigmoid_loss
 
-    return SigmoidPass(
-        *sigmoid_loss(q.contiguous(), k.contiguous(), logit_scale, logit_bias, labels, wanted)
-    )
+    q, k = q.contiguous(), k.contiguous()
+    if labels is not None:
+        labels = labels[0].contiguous(), labels[1].contiguous()
+    return SigmoidPass(*sigmoid_loss(q, k, logit_scale, logit_bias, labels, wanted))
