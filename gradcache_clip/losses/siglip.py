@@ -38,7 +38,7 @@ class SigLipLoss(ScaledLoss):
 
     Example:
         >>> import torch
-        >>> from gradcache_clip.losses.siglip import SigLipLoss
+        >>> from gradcache_clip import SigLipLoss
         >>> out = SigLipLoss()(torch.eye(4), torch.eye(4))
         >>> print(f"{out.loss:.4f} {out.accuracy}")
         0.6933 1.0

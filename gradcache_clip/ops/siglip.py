@@ -57,7 +57,7 @@ def siglip_loss(
 
     Example:
         >>> import torch
-        >>> from gradcache_clip.ops.siglip import siglip_loss
+        >>> from gradcache_clip.ops import siglip_loss
         >>> features = torch.eye(4)
         >>> print(f"{siglip_loss(features, features, 10.0, -10.0):.4f}")
         0.6933
@@ -125,7 +125,7 @@ def siglip_loss_with_accuracy(
 
     Example:
         >>> import torch
-        >>> from gradcache_clip.ops.siglip import siglip_loss_with_accuracy
+        >>> from gradcache_clip.ops import siglip_loss_with_accuracy
         >>> captions = torch.eye(3)[[0, 0, 1, 2]]
         >>> result = siglip_loss_with_accuracy(
         ...     torch.eye(3), captions, 10.0, -5.0,
