@@ -12,7 +12,7 @@ from clip_inputs import Products, poisoned_memory, unit
 from hypothesis import example, given, settings
 from torch import Tensor
 
-from gradcache_clip.ops import contrast_tiled
+from gradcache_clip.ops import tile_statistics
 from gradcache_clip.ops.contrast_reference import contrast_reference
 from gradcache_clip.ops.contrast_tiled import gradient_tiled, statistics_tiled
 from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
@@ -214,13 +214,13 @@ def test_a_row_without_competitors_has_an_empty_sum(side: str) -> None:
 @pytest.mark.parametrize("both_ways", [True, False])
 def test_tiles_really_cut_the_matrix(both_ways: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     folded: list[int] = []
-    original = contrast_tiled._Side.fold
+    original = tile_statistics._Side.fold
 
     def fold(self: Any, tile: Tensor, scratch: Tensor, where: slice, dim: int, *rest: Any) -> None:
         folded.append(dim)
         original(self, tile, scratch, where, dim, *rest)
 
-    monkeypatch.setattr(contrast_tiled._Side, "fold", fold)
+    monkeypatch.setattr(tile_statistics._Side, "fold", fold)
     q, k, pairing = make({}, 252, 507, 8, both_ways=both_ways)
     statistics_tiled(q, k, SCALE, pairing, shape=OBLONG)
     assert folded == ([1, 0] if both_ways else [1]) * (6 * 7)

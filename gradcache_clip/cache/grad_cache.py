@@ -140,29 +140,24 @@ class GradCache:
             )
         refuse_cached_parametrizations()
         self._settle_chunk_size(inputs)
-        modules = self._check(inputs)
+        towers = self._towers(inputs)
+        check_inputs(towers)
+        self.strategy.check([tower.module for tower in towers])
         if not self._warned_of_batch_norm:
+            modules = [module for tower in towers for module in tower.modules]
             self._warned_of_batch_norm = warn_of_batch_norm(modules)
         if self.on_out_of_memory == "raise" or not self.strategy.recovers:
-            output, failures = self._step(self._towers(inputs), loss_kwargs or {})
+            output, failures = self._step(towers, loss_kwargs or {})
         else:
-            output, failures = self._step_that_fits(inputs, loss_kwargs or {})
+            output, failures = self._step_that_fits(towers, inputs, loss_kwargs or {})
         if failures:
             warnings.warn(failures, stacklevel=2)
         return output
 
-    def _check(self, inputs: tuple[Any, ...]) -> list[nn.Module]:
-        """The modules that features come out of; no tower stays alive beside those of the step."""
-        towers = self._towers(inputs)
-        check_inputs(towers)
-        self.strategy.check([tower.module for tower in towers])
-        return [module for tower in towers for module in tower.modules]
-
     def _step_that_fits(
-        self, inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
+        self, towers: list[Tower], inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
     ) -> tuple[Any, str]:
         """A step that starts again with smaller chunks for as long as memory runs out."""
-        towers = self._towers(inputs)
         snapshot, tried = StepSnapshot(self._modules_with_gradients(towers), towers), []
         try:
             while True:
@@ -175,10 +170,11 @@ class GradCache:
                     phase, reason = snapshot.phase, str(error)
                 # Outside of the handler, whose traceback holds on to tensors of the step.
                 tried.append(max(len(chunk) for tower in towers for chunk in tower.chunks))
-                towers = []
+                # In place: the caller holds this very list, and kept graphs must not live on in it.
+                towers.clear()
                 snapshot.undo(phase, reason, tried)
                 self._halve(phase, tried)
-                towers = self._towers(inputs)
+                towers.extend(self._towers(inputs))
         finally:
             snapshot.finish()
 

@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
+from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 
 if TYPE_CHECKING:
     from gradcache_clip.kernels.competition import Competition
-
-Needs = tuple[bool, bool, bool]
-Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 _LOG_2 = math.log(2)
 _LOG2_E = 1 / _LOG_2

@@ -76,3 +76,8 @@ class SideGradient(NamedTuple):
     max: Float[Tensor, " m"]
     dsum: Float[Tensor, " m"]
     dpositive: Float[Tensor, " m"]
+
+
+# Of q, k and logit_scale: which gradients are needed, and the gradients, None where not needed.
+Needs = tuple[bool, bool, bool]
+Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]

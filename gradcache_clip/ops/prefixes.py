@@ -20,7 +20,6 @@ from gradcache_clip.ops.implementations import (
     autocast_disabled,
     refuse_transforms,
     resolve_impl,
-    second_derivative_refused,
 )
 from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
 from gradcache_clip.ops.prefixes_reference import prefixes_reference, unit_prefix
@@ -30,6 +29,7 @@ from gradcache_clip.ops.prefixes_triton import (
     prefix_gradient_triton,
     prefix_statistics_triton,
 )
+from gradcache_clip.ops.statistics_op import fake_sizes, make_differentiable
 
 _STATISTICS = {"tiled": prefix_statistics_tiled, "triton": prefix_statistics_triton}
 _GRADIENT = {"tiled": prefix_gradient_tiled, "triton": prefix_gradient_triton}
@@ -187,68 +187,8 @@ def _(
     impl: str,
     loss: str,
 ) -> tuple[Tensor, ...]:
-    pairing = Pairing.unpacked(vectors, rules)
-    labelled, M, N = pairing.row_labels is not None, len(q), len(k) if pairing.both_ways else 0
-    sizes = (M, M, M, M * labelled, N * labelled, N, N, N * labelled)
+    sizes = fake_sizes(q, k, vectors, rules)
     return tuple(logit_scale.new_empty(len(widths), size) for size in sizes)
 
 
-@_gradient.register_fake
-def _(q: Tensor, k: Tensor, logit_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    rules, needs = arguments[1], arguments[-1]
-    self_contrast = Pairing.unpacked(arguments[0], rules).self_contrast
-    needed = needs[0] or (self_contrast and needs[1]), needs[1] and not self_contrast, needs[2]
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else q.new_empty(0)
-        for x, need in zip((q, k, logit_scale), needed, strict=True)
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, logit_scale, vectors, ctx.rules, ctx.widths, ctx.impl, ctx.loss = inputs
-    statistics = Statistics(*output)
-    ctx.given = [vector is not None for vector in vectors]
-    ctx.save_for_backward(
-        q,
-        k,
-        logit_scale,
-        statistics.row_max,
-        statistics.column_max,
-        *(vector for vector in vectors if vector is not None),
-    )
-    ctx.mark_non_differentiable(
-        statistics.row_max, statistics.row_rival, statistics.column_max, statistics.column_rival
-    )
-
-
-def _backward(ctx: Any, *doutput: Tensor) -> tuple[Any, ...]:
-    q, k, logit_scale, row_max, column_max, *given = ctx.saved_tensors
-    vectors = [given.pop(0) if there else None for there in ctx.given]
-    d = Statistics(*doutput)
-    dq, dk, dlogit_scale = _gradient(
-        q,
-        k,
-        logit_scale,
-        vectors,
-        ctx.rules,
-        ctx.widths,
-        ctx.impl,
-        ctx.loss,
-        [row_max, d.row_sum, d.row_positive],
-        [column_max, d.column_sum, d.column_positive],
-        ctx.needs_input_grad[:3],
-    )
-    gradients = (gradient if gradient.numel() else None for gradient in (dq, dk, dlogit_scale))
-    return (*gradients, None, None, None, None, None)
-
-
-def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.loss = inputs[7]
-
-
-def _refuse(ctx: Any, *doutput: Tensor) -> None:
-    raise second_derivative_refused(ctx.loss)
-
-
-_statistics.register_autograd(_backward, setup_context=_save)
-_gradient.register_autograd(_refuse, setup_context=_keep_name)
+make_differentiable(_statistics, _gradient)

@@ -19,23 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradcache_clip.ops.contrast_tiled import (
-    Gradients,
-    Needs,
-    _fold_labelled,
-    _Side,
-    _sides,
-    _statistics,
-    _TileGradient,
-    _walk,
-)
-from gradcache_clip.ops.masks import TileMasks
-from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
+from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
+from gradcache_clip.ops.tile_gradient import TileGradient
+from gradcache_clip.ops.tile_statistics import TileStatistics, tile_shape, walk
 from gradcache_clip.ops.tiles import Tiles, TileShape
 
 # F.normalize divides by no less.
 SMALLEST_NORM = 1e-12
-# Square, as a self-contrast needs it; half the usual edge leaves room for one buffer a prefix.
+# Half the usual edge leaves room for one buffer a prefix.
 PREFIX_TILE = TileShape(rows=512, columns=512)
 
 
@@ -49,12 +40,12 @@ def prefix_statistics_tiled(
     shape: TileShape = PREFIX_TILE,
 ) -> list[Statistics]:
     """Statistics of every prefix; nothing larger than one tile is allocated."""
-    products = _Products(Tiles(q, k, logit_scale, shape), widths)
+    products = _Products(Tiles(q, k, logit_scale, tile_shape(shape, pairings[0])), widths)
     prefixes = [
-        _PrefixStatistics(tiles, pairing)
+        TileStatistics(tiles, pairing)
         for tiles, pairing in zip(products.prefixes(), pairings, strict=True)
     ]
-    for stripe, panel in _walk(products.tiles, pairings[0]):
+    for stripe, panel in walk(products.tiles, pairings[0]):
         for prefix in prefixes:
             prefix.fold(stripe, panel)
     return [prefix.result() for prefix in prefixes]
@@ -113,35 +104,6 @@ class _PrefixTiles(Tiles):
         return tile.mul_(self.column_factor[panel])
 
 
-class _PrefixStatistics:
-    """Running statistics of one prefix."""
-
-    def __init__(self, tiles: Tiles, pairing: Pairing) -> None:
-        self.tiles, self.pairing = tiles, pairing
-        self.masks = TileMasks(tiles, pairing)
-        labelled, logit_scale = self.masks.labelled, tiles.logit_scale
-        self.rows = _Side(logit_scale, len(tiles.q), labelled)
-        self.columns = self.rows
-        if not pairing.self_contrast:
-            self.columns = _Side(logit_scale, len(tiles.k), labelled)
-        self.positive = logit_scale.new_empty(len(tiles.q))
-
-    def fold(self, stripe: slice, panel: slice) -> None:
-        """Add the next tile of this prefix."""
-        tile = self.tiles.logits(stripe, panel)
-        sides = _sides(stripe, panel, self.rows, self.columns, self.pairing)
-        self.masks.exclude(tile, stripe, panel, -torch.inf)
-        if not self.masks.labelled:
-            self.masks.take_positives(tile, stripe, panel, self.positive)
-        for side, where, dim, threshold in sides:
-            side.fold(tile, self.tiles.buffer("scratch", stripe, panel), where, dim, threshold)
-        if self.masks.labelled:
-            _fold_labelled(tile, self.masks, stripe, panel, sides)
-
-    def result(self) -> Statistics:
-        return _statistics(self.positive, self.rows, self.columns, self.pairing)
-
-
 def prefix_gradient_tiled(
     q: Tensor,
     k: Tensor,
@@ -158,7 +120,7 @@ def prefix_gradient_tiled(
 
     Of a self-contrast dq is the gradient through both sides, and dk is None.
     """
-    products = _Products(Tiles(q, k, logit_scale, shape), widths)
+    products = _Products(Tiles(q, k, logit_scale, tile_shape(shape, pairings[0])), widths)
     weighted = _WeightedTiles(products, pairings, rows, columns)
     if pairings[0].self_contrast:
         return _self_contrast(weighted, needs)
@@ -195,7 +157,7 @@ def _self_contrast(weighted: _WeightedTiles, needs: Needs) -> Gradients:
     q, dtype = tiles.q, logit_scale.dtype
     needed = needs[0] or needs[1]
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-    for stripe, panel in _walk(tiles, weighted.pairings[0]):
+    for stripe, panel in walk(tiles, weighted.pairings[0]):
         for segment, tile in weighted.add(stripe, panel, multiply=needed):
             dq[stripe, segment].addmm_(tile, q[panel, segment].to(dtype))
             if stripe != panel:
@@ -220,7 +182,7 @@ class _WeightedTiles:
         self.products, self.tiles, self.pairings = products, products.tiles, pairings
         prefixes = products.prefixes(separate=True)
         self.gradients = [
-            _TileGradient(*each) for each in zip(prefixes, pairings, rows, columns, strict=True)
+            TileGradient(*each) for each in zip(prefixes, pairings, rows, columns, strict=True)
         ]
         self.row_sums = torch.zeros_like(products.row_factor)
         self.column_sums = self.row_sums

@@ -11,11 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
+from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.prefixes_tiled import SMALLEST_NORM, prefix_norms
-
-Needs = tuple[bool, bool, bool]
-Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 _LOG2_E = 1 / math.log(2)
 

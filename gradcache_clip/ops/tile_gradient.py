@@ -1,0 +1,66 @@
+"""dloss/dS of the softmax family, one tile after another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.ops.masks import TileMasks
+from gradcache_clip.ops.pairing import Pairing, SideGradient
+from gradcache_clip.ops.tiles import Tiles
+
+
+class TileGradient:
+    """dloss/dS of a tile, over logit_scale <q, k>."""
+
+    def __init__(
+        self, tiles: Tiles, pairing: Pairing, rows: SideGradient, columns: SideGradient | None
+    ) -> None:
+        self.tiles, self.pairing = tiles, pairing
+        self.rows = _finite(rows)
+        self.columns = self.rows if pairing.self_contrast else columns and _finite(columns)
+        self.masks = TileMasks(tiles, pairing)
+
+    def tile(self, stripe: slice, panel: slice) -> Tensor:
+        """G of these rows and columns; overwritten by the next call."""
+        tile, scratch = self.tiles.logits(stripe, panel), self._scratch(stripe, panel)
+        if self.columns is not None:
+            threshold = self.pairing.column_threshold
+            _softmax(tile, panel, 0, self.columns, threshold, out=scratch)
+            scratch.mul_(self.columns.dsum[panel])
+        _softmax(tile, stripe, 1, self.rows, self.pairing.row_threshold, out=tile)
+        dsum = self.rows.dsum[stripe, None]
+        if self.columns is None:
+            tile.mul_(dsum)
+        else:
+            torch.addcmul(scratch, tile, dsum, out=tile)
+        self.masks.exclude(tile, stripe, panel, 0.0)
+        self._add_positives(tile, stripe, panel)
+        return tile
+
+    def _add_positives(self, tile: Tensor, stripe: slice, panel: slice) -> None:
+        if not self.masks.labelled:
+            self.masks.put_positives(tile, stripe, panel, self.rows.dpositive)
+            return
+        scratch = self._scratch(stripe, panel).copy_(self.rows.dpositive[stripe, None])
+        if self.columns is not None:
+            scratch.add_(self.columns.dpositive[panel])
+        tile.add_(scratch.mul_(self.masks.positives(stripe, panel)))
+
+    def _scratch(self, stripe: slice, panel: slice) -> Tensor:
+        return self.tiles.buffer("scratch", stripe, panel)
+
+
+def _softmax(
+    tile: Tensor, where: slice, dim: int, side: SideGradient, threshold: Tensor | None, out: Tensor
+) -> None:
+    """exp(S - max), and 0 above the threshold."""
+    dropped = None if threshold is None else tile > threshold[where].unsqueeze(dim)
+    torch.sub(tile, side.max[where].unsqueeze(dim), out=out).exp_()
+    if dropped is not None:
+        out.masked_fill_(dropped, 0)
+
+
+def _finite(side: SideGradient) -> SideGradient:
+    """Where a row has nothing to sum, exp(S - inf) is 0 and no overflow meets its zero dsum."""
+    return side._replace(max=side.max.masked_fill(side.max == -torch.inf, torch.inf))

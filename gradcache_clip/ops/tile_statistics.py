@@ -1,0 +1,109 @@
+"""Running statistics of the softmax family, one tile after another.
+
+M rows, N columns. Tiles of S may come from anywhere: from all features, or from a prefix of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.ops.masks import TileMasks
+from gradcache_clip.ops.pairing import Pairing, Statistics
+from gradcache_clip.ops.tiles import Tiles, TileShape
+
+
+def tile_shape(shape: TileShape, pairing: Pairing) -> TileShape:
+    """Square for a self-contrast: only then each tile below the diagonal has a mirror image."""
+    edge = min(shape.rows, shape.columns)
+    return TileShape(edge, edge) if pairing.self_contrast else shape
+
+
+def walk(tiles: Tiles, pairing: Pairing) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of each tile that is computed."""
+    for stripe in tiles.stripes():
+        for panel in tiles.panels(stripe.start if pairing.self_contrast else 0):
+            yield stripe, panel
+
+
+class TileStatistics:
+    """Statistics of all rows and columns, as far as tiles were added."""
+
+    def __init__(self, tiles: Tiles, pairing: Pairing) -> None:
+        self.tiles, self.pairing = tiles, pairing
+        self.masks = TileMasks(tiles, pairing)
+        labelled, logit_scale = self.masks.labelled, tiles.logit_scale
+        self.rows = _Side(logit_scale, len(tiles.q), labelled)
+        self.columns = self.rows
+        if not pairing.self_contrast:
+            self.columns = _Side(logit_scale, len(tiles.k), labelled)
+        self.positive = logit_scale.new_empty(len(tiles.q))
+
+    def fold(self, stripe: slice, panel: slice) -> None:
+        """Compute the tile of these rows and columns, and add it."""
+        tile = self.tiles.logits(stripe, panel)
+        sides = self._sides(stripe, panel)
+        self.masks.exclude(tile, stripe, panel, -torch.inf)
+        if not self.masks.labelled:
+            self.masks.take_positives(tile, stripe, panel, self.positive)
+        for side, where, dim, threshold in sides:
+            side.fold(tile, self.tiles.buffer("scratch", stripe, panel), where, dim, threshold)
+        if self.masks.labelled:
+            self._fold_labelled(tile, stripe, panel, sides)
+
+    def _sides(self, stripe: slice, panel: slice) -> _TileSides:
+        """What a tile is added to: its rows, and its columns unless they are none or the same."""
+        pairing = self.pairing
+        sides: _TileSides = [(self.rows, stripe, 1, pairing.row_threshold)]
+        if pairing.both_ways or (pairing.self_contrast and stripe != panel):
+            sides.append((self.columns, panel, 0, pairing.column_threshold))
+        return sides
+
+    def _fold_labelled(self, tile: Tensor, stripe: slice, panel: slice, sides: _TileSides) -> None:
+        """Add the positive logits and the rivals of a tile; leaves only negatives in it."""
+        positives = self.masks.positives(stripe, panel)
+        scratch = self.tiles.buffer("scratch", stripe, panel)
+        torch.where(positives, tile, tile.new_zeros(()), out=scratch)
+        tile.masked_fill_(positives, -torch.inf)
+        for side, where, dim, _ in sides:
+            side.positive[where] += scratch.sum(dim)
+            torch.maximum(side.rival[where], tile.amax(dim), out=side.rival[where])
+
+    def result(self) -> Statistics:
+        """What all tiles together left."""
+        rows, columns, empty = self.rows, self.columns, self.positive.new_empty(0)
+        positive = rows.positive if self.masks.labelled else self.positive
+        row = positive, rows.max, rows.sum, rows.rival
+        if not self.pairing.both_ways:
+            return Statistics(*row, empty, empty.clone(), empty.clone(), empty.clone())
+        return Statistics(*row, columns.positive, columns.max, columns.sum, columns.rival)
+
+
+class _Side:
+    """Running statistics of all rows (dim=1) or of all columns (dim=0)."""
+
+    def __init__(self, logit_scale: Tensor, size: int, labelled: bool) -> None:
+        self.max = logit_scale.new_full((size,), -torch.inf)
+        self.sum = logit_scale.new_zeros(size)
+        self.positive = logit_scale.new_zeros(size if labelled else 0)
+        self.rival = logit_scale.new_full((size if labelled else 0,), -torch.inf)
+
+    def fold(
+        self, tile: Tensor, scratch: Tensor, where: slice, dim: int, threshold: Tensor | None
+    ) -> None:
+        """Add a tile to the running (max, sum of exp)."""
+        if threshold is not None:
+            limit = threshold[where].unsqueeze(dim)
+            tile = torch.where(tile > limit, tile.new_full((), -torch.inf), tile, out=scratch)
+        before, total = self.max[where], self.sum[where]
+        peak = torch.maximum(before, tile.amax(dim))
+        # A tile whose entries of a row are all masked has no finite maximum to subtract.
+        reference = peak.masked_fill(peak == -torch.inf, 0)
+        torch.sub(tile, reference.unsqueeze(dim), out=scratch).exp_()
+        total.mul_(torch.exp(before - reference)).add_(scratch.sum(dim))
+        before.copy_(peak)
+
+
+_TileSides = list[tuple[_Side, slice, int, "Tensor | None"]]
