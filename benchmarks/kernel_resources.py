@@ -12,23 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from machine_code import compile_kernel
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from gradcache_clip.kernels.contrast_gradient import _contrast_gradient_kernel
@@ -40,8 +35,6 @@ from gradcache_clip.kernels.launch_config import (
     table_entry,
 )
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MATRIX_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 REGISTERS_OF_MULTIPROCESSOR = 65536
 
 
@@ -127,56 +120,32 @@ def cases(architecture: int, dtypes: list[str], variants: list[str]) -> list[Cas
 
 def measure(case: Case) -> Resources:
     """Compile one kernel for its architecture and read the machine code."""
-    compiled = _compile(case)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        instructions = _cuobjdump("-sass", file.name)
-    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    dtype = getattr(torch, case.dtype)
+    used = compile_kernel(
+        KERNELS[case.kernel],
+        case.architecture,
+        _values(case),
+        lambda name: _argument_type(name, dtype),
+    )
     limits = LIMITS[case.architecture]
-    shared = compiled.metadata.shared
-    threads = 32 * compiled.metadata.num_warps
     return Resources(
         case=case,
-        registers=used["REG"],
-        spilled_bytes=used["STACK"] + used["LOCAL"],
-        shared_bytes=shared,
+        registers=used.registers,
+        spilled_bytes=used.spilled_bytes,
+        shared_bytes=used.shared_bytes,
         shared_limit_bytes=limits.block_kib * 1024,
-        matrix_instructions=sorted(set(MATRIX_INSTRUCTION.findall(instructions))),
-        blocks_per_multiprocessor=_blocks(limits, used["REG"], shared, threads),
+        matrix_instructions=used.matrix_instructions,
+        blocks_per_multiprocessor=_blocks(limits, used.registers, used.shared_bytes, used.threads),
     )
 
 
-def _compile(case: Case) -> Any:
-    kernel, dtype = KERNELS[case.kernel], getattr(torch, case.dtype)
-    constants, options = _constants(case, dtype)
-    signature = {
-        name: "constexpr" if name in constants else _argument_type(name, dtype)
-        for name in kernel.arg_names
-    }
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr") or name == "D"
-    }
-    by_index = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    aligned = {key: value for key, value in aligned.items() if key not in by_index}
-    source = ASTSource(kernel, signature, by_index, aligned)
-    return triton.compile(source, GPUTarget("cuda", case.architecture, 32), options)
-
-
-def _constants(case: Case, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+def _values(case: Case) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and options of the compiler."""
     rules, names = VARIANTS[case.variant], KERNELS[case.kernel].arg_names
     if case.kernel == "merge":
-        constants = {"LABELLED": "labels" in rules, "WIDTH": 32, "DEPTH": 64}
-        return constants, {"enable_fp_fusion": True}
-    launch = launch_options(case.config)
-    constants = {name: value for name, value in launch.items() if name in names}
-    constants |= {"SELF": "self" in rules}
-    constants |= {name: None for name in names if _is_absent(name, rules)}
-    return constants, {name: value for name, value in launch.items() if name not in names}
+        return {"LABELLED": "labels" in rules, "WIDTH": 32, "DEPTH": 64}
+    absent = {name: None for name in names if _is_absent(name, rules)}
+    return {**launch_options(case.config), "SELF": "self" in rules, **absent}
 
 
 def _is_absent(name: str, rules: set[str]) -> bool:
@@ -196,11 +165,6 @@ def _argument_type(name: str, dtype: torch.dtype) -> str:
     if name.endswith(("labels_ptr", "ids_ptr")):
         return "*i64"
     return "*fp32" if name.endswith("_ptr") else "i32"
-
-
-def _cuobjdump(option: str, path: str) -> str:
-    command = [str(TOOLS / "cuobjdump"), option, path]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _blocks(limits: Limits, registers: int, shared_bytes: int, threads: int) -> int:

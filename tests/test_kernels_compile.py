@@ -6,35 +6,21 @@ prints its part of the table of `python benchmarks/kernel_resources.py`.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kernel_processes import TENSOR_CORES, TF32_PAYS, printed
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks" / "kernel_resources.py"
-# Where three passes of tf32 are faster than fp32 on the ordinary cores.
-TF32_PAYS = (80, 90, 100)
-TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernel_resources.py"
 TILE_KERNELS = ("statistics", "gradient")
 
 
 def measured(architecture: int, dtypes: list[str], variants: list[str]) -> list[dict[str, Any]]:
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     options = ["--architecture", str(architecture), "--dtype", *dtypes, "--variant", *variants]
-    result = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), "--json", *options],
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    (kernels,) = printed(SCRIPT, "--json", *options)
+    return kernels
 
 
 def compiled(kernels: list[dict[str, Any]]) -> set[tuple[str, str, str]]:

@@ -8,28 +8,16 @@ Triton reads TRITON_INTERPRET when it is first imported. `python test_kernels_la
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernel_processes import check_fits, printed, run_cases
 
-ROOT = Path(__file__).parent.parent
-CASES = Path(__file__).with_name("late_interaction_kernel_cases.py")
-# Shared memory of a block in KiB, and the matrix instruction; fp32 only where tf32 pays.
-ARCHITECTURES = {
-    80: (163, "HMMA", True),
-    86: (99, "HMMA", False),
-    89: (99, "HMMA", False),
-    90: (227, "HGMMA", True),
-    100: (227, "UTCHMMA", True),
-    120: (99, "HMMA", False),
-}
+CASES = "late_interaction_kernel_cases.py"
 SIZES = "images", "texts", "P", "R"
 # Pieces of image and of text tokens, with winners, and sizes of one, which Triton makes constants.
 CASES_OF = {
@@ -44,49 +32,25 @@ CASES_OF = {
 }
 
 
-def run_cases(environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout
-
-
-def not_interpreted() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_cases(os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+    run_cases(CASES, interpreted=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_the_gpu() -> None:
     pytest.importorskip("triton")
-    run_cases(not_interpreted())
+    run_cases(CASES, interpreted=False)
 
 
 @pytest.mark.parametrize("architecture", [86, 90, 100])
 def test_fits_and_uses_the_matrix_units(architecture: int) -> None:
     pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-W", "error", __file__, str(architecture)],
-        env=not_interpreted() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    kernels = printed(Path(__file__), str(architecture))
     assert len(kernels) == sum(len(cases) + 2 for cases in CASES_OF.values())
-    limit, instruction, fp32_on_matrix_units = ARCHITECTURES[architecture]
     for each in kernels:
-        print(each)
-        assert each["spilled_bytes"] == 0, each
-        assert each["registers"] <= 255
-        assert each["shared_bytes"] <= limit * 1024
-        if each["kernel"] == "maxima" and (each["dtype"] != "float32" or fp32_on_matrix_units):
-            assert each["matrix_instructions"] == [instruction], each
+        check_fits(each, architecture, multiplies=each["kernel"] == "maxima")
 
 
 def compile_all(architecture: int) -> None:
@@ -111,38 +75,11 @@ def compile_all(architecture: int) -> None:
 
 
 def _report(kernel: Any, architecture: int, dtype: str, values: dict[str, Any]) -> None:
-    from triton import compile as triton_compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from machine_code import compile_kernel
 
-    names = kernel.arg_names
-    constants = {name: value for name, value in values.items() if name in names}
-    options = {name: value for name, value in values.items() if name not in names}
-    types = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if name.endswith("_ptr") or name == "D"
-    }
-    by_index = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, types, by_index, aligned)
-    options.setdefault("enable_fp_fusion", True)
-    compiled = triton_compile(source, GPUTarget("cuda", architecture, 32), options)
-    usage, instructions = (
-        _dump(option, compiled.asm["cubin"]) for option in ("-res-usage", "-sass")
-    )
-    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    found = set(re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", instructions))
-    report = {
-        "kernel": "maxima" if "WITH_INDEX" in constants else "gradient",
-        "dtype": dtype,
-        "registers": used["REG"],
-        "spilled_bytes": used["STACK"] + used["LOCAL"],
-        "shared_bytes": compiled.metadata.shared,
-        "matrix_instructions": sorted(found),
-        "constants": constants,
-    }
-    print(json.dumps(report))
+    machine = compile_kernel(kernel, architecture, values, lambda name: _type(name, dtype))
+    name = "maxima" if "WITH_INDEX" in values else "gradient"
+    print(json.dumps({"kernel": name, "dtype": dtype, **asdict(machine), "values": values}))
 
 
 def _type(name: str, dtype: str) -> str:
@@ -151,17 +88,6 @@ def _type(name: str, dtype: str) -> str:
     if name.endswith("index_ptr"):
         return "*i32"
     return "*fp32" if name.endswith("_ptr") else "i32"
-
-
-def _dump(option: str, cubin: bytes) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), option, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":

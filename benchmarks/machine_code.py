@@ -1,0 +1,81 @@
+"""A Triton kernel compiled for an architecture without its GPU, and what the machine code uses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MATRIX_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What one compiled kernel uses."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    matrix_instructions: list[str]
+    threads: int
+
+
+def compile_kernel(
+    kernel: JITFunction[Any],
+    architecture: int,
+    values: Mapping[str, Any],
+    type_of: Callable[[str], str],
+) -> MachineCode:
+    """Compile for `architecture` (90 = 9.0) and read the machine code.
+
+    Args:
+        kernel: a function under triton.jit.
+        architecture: compute capability times ten.
+        values: compile-time arguments of the kernel; what is none of its arguments is an option
+            of the compiler.
+        type_of: Triton's type of each other argument, by name. Pointers and D are aligned to 16.
+    """
+    names = kernel.arg_names
+    constants = {name: value for name, value in values.items() if name in names}
+    options = {name: value for name, value in values.items() if name not in names}
+    signature = {name: "constexpr" if name in constants else type_of(name) for name in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name not in constants and (name.endswith("_ptr") or name == "D")
+    }
+    by_index = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, by_index, aligned)
+    options.setdefault("enable_fp_fusion", True)
+    return _read(triton.compile(source, GPUTarget("cuda", architecture, 32), options))
+
+
+def _read(compiled: Any) -> MachineCode:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        instructions = _cuobjdump("-sass", file.name)
+    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return MachineCode(
+        registers=used["REG"],
+        spilled_bytes=used["STACK"] + used["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=sorted(set(_MATRIX_INSTRUCTION.findall(instructions))),
+        threads=32 * compiled.metadata.num_warps,
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    command = [str(_TOOLS / "cuobjdump"), option, path]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
