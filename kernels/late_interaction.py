@@ -155,8 +155,8 @@ class TokenPanels:
     """All pairs of images and texts in panels that fit the workspace, launched one at a time.
 
     Args:
-        x: (B, P, D) contiguous image tokens, fp32, fp16 or bf16.
-        y: (B, R, D) like x.
+        x: (images, P, D) contiguous image tokens, fp32, fp16 or bf16.
+        y: (texts, R, D) like x.
         both_ways: whether image tokens look for text tokens too.
     """
 
@@ -164,17 +164,17 @@ class TokenPanels:
         self.config = config = launch_config(x)
         self.both_ways = both_ways
         self.x, self.y = (padded(side.flatten(0, 1), config.BLOCK_D) for side in (x, y))
-        (self.B, self.P, _), self.R = x.shape, y.shape[1]
+        (self.images, self.P, _), (self.texts, self.R, _) = x.shape, y.shape
         self.block_p = piece_length(self.P, config.BLOCK_M)
         self.block_r = piece_length(self.R, config.BLOCK_N)
         self.gradient_scale = FLOAT16_GRADIENT_SCALE if x.dtype == torch.float16 else 1.0
-        self.shape = panel_shape(config, self.B, self.P, self.R, x.element_size())
+        self.shape = panel_shape(config, max(len(x), len(y)), self.P, self.R, x.element_size())
 
     def stripes(self) -> Iterator[slice]:
-        return slices(self.B, self.shape[0])
+        return slices(self.images, self.shape[0])
 
     def panels(self) -> Iterator[slice]:
-        return slices(self.B, self.shape[1])
+        return slices(self.texts, self.shape[1])
 
     def maxima(
         self, stripe: slice, panel: slice, *, with_index: bool
@@ -301,9 +301,9 @@ def piece_length(tokens: int, longest: int) -> int:
 def panel_shape(config: LaunchConfig, B: int, P: int, R: int, itemsize: int) -> tuple[int, int]:
     """Images and texts of a panel.
 
-    A panel of gradients takes P R numbers for each pair, maxima with their
-    indices and temporaries about 32 (P + R) bytes; the forward keeps six numbers for each image of
-    a stripe and each of B texts. Each fits the workspace.
+    A panel of gradients takes P R numbers for each pair, maxima with their indices and temporaries
+    about 32 (P + R) bytes; the forward keeps six numbers for each image of a stripe and each of B
+    texts. Each fits the workspace.
     """
     pairs = config.workspace_bytes // max(itemsize * P * R, 32 * (P + R))
     images = max(1, min(B, isqrt(pairs), config.workspace_bytes // (24 * B)))

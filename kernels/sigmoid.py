@@ -24,6 +24,9 @@ from gradcache_clip.kernels.panels import aligned, product, slices
 from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
 from gradcache_clip.kernels.similarity import LOG2_E, padded
 
+# Beyond all columns; a multiple of 16 as 0 is, or Triton would compile for both.
+_NO_POSITIVES = 2**30
+
 
 def sigmoid_loss(
     q: Tensor,
@@ -33,6 +36,7 @@ def sigmoid_loss(
     labels: tuple[Tensor, Tensor] | None,
     wanted: tuple[bool, bool, bool, bool, bool],
     *,
+    paired: bool = True,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Launch one pass over the tiles: for each panel the kernel, then at most two vendor products.
@@ -42,37 +46,35 @@ def sigmoid_loss(
         k: (N, D), like q.
         logit_scale: 0-dim, fp32, on the same device.
         logit_bias: like logit_scale.
-        labels: (M,) and (N,) int64, equal on positives; None where M = N and the positives are on
-            the diagonal.
-        wanted: whether dq, dk, dlogit_scale, dlogit_bias and the two accuracies are.
+        labels: (M,) and (N,) int64, equal on positives; None where there are `paired` ones or none.
+        wanted: whether dq, dk, dlogit_scale, dlogit_bias and the largest logits are.
+        paired: without labels, whether row i and column i are positives.
         config: launch parameters; those of the table when None.
 
     Returns:
-        loss, dq, dk, dlogit_scale, dlogit_bias, row accuracy, column accuracy: fp32, None where not
-        wanted.
+        The fields of `SigmoidPass`: fp32, None where not wanted.
     """
-    panels = _Panels(q, k, logit_scale, logit_bias, labels, wanted, config or launch_config(q))
+    config = config or launch_config(q)
+    panels = _Panels(q, k, logit_scale, logit_bias, labels, wanted, config, paired)
     wants_q, wants_k, wants_scale, wants_bias, wants_accuracy = wanted
     dq = torch.zeros_like(q, dtype=torch.float32) if wants_q else None
     dk = torch.zeros_like(k, dtype=torch.float32) if wants_k else None
+    unscale = 1 / panels.gradient_scale
     for rows in panels.stripes():
         for columns in panels.columns_of_stripe():
             gradient = panels.compute(rows, columns)
             if dq is not None:
-                dq[rows] += product(gradient, k[columns])
+                dq[rows].add_(product(gradient, k[columns]), alpha=unscale)
             if dk is not None:
-                dk[columns] += product(gradient.T, q[rows])
-    for each in (dq, dk):
-        if each is not None:
-            each.mul_(logit_scale / (len(q) * panels.gradient_scale))
-    loss, dlogit_scale, dlogit_bias = panels.means()
+                dk[columns].add_(product(gradient.T, q[rows]), alpha=unscale)
+    loss, dlogit_scale, dlogit_bias = panels.totals()
     return (
         loss,
         dq,
         dk,
         dlogit_scale if wants_scale else None,
         dlogit_bias if wants_bias else None,
-        *(panels.accuracies() if wants_accuracy else (None, None)),
+        *(panels.largest() if wants_accuracy else (None, None)),
     )
 
 
@@ -88,6 +90,7 @@ class _Panels:
         labels: tuple[Tensor, Tensor] | None,
         wanted: tuple[bool, bool, bool, bool, bool],
         config: LaunchConfig,
+        paired: bool = True,
     ) -> None:
         self.q, self.k = padded(q, config.BLOCK_D), padded(k, config.BLOCK_D)
         # Where sign <q, k> is largest the logit is, also of a negative scale.
@@ -96,6 +99,7 @@ class _Panels:
         self.gradient_wanted, self.best_wanted = wanted[0] or wanted[1], wanted[4]
         self.gradient_scale = FLOAT16_GRADIENT_SCALE if q.dtype == torch.float16 else 1.0
         labelled = labels is not None
+        self.paired = paired and not labelled
         self.tiles = _tiles(config, compares=labelled and self.best_wanted)
         self.switches = {
             "LABELS": labelled,
@@ -154,7 +158,7 @@ class _Panels:
     def _launch(self, rows: slice, columns: slice, height: int, width: int) -> None:
         for edge in (False, True):
             config = self.tiles.edge if edge else self.tiles.inner
-            grid = self.tiles.grid(height, width, edge, self.switches["LABELS"])
+            grid = self.tiles.grid(height, width, edge, self.paired)
             if grid == (0,):
                 continue
             with torch.cuda.device_of(self.q):
@@ -176,6 +180,7 @@ class _Panels:
                     width,
                     len(self.q),
                     *self.k.shape,
+                    0 if self.paired else _NO_POSITIVES,
                     self.tiles.count(height, width)[1],
                     self.sums.shape[1],
                     EDGE=edge,
@@ -183,18 +188,15 @@ class _Panels:
                     **launch_options(config),
                 )
 
-    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
         """The loss and its gradients of scale and bias, from the sums of the tiles."""
-        loss, bias, scale = self.sums.sum(1, dtype=torch.float64) / len(self.q)
+        loss, bias, scale = self.sums.sum(1, dtype=torch.float64)
         return loss.float(), (scale * self.sign / LOG2_E.value).float(), bias.float()
 
-    def accuracies(self) -> tuple[Tensor, Tensor]:
-        """Share of rows, and of columns, with a positive above all negatives."""
-        (row_positive, row_negative), (column_positive, column_negative) = self.best
+    def largest(self) -> list[Tensor]:
+        """Of rows, and of columns: the largest <q, k> of positives and negatives, times a sign."""
         # A scale of zero makes all logits equal.
-        row_right = (row_positive > row_negative) & (self.scale != 0)
-        column_right = (column_positive > column_negative) & (self.scale != 0)
-        return row_right.float().mean(), column_right.float().mean()
+        return [each.where((self.scale != 0) | (each == -torch.inf), 0) for each in self.best]
 
 
 def _raise(best: Tensor, parts: Tensor) -> None:
@@ -217,12 +219,12 @@ class _Tiles:
         tiles_n = triton.cdiv(width, self.inner.BLOCK_N)
         return triton.cdiv(height, self.inner.BLOCK_M), tiles_n * self.parts
 
-    def grid(self, height: int, width: int, edge: bool, labelled: bool) -> tuple[int]:
+    def grid(self, height: int, width: int, edge: bool, paired: bool) -> tuple[int]:
         """Programs of a launch; on the edge: the last tile row and column, and the diagonal."""
         if not edge:
             return tile_grid(self.inner, height, width)
         tiles_m, parts_n = self.count(height, width)
-        if not labelled:
+        if paired:
             diagonal = tiles_m * triton.cdiv(self.inner.BLOCK_M, self.inner.BLOCK_N)
             return (parts_n + (tiles_m + diagonal) * self.parts,)
         ragged = height % self.inner.BLOCK_M or width % self.inner.BLOCK_N

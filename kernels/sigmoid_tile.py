@@ -34,6 +34,7 @@ def _is_edge(
     column,
     row_end,
     column_end,
+    positive_shift,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LABELS: tl.constexpr,
@@ -41,7 +42,8 @@ def _is_edge(
     """Whether the tile that starts here reaches beyond, or holds positives of the diagonal."""
     edge = (row + BLOCK_M > row_end) | (column + BLOCK_N > column_end)
     if not LABELS:
-        edge |= (row < column + BLOCK_N) & (column < row + BLOCK_M)
+        partner = row + positive_shift
+        edge |= (partner < column + BLOCK_N) & (column < partner + BLOCK_M)
     return edge
 
 
@@ -136,6 +138,7 @@ def sigmoid_kernel(
     M,
     N,
     D,
+    positive_shift,
     slots_n,
     slots,
     LABELS: tl.constexpr,
@@ -159,7 +162,8 @@ def sigmoid_kernel(
 
     Without labels there are two launches. Most tiles hold negatives only, and nothing is compared
     (not EDGE); those of the diagonal and of ragged ends are left to the other (EDGE), which takes
-    each in PARTS: masks need registers.
+    each in PARTS: masks need registers. The positive of row i is column i + positive_shift, where
+    the shift is 0, or so large that there is none.
     """
     SIGNED: tl.constexpr = EDGE or LABELS
     row_end, column_end = first_row + rows, first_column + columns
@@ -173,7 +177,9 @@ def sigmoid_kernel(
         tile_m, tile_n = tile_position(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     row_start = first_row + tile_m * BLOCK_M
     column_start = first_column + tile_n * BLOCK_N
-    edge = _is_edge(row_start, column_start, row_end, column_end, BLOCK_M, BLOCK_N, LABELS)
+    edge = _is_edge(
+        row_start, column_start, row_end, column_end, positive_shift, BLOCK_M, BLOCK_N, LABELS
+    )
     if not EDGE and edge:
         return
     similarity = similarity_tile(
@@ -199,7 +205,7 @@ def sigmoid_kernel(
         column_label = tl.load(column_label_ptr + tl.minimum(column, N - 1))
         positive = row_label[:, None] == column_label[None, :]
     else:
-        positive = row[:, None] == column[None, :]
+        positive = (row + positive_shift)[:, None] == column[None, :]
     inside = (row < row_end)[:, None] & (column < column_end)[None, :]
     # A tile that is not cut takes the first of its slots.
     slot = tile_n if EDGE else tile_n * PARTS

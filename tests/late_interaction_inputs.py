@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules
+from gradcache_clip.ops.pairing import SideGradient
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Settings that every implementation is tested in, beside the masks.
@@ -118,6 +121,47 @@ def paper_loss(
         loss_of_images -= math.log(math.exp(image_to_text[k][k]) / row) / B
         loss_of_texts -= math.log(math.exp(text_to_image[k][k]) / column) / B
     return loss_of_texts if one_way else (loss_of_images + loss_of_texts) / 2
+
+
+def errors_without_positives(
+    inputs: TokenInputs, impl: str, *, one_way: bool, texts_first: bool
+) -> list[float]:
+    """Relative errors of both passes over images and texts of which no two are a pair."""
+    sides, true = _truth_without_positives(inputs.to(torch.float64), one_way)
+    rules = TokenRules(None, None, one_way, "mean", paired=False)
+    passes, (images, texts, scale) = TokenPasses(impl), (x.detach() for x in inputs)
+    statistics = passes.statistics(images, texts, scale, rules)
+    sides = [SideGradient(*(x.to(scale.dtype) for x in side)) for side in sides]
+    if texts_first:
+        turned = texts, images, scale, rules.transposed(), *sides[::-1], (True,) * 3
+        dtexts, dimages, dscale = passes.gradient(*turned)
+    else:
+        dimages, dtexts, dscale = passes.gradient(images, texts, scale, rules, *sides, (True,) * 3)
+    pairs = zip((*statistics, dimages, dtexts, dscale), true, strict=True)
+    return [float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs]
+
+
+def _truth_without_positives(
+    inputs: TokenInputs, one_way: bool
+) -> tuple[list[SideGradient], list[Tensor]]:
+    """Both sides, statistics, and gradients of sum_ij w_i exp(s_ij - max_i) of both.
+
+    s are the logits. Their maximum is a constant but for the scale.
+    """
+    similarity = torch.einsum("ipd,jrd->ijpr", *inputs[:2])
+    back = inputs.logit_scale * similarity.amax(2).mean(2)
+    rows = back if one_way else inputs.logit_scale * similarity.amax(3).mean(2)
+    sides, total, of_scale, true = [], 0.0, 0.0, []
+    for logits, weighs in ((rows, not one_way), (back.T, True)):
+        peak = logits.detach().amax(1)
+        weight = weighs * torch.linspace(0.5, 1, len(peak), device=peak.device).double()
+        each = torch.exp(logits - peak[:, None]).sum(1)
+        total = total + (weight * each).sum()
+        of_scale = of_scale + (weight[:, None] * torch.exp(logits - logits.amax(1, True))).sum()
+        sides.append(SideGradient(peak, weight, 0 * weight))
+        true += [0 * peak, peak, each.detach(), peak]
+    true += torch.autograd.grad(total, inputs[:2], retain_graph=True)
+    return sides, [*true, *torch.autograd.grad(of_scale, inputs.logit_scale)]
 
 
 def loss_and_gradients(loss: Loss, inputs: TokenInputs, *, outer: float = 1.0) -> list[Tensor]:

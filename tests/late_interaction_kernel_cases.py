@@ -18,6 +18,7 @@ from late_interaction_inputs import (
     OPTIONS,
     TokenInputs,
     clustered_tokens,
+    errors_without_positives,
     loss_and_gradients,
     plain_loss,
     random_masks,
@@ -65,6 +66,14 @@ def test_equals_the_reference(
     check(inputs, {} if options is None else options | random_masks(inputs), outer=-2.5)
 
 
+def test_strided_tokens_and_masks() -> None:
+    inputs = token_inputs(6, 4, 5, 16, torch.float32, device=DEVICE)
+    masks = {name: mask.T.contiguous().T for name, mask in random_masks(inputs).items()}
+    images = inputs.images.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    assert not images.is_contiguous() and not masks["image_mask"].is_contiguous()
+    check(inputs._replace(images=images.requires_grad_()), masks)
+
+
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Several stripes, panels, tiles and pieces, and a count of what was launched."""
@@ -95,6 +104,19 @@ def test_several_stripes_panels_and_pieces(
     assert images < 6 and texts < 6
     check(inputs, options | random_masks(inputs))
     assert narrow == {"_launch_maxima": 2 * count, "dsimilarity": count}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("images", "texts"), [(3, 7), (7, 3)])
+@pytest.mark.parametrize("one_way", [False, True])
+def test_a_block_without_positives(
+    dtype: torch.dtype, images: int, texts: int, one_way: bool, narrow: Counter[str]
+) -> None:
+    inputs = token_inputs(7, 17, 9, 16, dtype, device=DEVICE)
+    inputs = TokenInputs(inputs.images[:images], inputs.texts[:texts], inputs.logit_scale)
+    errors = errors_without_positives(inputs, "triton", one_way=one_way, texts_first=False)
+    assert max(errors) < 8 * torch.finfo(dtype).eps + 1e-5
+    assert narrow["_launch_maxima"] > 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

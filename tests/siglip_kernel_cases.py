@@ -115,6 +115,22 @@ def test_several_panels(dtype: torch.dtype, labelled: bool, launched: Counter[st
     assert launched == {"panels": 2 * panels, "products": 4 * panels}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "N"), [(150, 150), (64, 128), (33, 130), (130, 33)])
+def test_a_block_without_positives(
+    dtype: torch.dtype, M: int, N: int, launched: Counter[str]
+) -> None:
+    """As with labels of which no two are equal, in several panels, ragged and not."""
+    inputs = [x.detach() for x in random_inputs(M, 40, dtype, N=N, device=DEVICE)]
+    rows, columns = torch.arange(M, device=DEVICE), torch.arange(N, device=DEVICE) + M
+    wanted = (True,) * 5
+    with poisoned_memory():
+        got = kernels.sigmoid_loss(*inputs, None, wanted, paired=False)
+    expected = kernels.sigmoid_loss(*inputs, (rows, columns), wanted)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="tiles too small for a GPU")
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16)])
 @pytest.mark.parametrize("workspace_bytes", [1, 8192, 2**20])

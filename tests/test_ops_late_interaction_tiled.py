@@ -16,6 +16,7 @@ from late_interaction_inputs import (
     OPTIONS,
     TokenInputs,
     clustered_tokens,
+    errors_without_positives,
     loss_and_gradients,
     plain_loss,
     random_masks,
@@ -26,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradcache_clip.ops import late_interaction_op, late_interaction_tiled
 from gradcache_clip.ops.late_interaction import late_interaction_loss
-from gradcache_clip.ops.late_interaction_passes import gradient, summary
+from gradcache_clip.ops.late_interaction_passes import gradient, statistics
+from gradcache_clip.ops.pairing import SideGradient
 
 SHAPES = [(1, 3, 2, 3), (2, 1, 1, 3), (7, 5, 3, 8), (13, 4, 9, 5), (20, 17, 3, 16), (63, 2, 5, 8)]
 
@@ -156,10 +158,12 @@ def watched(
     x, y, scale = (each.detach() for each in inputs)
     with Watch() as forward:
         tiles = late_interaction_op._tiles(x, y, scale, masks, False, "mean", "tiled")
-        directions = summary(tiles, scale)[3:]
+        found = statistics(tiles, scale)
+    ones = torch.ones_like(found.row_max)
+    sides = (SideGradient(peak, ones, -ones) for peak in (found.row_max, found.column_max))
     with Watch() as backward:
         tiles = late_interaction_op._tiles(x, y, scale, masks, False, "mean", "tiled")
-        gradient(tiles, scale, torch.ones_like(scale), directions, needs)
+        gradient(tiles, scale, tuple(sides), needs)
     return forward, backward
 
 
@@ -195,6 +199,18 @@ def test_never_allocates_a_matrix() -> None:
     with Watch() as watch:
         reference(*inputs, **masks)
     assert watch.largest == B * P * B * R
+
+
+@pytest.mark.parametrize("texts", [1, 5, 14])
+@pytest.mark.parametrize("one_way", [False, True])
+@pytest.mark.parametrize("texts_first", [False, True])
+def test_a_block_without_positives(texts: int, one_way: bool, texts_first: bool) -> None:
+    """Also of fewer texts than images, and of more."""
+    inputs = token_inputs(14, 4, 3, 8)
+    inputs = TokenInputs(inputs.images[:5], inputs.texts[:texts], inputs.logit_scale)
+    with poisoned_memory():
+        errors = errors_without_positives(inputs, "tiled", one_way=one_way, texts_first=texts_first)
+    assert max(errors) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -70,6 +70,19 @@ def test_no_product_that_nobody_asked_for(needs: str, products: int) -> None:
     assert "amax" not in count.names, "ranks are for the accuracy alone"
 
 
+@pytest.mark.parametrize(("M", "N"), [(70, 130), (130, 70), (1, 3)])
+def test_a_block_without_positives(M: int, N: int) -> None:
+    """Nothing is compared, and the result is that of labels of which no two are equal."""
+    inputs = tuple(x.detach() for x in random_inputs(M, 8, torch.float64, N=N))
+    labels = torch.arange(M), torch.arange(N) + M
+    expected = siglip_tiled.siglip_tiled(*inputs, labels, EVERYTHING, shape=SMALL)
+    with CountProducts() as count:
+        got = siglip_tiled.siglip_tiled(*inputs, None, EVERYTHING, paired=False, shape=SMALL)
+    assert not count.names & {"eq", "neg_", "diagonal"}
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_never_holds_the_matrix(labelled: bool) -> None:
     B, D = 600, 8
@@ -87,9 +100,9 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
     asked: list[Wanted] = []
     original = siglip._PASSES["tiled"]
 
-    def spy(*arguments: Any) -> SigmoidPass:
+    def spy(*arguments: Any, **options: Any) -> SigmoidPass:
         asked.append(arguments[-1])
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setitem(siglip._PASSES, "tiled", spy)
     return asked

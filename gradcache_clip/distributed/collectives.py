@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,27 +46,69 @@ def gather_rows(features: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     """
     if world_size(group) == 1:
         return features
-    _check_same_everywhere(features, group)
+    check_same_everywhere(group, features=features)
     rows: Tensor = _GatherRows.apply(features, group)
     return rows
 
 
-def _check_same_everywhere(features: Tensor, group: dist.ProcessGroup | None) -> None:
-    described = len(features), features[0].numel(), _DTYPES.index(features.dtype)
-    mine = torch.tensor(described, device=features.device)
-    theirs = mine.new_empty(world_size(group) * len(described))
-    dist.all_gather_into_tensor(theirs, mine, group=group)
-    rows, widths, dtypes = theirs.view(-1, len(described)).T.tolist()
+def with_summed_gradient(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The value itself, which is the same on every rank; its gradient is summed over the ranks.
+
+    For what each rank does with its own rows alone, such as scaling their logits.
+    """
+    if world_size(group) == 1:
+        return value
+    same: Tensor = _SumGradient.apply(value, group)
+    return same
+
+
+def check_same_everywhere(group: dist.ProcessGroup | None = None, **given: Tensor | None) -> None:
+    """Raise, on every rank, unless all ranks pass the same arguments with as many rows.
+
+    Args:
+        group: process group; the default group when None.
+        given: arguments by name; at least one is a tensor. The devices wait for each other once.
+
+    Raises:
+        ValueError: an argument that some ranks lack, or whose rows, width or dtype differ.
+    """
+    if world_size(group) == 1:
+        return
+    described = [_description(each) for each in given.values()]
+    device = next(each.device for each in given.values() if each is not None)
+    mine = torch.tensor(described, device=device)
+    theirs = mine.new_empty((world_size(group), *mine.shape))
+    dist.all_gather_into_tensor(theirs.flatten(0, 1), mine, group=group)
+    for name, by_rank in zip(given, theirs.movedim(1, 0).tolist(), strict=True):
+        _check_equal(name, *zip(*by_rank, strict=True))
+
+
+def _description(given: Tensor | None) -> tuple[int, int, int]:
+    """Rows, width and dtype."""
+    if given is None:
+        return -1, -1, -1
+    return len(given), math.prod(given.shape[1:]), _DTYPES.index(given.dtype)
+
+
+def _check_equal(
+    name: str, rows: Sequence[int], widths: Sequence[int], dtypes: Sequence[int]
+) -> None:
+    if min(dtypes) < 0 <= max(dtypes):
+        lacking = [rank for rank, dtype in enumerate(dtypes) if dtype < 0]
+        raise ValueError(
+            f"{name}: expected it on every rank or on none, got None on ranks {lacking}; "
+            "pass it everywhere"
+        )
     if min(rows) != max(rows):
         raise ValueError(
-            f"features: expected the same number of rows on every rank, got {rows} by rank; "
+            f"{name}: expected the same number of rows on every rank, got {list(rows)} by rank; "
             "drop or pad the last batch so that all ranks hold as many pairs"
         )
     if min(widths) != max(widths) or min(dtypes) != max(dtypes):
         names = [str(_DTYPES[dtype]) for dtype in dtypes]
         raise ValueError(
-            f"features: expected the same width and dtype on every rank, got {widths} and {names} "
-            "by rank; run the same model in the same precision everywhere"
+            f"{name}: expected the same width and dtype on every rank, got {list(widths)} and "
+            f"{names} by rank; run the same model in the same precision everywhere"
         )
 
 
@@ -80,3 +124,16 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         return grad_outputs[0][ctx.start : ctx.start + ctx.rows], None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        total = grad_outputs[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

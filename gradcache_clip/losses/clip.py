@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcache_clip.distributed.collectives import gather_rows
+from gradcache_clip.distributed.collectives import check_same_everywhere, gather_rows
+from gradcache_clip.distributed.exchange import Exchange
+from gradcache_clip.losses.over_ranks import contrast_over_ranks, prefixes_over_ranks
 from gradcache_clip.losses.scaled import ScaledLoss, check_has_negatives, check_rows
-from gradcache_clip.ops import ClipLossResult, Impl, clip_loss_with_accuracy
-from gradcache_clip.ops.arguments import check_integers, check_share
-from gradcache_clip.ops.matryoshka import clip_prefix_losses
+from gradcache_clip.ops import ClipLossResult, Impl
+from gradcache_clip.ops.arguments import check_integers, check_pairs, check_share
+from gradcache_clip.ops.clip import ClipTargets, clip_result
+from gradcache_clip.ops.pairing import Pairing
+from gradcache_clip.ops.prefixes import check_widths
+from gradcache_clip.ops.prefixes_reference import unit_prefix
 
 
 class ContrastiveOutput(NamedTuple):
@@ -38,8 +42,8 @@ class ClipLoss(ScaledLoss):
     figure 3.
 
     The scale is learned as `log_logit_scale`, its logarithm, and held at `max_logit_scale` or
-    below. Where torch.distributed is initialised, features of all ranks are gathered and every
-    rank returns the loss of the global batch.
+    below. Where torch.distributed is initialised the batch is that of all ranks: each computes its
+    share of S, and every rank returns the loss of the global batch.
 
     Args:
         init_logit_scale: first value of the multiplier of the cosine similarity (1/temperature).
@@ -49,6 +53,9 @@ class ClipLoss(ScaledLoss):
         impl: "auto", "reference", "tiled" or "triton"; see `gradcache_clip.ops.clip_loss`.
         group: process group whose ranks share the batch; the default group when None. With
             `DDPStrategy` it must be the default one.
+        exchange: how features of other ranks arrive: "gather" holds all of them on each rank,
+            "ring" passes them on from rank to rank and never holds those of more than two others.
+            Label smoothing gathers them.
 
     Example:
         >>> import torch
@@ -67,6 +74,7 @@ class ClipLoss(ScaledLoss):
         label_smoothing: float = 0.0,
         impl: Impl = "auto",
         group: dist.ProcessGroup | None = None,
+        exchange: Exchange = "gather",
     ) -> None:
         super().__init__(
             init_logit_scale=init_logit_scale,
@@ -74,6 +82,7 @@ class ClipLoss(ScaledLoss):
             normalize=normalize,
             impl=impl,
             group=group,
+            exchange=exchange,
         )
         check_share("label_smoothing", label_smoothing)
         self.label_smoothing = label_smoothing
@@ -104,11 +113,12 @@ class ClipLoss(ScaledLoss):
             TypeError: labels or ids that are no integers.
             ValueError: shapes differ, or the whole batch is a single pair.
         """
-        images, texts, options = self._global(
-            self._global_features, image_features, text_features, labels, ids
-        )
-        scale = self._bounded_scale(logit_scale)
-        result = clip_loss_with_accuracy(images, texts, scale, **options)
+        q, k, labels, ids = self._checked(image_features, text_features, labels, ids)
+        q, k = self._unit(q), self._unit(k)
+        scale, pairing = self._scale_for(logit_scale, q, k), Pairing(labels, labels, ids, ids)
+        statistics = contrast_over_ranks("clip_loss", q, k, scale, pairing, self.impl, self.ranks)
+        targets = ClipTargets(labels, ids, self.label_smoothing)
+        result = clip_result(statistics, targets, *self._smoothed_over(q, k), scale)
         return _output(result, logit_bias)
 
     def prefixes(
@@ -123,31 +133,49 @@ class ClipLoss(ScaledLoss):
         ids: Tensor | None = None,
     ) -> list[ContrastiveOutput]:
         """`forward` over prefixes of the features, each normalised anew; see `MatryoshkaLoss`."""
-        images, texts, options = self._global(
-            partial(gather_rows, group=self.group), image_features, text_features, labels, ids
+        q, k, labels, ids = self._checked(image_features, text_features, labels, ids)
+        check_widths("widths", widths, q.shape[1])
+        scale, pairing = self._scale_for(logit_scale, q, k), Pairing(labels, labels, ids, ids)
+        each = prefixes_over_ranks(
+            "clip_prefix_losses", q, k, scale, pairing, widths, self.impl, self.ranks
         )
-        scale = self._bounded_scale(logit_scale)
-        results = clip_prefix_losses(images, texts, scale, widths, **options)
-        return [_output(result, logit_bias) for result in results]
+        targets = ClipTargets(labels, ids, self.label_smoothing)
+        outputs = []
+        for statistics, width in zip(each, widths, strict=True):
+            smoothed = self._smoothed_over(q, k, width)
+            outputs.append(_output(clip_result(statistics, targets, *smoothed, scale), logit_bias))
+        return outputs
 
-    def _global(
+    def _checked(
         self,
-        gather: Callable[[Tensor], Tensor],
         image_features: Tensor,
         text_features: Tensor,
         labels: Tensor | None,
         ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Features and options of all ranks, after checks."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Features of this rank, labels and ids of all ranks, after checks."""
         check_rows(image_features=image_features, text_features=text_features)
-        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "impl": self.impl}
-        for name, integers in (("labels", labels), ("ids", ids)):
+        check_pairs(("image_features", "text_features"), image_features, text_features)
+        given = {"labels": labels, "ids": ids}
+        for name, integers in given.items():
             if integers is not None:
                 check_integers(name, integers, (len(image_features),), image_features.device)
-                options[name] = self._global_integers(integers)
-        images, texts = gather(image_features), gather(text_features)
-        check_has_negatives(images)
-        return images, texts, options
+        check_same_everywhere(
+            self.group, image_features=image_features, text_features=text_features, **given
+        )
+        check_has_negatives(len(image_features) * self.ranks.size)
+        labels, ids = (None if each is None else self.ranks.joined(each) for each in given.values())
+        return image_features, text_features, labels, ids
+
+    def _smoothed_over(
+        self, q: Tensor, k: Tensor, width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features of all ranks whose mean logits smoothing needs; any will do where it is off."""
+        if self.label_smoothing == 0:
+            return q, k
+        if width is not None:
+            q, k = unit_prefix(q, width), unit_prefix(k, width)
+        return gather_rows(q, self.group), gather_rows(k, self.group)
 
 
 def _output(result: ClipLossResult, logit_bias: Tensor | None) -> ContrastiveOutput:

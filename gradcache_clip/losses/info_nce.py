@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcache_clip.distributed.collectives import gather_rows
-from gradcache_clip.losses.scaled import ScaledLoss, check_rows
-from gradcache_clip.ops import Impl, info_nce_loss_with_accuracy
-from gradcache_clip.ops.arguments import check_integers, check_share
-from gradcache_clip.ops.matryoshka import info_nce_prefix_losses
+from gradcache_clip.distributed.collectives import check_same_everywhere
+from gradcache_clip.distributed.exchange import Exchange
+from gradcache_clip.losses.over_ranks import contrast_over_ranks, prefixes_over_ranks
+from gradcache_clip.losses.retrieval_batch import RetrievalBatch
+from gradcache_clip.losses.scaled import ScaledLoss, check_rows, unit
+from gradcache_clip.ops import Impl
+from gradcache_clip.ops.arguments import check_share
+from gradcache_clip.ops.info_nce import RetrievalRules, retrieval_columns
+from gradcache_clip.ops.prefixes import check_widths
 
 
 class RetrievalOutput(NamedTuple):
@@ -50,6 +53,7 @@ class InfoNCELoss(ScaledLoss):
         normalize: L2-normalise all features first.
         impl: "auto", "reference", "tiled" or "triton".
         group: process group whose ranks share the batch; the default group when None.
+        exchange: "gather" or "ring": how features of other ranks arrive; see `ClipLoss`.
 
     Example:
         >>> import torch
@@ -70,6 +74,7 @@ class InfoNCELoss(ScaledLoss):
         normalize: bool = True,
         impl: Impl = "auto",
         group: dist.ProcessGroup | None = None,
+        exchange: Exchange = "gather",
     ) -> None:
         super().__init__(
             init_logit_scale=init_logit_scale,
@@ -77,6 +82,7 @@ class InfoNCELoss(ScaledLoss):
             normalize=normalize,
             impl=impl,
             group=group,
+            exchange=exchange,
         )
         check_share("tau_plus", tau_plus)
         self.symmetric = symmetric
@@ -97,8 +103,9 @@ class InfoNCELoss(ScaledLoss):
         Args:
             queries: (b, D) floating tensor.
             documents: (b, D) floating tensor.
-            hard_negatives: (h, D), negatives of every query, such as the rows of a `FeatureQueue`;
-                or (b, K, D), K for each query alone. As many on every rank.
+            hard_negatives: (h, D), negatives of every query on every rank, such as the local
+                features of a `FeatureQueue`; or (b, K, D), K for each query alone. As many on every
+                rank.
             logit_scale: a scale of the caller's own in place of the module's.
             ids: (b,) integers of the documents, or (b + h,) of documents and hard negatives; a
                 column with the id of a query's own document is no negative.
@@ -107,11 +114,14 @@ class InfoNCELoss(ScaledLoss):
             TypeError: features or ids of a wrong type.
             ValueError: shapes that do not fit together.
         """
-        features, options = self._global(
-            self._global_features, queries, documents, hard_negatives, ids
+        batch = self._batch(queries, documents, hard_negatives, ids, normalize=self.normalize)
+        scale = self._scale_for(logit_scale, batch.queries, batch.columns)
+        cosine = None if self.false_negative_margin is None else batch.cosines(scale.dtype)
+        features, pairing = (batch.queries, batch.columns), batch.pairing(cosine, scale)
+        statistics = contrast_over_ranks(
+            "info_nce_loss", *features, scale, pairing, self.impl, self.ranks
         )
-        scale = self._bounded_scale(logit_scale)
-        return RetrievalOutput(*info_nce_loss_with_accuracy(*features, scale, **options))
+        return RetrievalOutput(*batch.result(statistics, scale))
 
     def prefixes(
         self,
@@ -124,40 +134,44 @@ class InfoNCELoss(ScaledLoss):
         ids: Tensor | None = None,
     ) -> list[RetrievalOutput]:
         """`forward` over prefixes of the features, each normalised anew; see `MatryoshkaLoss`."""
-        features, options = self._global(
-            partial(gather_rows, group=self.group), queries, documents, hard_negatives, ids
+        batch = self._batch(queries, documents, hard_negatives, ids, normalize=False)
+        check_widths("widths", widths, queries.shape[1])
+        scale = self._scale_for(logit_scale, batch.queries, batch.columns)
+        prefixes, cosine = [batch.of_prefix(width) for width in widths], None
+        if self.false_negative_margin is not None:
+            cosine = torch.stack([each.cosines(scale.dtype) for each in prefixes])
+        features, pairing = (batch.queries, batch.columns), batch.pairing(cosine, scale)
+        statistics = prefixes_over_ranks(
+            "info_nce_prefix_losses", *features, scale, pairing, widths, self.impl, self.ranks
         )
-        scale = self._bounded_scale(logit_scale)
-        results = info_nce_prefix_losses(*features, scale, widths, **options)
-        return [RetrievalOutput(*result) for result in results]
+        return [
+            RetrievalOutput(*prefix.result(of_prefix, scale))
+            for prefix, of_prefix in zip(prefixes, statistics, strict=True)
+        ]
 
-    def _global(
+    def _batch(
         self,
-        gather: Callable[[Tensor], Tensor],
         queries: Tensor,
         documents: Tensor,
         hard_negatives: Tensor | None,
         ids: Tensor | None,
-    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-        """Features and options of all ranks, after checks."""
+        *,
+        normalize: bool,
+    ) -> RetrievalBatch:
+        """Features of this rank and ids of all ranks, after checks."""
         check_rows(queries=queries, documents=documents)
-        rows = columns = len(queries)
-        if hard_negatives is not None and hard_negatives.dim() == 2:
-            columns += len(hard_negatives)
-        if ids is not None:
-            check_integers("ids", ids, (rows, columns), queries.device)
-        return (gather(queries), gather(documents)), {
-            "hard_negatives": None if hard_negatives is None else gather(hard_negatives),
-            "ids": None if ids is None else self._global_ids(ids, rows),
-            "false_negative_margin": self.false_negative_margin,
-            "symmetric": self.symmetric,
-            "tau_plus": self.tau_plus,
-            "impl": self.impl,
-        }
+        margin, options = self.false_negative_margin, (self.symmetric, self.tau_plus)
+        rules = RetrievalRules(ids, margin, *options)
+        columns, own = retrieval_columns(queries, documents, hard_negatives, rules)
+        check_same_everywhere(self.group, queries=queries, columns=columns, own=own, ids=ids)
+        if normalize:
+            queries, columns, own = unit(queries), unit(columns), None if own is None else unit(own)
+        rules = rules._replace(ids=None if ids is None else self._global_ids(ids, len(queries)))
+        return RetrievalBatch(queries, columns, own, rules, self.ranks)
 
     def _global_ids(self, ids: Tensor, rows: int) -> Tensor:
-        """Documents of all ranks first, then hard negatives of all ranks, as the columns are."""
-        documents = self._global_integers(ids[:rows])
-        if len(ids) == rows:
-            return documents
-        return torch.cat((documents, self._global_integers(ids[rows:])))
+        """Documents of all ranks first, then hard negatives of all ranks."""
+        joined = self.ranks.joined
+        return (
+            torch.cat((joined(ids[:rows]), joined(ids[rows:]))) if len(ids) > rows else joined(ids)
+        )

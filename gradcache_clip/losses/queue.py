@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import gather_rows
+from gradcache_clip.distributed.exchange import Ranks
 from gradcache_clip.losses.scaled import unit
 from gradcache_clip.ops.arguments import check_features, check_integers
 
@@ -17,7 +18,8 @@ class FeatureQueue(nn.Module):
     They carry no gradient: pass `queue.features` as the hard negatives of `InfoNCELoss`, and push
     the keys after the step. The queue starts empty and travels with the module: `.to(device)`,
     checkpoints. Where torch.distributed is initialised a push takes the rows of all ranks, so that
-    every rank holds the same queue. Source: He et al. 2019 (MoCo), section 3.2.
+    every rank holds the same queue: there pass `queue.local_features`, or each of its rows would
+    be a negative once for every rank. Source: He et al. 2019 (MoCo), section 3.2.
 
     Args:
         size: rows that the full queue holds, of all ranks together.
@@ -66,6 +68,29 @@ class FeatureQueue(nn.Module):
     def ids(self) -> Tensor:
         """Ids of `features`; -1 where none were pushed."""
         return self.ids_of_all[: min(self._count, self.size)]
+
+    @property
+    def local_features(self) -> Tensor:
+        """This rank's part of `features`: all ranks' together are all rows, once each.
+
+        Raises:
+            ValueError: the rows so far do not divide by the number of ranks.
+        """
+        return self.features[self._local_rows()]
+
+    @property
+    def local_ids(self) -> Tensor:
+        """Ids of `local_features`."""
+        return self.ids[self._local_rows()]
+
+    def _local_rows(self) -> slice:
+        ranks, rows = Ranks(self.group), len(self.features)
+        if rows % ranks.size:
+            raise ValueError(
+                f"size: expected rows that divide by {ranks.size} ranks, got {rows}; build the "
+                f"queue with a size of {self.size // ranks.size * ranks.size}"
+            )
+        return ranks.own(rows // ranks.size)
 
     @torch.no_grad()
     def push(self, features: Tensor, ids: Tensor | None = None) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradcache_clip.distributed.collectives import gather_rows
+from gradcache_clip.distributed.exchange import Exchange, Ranks
 from gradcache_clip.ops import Impl
+from gradcache_clip.ops.arguments import scalar_tensor
 
 
 class ScaledLoss(nn.Module):
     """A loss over logit_scale times the (cosine) similarities of the global batch.
 
     The scale is learned as `log_logit_scale`, its logarithm, and held at `max_logit_scale` or
-    below. Where torch.distributed is initialised, features of all ranks are gathered and every
-    rank returns the loss of the global batch.
+    below. Where torch.distributed is initialised the batch is that of all ranks: each computes its
+    share of the matrix, and all return the loss of the global batch.
 
     Args:
         init_logit_scale: first value of the multiplier of the similarity (1/temperature).
@@ -27,6 +29,8 @@ class ScaledLoss(nn.Module):
         impl: "auto", "reference", "tiled" or "triton"; see `gradcache_clip.ops.clip_loss`.
         group: process group whose ranks share the batch; the default group when None. With
             `DDPStrategy` it must be the default one.
+        exchange: how features of other ranks arrive: "gather" holds all of them on each rank,
+            "ring" passes them on from rank to rank and never holds those of more than two others.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class ScaledLoss(nn.Module):
         normalize: bool = True,
         impl: Impl = "auto",
         group: dist.ProcessGroup | None = None,
+        exchange: Exchange = "gather",
     ) -> None:
         super().__init__()
         if not 0 < init_logit_scale <= max_logit_scale:
@@ -49,6 +54,12 @@ class ScaledLoss(nn.Module):
         self.normalize = normalize
         self.impl = impl
         self.group = group
+        if exchange not in ("gather", "ring"):
+            raise ValueError(
+                f'exchange: expected "gather" or "ring", got {exchange!r}; "gather" is faster '
+                "where the features of all ranks fit"
+            )
+        self.exchange = exchange
 
     @property
     def logit_scale(self) -> Tensor:
@@ -64,13 +75,20 @@ class ScaledLoss(nn.Module):
             self.log_logit_scale.clamp_(max=self.max_log_logit_scale)
         return self.logit_scale
 
-    def _global_features(self, features: Tensor) -> Tensor:
-        """Features of all ranks, of unit length where the loss normalises."""
-        return gather_rows(unit(features) if self.normalize else features, self.group)
+    @property
+    def ranks(self) -> Ranks:
+        """Who shares the batch; asked at every call, as the group may come into being later."""
+        return Ranks(self.group, self.exchange)
 
-    def _global_integers(self, values: Tensor) -> Tensor:
-        """Labels or ids of all ranks."""
-        return gather_rows(values, self.group)
+    def _unit(self, features: Tensor) -> Tensor:
+        """Of unit length where the loss normalises."""
+        return unit(features) if self.normalize else features
+
+    def _scale_for(self, given: Tensor | None, *features: Tensor) -> Tensor:
+        """The scale as a tensor in the dtype of these features' logits."""
+        dtype = reduce(torch.promote_types, (each.dtype for each in features))
+        scale = self._bounded_scale(given)
+        return scalar_tensor("logit_scale", scale, features[0].device, dtype)
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}, impl={self.impl!r}"
@@ -100,10 +118,10 @@ def check_rows(**features: Tensor) -> None:
             )
 
 
-def check_has_negatives(features: Tensor) -> None:
-    """Raise if the whole batch is a single pair."""
-    if len(features) < 2:
+def check_has_negatives(pairs: int) -> None:
+    """Raise if the batch of all ranks is a single pair."""
+    if pairs < 2:
         raise ValueError(
-            f"batch: expected at least 2 pairs, got {len(features)}; a single pair has no "
+            f"batch: expected at least 2 pairs, got {pairs}; a single pair has no "
             "negatives, so its loss and all its gradients are zero"
         )

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcache_clip.distributed.collectives import gather_rows
+from gradcache_clip.distributed.collectives import check_same_everywhere
+from gradcache_clip.distributed.exchange import Exchange
+from gradcache_clip.losses.over_ranks import contrast_over_ranks, prefixes_over_ranks
 from gradcache_clip.losses.scaled import ScaledLoss, check_rows
-from gradcache_clip.ops import Impl, nt_xent_loss_with_accuracy, sup_con_loss_with_accuracy
-from gradcache_clip.ops.arguments import check_integers, check_share
-from gradcache_clip.ops.matryoshka import nt_xent_prefix_losses, sup_con_prefix_losses
+from gradcache_clip.ops import Impl
+from gradcache_clip.ops.arguments import check_features, check_integers, check_pairs, check_share
+from gradcache_clip.ops.groups import occurrences
+from gradcache_clip.ops.prefixes import check_widths
+from gradcache_clip.ops.self_contrast import (
+    classes_pairing,
+    nt_xent_result,
+    sup_con_result,
+    views_pairing,
+)
 
 
 class SelfContrastOutput(NamedTuple):
@@ -36,6 +46,7 @@ class NTXentLoss(ScaledLoss):
         normalize: L2-normalise the features first.
         impl: "auto", "reference", "tiled" or "triton".
         group: process group whose ranks share the batch; the default group when None.
+        exchange: "gather" or "ring": how features of other ranks arrive; see `ClipLoss`.
 
     Example:
         >>> import torch
@@ -54,6 +65,7 @@ class NTXentLoss(ScaledLoss):
         normalize: bool = True,
         impl: Impl = "auto",
         group: dist.ProcessGroup | None = None,
+        exchange: Exchange = "gather",
     ) -> None:
         super().__init__(
             init_logit_scale=init_logit_scale,
@@ -61,6 +73,7 @@ class NTXentLoss(ScaledLoss):
             normalize=normalize,
             impl=impl,
             group=group,
+            exchange=exchange,
         )
         check_share("tau_plus", tau_plus)
         self.tau_plus = tau_plus
@@ -78,16 +91,12 @@ class NTXentLoss(ScaledLoss):
         Raises:
             ValueError: shapes differ.
         """
-        check_rows(features_a=features_a, features_b=features_b)
-        return SelfContrastOutput(
-            *nt_xent_loss_with_accuracy(
-                self._global_features(features_a),
-                self._global_features(features_b),
-                self._bounded_scale(logit_scale),
-                tau_plus=self.tau_plus,
-                impl=self.impl,
-            )
+        views = self._views(self._unit(features_a), self._unit(features_b))
+        scale, pairing = self._scale_for(logit_scale, views), views_pairing(len(views) // 2)
+        statistics = contrast_over_ranks(
+            "nt_xent_loss", views, views, scale, pairing, self.impl, self.ranks
         )
+        return SelfContrastOutput(*nt_xent_result(statistics, scale, self.tau_plus))
 
     def prefixes(
         self,
@@ -97,16 +106,21 @@ class NTXentLoss(ScaledLoss):
         logit_scale: Tensor | None = None,
     ) -> list[SelfContrastOutput]:
         """`forward` over prefixes of the features, each normalised anew; see `MatryoshkaLoss`."""
-        check_rows(features_a=features_a, features_b=features_b)
-        results = nt_xent_prefix_losses(
-            gather_rows(features_a, self.group),
-            gather_rows(features_b, self.group),
-            self._bounded_scale(logit_scale),
-            widths,
-            tau_plus=self.tau_plus,
-            impl=self.impl,
+        views = self._views(features_a, features_b)
+        check_widths("widths", widths, views.shape[1])
+        scale, pairing = self._scale_for(logit_scale, views), views_pairing(len(views) // 2)
+        each = prefixes_over_ranks(
+            "nt_xent_prefix_losses", views, views, scale, pairing, widths, self.impl, self.ranks
         )
+        results = (nt_xent_result(statistics, scale, self.tau_plus) for statistics in each)
         return [SelfContrastOutput(*result) for result in results]
+
+    def _views(self, features_a: Tensor, features_b: Tensor) -> Tensor:
+        """Both views of this rank's samples, after checks."""
+        check_rows(features_a=features_a, features_b=features_b)
+        check_pairs(("features_a", "features_b"), features_a, features_b)
+        check_same_everywhere(self.group, features_a=features_a, features_b=features_b)
+        return torch.cat((features_a, features_b))
 
 
 class SupConLoss(ScaledLoss):
@@ -121,6 +135,7 @@ class SupConLoss(ScaledLoss):
         normalize: L2-normalise the features first.
         impl: "auto", "reference", "tiled" or "triton".
         group: process group whose ranks share the batch; the default group when None.
+        exchange: "gather" or "ring": how features of other ranks arrive; see `ClipLoss`.
 
     Example:
         >>> import torch
@@ -145,16 +160,13 @@ class SupConLoss(ScaledLoss):
             TypeError: labels that are no integers.
             ValueError: shapes that do not fit together.
         """
-        check_rows(features=features)
-        check_integers("labels", labels, (len(features),), features.device)
-        return SelfContrastOutput(
-            *sup_con_loss_with_accuracy(
-                self._global_features(features),
-                self._global_integers(labels),
-                self._bounded_scale(logit_scale),
-                impl=self.impl,
-            )
+        labels = self._checked(features, labels)
+        features = self._unit(features)
+        scale, pairing = self._scale_for(logit_scale, features), classes_pairing(labels)
+        statistics = contrast_over_ranks(
+            "sup_con_loss", features, features, scale, pairing, self.impl, self.ranks
         )
+        return SelfContrastOutput(*sup_con_result(statistics, occurrences(labels, labels) - 1))
 
     def prefixes(
         self,
@@ -164,13 +176,26 @@ class SupConLoss(ScaledLoss):
         logit_scale: Tensor | None = None,
     ) -> list[SelfContrastOutput]:
         """`forward` over prefixes of the features, each normalised anew; see `MatryoshkaLoss`."""
-        check_rows(features=features)
-        check_integers("labels", labels, (len(features),), features.device)
-        results = sup_con_prefix_losses(
-            gather_rows(features, self.group),
-            self._global_integers(labels),
-            self._bounded_scale(logit_scale),
+        labels = self._checked(features, labels)
+        check_widths("widths", widths, features.shape[1])
+        scale, pairing = self._scale_for(logit_scale, features), classes_pairing(labels)
+        each = prefixes_over_ranks(
+            "sup_con_prefix_losses",
+            features,
+            features,
+            scale,
+            pairing,
             widths,
-            impl=self.impl,
+            self.impl,
+            self.ranks,
         )
-        return [SelfContrastOutput(*result) for result in results]
+        positives = occurrences(labels, labels) - 1
+        return [SelfContrastOutput(*sup_con_result(statistics, positives)) for statistics in each]
+
+    def _checked(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Labels of all ranks, after checks."""
+        check_rows(features=features)
+        check_features("features", features)
+        check_integers("labels", labels, (len(features),), features.device)
+        check_same_everywhere(self.group, features=features, labels=labels)
+        return self.ranks.joined(labels)

@@ -8,10 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradcache_clip.distributed.collectives import check_same_everywhere
+from gradcache_clip.distributed.exchange import Exchange
 from gradcache_clip.losses.clip import ContrastiveOutput
 from gradcache_clip.losses.scaled import ScaledLoss
+from gradcache_clip.losses.spread_sigmoid import sigmoid_over_ranks
 from gradcache_clip.ops.implementations import Impl
-from gradcache_clip.ops.siglip import checked_labels, siglip_loss_with_accuracy
+from gradcache_clip.ops.siglip import checked_labels
+from gradcache_clip.ops.siglip_tiled import Labels
 
 
 class SigLipLoss(ScaledLoss):
@@ -24,8 +28,8 @@ class SigLipLoss(ScaledLoss):
     algorithm 1.
 
     The scale is learned as `log_logit_scale`, its logarithm, the bias as `logit_bias`. Where
-    torch.distributed is initialised, features of all ranks are gathered and every rank returns the
-    loss of the global batch. A single pair is a batch like any other.
+    torch.distributed is initialised the batch is that of all ranks: each computes its share of S,
+    and every rank returns the loss of the global batch. A single pair is a batch like any other.
 
     Args:
         init_logit_scale: first value of the multiplier of the cosine similarity (1/temperature).
@@ -35,6 +39,7 @@ class SigLipLoss(ScaledLoss):
         impl: "auto", "reference", "tiled" or "triton"; see `gradcache_clip.ops.siglip_loss`.
         group: process group whose ranks share the batch; the default group when None. With
             `DDPStrategy` it must be the default one.
+        exchange: "gather" or "ring": how features of other ranks arrive; see `ClipLoss`.
 
     Example:
         >>> import torch
@@ -53,6 +58,7 @@ class SigLipLoss(ScaledLoss):
         normalize: bool = True,
         impl: Impl = "auto",
         group: dist.ProcessGroup | None = None,
+        exchange: Exchange = "gather",
     ) -> None:
         super().__init__(
             init_logit_scale=init_logit_scale,
@@ -60,6 +66,7 @@ class SigLipLoss(ScaledLoss):
             normalize=normalize,
             impl=impl,
             group=group,
+            exchange=exchange,
         )
         self.logit_bias = nn.Parameter(torch.tensor(float(init_logit_bias)))
 
@@ -89,19 +96,31 @@ class SigLipLoss(ScaledLoss):
             TypeError: features of a wrong type, or labels that are no integers.
             ValueError: shapes that do not fit together.
         """
-        label_pair = checked_labels(image_features, text_features, labels)
-        if label_pair is not None:
-            label_pair = self._global_labels(*label_pair)
-        result = siglip_loss_with_accuracy(
-            self._global_features(image_features),
-            self._global_features(text_features),
+        label_pair = self._checked(image_features, text_features, labels)
+        result = sigmoid_over_ranks(
+            self._unit(image_features),
+            self._unit(text_features),
             self._bounded_scale(logit_scale),
             self.logit_bias if logit_bias is None else logit_bias,
-            labels=label_pair,
-            impl=self.impl,
+            label_pair,
+            self.impl,
+            self.ranks,
         )
         return ContrastiveOutput(*result)
 
-    def _global_labels(self, of_images: Tensor, of_texts: Tensor) -> tuple[Tensor, Tensor]:
-        images = self._global_integers(of_images)
-        return images, images if of_texts is of_images else self._global_integers(of_texts)
+    def _checked(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        labels: Tensor | tuple[Tensor, Tensor] | None,
+    ) -> Labels | None:
+        """Labels of all ranks, after checks of everything."""
+        pair = checked_labels(image_features, text_features, labels)
+        of_images, of_texts = pair or (None, None)
+        features = {"image_features": image_features, "text_features": text_features}
+        given = {"labels": of_images, "labels[1]": of_texts}
+        check_same_everywhere(self.group, **features, **given)
+        if of_images is None or of_texts is None:
+            return None
+        images = self.ranks.joined(of_images)
+        return images, images if of_texts is of_images else self.ranks.joined(of_texts)

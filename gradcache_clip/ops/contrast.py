@@ -8,7 +8,7 @@ of those vectors back, and one more pass over the tiles turns them into dq, dk a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from gradcache_clip.ops.implementations import (
     refuse_transforms,
     resolve_impl,
 )
-from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
+from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.statistics_op import fake_sizes, make_differentiable
 
 _STATISTICS = {"tiled": statistics_tiled, "triton": statistics_triton}
@@ -52,6 +52,32 @@ def contrast_statistics(
     return Statistics(*_statistics(q, k, logit_scale, vectors, rules, resolved, loss))
 
 
+class ContrastPasses(NamedTuple):
+    """The two passes over the tiles of a contrast, below autograd and outside of any autocast."""
+
+    impl: str
+    """"tiled" or "triton"."""
+
+    def statistics(self, q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing) -> Statistics:
+        """What one pass over the logits leaves of each row and column."""
+        with autocast_disabled(q.device):
+            return _STATISTICS[self.impl](q, k, logit_scale, pairing)
+
+    def gradient(
+        self,
+        q: Tensor,
+        k: Tensor,
+        logit_scale: Tensor,
+        pairing: Pairing,
+        rows: SideGradient,
+        columns: SideGradient | None,
+        needs: Needs,
+    ) -> Gradients:
+        """dq, dk and dlogit_scale; None where not needed, and dk of a self-contrast."""
+        with autocast_disabled(q.device):
+            return _GRADIENT[self.impl](q, k, logit_scale, pairing, rows, columns, needs)
+
+
 # torch.compile calls these two as they are, through the shapes that the fake kernels give.
 @torch.library.custom_op(
     "gradcache_clip::contrast_statistics",
@@ -68,9 +94,9 @@ def _statistics(
     impl: str,
     loss: str,
 ) -> tuple[Tensor, ...]:
-    pairing = Pairing.unpacked(vectors, rules)
-    with autocast_disabled(q.device):
-        return tuple(_STATISTICS[impl](q, k, logit_scale, pairing))
+    return tuple(
+        ContrastPasses(impl).statistics(q, k, logit_scale, Pairing.unpacked(vectors, rules))
+    )
 
 
 @torch.library.custom_op(
@@ -95,8 +121,7 @@ def _gradient(
     pairing = Pairing.unpacked(vectors, rules)
     sides = SideGradient(*rows), SideGradient(*columns) if pairing.both_ways else None
     needed = needs[0], needs[1], needs[2]
-    with autocast_disabled(q.device):
-        gradients = _GRADIENT[impl](q, k, logit_scale, pairing, *sides, needed)
+    gradients = ContrastPasses(impl).gradient(q, k, logit_scale, pairing, *sides, needed)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -5,7 +5,7 @@ B pairs, P image tokens, R text tokens, D feature width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +19,13 @@ from gradcache_clip.ops.implementations import (
     resolve_impl,
 )
 from gradcache_clip.ops.late_interaction_op import late_interaction_forward
+from gradcache_clip.ops.late_interaction_passes import TokenReduction
 from gradcache_clip.ops.late_interaction_reference import late_interaction_reference
+from gradcache_clip.ops.pairing import Statistics
+from gradcache_clip.ops.softmax import Direction, negative_gap, one_positive_loss
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
-
-TokenReduction = Literal["mean", "sum"]
 
 _NAMES = "image_tokens", "text_tokens"
 
@@ -158,7 +159,20 @@ def late_interaction_loss_with_accuracy(
         with autocast_disabled(images.device):
             return LateInteractionResult(*late_interaction_reference(*arguments))
     refuse_transforms("late_interaction_loss", images, texts, scale)
-    return LateInteractionResult(*late_interaction_forward(*arguments, resolved)[:3])
+    found = late_interaction_forward(*arguments, resolved)
+    image_side, text_side = ((*side, side[1]) for side in (found[:3], found[3:]))
+    return late_interaction_result(Statistics(*image_side, *text_side), one_way=one_way)
+
+
+def late_interaction_result(statistics: Statistics, *, one_way: bool) -> LateInteractionResult:
+    """Loss and accuracies from the statistics of images and texts."""
+    images, texts = (
+        Direction(positive, peak, total, positive, peak)
+        for positive, peak, total, _ in (statistics[:4], statistics[4:])
+    )
+    each = [texts] if one_way else [images, texts]
+    losses = [one_positive_loss(negative_gap(direction)).mean() for direction in each]
+    return LateInteractionResult(torch.stack(losses).mean(), images.accuracy(), texts.accuracy())
 
 
 def check_tokens(images: Tensor, texts: Tensor) -> None:

@@ -6,21 +6,22 @@ B pairs, P image tokens, R text tokens, D feature width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradcache_clip.ops.implementations import autocast_disabled, second_derivative_refused
 from gradcache_clip.ops.late_interaction_passes import (
-    Direction,
+    TokenReduction,
     TokenTiles,
     gradient,
     masked_tokens,
-    summary,
+    statistics,
 )
 from gradcache_clip.ops.late_interaction_tiled import TorchTiles
 from gradcache_clip.ops.late_interaction_triton import TritonTiles
+from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
 
 _TILES: dict[str, Callable[..., TokenTiles]] = {"tiled": TorchTiles, "triton": TritonTiles}
 
@@ -29,9 +30,9 @@ def _tiles(
     images: Tensor,
     texts: Tensor,
     logit_scale: Tensor,
-    masks: tuple[Tensor | None, Tensor | None],
+    masks: Sequence[Tensor | None],
     one_way: bool,
-    token_reduction: str,
+    token_reduction: TokenReduction,
     impl: str,
 ) -> TokenTiles:
     sides = (
@@ -41,13 +42,79 @@ def _tiles(
     return _TILES[impl](*sides, one_way=one_way)
 
 
+class TokenRules(NamedTuple):
+    """The rules of a contrast of images and texts, as `Pairing` has those of a contrast of rows."""
+
+    image_mask: Tensor | None
+    """(B, P) bool, True for tokens that count; all when None."""
+    text_mask: Tensor | None
+    one_way: bool
+    token_reduction: TokenReduction
+    paired: bool = True
+    """Whether image i and text i are positives of each other; otherwise none are."""
+    texts_first: bool = False
+    """Whether the texts are the rows."""
+    both_ways: bool = True
+    """Images and texts both have statistics, also where only one side has a loss."""
+    self_contrast: bool = False
+
+    def of_block(self, images: slice, texts: slice) -> TokenRules:
+        """The rules of these images and texts alone."""
+        masks = zip((self.image_mask, self.text_mask), (images, texts), strict=True)
+        of_images, of_texts = (None if mask is None else mask[where] for mask, where in masks)
+        return self._replace(image_mask=of_images, text_mask=of_texts)
+
+    def without_positives(self, images: int, texts: int) -> TokenRules:
+        """The rules of images and texts that hold no pair."""
+        return self._replace(paired=False)
+
+    def transposed(self) -> TokenRules:
+        """Images as columns, and the reverse."""
+        return self._replace(texts_first=not self.texts_first)
+
+
+class TokenPasses(NamedTuple):
+    """The two passes over the tiles, below autograd and outside of any autocast."""
+
+    impl: str
+    """"tiled" or "triton"."""
+
+    def statistics(
+        self, images: Tensor, texts: Tensor, logit_scale: Tensor, rules: TokenRules
+    ) -> Statistics:
+        """What one pass over the scores leaves of each image and of each text."""
+        with autocast_disabled(images.device):
+            tiles = _tiles(images, texts, logit_scale, rules[:2], *rules[2:4], self.impl)
+            return statistics(tiles, logit_scale, paired=rules.paired)
+
+    def gradient(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        logit_scale: Tensor,
+        rules: TokenRules,
+        row_side: SideGradient,
+        column_side: SideGradient | None,
+        needs: Needs,
+    ) -> Gradients:
+        """Of the tokens of rows and columns, and of the scale; None where not needed."""
+        assert column_side is not None
+        if rules.texts_first:
+            turned = rules.transposed(), column_side, row_side, (needs[1], needs[0], needs[2])
+            dimages, dtexts, dlogit_scale = self.gradient(columns, rows, logit_scale, *turned)
+            return dtexts, dimages, dlogit_scale
+        with autocast_disabled(rows.device):
+            tiles = _tiles(rows, columns, logit_scale, rules[:2], *rules[2:4], self.impl)
+            return gradient(tiles, logit_scale, (row_side, column_side), needs, paired=rules.paired)
+
+
 # torch.compile calls these two as they are, through the shapes that the fake kernels give.
 @torch.library.custom_op(
     "gradcache_clip::late_interaction",
     mutates_args=(),
     schema="(Tensor images, Tensor texts, Tensor logit_scale, Tensor? image_mask, "
     "Tensor? text_mask, bool one_way, str token_reduction, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def late_interaction_forward(
     images: Tensor,
@@ -56,77 +123,77 @@ def late_interaction_forward(
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     one_way: bool,
-    token_reduction: str,
+    token_reduction: TokenReduction,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    """Loss, two accuracies, and the vectors of both directions; those of images empty one way."""
-    masks = image_mask, text_mask
-    with autocast_disabled(images.device):
-        tiles = _tiles(images, texts, logit_scale, masks, one_way, token_reduction, impl)
-        *results, by_image, by_text = summary(tiles, logit_scale)
-    return (*results, *by_image, *by_text)
+    """Positive logit, and maximum and sum over negatives, of each image and of each text."""
+    rules = TokenRules(image_mask, text_mask, one_way, token_reduction)
+    found = TokenPasses(impl).statistics(images, texts, logit_scale, rules)
+    return (*found[:3], *found[4:7])
 
 
 @torch.library.custom_op(
     "gradcache_clip::late_interaction_gradient",
     mutates_args=(),
-    schema="(Tensor dloss, Tensor images, Tensor texts, Tensor logit_scale, Tensor? image_mask, "
-    "Tensor? text_mask, bool one_way, str token_reduction, str impl, Tensor[] vectors, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor images, Tensor texts, Tensor logit_scale, Tensor? image_mask, "
+    "Tensor? text_mask, bool one_way, str token_reduction, str impl, Tensor[] by_image, "
+    "Tensor[] by_text, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
 def late_interaction_backward(
-    dloss: Tensor,
     images: Tensor,
     texts: Tensor,
     logit_scale: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     one_way: bool,
-    token_reduction: str,
+    token_reduction: TokenReduction,
     impl: str,
-    vectors: Sequence[Tensor],
+    by_image: Sequence[Tensor],
+    by_text: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients that are not needed come back empty."""
-    masks = image_mask, text_mask
-    directions = Direction(*vectors[:2]), Direction(*vectors[2:])
-    terms = len(images) * (1 if one_way else 2)
-    with autocast_disabled(images.device):
-        tiles = _tiles(images, texts, logit_scale, masks, one_way, token_reduction, impl)
-        needed = needs[0], needs[1], needs[2]
-        gradients = gradient(tiles, logit_scale, dloss / terms, directions, needed)
-    return tuple(dloss.new_empty(0) if each is None else each for each in gradients)
+    rules = TokenRules(image_mask, text_mask, one_way, token_reduction)
+    sides, needed = (
+        (SideGradient(*by_image), SideGradient(*by_text)),
+        (needs[0], needs[1], needs[2]),
+    )
+    gradients = TokenPasses(impl).gradient(images, texts, logit_scale, rules, *sides, needed)
+    return tuple(images.new_empty(0) if each is None else each for each in gradients)
 
 
 @late_interaction_forward.register_fake
 def _(images: Tensor, texts: Tensor, logit_scale: Tensor, *rules: Any) -> tuple[Tensor, ...]:
-    by_image = 0 if rules[2] else len(images)
-    sizes = by_image, by_image, len(images), len(images)
-    scalars = (torch.empty_like(logit_scale) for _ in range(3))
-    return (*scalars, *(logit_scale.new_empty(size) for size in sizes))
+    return tuple(logit_scale.new_empty(len(side)) for side in (images, texts) for _ in range(3))
 
 
 @late_interaction_backward.register_fake
-def _(
-    dloss: Tensor, images: Tensor, texts: Tensor, logit_scale: Tensor, *rules: Any
-) -> tuple[Tensor, ...]:
+def _(images: Tensor, texts: Tensor, logit_scale: Tensor, *rules: Any) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else dloss.new_empty(0)
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
         for x, need in zip((images, texts, logit_scale), rules[-1], strict=True)
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.one_way, ctx.token_reduction, ctx.impl = inputs
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.mark_non_differentiable(*output[1:])
+    maxima = output[1], output[4]
+    ctx.save_for_backward(*tensors, *maxima)
+    ctx.mark_non_differentiable(*maxima)
 
 
-def _differentiate(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    tensors, vectors = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+def _differentiate(ctx: Any, *doutput: Tensor) -> tuple[Any, ...]:
+    *tensors, image_max, text_max = ctx.saved_tensors
     rules = ctx.one_way, ctx.token_reduction, ctx.impl
+    by_image, by_text = (
+        [peak, dsum, dpositive]
+        for peak, (dpositive, _, dsum) in (
+            (image_max, doutput[:3]),
+            (text_max, doutput[3:]),
+        )
+    )
     gradients = late_interaction_backward(
-        dloss, *tensors, *rules, vectors, ctx.needs_input_grad[:3]
+        *tensors, *rules, by_image, by_text, ctx.needs_input_grad[:3]
     )
     needed = (each if each.numel() else None for each in gradients)
     return (*needed, None, None, None, None, None)

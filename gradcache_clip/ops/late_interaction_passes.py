@@ -1,6 +1,7 @@
 """Late interaction: the forward and the backward over tiles, whoever computes the tiles.
 
-B pairs, P image tokens, R text tokens, D feature width; I images of a stripe, J texts of a panel.
+B images and texts, P image tokens, R text tokens, D feature width; I images of a stripe, J texts of
+a panel. There may be more images than texts, or fewer, where image i and text i are no pair.
 
 A tile holds the similarities of all tokens of I images with all tokens of J texts, and is
 overwritten by the next one. Of it remain I x J scores in each direction, which are folded into row
@@ -15,16 +16,17 @@ each tile again. Its gradient has one entry for each maximum, P + R of P R for e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-Needs = tuple[bool, bool, bool]
-Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+TokenReduction = Literal["mean", "sum"]
 
 
 class Tokens(NamedTuple):
@@ -72,30 +74,14 @@ class TokenTiles(Protocol):
         """Add to `dtokens` of the stripe's images and of the panel's texts, where not None."""
 
 
-class Direction(NamedTuple):
-    """Of each sample that searches: the score of its partner, and its loss. Empty if unused."""
-
-    positive: Float[Tensor, " b"]
-    loss: Float[Tensor, " b"]
-
-
-class Summary(NamedTuple):
-    """What the forward leaves."""
-
-    loss: Float[Tensor, ""]
-    image_to_text_accuracy: Float[Tensor, ""]
-    text_to_image_accuracy: Float[Tensor, ""]
-    images: Direction
-    texts: Direction
-
-
 def masked_tokens(
     tokens: Tensor, mask: Tensor | None, token_reduction: str, dtype: torch.dtype
 ) -> Tokens:
     """One side as tiles take it; copied only where there is a mask."""
     weight = torch.ones(tokens.shape[:2], dtype=dtype, device=tokens.device)
     if mask is not None:
-        weight = mask.to(dtype)
+        # A kernel reads it row by row, however the mask lies in memory.
+        weight = mask.to(dtype).contiguous()
         index = _first(mask)[:, None, None].expand(-1, 1, tokens.shape[2])
         first = tokens.gather(1, index).masked_fill_(~mask.any(1)[:, None, None], 0)
         tokens = tokens.where(mask[:, :, None], first)
@@ -120,26 +106,25 @@ def _unmasked(dtokens: Tensor, mask: Tensor | None) -> Tensor:
     return dtokens
 
 
-def summary(tiles: TokenTiles, logit_scale: Tensor) -> Summary:
-    """The forward: loss and accuracies, and the vectors that the backward needs."""
-    size = len(tiles.images.values)
-    images, texts = _Fold(logit_scale, 0 if tiles.one_way else size), _Fold(logit_scale, size)
-    image_right = torch.empty(size, dtype=torch.bool, device=logit_scale.device)
+def statistics(tiles: TokenTiles, logit_scale: Tensor, *, paired: bool = True) -> Statistics:
+    """The forward: of each image over the texts, and of each text over the images.
+
+    Both with sums over negatives alone. `paired`: image i and text i are positives of each other;
+    otherwise all pairs are negatives, and the positive logits are zeros. One way the statistics of
+    images are over the scores of texts that look for them.
+    """
+    sides = [_Fold(logit_scale, len(side.values)) for side in (tiles.images, tiles.texts)]
     for stripe in tiles.stripes():
         rows, columns = _stripe_scores(tiles, stripe, logit_scale)
-        negatives = texts.take_positives(columns, stripe)
-        texts.add(negatives, slice(0, size), dim=0)
-        if rows is not None:
-            negatives = images.take_positives(rows, stripe)
-            images.add(negatives, stripe, dim=1)
-        positive = (texts if rows is None else images).positive[stripe] * logit_scale
-        image_right[stripe] = positive > negatives.amax(1)
-    text_right = texts.positive * logit_scale > texts.max
-    directions = images.direction(), texts.direction()
-    losses = [each.loss.mean() for each in directions[tiles.one_way :]]
-    dtype = logit_scale.dtype
-    accuracies = image_right.to(dtype).mean(), text_right.to(dtype).mean()
-    return Summary(torch.stack(losses).mean(), *accuracies, *directions)
+        places = (stripe, 1), (slice(0, len(tiles.texts.values)), 0)
+        both = columns if rows is None else rows, columns
+        for side, scores, (where, dim) in zip(sides, both, places, strict=True):
+            logits = scores * logit_scale
+            if paired:
+                side.take_positives(logits, stripe)
+            side.add(logits, where, dim)
+    images, texts = ((side.positive, side.max, side.sum, side.max) for side in sides)
+    return Statistics(*images, *texts)
 
 
 def _stripe_scores(tiles: TokenTiles, stripe: slice, like: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -155,20 +140,17 @@ def _stripe_scores(tiles: TokenTiles, stripe: slice, like: Tensor) -> tuple[Tens
 
 
 class _Fold:
-    """Positive scores, and (max, sum of exp) over the negative logits so far, of each sample."""
+    """Positive logits, and (max, sum of exp) over the negative ones so far, of each sample."""
 
     def __init__(self, logit_scale: Tensor, size: int) -> None:
-        self.logit_scale = logit_scale
-        self.positive = logit_scale.new_empty(size)
+        self.positive = logit_scale.new_zeros(size)
         self.max = logit_scale.new_full((size,), -torch.inf)
         self.sum = logit_scale.new_zeros(size)
 
-    def take_positives(self, scores: Tensor, stripe: slice) -> Tensor:
-        """Logits with -inf in the place of the positives."""
-        self.positive[stripe] = scores.diagonal(stripe.start)
-        logits = scores * self.logit_scale
+    def take_positives(self, logits: Tensor, stripe: slice) -> None:
+        """Leaves -inf in their place."""
+        self.positive[stripe] = logits.diagonal(stripe.start)
         logits.diagonal(stripe.start).fill_(-torch.inf)
-        return logits
 
     def add(self, negatives: Tensor, where: slice, dim: int) -> None:
         before, total = self.max[where], self.sum[where]
@@ -179,30 +161,29 @@ class _Fold:
         total.mul_(torch.exp(before - reference)).add_(added)
         before.copy_(peak)
 
-    def direction(self) -> Direction:
-        gap = self.max - self.positive * self.logit_scale + self.sum.log()
-        return Direction(self.positive, torch.logaddexp(gap, torch.zeros_like(gap)))
-
 
 def gradient(
     tiles: TokenTiles,
     logit_scale: Tensor,
-    factor: Tensor,
-    directions: tuple[Direction, Direction],
+    sides: tuple[SideGradient, SideGradient],
     needs: Needs,
+    *,
+    paired: bool = True,
 ) -> Gradients:
-    """The backward. `factor` (0-dim) is the outer gradient over the number of softmax terms."""
+    """The backward, from what is known of images and of texts."""
     needs_images, needs_texts, needs_scale = needs
     images, texts, dtype = tiles.images, tiles.texts, logit_scale.dtype
     dimages = torch.empty_like(images.values) if needs_images else None
     dtexts = torch.zeros_like(texts.values, dtype=dtype) if needs_texts else None
     dlogit_scale = torch.zeros_like(logit_scale)
+    sides, factor = _in_units(sides)
     unscale = factor * logit_scale / tiles.gradient_scale
     for stripe in tiles.stripes():
         rows = torch.zeros_like(images.values[stripe], dtype=dtype) if needs_images else None
         for panel in tiles.panels():
             maxima = tiles.maxima(stripe, panel, winners=needs_images or needs_texts)
-            dscores = _dscores(maxima, (stripe, panel), logit_scale, directions, dlogit_scale)
+            scores = _Scores(maxima, (stripe, panel), logit_scale)
+            dscores = scores.gradient(sides, dlogit_scale, paired=paired)
             if needs_images or needs_texts:
                 columns = None if dtexts is None else dtexts[panel]
                 tiles.add_gradients((stripe, panel), maxima, dscores, (rows, columns))
@@ -214,30 +195,49 @@ def gradient(
     return dimages, dtexts, dlogit_scale.mul_(factor) if needs_scale else None
 
 
-def _dscores(
-    maxima: Maxima,
-    pair: tuple[slice, slice],
-    logit_scale: Tensor,
-    directions: tuple[Direction, Direction],
-    dlogit_scale: Tensor,
-) -> tuple[Tensor | None, Tensor]:
-    """Softmax less target of both directions; adds to the gradient of the scale on the way."""
-    gradients: list[Tensor | None] = []
-    for scores, direction, where, dim in zip(maxima[:2], directions, pair, (1, 0), strict=True):
-        if scores is None:
-            gradients.append(None)
-            continue
-        positive, loss = (each[where].unsqueeze(dim) for each in direction)
-        softmax = torch.exp((scores * logit_scale - positive * logit_scale) - loss)
-        # exp(-loss) - 1 keeps its digits where the softmax of the positive rounds to one.
-        entries, pairs = _diagonal(softmax, *pair)
-        entries.copy_(torch.expm1(-direction.loss[pairs]))
-        # The rows of softmax less target sum to zero, so any score may be subtracted.
-        dlogit_scale += (softmax * (scores - positive)).sum()
-        gradients.append(softmax)
-    row, column = gradients
-    assert column is not None
-    return row, column
+def _in_units(
+    sides: tuple[SideGradient, SideGradient],
+) -> tuple[tuple[SideGradient, SideGradient], Tensor]:
+    """The sides over a common factor, so that gradients of scores are at most 1: 16 bits do."""
+    largest = torch.stack([side.dpositive.abs().amax() for side in sides]).amax()
+    factor = largest.where(largest > 0, 1)
+    images, texts = (
+        SideGradient(side.max, side.dsum / factor, side.dpositive / factor) for side in sides
+    )
+    return (images, texts), factor
+
+
+class _Scores(NamedTuple):
+    """Scores of a tile."""
+
+    maxima: Maxima
+    pair: tuple[slice, slice]
+    """Which images, and which texts."""
+    logit_scale: Tensor
+
+    def gradient(
+        self, sides: tuple[SideGradient, SideGradient], dlogit_scale: Tensor, *, paired: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Of both directions, times the scale; adds to the gradient of the scale on the way."""
+        row, column = (
+            None if scores is None else self._of(scores, side, dim, dlogit_scale, paired)
+            for scores, side, dim in zip(self.maxima[:2], sides, (1, 0), strict=True)
+        )
+        assert column is not None
+        return row, column
+
+    def _of(
+        self, scores: Tensor, side: SideGradient, dim: int, dlogit_scale: Tensor, paired: bool
+    ) -> Tensor:
+        peak, dsum, _ = (each.unsqueeze(dim) for each in side.of(self.pair[1 - dim]))
+        found = torch.exp(scores * self.logit_scale - peak).mul_(dsum)
+        if paired:
+            entries, pairs = _diagonal(found, *self.pair)
+            entries.copy_(side.dpositive[pairs])
+        # Those of a sample sum to zero, so any score may be subtracted: the largest negative.
+        largest = (peak / self.logit_scale).nan_to_num()
+        dlogit_scale += (found * (scores - largest)).sum()
+        return found
 
 
 def _diagonal(tile: Tensor, stripe: slice, panel: slice) -> tuple[Tensor, slice]:

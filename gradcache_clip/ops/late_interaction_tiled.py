@@ -29,9 +29,9 @@ class TorchTiles:
 
     def __init__(self, images: Tokens, texts: Tokens, *, one_way: bool) -> None:
         self.images, self.texts, self.one_way = images, texts, one_way
-        (B, P), R = images.weight.shape, texts.weight.shape[1]
-        self._rows = min(B, max(1, _SIDE // P))
-        self._columns = min(B, max(1, _ELEMENTS // (self._rows * P * R)))
+        (I, P), (J, R) = images.weight.shape, texts.weight.shape
+        self._rows = min(I, max(1, _SIDE // P))
+        self._columns = min(J, max(1, _ELEMENTS // (self._rows * P * R)))
         self._buffers: dict[str, Tensor] = {}
 
     def stripes(self) -> Iterator[slice]:

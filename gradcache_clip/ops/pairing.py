@@ -5,6 +5,7 @@ M rows q_i, N columns k_j, S_ij = logit_scale <q_i, k_j>.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Pairing(NamedTuple):
     """Logits above it are no negatives of their row; only without labels."""
     column_threshold: Float[Tensor, " n"] | None = None
     positive_shift: int = 0
+    """Far outside of the columns, see `without_positives`, no row has a positive."""
     both_ways: bool = True
     """Whether rows compete for each column as well."""
     self_contrast: bool = False
@@ -39,6 +41,36 @@ class Pairing(NamedTuple):
         """The six vectors and the three numbers, as an op of torch.library takes them."""
         vectors: list[Any] = list(self[:6])
         return vectors, [self.positive_shift, int(self.both_ways), int(self.self_contrast)]
+
+    def of_block(self, rows: slice, columns: slice) -> Pairing:
+        """The rules of these rows and columns alone; shift and flags stay."""
+        places = rows, columns
+        vectors: list[Any] = [
+            None if vector is None else vector[..., places[index % 2]]
+            for index, vector in enumerate(self[:6])
+        ]
+        rules: list[Any] = [*vectors, *self[6:]]
+        return Pairing(*rules)
+
+    def transposed(self) -> Pairing:
+        """Rows as columns and the reverse."""
+        rules: list[Any] = [*(self[index ^ 1] for index in range(6)), *self[6:]]
+        return Pairing(*rules)
+
+    def with_columns(self, order: Int[Tensor, " n"] | None) -> Pairing:
+        """Column `order[j]` as column j; without an order the rules as they are."""
+        if order is None:
+            return self
+        rules: list[Any] = [
+            vector[..., order] if vector is not None and index % 2 == 1 else vector
+            for index, vector in enumerate(self[:6])
+        ]
+        rules += self[6:]
+        return Pairing(*rules)
+
+    def without_positives(self, M: int, N: int) -> Pairing:
+        """The rules of M rows and N columns that hold no pair, unless labels make one."""
+        return self._replace(positive_shift=2 * (M + N), self_contrast=False)
 
     @staticmethod
     def unpacked(vectors: Sequence[Tensor | None], rules: Sequence[int]) -> Pairing:
@@ -69,6 +101,11 @@ class Statistics(NamedTuple):
     column_sum: Float[Tensor, " n"]
     column_rival: Float[Tensor, " n"]
 
+    def with_columns(self, order: Int[Tensor, " n"]) -> Statistics:
+        """Column `order[j]` as column j."""
+        columns = (each[..., order] if each.numel() else each for each in self[4:])
+        return Statistics(*self[:4], *columns)
+
 
 class SideGradient(NamedTuple):
     """What the backward knows of the rows, or of the columns: G_ij = exp(S_ij - max) dsum."""
@@ -76,6 +113,16 @@ class SideGradient(NamedTuple):
     max: Float[Tensor, " m"]
     dsum: Float[Tensor, " m"]
     dpositive: Float[Tensor, " m"]
+
+    def of(self, where: slice) -> SideGradient:
+        """Of these rows alone; what is empty stays so."""
+        return SideGradient(*(each[..., where] for each in self))
+
+    @staticmethod
+    def silent(like: Tensor, size: int) -> SideGradient:
+        """Of `size` rows that sum nothing: a direction that a loss does not have."""
+        zeros = like.new_zeros((*like.shape[:-1], size))
+        return SideGradient(zeros + math.inf, zeros, zeros)
 
 
 # Of q, k and logit_scale: which gradients are needed, and the gradients, None where not needed.

@@ -9,8 +9,8 @@ d_P the widest, 2 M N d_P flops in the forward, 2 M N d_P in the backward for S 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from gradcache_clip.ops.implementations import (
     refuse_transforms,
     resolve_impl,
 )
-from gradcache_clip.ops.pairing import Pairing, SideGradient, Statistics
+from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.prefixes_reference import prefixes_reference, unit_prefix
 from gradcache_clip.ops.prefixes_tiled import prefix_gradient_tiled, prefix_statistics_tiled
 from gradcache_clip.ops.prefixes_triton import (
@@ -65,7 +65,7 @@ def prefix_statistics(
         with autocast_disabled(q.device):
             return prefixes_reference(q, k, logit_scale, _pairings(pairing, widths), widths)
     if resolved == "triton" and not in_one_pass(pairing):
-        return _one_pass_each(loss, q, k, logit_scale, pairing, widths, resolved)
+        return one_pass_each(contrast_statistics, loss, q, k, logit_scale, pairing, widths)
     refuse_transforms(loss, q, k, logit_scale)
     vectors, rules = pairing.packed()
     stacked = _statistics(q, k, logit_scale, vectors, rules, list(widths), resolved, loss)
@@ -94,21 +94,56 @@ def _pairings(pairing: Pairing, widths: Sequence[int]) -> list[Pairing]:
     ]
 
 
-def _one_pass_each(
+def one_pass_each(
+    statistics: Callable[..., Statistics],
     loss: str,
     q: Tensor,
     k: Tensor,
     logit_scale: Tensor,
     pairing: Pairing,
     widths: Sequence[int],
-    impl: str,
 ) -> list[Statistics]:
+    """By Triton kernels, with one contrast a width over normalised copies of the prefixes."""
     result = []
     for each, width in zip(_pairings(pairing, widths), widths, strict=True):
         rows = unit_prefix(q, width).to(q.dtype)
         columns = rows if pairing.self_contrast else unit_prefix(k, width).to(k.dtype)
-        result.append(contrast_statistics(loss, rows, columns, logit_scale, each, impl))
+        result.append(statistics(loss, rows, columns, logit_scale, each, "triton"))
     return result
+
+
+class PrefixPasses(NamedTuple):
+    """The two passes over the tiles of all prefixes; their fields have a leading dimension P."""
+
+    impl: str
+    """"tiled", or "triton" where `in_one_pass` of the pairing."""
+    widths: Sequence[int]
+
+    def statistics(self, q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing) -> Statistics:
+        """What one pass over the logits leaves of each row and column."""
+        with autocast_disabled(q.device):
+            pairings = _pairings(pairing, self.widths)
+            each = _STATISTICS[self.impl](q, k, logit_scale, pairings, self.widths)
+        return Statistics(*(torch.stack(field) for field in zip(*each, strict=True)))
+
+    def gradient(
+        self,
+        q: Tensor,
+        k: Tensor,
+        logit_scale: Tensor,
+        pairing: Pairing,
+        rows: SideGradient,
+        columns: SideGradient | None,
+        needs: Needs,
+    ) -> Gradients:
+        """dq, dk and dlogit_scale; None where not needed, and dk of a self-contrast."""
+        row_sides = [SideGradient(*each) for each in zip(*rows, strict=True)]
+        column_sides: list[SideGradient | None] = [None] * len(self.widths)
+        if columns is not None:
+            column_sides = [SideGradient(*each) for each in zip(*columns, strict=True)]
+        rules = _pairings(pairing, self.widths), self.widths
+        with autocast_disabled(q.device):
+            return _GRADIENT[self.impl](q, k, logit_scale, *rules, row_sides, column_sides, needs)
 
 
 # torch.compile calls these two as they are, through the shapes that the fake kernels give.
@@ -129,10 +164,8 @@ def _statistics(
     loss: str,
 ) -> tuple[Tensor, ...]:
     """Statistics with a leading dimension of prefixes."""
-    pairings = _pairings(Pairing.unpacked(vectors, rules), widths)
-    with autocast_disabled(q.device):
-        each = _STATISTICS[impl](q, k, logit_scale, pairings, widths)
-    return tuple(torch.stack(field) for field in zip(*each, strict=True))
+    passes = PrefixPasses(impl, widths)
+    return tuple(passes.statistics(q, k, logit_scale, Pairing.unpacked(vectors, rules)))
 
 
 @torch.library.custom_op(
@@ -157,22 +190,9 @@ def _gradient(
 ) -> tuple[Tensor, ...]:
     """Gradients that are not needed come back empty."""
     pairing = Pairing.unpacked(vectors, rules)
-    row_sides = [SideGradient(*each) for each in zip(*rows, strict=True)]
-    column_sides: list[SideGradient | None] = [None] * len(widths)
-    if pairing.both_ways:
-        column_sides = [SideGradient(*each) for each in zip(*columns, strict=True)]
+    sides = SideGradient(*rows), SideGradient(*columns) if pairing.both_ways else None
     needed = needs[0], needs[1], needs[2]
-    with autocast_disabled(q.device):
-        gradients = _GRADIENT[impl](
-            q,
-            k,
-            logit_scale,
-            _pairings(pairing, widths),
-            widths,
-            row_sides,
-            column_sides,
-            needed,
-        )
+    gradients = PrefixPasses(impl, widths).gradient(q, k, logit_scale, pairing, *sides, needed)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

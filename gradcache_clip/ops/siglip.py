@@ -158,17 +158,45 @@ def _result(
         with autocast_disabled(q.device):
             return siglip_reference(*inputs, label_pair)
     refuse_transforms("siglip_loss", *inputs)
-    needs = [torch.is_grad_enabled() and each.requires_grad for each in inputs]
+    wanted = wanted_of(*inputs, accuracy=with_accuracy)
     loss, *gradients, row_accuracy, column_accuracy = _siglip(
-        *(each.detach() for each in inputs),
-        *(label_pair or (None, None)),
-        [*needs, with_accuracy],
-        impl,
+        *(each.detach() for each in inputs), *(label_pair or (None, None)), list(wanted), impl
     )
-    for each, gradient, need in zip(inputs, gradients, needs, strict=True):
-        if need:
+    return with_gradients(loss, inputs, gradients), row_accuracy, column_accuracy
+
+
+def wanted_of(*inputs: Tensor, accuracy: bool) -> Wanted:
+    """What a pass has to compute beside the loss."""
+    q, k, scale, bias = (torch.is_grad_enabled() and each.requires_grad for each in inputs)
+    return Wanted(q, k, scale, bias, accuracy)
+
+
+def with_gradients(
+    loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> Tensor:
+    """The loss with its gradients for those of (q, k, logit_scale, logit_bias) that need one."""
+    for each, gradient in zip(inputs, gradients, strict=True):
+        if gradient is not None and torch.is_grad_enabled() and each.requires_grad:
             loss = _attach_gradient(loss, each, gradient)
-    return loss, row_accuracy, column_accuracy
+    return loss
+
+
+def share_right(best: Float[Tensor, "2 m"]) -> Float[Tensor, ""]:
+    """Share of rows whose best positive is above their best negative."""
+    return (best[0] > best[1]).to(best.dtype).mean()
+
+
+def sigmoid_pass(
+    impl: str,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    labels: Labels | None,
+    wanted: Wanted,
+    *,
+    paired: bool = True,
+) -> SigmoidPass:
+    """Sums over q, k, logit_scale and logit_bias, below autograd and outside of any autocast."""
+    with autocast_disabled(inputs[0].device):
+        return _PASSES[impl](*inputs, labels, wanted, paired=paired)
 
 
 def checked_labels(q: Tensor, k: Tensor, labels: Tensor | Labels | None) -> Labels | None:
@@ -217,8 +245,10 @@ def _siglip(
 ) -> tuple[Tensor, ...]:
     """Loss, gradients and accuracies as constants; what is not wanted comes back empty."""
     labels = None if row_labels is None or column_labels is None else (row_labels, column_labels)
-    with autocast_disabled(q.device):
-        result = _PASSES[impl](q, k, logit_scale, logit_bias, labels, Wanted(*wanted))
+    inputs = q, k, logit_scale, logit_bias
+    found = sigmoid_pass(impl, inputs, labels, Wanted(*wanted)).mean(logit_scale, len(q))
+    accuracies = (None if best is None else share_right(best) for best in found[5:])
+    result = *found[:5], *accuracies
     return tuple(logit_scale.new_empty(0) if each is None else each for each in result)
 
 

@@ -1,7 +1,8 @@
 """The sigmoid loss tile by tile in plain PyTorch, on any device: loss and gradients in one pass.
 
 M rows q_i, N columns k_j, D feature width; S_ij = logit_scale <q_i, k_j> + logit_bias; z_ij is 1 on
-positives and -1 elsewhere. G_ij = dloss/dS_ij, times M: -z sigmoid(-z S).
+positives and -1 elsewhere. A pass sums over all i and j; of its sum G_ij = dloss/dS_ij is
+-z sigmoid(-z S).
 """
 
 from __future__ import annotations
@@ -38,15 +39,26 @@ class Wanted(NamedTuple):
 
 
 class SigmoidPass(NamedTuple):
-    """The loss and its gradients, all in the dtype of the logits; None where not wanted."""
+    """Sums over M x N entries, all in the dtype of the logits; None where not wanted."""
 
     loss: Float[Tensor, ""]
     dq: Float[Tensor, "m d"] | None
+    """G k, without the scale."""
     dk: Float[Tensor, "n d"] | None
+    """G^T q, without the scale."""
     dlogit_scale: Float[Tensor, ""] | None
     dlogit_bias: Float[Tensor, ""] | None
-    row_accuracy: Float[Tensor, ""] | None
-    column_accuracy: Float[Tensor, ""] | None
+    row_best: Float[Tensor, "2 m"] | None
+    """The largest logit of a positive, and of a negative, or what grows with the logits."""
+    column_best: Float[Tensor, "2 n"] | None
+
+    def mean(self, logit_scale: Tensor, rows: int) -> SigmoidPass:
+        """The loss as a mean over rows, and its gradients; features' gradients in place."""
+        for product in (self.dq, self.dk):
+            if product is not None:
+                product.mul_(logit_scale / rows)
+        scale, bias = (None if each is None else each / rows for each in self[3:5])
+        return self._replace(loss=self.loss / rows, dlogit_scale=scale, dlogit_bias=bias)
 
 
 def siglip_tiled(
@@ -57,28 +69,32 @@ def siglip_tiled(
     labels: Labels | None,
     wanted: Wanted,
     *,
+    paired: bool = True,
     shape: TileShape = DEFAULT_TILE,
 ) -> SigmoidPass:
-    """One walk over the tiles; no tensor larger than the features or one tile."""
+    """One walk over the tiles; no tensor larger than the features or one tile.
+
+    Without labels the positives are those of the diagonal if `paired`, or none.
+    """
     tiles = Tiles(q, k, logit_scale, shape)
-    positives = _Positives(tiles, labels)
+    positives = _Positives(tiles, labels, paired)
     gradients = _Gradients(tiles, wanted)
-    ranks = _Ranks(tiles, positives) if wanted.accuracy else None
+    best = _Best(tiles, positives) if wanted.accuracy else None
     losses = []
     for stripe in tiles.stripes():
         gradients.begin(stripe)
         for panel in tiles.panels():
             tile = tiles.logits(stripe, panel).add_(logit_bias)
-            if ranks is not None:
-                ranks.fold(tile, stripe, panel)
+            if best is not None:
+                best.fold(tile, stripe, panel)
             positives.flip(tile, stripe, panel)
             losses.append(_softplus(tile, out=tiles.buffer("scratch", stripe, panel)).sum())
             if wanted.gradients:
                 positives.flip(tile.sigmoid_(), stripe, panel)
                 gradients.add(tile, stripe, panel)
         gradients.end(stripe)
-    accuracies = (None, None) if ranks is None else ranks.accuracies()
-    return SigmoidPass(_total(losses) / len(q), *gradients.unit_gradients(), *accuracies)
+    largest = (None, None) if best is None else (best.rows, best.columns)
+    return SigmoidPass(_total(losses), *gradients.totals(), *largest)
 
 
 def _softplus(x: Tensor, *, out: Tensor) -> Tensor:
@@ -92,18 +108,18 @@ def _total(parts: list[Tensor]) -> Tensor:
 
 
 class _Positives:
-    """Where the positives of a tile are: on the diagonal, or wherever labels are equal."""
+    """Where the positives of a tile are: wherever labels are equal, on the diagonal, or nowhere."""
 
-    def __init__(self, tiles: Tiles, labels: Labels | None) -> None:
-        self.tiles, self.labels = tiles, labels
+    def __init__(self, tiles: Tiles, labels: Labels | None, paired: bool) -> None:
+        self.tiles, self.labels, self.paired = tiles, labels, paired
 
     def flip(self, tile: Tensor, stripe: slice, panel: slice) -> None:
         """Negate the positives in place: S becomes -z S, and sigmoid(-z S) becomes G."""
-        if self.labels is None:
+        if self.labels is not None:
+            sign = self._equal(stripe, panel, self.tiles.buffer("sign", stripe, panel))
+            tile.mul_(sign.mul_(-2).add_(1))
+        elif self.paired:
             diagonal(tile, stripe, panel)[0].neg_()
-            return
-        sign = self._equal(stripe, panel, self.tiles.buffer("sign", stripe, panel))
-        tile.mul_(sign.mul_(-2).add_(1))
 
     def mask(self, stripe: slice, panel: slice) -> Tensor:
         """Only with labels."""
@@ -145,17 +161,13 @@ class _Gradients:
         if self.wanted.dlogit_scale and self.through_q:
             self.scale_parts.append((self.rows * self.product).sum())
 
-    def unit_gradients(self) -> tuple[Tensor | None, ...]:
-        """Gradients of the loss itself: G over M, and through the scale."""
-        rows = len(self.tiles.q)
+    def totals(self) -> tuple[Tensor | None, ...]:
+        """Both products, and the sums of G <q, k> and of G."""
         if self.wanted.dlogit_scale and self.dk is not None and not self.through_q:
             for panel in self.tiles.panels():
                 self.scale_parts.append((self.tiles.k[panel] * self.dk[panel]).sum())
-        for product in (self.dq, self.dk):
-            if product is not None:
-                product.mul_(self.tiles.logit_scale / rows)
         scale, bias = (
-            _total(parts) / rows if parts else None for parts in (self.scale_parts, self.bias_parts)
+            _total(parts) if parts else None for parts in (self.scale_parts, self.bias_parts)
         )
         return self.dq, self.dk, scale, bias
 
@@ -169,45 +181,43 @@ def _zeros(scale: Tensor, like: Tensor) -> Tensor:
     return scale.new_zeros(like.numel() + _SPARE)[: like.numel()].view(like.shape)
 
 
-class _Ranks:
+class _Best:
     """The largest logit of a positive and of a negative, for each row and each column."""
 
     def __init__(self, tiles: Tiles, positives: _Positives) -> None:
         self.tiles, self.positives = tiles, positives
-        M, N = len(tiles.q), len(tiles.k)
-        self.row_positive, self.row_negative, self.column_positive, self.column_negative = (
-            tiles.logit_scale.new_full((size,), -torch.inf) for size in (M, M, N, N)
+        self.rows, self.columns = (
+            tiles.logit_scale.new_full((2, len(side)), -torch.inf) for side in (tiles.q, tiles.k)
         )
         self.nothing = tiles.logit_scale.new_full((), -torch.inf)
 
     def fold(self, tile: Tensor, stripe: slice, panel: slice) -> None:
         """Take in the logits of a tile, and leave them as they were."""
-        if self.positives.labels is None:
+        if self.positives.labels is not None:
+            self._fold_labelled(tile, stripe, panel)
+        elif self.positives.paired:
             self._fold_diagonal(tile, stripe, panel)
-            return
+        else:
+            self._raise(1, tile, stripe, panel)
+
+    def _fold_labelled(self, tile: Tensor, stripe: slice, panel: slice) -> None:
         mask = self.positives.mask(stripe, panel)
         scratch = self.tiles.buffer("scratch", stripe, panel)
         torch.where(mask, tile, self.nothing, out=scratch)
-        _raise(self.row_positive[stripe], self.column_positive[panel], scratch)
+        self._raise(0, scratch, stripe, panel)
         torch.where(mask, self.nothing, tile, out=scratch)
-        _raise(self.row_negative[stripe], self.column_negative[panel], scratch)
+        self._raise(1, scratch, stripe, panel)
 
     def _fold_diagonal(self, tile: Tensor, stripe: slice, panel: slice) -> None:
         entries, pairs = diagonal(tile, stripe, panel)
         positive = entries.clone()
-        self.row_positive[pairs] = positive
-        self.column_positive[pairs] = positive
+        self.rows[0, pairs] = positive
+        self.columns[0, pairs] = positive
         entries.fill_(-torch.inf)
-        _raise(self.row_negative[stripe], self.column_negative[panel], tile)
+        self._raise(1, tile, stripe, panel)
         entries.copy_(positive)
 
-    def accuracies(self) -> tuple[Tensor, Tensor]:
-        dtype = self.row_positive.dtype
-        row_right = self.row_positive > self.row_negative
-        column_right = self.column_positive > self.column_negative
-        return row_right.to(dtype).mean(), column_right.to(dtype).mean()
-
-
-def _raise(row_best: Tensor, column_best: Tensor, tile: Tensor) -> None:
-    torch.maximum(row_best, tile.amax(1), out=row_best)
-    torch.maximum(column_best, tile.amax(0), out=column_best)
+    def _raise(self, which: int, tile: Tensor, stripe: slice, panel: slice) -> None:
+        row_best, column_best = self.rows[which, stripe], self.columns[which, panel]
+        torch.maximum(row_best, tile.amax(1), out=row_best)
+        torch.maximum(column_best, tile.amax(0), out=column_best)

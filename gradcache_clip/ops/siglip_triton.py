@@ -19,6 +19,8 @@ def siglip_triton(
     logit_bias: Float[Tensor, ""],
     labels: Labels | None,
     wanted: Wanted,
+    *,
+    paired: bool = True,
 ) -> SigmoidPass:
     """Loss and gradients in one pass; memory beyond them: a workspace of bounded size."""
     from gradcache_clip.kernels.sigmoid import sigmoid_loss
@@ -26,4 +28,5 @@ def siglip_triton(
     q, k = q.contiguous(), k.contiguous()
     if labels is not None:
         labels = labels[0].contiguous(), labels[1].contiguous()
-    return SigmoidPass(*sigmoid_loss(q, k, logit_scale, logit_bias, labels, wanted))
+    found = sigmoid_loss(q, k, logit_scale, logit_bias, labels, wanted, paired=paired)
+    return SigmoidPass(*found)

@@ -1,0 +1,252 @@
+"""Losses of a batch that is spread over processes, each beside the same loss of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradcache_clip import (
+    ClipLoss,
+    InfoNCELoss,
+    LateInteractionLoss,
+    MatryoshkaLoss,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
+)
+
+ROWS, WIDTH = 6, 16
+
+
+class Case(NamedTuple):
+    """A loss, what all ranks together pass to it, and which of that are features."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    given: Callable[[int, torch.Generator], dict[str, Tensor]]
+
+
+def _features(world: int, generator: torch.Generator, *shape: int) -> Tensor:
+    # Cosines near 0.9: there sums of exponentials are hard to get right.
+    shared = torch.randn(WIDTH, generator=generator)
+    noise = torch.randn(world * shape[0], *shape[1:], WIDTH, generator=generator)
+    return (noise + 2 * shared).double()
+
+
+def _integers(world: int, generator: torch.Generator, rows: int, below: int) -> Tensor:
+    return torch.randint(below, (world * rows,), generator=generator)
+
+
+def _pairs(**more: int) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+    def given(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+        features = {
+            name: _features(world, generator, ROWS) for name in ("image_features", "text_features")
+        }
+        integers = {n: _integers(world, generator, ROWS, below) for n, below in more.items()}
+        return features | integers
+
+    return given
+
+
+def _retrieval(
+    *negatives: int, ids: int = 0
+) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+    """`negatives`: () for none, (h,) shared or (b, K) own; ids for documents or for all columns."""
+
+    def given(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+        result = {name: _features(world, generator, ROWS) for name in ("queries", "documents")}
+        if negatives:
+            result["hard_negatives"] = _features(world, generator, *negatives)
+        if ids:
+            result["ids"] = _integers(world, generator, ids, 5)
+        return result
+
+    return given
+
+
+def _views(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {name: _features(world, generator, ROWS) for name in ("features_a", "features_b")}
+
+
+def _classes(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+    labels = _integers(world, generator, ROWS, 4)
+    labels[0] = 99  # without any positive
+    return {"features": _features(world, generator, ROWS), "labels": labels}
+
+
+def _captions(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """More texts than images, whose positives are on any rank, and some nowhere."""
+    return {
+        "image_features": _features(world, generator, ROWS),
+        "text_features": _features(world, generator, ROWS + 3),
+        "image_labels": torch.randperm(world * ROWS, generator=generator),
+        "text_labels": _integers(world, generator, ROWS + 3, world * ROWS),
+    }
+
+
+class _LabelPair(nn.Module):
+    """Labels of images and texts as two arguments."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.loss = SigLipLoss(**options)
+
+    def forward(self, image_labels: Tensor, text_labels: Tensor, **features: Tensor) -> Any:
+        return self.loss(**features, labels=(image_labels, text_labels))
+
+
+def _tokens(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "image_tokens": _features(world, generator, ROWS, 4),
+        "text_tokens": _features(world, generator, ROWS, 3),
+    }
+
+
+def _masked_tokens(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+    tokens = _tokens(world, generator)
+    masks = {}
+    for name, each in (
+        ("image_mask", tokens["image_tokens"]),
+        ("text_mask", tokens["text_tokens"]),
+    ):
+        mask = torch.rand(each.shape[:2], generator=generator) < 0.5
+        masks[name] = mask.index_fill(1, torch.tensor(1), True)
+    return tokens | masks
+
+
+def _matryoshka(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    return lambda **options: MatryoshkaLoss(build(**options), dims=[5, WIDTH])
+
+
+def _with(build: Callable[..., nn.Module], **options: Any) -> Callable[..., nn.Module]:
+    return lambda **more: build(init_logit_scale=30.0, **options, **more)
+
+
+_CLIP, _NCE = _with(ClipLoss), _with(InfoNCELoss)
+_BOTH_WAYS = _with(InfoNCELoss, symmetric=True)
+
+CASES = [
+    Case("clip", _CLIP, _pairs()),
+    Case("clip labels", _CLIP, _pairs(labels=5)),
+    Case("clip ids", _CLIP, _pairs(ids=5)),
+    Case("clip labels and ids", _CLIP, _pairs(labels=7, ids=4)),
+    Case("clip smoothing", _with(ClipLoss, label_smoothing=0.1), _pairs(ids=5)),
+    Case("info_nce", _NCE, _retrieval()),
+    Case("info_nce both ways", _BOTH_WAYS, _retrieval(ids=ROWS)),
+    Case("info_nce shared", _NCE, _retrieval(4)),
+    Case("info_nce shared both ways", _BOTH_WAYS, _retrieval(9, ids=ROWS)),
+    Case("info_nce shared ids", _BOTH_WAYS, _retrieval(4)),
+    Case("info_nce own", _NCE, _retrieval(ROWS, 3)),
+    Case("info_nce margin", _with(InfoNCELoss, false_negative_margin=0.02), _retrieval(4)),
+    Case(
+        "info_nce margin both ways",
+        _with(InfoNCELoss, false_negative_margin=0.0, symmetric=True),
+        _retrieval(4),
+    ),
+    Case("info_nce debiased", _with(InfoNCELoss, tau_plus=0.1, symmetric=True), _retrieval()),
+    Case("info_nce debiased own", _with(InfoNCELoss, tau_plus=0.1), _retrieval(ROWS, 2)),
+    Case("nt_xent", _with(NTXentLoss), _views),
+    Case("nt_xent debiased", _with(NTXentLoss, tau_plus=0.1), _views),
+    Case("sup_con", _with(SupConLoss), _classes),
+    Case("siglip", _with(SigLipLoss), _pairs()),
+    Case("siglip near its start", _with(SigLipLoss, init_logit_bias=-25.0), _pairs()),
+    Case("siglip labels", _with(SigLipLoss), _pairs(labels=5)),
+    Case("siglip captions", _with(_LabelPair), _captions),
+    Case("late_interaction", _with(LateInteractionLoss), _tokens),
+    Case("late_interaction masks", _with(LateInteractionLoss), _masked_tokens),
+    Case("late_interaction one way", _with(LateInteractionLoss, one_way=True), _masked_tokens),
+    Case("late_interaction sum", _with(LateInteractionLoss, token_reduction="sum"), _tokens),
+    Case("matryoshka clip", _matryoshka(_CLIP), _pairs()),
+    Case("matryoshka clip labels", _matryoshka(_CLIP), _pairs(labels=5)),
+    Case(
+        "matryoshka clip smoothing",
+        _matryoshka(_with(ClipLoss, label_smoothing=0.1)),
+        _pairs(),
+    ),
+    Case("matryoshka info_nce", _matryoshka(_BOTH_WAYS), _retrieval(4)),
+    Case(
+        "matryoshka info_nce margin",
+        _matryoshka(_with(InfoNCELoss, false_negative_margin=0.0)),
+        _retrieval(ROWS, 2),
+    ),
+    Case("matryoshka nt_xent", _matryoshka(_with(NTXentLoss)), _views),
+    Case("matryoshka sup_con", _matryoshka(_with(SupConLoss)), _classes),
+]
+
+
+def evaluated(loss: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that a loss returns, and every gradient, times an outer factor."""
+    leaves = {
+        name: each.clone().requires_grad_() if each.is_floating_point() else each
+        for name, each in given.items()
+    }
+    loss = loss.to(next(each.dtype for each in leaves.values() if each.is_floating_point()))
+    output = loss(**leaves)
+    (3 * output.loss).backward()
+    found = {name: each for name, each in output._asdict().items() if each is not None}
+    found |= {f"d{name}": each.grad for name, each in leaves.items() if each.requires_grad}
+    return found | {f"d{name}": each.grad for name, each in loss.named_parameters()}
+
+
+class Place(NamedTuple):
+    """Where this process is among those that share a batch."""
+
+    rank: int
+    world: int
+
+    @staticmethod
+    def in_group(group: dist.ProcessGroup | None) -> Place:
+        return Place(dist.get_rank(group), dist.get_world_size(group))
+
+    def share(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's rows of everything."""
+        return {name: each.chunk(self.world)[self.rank].clone() for name, each in whole.items()}
+
+    def of_rank(self, found: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A rank has the gradient of its own features, and everything else as it is."""
+        return {
+            name: each.chunk(self.world)[self.rank] if name[1:] in whole else each.detach()
+            for name, each in found.items()
+        }
+
+
+def whole_batch(case: Case, world: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What all ranks together pass."""
+    given = case.given(world, torch.Generator().manual_seed(11))
+    return {n: each.to(dtype) if each.is_floating_point() else each for n, each in given.items()}
+
+
+def worst_errors(
+    case: Case, dtype: torch.dtype, *, group: dist.ProcessGroup | None = None, **options: Any
+) -> dict[str, float]:
+    """Largest difference over the largest entry, of the spread loss to that of the whole batch."""
+    place = Place.in_group(group)
+    whole = whole_batch(case, place.world, dtype)
+    spread = evaluated(case.build(group=group, **options), place.share(whole))
+    alone = evaluated(case.build(group=alone_group(), impl=options["impl"]), whole)
+    return relative_errors(spread, place.of_rank(alone, whole))
+
+
+def relative_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Of each tensor the largest difference over the largest true entry."""
+    return {
+        name: float(
+            (got[name] - true).detach().abs().max() / true.detach().abs().max().clamp_min(1e-30)
+        )
+        for name, true in truth.items()
+    }
+
+
+_groups: dict[int, dist.ProcessGroup] = {}
+
+
+def alone_group() -> dist.ProcessGroup:
+    """A group of this process alone, in which nothing is exchanged."""
+    if id(dist.group.WORLD) not in _groups:
+        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        _groups[id(dist.group.WORLD)] = groups[dist.get_rank()]
+    return _groups[id(dist.group.WORLD)]

@@ -1,0 +1,78 @@
+"""Checks that several processes over gloo run one after another, and what failed in which."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Check = Callable[[], None]
+Suite = Callable[[], Iterator[tuple[str, Check]]]
+
+# Imported once for all processes; the first call of an op imports the former.
+PRELOADED = "torch._dynamo", "gradcache_clip"
+
+# A rank that waits for one that has given up.
+_PATIENCE = timedelta(seconds=20)
+
+
+def failures(
+    suite: Suite, world: int, folder: Path, *, start_method: str = "forkserver"
+) -> list[str]:
+    """Run a suite in `world` processes; one line for each rank and check that failed.
+
+    A check that fails an assertion lets the others go on. After any other error the rank is out of
+    step with the others, and gives up.
+    """
+    if start_method == "forkserver":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*PRELOADED, suite.__module__])
+    rendezvous = f"file://{folder}/rendezvous-{world}"
+    arguments = rendezvous, world, suite, folder
+    mp.start_processes(_run, arguments, nprocs=world, start_method=start_method)
+    found: list[str] = []
+    for rank in range(world):
+        report = json.loads((folder / f"rank-{rank}.json").read_text())
+        found += (f"rank {rank} of {world}: {line}" for line in report)
+    return found
+
+
+def _run(rank: int, rendezvous: str, world: int, suite: Suite, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=_PATIENCE
+    )
+    try:
+        (folder / f"rank-{rank}.json").write_text(json.dumps(list(_failed(suite))))
+    finally:
+        dist.destroy_process_group()
+
+
+def _failed(suite: Suite) -> Iterator[str]:
+    for name, check in suite():
+        what, gives_up = _outcome(check)
+        if what:
+            yield f"{name}: {what}"
+        if gives_up:
+            return
+
+
+def _outcome(check: Check) -> tuple[str, bool]:
+    """What went wrong, empty if nothing did, and whether the rank is out of step."""
+    try:
+        check()
+    except (AssertionError, pytest.fail.Exception) as error:
+        return f"{str(error)[:400]}\n{traceback.format_exc(limit=-1)}", False
+    except Exception:
+        return traceback.format_exc(limit=-4), True
+    return "", False

@@ -1,0 +1,74 @@
+"""The formulas of benchmarks/scaling.py against the collectives of real processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from collectives import CountedCollectives
+from scaling import Setting, cost, main
+
+from gradcache_clip import ClipLoss
+
+ROWS, WIDTH = 12, 32
+# Beside the formulas a step exchanges the shapes of its inputs and the gradient of the scale.
+_CHECK_BYTES = 4 * 3 * 8
+_SCALE_BYTES = 4
+
+
+def count(rank: int, world: int, rendezvous: str, exchange: str, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    images, texts = (torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2))
+    loss = ClipLoss(exchange=exchange)
+    with CountedCollectives() as counted:
+        loss(images, texts).loss.backward()
+    if rank == 0:
+        torch.save((dict(counted.calls), counted.total_bytes_received), results)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_a_step_of_the_loss_exchanges_what_the_formula_says(world, exchange, tmp_path):
+    results = str(tmp_path / "counted.pt")
+    mp.spawn(count, (world, f"file://{tmp_path}/r", exchange, results), nprocs=world)
+    calls, received = torch.load(results)
+    found = cost(Setting(world, ROWS, WIDTH, feature_bytes=4, parameters=0, exchange=exchange))
+    checks = (world - 1) * _CHECK_BYTES + 2 * _SCALE_BYTES * (world - 1) // world
+    assert received == found.bytes_received + checks
+    gathers = {"gather": 4, "ring": 2}[exchange]  # features of both sides only in "gather"
+    assert calls["allgather_base"] == gathers
+    assert calls["allreduce"] == 3  # maximum and sum of the columns, gradient of the scale
+    assert calls.get("recv", 0) == {"gather": 0, "ring": 3 * (world - 1)}[exchange]
+
+
+def test_a_ring_holds_the_same_however_many_share_the_batch():
+    few, many = (cost(Setting(world, 1024, exchange="ring")) for world in (8, 1024))
+    assert many.loss_memory_bytes < few.loss_memory_bytes + 1024 * 1024 * 40
+    gathered = cost(Setting(1024, 1024))
+    assert gathered.loss_memory_bytes > 20 * many.loss_memory_bytes
+
+
+def test_the_work_of_a_process_grows_with_the_global_batch_alone():
+    one, other = cost(Setting(4, 256)), cost(Setting(8, 256))
+    assert other.loss_flops == 2 * one.loss_flops
+
+
+def test_sharding_takes_the_state_apart_stage_by_stage():
+    held = [cost(Setting(8, 256, zero=stage)).state_memory_bytes for stage in range(4)]
+    assert held == sorted(held, reverse=True) and held[3] * 8 == held[0]
+
+
+def test_the_script_prints_a_table_and_draws(tmp_path, capsys):
+    main(["--results", str(tmp_path)])
+    assert "1,048,576" in capsys.readouterr().out
+    for name in ("scaling.csv", "scaling.png", "scaling.svg"):
+        assert (tmp_path / name).stat().st_size > 1000
