@@ -16,10 +16,11 @@ from torch import nn
 
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.nested import tensors_in
-from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory, leaves_behind
+from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
 from gradcache_clip.cache.retained import SavedBytes, budget_bytes
 from gradcache_clip.cache.settings import autocast_off, forget_autocast_casts
 from gradcache_clip.cache.tower import Tower
+from gradcache_clip.distributed.graph import leaves_behind
 
 _FIRST_SIZE = 8
 # Less than this is no reason to spend twice the memory.

@@ -81,6 +81,32 @@ def one_of(name: str, given: str, choices: tuple[str, ...]) -> str:
     return given
 
 
+def check_strategy(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
+    """Refuse encoders that the strategy would give wrong gradients, and ranks that would hang."""
+    heads = [head for tower in towers for head in tower.modules[1:]]
+    strategy.check([tower.module for tower in towers], heads)
+    if not strategy.collective_forward:
+        return
+    by_rank = strategy.gathered([(len(tower.chunks), tower.embed_together) for tower in towers])
+    for index, tower in enumerate(towers):
+        counts = [counts_of_rank[index] for counts_of_rank in by_rank]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"{tower.name}: expected as many chunks on every rank, got {counts} (chunks, and "
+                f"chunks embedded together) by rank; under {type(strategy).__name__} a forward "
+                "waits for all ranks: give each as many rows, and ByLength no max_tokens"
+            )
+
+
+def check_plain_backward(strategy: LocalStrategy, what: str, remedy: str) -> None:
+    """Raise where encoders cannot run backward on one rank, or without the strategy's engine."""
+    if not strategy.plain_backward:
+        raise ValueError(
+            f"{what}: expected encoders that a rank can run by itself, got "
+            f"{type(strategy).__name__}, under which ranks would wait for each other; {remedy}"
+        )
+
+
 def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
     """NaN and infinity are named by encoder and chunk; a good batch costs one wait in all.
 

@@ -14,6 +14,8 @@ from torch import nn
 from gradcache_clip.cache.auto_chunk import ChunkRecord, measured_chunk_size, record_key
 from gradcache_clip.cache.checks import (
     check_inputs,
+    check_plain_backward,
+    check_strategy,
     checked_chunk_size,
     checked_encoders,
     checked_sorting,
@@ -142,7 +144,7 @@ class GradCache:
         self._settle_chunk_size(inputs)
         towers = self._towers(inputs)
         check_inputs(towers)
-        self.strategy.check([tower.module for tower in towers])
+        check_strategy(self.strategy, towers)
         if not self._warned_of_batch_norm:
             modules = [module for tower in towers for module in tower.modules]
             self._warned_of_batch_norm = warn_of_batch_norm(modules)
@@ -185,7 +187,8 @@ class GradCache:
         snapshot: StepSnapshot | None = None,
     ) -> tuple[Any, str]:
         step = CachedStep(towers, self.loss, self.strategy, snapshot, self.replay_check != "off")
-        budget = GraphBudget(self.memory_budget, _device_of(towers))
+        agree = self.strategy.smallest if self.strategy.collective_forward else None
+        budget = GraphBudget(self.memory_budget, _device_of(towers), agree)
         output, check = step.run(budget, loss_kwargs)
         return output, self._failures(check)
 
@@ -243,6 +246,7 @@ class GradCache:
         """Turn "auto" into sizes, on the first batch."""
         if self.chunk_size != "auto":
             return
+        check_plain_backward(self.strategy, "chunk_size='auto'", "pass a number")
         self.chunk_size, found = 1, []
         try:
             towers = self._towers(inputs)

@@ -33,34 +33,63 @@ class ReplayMismatchError(RuntimeError):
     """The features of a chunk differ between embed and replay, so its gradients are not exact."""
 
 
+class _Compared:
+    """How far every row of one feature of a tower has moved, on its device."""
+
+    def __init__(self, tower: Tower, whole: Tensor) -> None:
+        self.tower, self.whole, self.tolerance = tower, whole, 0.0
+        self.moved = whole.new_zeros(len(whole), dtype=_wide(whole.dtype))
+        self.chunks: list[Chunk] = []
+
+    def add(self, chunk: Chunk, again: Tensor) -> None:
+        cached, again = self.whole[chunk.rows], again.detach()
+        if again.dtype is not self.moved.dtype:
+            cached, again = cached.to(self.moved.dtype), again.to(self.moved.dtype)
+        self.moved[chunk.rows] = _row_norms(again - cached)
+        self.tolerance = max(self.tolerance, tolerance_of(again))
+        self.chunks.append(chunk)
+
+    def relative(self) -> Tensor:
+        return _relative(self.moved, self.whole)
+
+    def failures(self) -> list[tuple[Tower, Chunk, float]]:
+        """Of each chunk beyond tolerance the largest change."""
+        relative = self.relative()
+        worst = [(self.tower, chunk, float(relative[chunk.rows].amax())) for chunk in self.chunks]
+        return [each for each in worst if not each[2] <= self.tolerance]
+
+
 class ReplayCheck:
-    """Collects one number a chunk on the device and reads them all at the end of the step."""
+    """Collects one number a row on the device, and reads one a feature at the end of the step."""
 
     def __init__(self) -> None:
-        self._places: list[tuple[Tower, Chunk, float]] = []
-        self._changes: list[Tensor] = []
+        self._compared: dict[tuple[int, int], _Compared] = {}
 
     @property
     def device(self) -> torch.device | None:
         """Where the compared features are; None when nothing was compared."""
-        return self._changes[0].device if self._changes else None
+        return next((each.moved.device for each in self._compared.values()), None)
 
     def compare(self, tower: Tower, chunk: Chunk, replayed: list[Tensor]) -> None:
-        for cached, again in zip(tower.cached(chunk), replayed, strict=True):
+        for index, (whole, again) in enumerate(zip(tower.features, replayed, strict=True)):
             if again.is_floating_point():
-                self._places.append((tower, chunk, tolerance_of(again)))
-                self._changes.append(_relative_change(cached, again.detach()))
+                place = id(tower), index
+                if place not in self._compared:
+                    self._compared[place] = _Compared(tower, whole)
+                self._compared[place].add(chunk, again)
 
     def failures(self) -> list[tuple[Tower, Chunk, float]]:
         """Chunks that changed beyond tolerance, and by how much; the one wait of the check."""
-        if not self._changes:
+        compared = list(self._compared.values())
+        if not compared:
             return []
-        values = torch.stack([change.to(self.device) for change in self._changes]).tolist()
-        return [
-            (tower, chunk, value)
-            for (tower, chunk, tolerance), value in zip(self._places, values, strict=True)
-            if not value <= tolerance
-        ]
+        worst = torch.stack([each.relative().amax().to(self.device) for each in compared]).tolist()
+        failing = (
+            each
+            for each, change in zip(compared, worst, strict=True)
+            if not change <= each.tolerance
+        )
+        return [failure for each in failing for failure in each.failures()]
 
 
 def tolerance_of(features: Tensor) -> float:
@@ -87,15 +116,24 @@ def describe(failures: list[tuple[Tower, Chunk, float]]) -> str:
     )
 
 
-def _relative_change(cached: Tensor, again: Tensor) -> Tensor:
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
     """Largest change of a row, relative to its own size or that of a mean row if it is smaller."""
-    if again.dtype is not torch.float64:
-        cached, again = cached.float(), again.float()
-    rows = len(cached)
-    sizes = torch.linalg.vector_norm(cached.reshape(rows, -1), dim=1)
-    changes = torch.linalg.vector_norm((again - cached).reshape(rows, -1), dim=1)
+    before, after = before.to(_wide(before.dtype)), after.to(_wide(after.dtype))
+    return _relative(_row_norms(after - before), before).amax()
+
+
+def _relative(moved: Tensor, features: Tensor) -> Tensor:
+    sizes = _row_norms(features.to(moved.dtype))
     floor = sizes.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (changes / torch.maximum(sizes, floor)).amax()
+    return moved / torch.maximum(sizes, floor)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _row_norms(features: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(features.reshape(len(features), -1), dim=1)
 
 
 def _likely_cause(tower: Tower, chunk: Chunk) -> str:

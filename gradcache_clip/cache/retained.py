@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -18,10 +18,20 @@ _AUTO_SHARE = 0.8
 
 
 class GraphBudget:
-    """Bytes for graphs that stay alive from embed to replay, shared by all towers of a step."""
+    """Bytes for graphs that stay alive from embed to replay, shared by all towers of a step.
 
-    def __init__(self, budget: MemoryBudget, device: torch.device) -> None:
-        self.left_bytes = budget_bytes(budget, device)
+    `agree` turns a number into the smallest that any rank has: where a forward waits for the other
+    ranks, all must keep as many graphs.
+    """
+
+    def __init__(
+        self,
+        budget: MemoryBudget,
+        device: torch.device,
+        agree: Callable[[int], int] | None = None,
+    ) -> None:
+        self._agree = _itself if agree is None or budget is None else agree
+        self.left_bytes = self._agree(budget_bytes(budget, device))
         # What is free now must also hold the graph of a chunk that is replayed.
         self._keeps_one_free = budget == "auto"
 
@@ -31,8 +41,10 @@ class GraphBudget:
         fitting = sum(total <= self.left_bytes for total in totals)
         if fitting < len(totals) and self._keeps_one_free:
             fitting = max(0, fitting - 1)
+        fitting = self._agree(fitting)
         if fitting:
             self.left_bytes -= totals[fitting - 1]
+        self.left_bytes = self._agree(self.left_bytes)
         return fitting
 
 
@@ -79,7 +91,9 @@ class SavedBytes:
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         """`known` tensors, such as parameters and inputs, are there anyway and not counted."""
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+        # A sharded parameter has no storage of its own.
+        local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in known)
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in local}
         self.total = 0
 
     @contextmanager
@@ -91,11 +105,17 @@ class SavedBytes:
             yield
 
     def _add(self, tensor: Tensor) -> tuple[Tensor, int]:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
+        storage, origin = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
+        # A parameter that was gathered for the forward is not a part of the graph either.
+        gathered = isinstance(origin, torch.nn.Parameter)
+        if not gathered and storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
         return tensor, tensor._version
+
+
+def _itself(value: int) -> int:
+    return value
 
 
 def _unchanged(saved: tuple[Tensor, int]) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from gradcache_clip.cache.checks import check_finite, check_unchanged, scalar_lo
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.nested import map_tensors
 from gradcache_clip.cache.random_state import RandomState
-from gradcache_clip.cache.recovery import StepSnapshot, leaves_behind
+from gradcache_clip.cache.recovery import StepSnapshot
 from gradcache_clip.cache.replay_check import ReplayCheck
 from gradcache_clip.cache.retained import GraphBudget, Retention
 from gradcache_clip.cache.schedule import replay_order
@@ -25,6 +27,7 @@ from gradcache_clip.cache.settings import (
     kept_running_statistics,
 )
 from gradcache_clip.cache.tower import Tower
+from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 
@@ -52,14 +55,15 @@ class CachedStep:
 
     def run(self, budget: GraphBudget, loss_kwargs: Mapping[str, Any]) -> tuple[Any, ReplayCheck]:
         """Fill `.grad`; the detached output of the loss, and the comparison of both passes."""
-        self._enter("embed")
-        for tower, retention in zip(self.towers, self._retentions(budget), strict=True):
-            tower.embed(retention)
-        check_finite(self.towers, self.strategy)
-        self._enter("loss")
-        output = self._backward_of_loss(loss_kwargs)
-        self._enter("replay")
-        check = self._replay([tower for tower in self.towers if tower.trainable])
+        with self.strategy.stepping(trained_modules(self.towers)):
+            self._enter("embed")
+            for tower, retention in zip(self.towers, self._retentions(budget), strict=True):
+                tower.embed(retention)
+            check_finite(self.towers, self.strategy)
+            self._enter("loss")
+            output = self._backward_of_loss(loss_kwargs)
+            self._enter("replay")
+            check = self._replay([tower for tower in self.towers if tower.trainable])
         return output, check
 
     def _enter(self, phase: str) -> None:
@@ -96,29 +100,31 @@ class CachedStep:
         check_unchanged(self.towers, versions)
         self._set_gradients_aside([loss])
         with autocast_off(device_types(self.towers)):
-            self.strategy.scale_loss(loss).backward()
+            self.strategy.backward_of_loss(loss, [leaf for flat in leaves for leaf in flat])
         factor = self.strategy.gradient_factor()
         for tower, flat in zip(self.towers, leaves, strict=True):
             tower.gradients = [_taken_gradient(leaf, factor) for leaf in flat]
         return _detached(output)
 
     def _replay(self, towers: list[Tower]) -> ReplayCheck:
-        check, modules = ReplayCheck(), [tower.module for tower in towers]
-        retained, order = _retained_first(towers, self.strategy.joint_ends)
-        states = [c.random_state for _, c in _chunks(order) if c.random_state is not None]
+        check, order = ReplayCheck(), _replays(towers, self.strategy)
+        replayed = [chunk for _, chunk in chain(*order) if not chunk.graph]
+        states = [chunk.random_state for chunk in replayed if chunk.random_state is not None]
         after_embed = RandomState.capture(_drawn_on(states)) if states else None
         norms = [module for tower in towers for module in tower.modules]
+        remaining = Counter(tower.module for group in order for tower, _ in group)
+        upcoming = chain(order[1:], [[]])
         try:
-            with kept_running_statistics(norms):
-                for tower, chunk in retained:
-                    with self.strategy.replaying(modules, last=False):
-                        graph, chunk.graph = chunk.graph, None
-                        self._backward([(tower, chunk, graph or [])])
-                        del graph
-            with frozen_running_statistics(norms):
-                for position, group in enumerate(order):
-                    with self.strategy.replaying(modules, last=position == len(order) - 1):
-                        self._replay_together(group, check)
+            for kept, groups in groupby(order, key=_is_kept):
+                with (kept_running_statistics if kept else frozen_running_statistics)(norms):
+                    for group in groups:
+                        modules = [tower.module for tower, _ in group]
+                        remaining -= Counter(modules)
+                        with self.strategy.replaying(modules, {*modules} - {*remaining}):
+                            self._replay_together(group, check)
+                        for tower, chunk in next(upcoming):
+                            if chunk.graph is None:
+                                tower.expect(chunk)
         finally:
             # Whatever draws next continues from where one pass over the batch would have left off.
             if after_embed is not None:
@@ -127,12 +133,14 @@ class CachedStep:
         return check
 
     def _replay_together(self, group: Sequence[tuple[Tower, Chunk]], check: ReplayCheck) -> None:
-        """Forward the chunks with their graphs, then one backward for all of them."""
-        forget_autocast_casts()
+        """Forward the chunks that left no graph, then one backward for all of them."""
+        if not _is_kept(group):
+            forget_autocast_casts()
         outputs = []
         for tower, chunk in group:
-            features = tower.replay(chunk)
-            if self.check_replay:
+            kept, chunk.graph = chunk.graph, None
+            features = tower.replay(chunk) if kept is None else kept
+            if self.check_replay and kept is None:
                 check.compare(tower, chunk, features)
             outputs.append((tower, chunk, features))
         self._backward(outputs)
@@ -146,7 +154,7 @@ class CachedStep:
         ]
         self._set_gradients_aside([feature for feature, _ in pairs])
         with autocast_off(device_types([tower for tower, _, _ in outputs])):
-            torch.autograd.backward([f for f, _ in pairs], [g for _, g in pairs])
+            self.strategy.backward([f for f, _ in pairs], [g for _, g in pairs])
 
     def _set_gradients_aside(self, outputs: Sequence[Tensor]) -> None:
         """Also those of parameters that only a function of the caller's knows."""
@@ -154,18 +162,23 @@ class CachedStep:
             self.snapshot.set_aside(leaves_behind(outputs))
 
 
-def _retained_first(
-    towers: list[Tower], joint_ends: bool
-) -> tuple[list[tuple[Tower, Chunk]], list[list[tuple[Tower, Chunk]]]]:
-    """Chunks whose graphs are there, then groups of the others: a kept graph gives way first."""
-    kept = [(tower, chunk) for tower in towers for chunk in tower.chunks if chunk.graph is not None]
-    left = [[chunk for chunk in tower.chunks if chunk.graph is None] for tower in towers]
-    order = replay_order([len(chunks) for chunks in left], joint_ends)
-    return kept, [[(towers[tower], left[tower][index]) for tower, index in g] for g in order]
+def trained_modules(towers: Sequence[Tower]) -> list[nn.Module]:
+    """Encoders as they were given, and modules in `get_features`."""
+    return [module for tower in towers for module in (tower.module, *tower.modules[1:])]
 
 
-def _chunks(order: list[list[tuple[Tower, Chunk]]]) -> Iterable[tuple[Tower, Chunk]]:
-    return (pair for group in order for pair in group)
+def _replays(towers: list[Tower], strategy: LocalStrategy) -> list[list[tuple[Tower, Chunk]]]:
+    """Groups that share one backward; a chunk whose graph is there is one, and gives way early."""
+    kept = [[(tower, chunk)] for tower in towers for chunk in tower.chunks if chunk.graph]
+    left = [[chunk for chunk in tower.chunks if not chunk.graph] for tower in towers]
+    order = replay_order([len(chunks) for chunks in left], strategy.joint_ends)
+    groups = [[(towers[tower], left[tower][index]) for tower, index in group] for group in order]
+    first = 0 if strategy.kept_graphs_first else 1
+    return [*groups[:first], *kept, *groups[first:]]
+
+
+def _is_kept(group: Sequence[tuple[Tower, Chunk]]) -> bool:
+    return bool(group[0][1].graph)
 
 
 def _takes_gradient(tower: Tower, feature: Tensor) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.chunks import Chunk, merged, row_count
-from gradcache_clip.cache.nested import chunk_of, tensors_in
+from gradcache_clip.cache.host_inputs import HostInputs, device_for
+from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.retained import NO_RETENTION, Retention, SavedBytes
 from gradcache_clip.cache.settings import (
@@ -50,6 +51,7 @@ class Tower:
     gradients: list[Tensor | None] = field(default_factory=list)
     structure: Any = None
     _last_had_graph: bool = False
+    _host: HostInputs | None = None
 
     @property
     def embed_together(self) -> int:
@@ -72,6 +74,8 @@ class Tower:
                 ]
                 chunk = group[0] if len(group) == 1 else merged(group)
                 self._embed(chunk, index, retention)
+                if (drawn or together == 1) and index + len(group) < len(self.chunks):
+                    self.expect(self.chunks[index + len(group)])
                 after = RandomState.capture(devices)
                 if not after.equals(before):
                     # A replay repeats the draws of a pass only over the very same rows.
@@ -110,11 +114,21 @@ class Tower:
 
     def forward(self, module: nn.Module, chunk: Chunk) -> list[Tensor]:
         """Features of one chunk, flat."""
-        output = self.encode(module, chunk_of(self.inputs, chunk.rows, chunk.trim))
+        output = self.encode(module, self._host_inputs().take(chunk))
         features, structure = pytree.tree_flatten(self._select(output))
         self._check_features(features, len(chunk))
         self.structure = structure
         return features
+
+    def expect(self, chunk: Chunk) -> None:
+        """Copy the chunk to the device meanwhile, if it lies on the host."""
+        self._host_inputs().expect(chunk)
+
+    def _host_inputs(self) -> HostInputs:
+        if self._host is None or self._host.inputs is not self.inputs:
+            parameters = chain.from_iterable(module.parameters() for module in self.modules)
+            self._host = HostInputs(self.inputs, device_for(parameters, self.inputs))
+        return self._host
 
     def replay(self, chunk: Chunk) -> list[Tensor]:
         """The same chunk again, with its graph and with the random numbers of its embed."""

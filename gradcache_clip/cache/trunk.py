@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.chunks import Chunk, row_count
-from gradcache_clip.cache.nested import chunk_of
+from gradcache_clip.cache.host_inputs import HostInputs, device_for
 
 
 def call_encoder(encoder: Callable[..., Any], inputs: Any) -> Any:
@@ -83,9 +83,12 @@ def run_trunk(encoder: FrozenTrunk, inputs: Any, chunks: Sequence[Chunk], name: 
     """The trunk over all rows, chunk by chunk; its outputs in the order of the rows."""
     wholes: list[Tensor] = []
     structure: Any = None
-    for chunk in chunks:
-        given = chunk_of(inputs, chunk.rows, chunk.trim)
-        parts, structure = pytree.tree_flatten(call_encoder(encoder.through_trunk, given))
+    host = HostInputs(inputs, device_for(encoder.parameters(), inputs))
+    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+        output = call_encoder(encoder.through_trunk, host.take(chunk))
+        if following is not None:
+            host.expect(following)
+        parts, structure = pytree.tree_flatten(output)
         _check_parts(parts, name)
         if not wholes:
             rows = row_count(chunks)

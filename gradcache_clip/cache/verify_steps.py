@@ -11,21 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.checks import check_inputs, one_for_each, scalar_loss_of
+from gradcache_clip.cache.checks import (
+    check_inputs,
+    check_plain_backward,
+    check_strategy,
+    one_for_each,
+    scalar_loss_of,
+)
 from gradcache_clip.cache.chunks import Chunk, row_count
 from gradcache_clip.cache.grad_cache import GradCache, _device_of
 from gradcache_clip.cache.nested import count_rows
 from gradcache_clip.cache.random_state import RandomState
-from gradcache_clip.cache.recovery import leaves_behind
 from gradcache_clip.cache.retained import GraphBudget
 from gradcache_clip.cache.settings import (
     autocast_off,
     forget_autocast_casts,
     kernels_as_with_gradients,
 )
-from gradcache_clip.cache.step import CachedStep
+from gradcache_clip.cache.step import CachedStep, trained_modules
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.cache.verify_state import Gradients, Start
+from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import innermost
 
 # Over a single chunk nothing could go wrong.
@@ -50,12 +56,13 @@ class Trial:
     def __init__(
         self, cache: GradCache, inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
     ) -> None:
+        check_plain_backward(cache.strategy, "verify", "verify the encoders before wrapping them")
         self._cache = _with_small_chunks(cache, inputs)
         self._inputs, self._loss_kwargs = inputs, loss_kwargs
         self.strategy = cache.strategy
         towers = self.towers()
         check_inputs(towers)
-        self.strategy.check([tower.module for tower in towers])
+        check_strategy(self.strategy, towers)
         self.start = Start(self._cache._modules_with_gradients(towers), towers)
         self.device = _device_of(towers)
         self.cut = [tower.chunks for tower in towers]
@@ -111,8 +118,10 @@ class Trial:
         self.start.restore()
         forget_autocast_casts()
         towers = self.towers()
+        modules = [tower.module for tower in towers]
         with (
-            self.strategy.replaying([tower.module for tower in towers], last=True),
+            self.strategy.stepping(trained_modules(towers)),
+            self.strategy.replaying(modules, finished={*modules}),
             kernels_as_with_gradients(),
         ):
             flat = [

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
-from gradcache_clip.cache.replay_check import _relative_change
+from gradcache_clip.cache.replay_check import relative_change
 from gradcache_clip.cache.settings import forget_autocast_casts, kernels_as_with_gradients
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import innermost
@@ -187,7 +187,7 @@ def _change(one: Tensor, other: Tensor) -> float:
     # An infinity that stayed, such as in an attention mask, has no relative change.
     stayed = same & ~one.isfinite()
     one, other = one.masked_fill(stayed, 0), other.masked_fill(stayed, 0)
-    return float(_relative_change(*(x if x.ndim else x[None] for x in (one, other))))
+    return float(relative_change(*(x if x.ndim else x[None] for x in (one, other))))
 
 
 def _first_of_each_dimension(tensor: Tensor, shape: torch.Size) -> Tensor:

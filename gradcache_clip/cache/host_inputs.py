@@ -1,0 +1,84 @@
+"""Chunks of a batch that lies on the host, on their way to the device of an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.cache.chunks import Chunk
+from gradcache_clip.cache.nested import chunk_of, map_tensors, tensors_in
+
+
+def device_for(parameters: Iterable[Tensor], inputs: Any) -> torch.device | None:
+    """Where host inputs have to go: the one device of the parameters; None if they may stay."""
+    devices = {parameter.device for parameter in parameters}
+    if len(devices) != 1 or (device := devices.pop()).type == "cpu":
+        return None
+    on_host = any(tensor.device.type == "cpu" for tensor in tensors_in(inputs))
+    return device if on_host else None
+
+
+@dataclass
+class _Arriving:
+    """A chunk's inputs on the device, complete once the event has passed."""
+
+    chunk: Chunk
+    inputs: Any
+    event: torch.cuda.Event | None
+
+
+class HostInputs:
+    """Takes chunks out of a batch; with a device, copies the expected one while others compute.
+
+    The batch itself is never copied: a chunk goes through pinned memory, one ahead of its use, on a
+    stream of its own.
+
+    Args:
+        inputs: the batch of one encoder, nested as it wants it.
+        device: where tensors on the host have to go; None leaves everything where it is.
+    """
+
+    def __init__(self, inputs: Any, device: torch.device | None) -> None:
+        self.inputs, self.device = inputs, device
+        self._arriving: _Arriving | None = None
+        on_cuda = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_cuda else None
+
+    def expect(self, chunk: Chunk) -> None:
+        """Start to copy what will be taken next; does nothing where nothing is copied."""
+        if self.device is not None:
+            self._arriving = self._started(chunk)
+
+    def take(self, chunk: Chunk) -> Any:
+        """The rows of a chunk, on the device; the current stream waits for the copy, no host."""
+        if self.device is None:
+            return chunk_of(self.inputs, chunk.rows, chunk.trim)
+        arriving, self._arriving = self._arriving, None
+        if arriving is None or arriving.chunk is not chunk:
+            arriving = self._started(chunk)
+        if arriving.event is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(arriving.event)
+            for tensor in tensors_in(arriving.inputs):
+                if tensor.is_cuda:
+                    # The allocator may give its memory away only after this stream is done too.
+                    tensor.record_stream(stream)
+        return arriving.inputs
+
+    def _started(self, chunk: Chunk) -> _Arriving:
+        rows = chunk_of(self.inputs, chunk.rows, chunk.trim)
+        if self._stream is None:
+            return _Arriving(chunk, map_tensors(self._on_device, rows), None)
+        with torch.cuda.stream(self._stream):
+            return _Arriving(chunk, map_tensors(self._on_device, rows), self._stream.record_event())
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cpu":
+            return tensor
+        if self._stream is not None and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=self._stream is not None)

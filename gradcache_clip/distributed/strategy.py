@@ -1,0 +1,142 @@
+"""How a backward is taken on one process, and what all strategies for several have in common.
+
+A strategy tells the engine
+
+- `check`: which modules it would give wrong gradients for, before any gradient is touched;
+- `bare`: which module embeds;
+- `stepping`: a context around all of a step, whose normal end reduces what is left to reduce;
+- `backward_of_loss`: how the loss gives the features their gradients, and `gradient_factor`, what
+  these are multiplied by so that parameter gradients come out right;
+- `replaying`: a context around one replay, which knows who has its last one;
+- `backward`: how the cached gradients of features go into the parameters;
+- `joint_ends`: whether the first and the last replay must carry a chunk of every tower together;
+- `kept_graphs_first`: whether graphs kept from the embed may come before the first of them;
+- `collective_forward`: whether a forward waits for other ranks, so that all ranks must take the
+  same number of them, and `plain_backward`, whether a rank may take a backward by itself, as
+  measuring a chunk size does;
+- `recovers`: whether a step that ran out of memory may start again, not where others would wait;
+- `on_any_rank`, `gathered`, `smallest`: what happened, or was found, elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradcache_clip.distributed.collectives import world_size
+from gradcache_clip.distributed.wrappers import refuse_wrappers
+
+
+class LocalStrategy:
+    """One process: gradients go straight into `.grad`.
+
+    Args:
+        grad_scaler: scales the loss, so that every gradient comes out scaled as after
+            `grad_scaler.scale(loss).backward()`; the caller unscales and steps as usual.
+    """
+
+    joint_ends = False
+    kept_graphs_first = True
+    collective_forward = False
+    plain_backward = True
+    recovers = True
+
+    def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
+        self.grad_scaler = grad_scaler
+
+    def check(self, modules: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> None:
+        """Refuse modules that exchange gradients by themselves.
+
+        Args:
+            modules: the encoder of each input.
+            heads: modules in `get_features`.
+
+        Raises:
+            ValueError: a module is in DistributedDataParallel, sharded, or a DeepSpeed engine.
+        """
+        refuse_wrappers([*modules, *heads], self)
+
+    def bare(self, module: nn.Module) -> nn.Module:
+        """The module to embed with: no graph is built, so nothing needs to be exchanged."""
+        return module
+
+    def stepping(self, modules: Sequence[nn.Module]) -> AbstractContextManager:
+        """A context around a step over these encoders and heads."""
+        return nullcontext()
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+
+    def backward_of_loss(self, loss: Tensor, features: Sequence[Tensor]) -> None:
+        """Fill `.grad` of the features, which are leaves here, and of the loss's own parameters."""
+        self.scale_loss(loss).backward()
+
+    def gradient_factor(self) -> float:
+        """What a feature gradient is multiplied by so that parameter gradients come out right."""
+        return 1.0
+
+    def replaying(
+        self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
+    ) -> AbstractContextManager:
+        """A context around one replay.
+
+        Args:
+            modules: the encoders that take part.
+            finished: those of them that no later replay of the step runs.
+        """
+        return nullcontext()
+
+    def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Add to the parameters what features, with their graphs, and cached gradients give."""
+        torch.autograd.backward(features, gradients)
+
+    def on_any_rank(self, flag: Tensor) -> bool:
+        """Whether a 0-dim boolean is true on this or another rank; waits for the device."""
+        return bool(flag)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """A small object of every rank, in rank order."""
+        return [value]
+
+    def smallest(self, value: int) -> int:
+        """The smallest of a number that each rank has found."""
+        return min(self.gathered(value))
+
+
+class ManyRanks(LocalStrategy):
+    """What strategies for several processes share: the ranks average, and wait for each other.
+
+    The loss must be that of the global batch, the same on every rank, and must give each rank the
+    gradient of its own rows without summing over ranks, as `ClipLoss` and `gather_rows` do. With
+    a loss over the local rows alone, or one gathered by `torch.distributed.nn.all_gather`, whose
+    backward sums over ranks already, gradients come out larger by the world size.
+
+    The global loss asks for the sum over ranks where gradients are averaged, so feature gradients
+    are multiplied by the world size. Gradients of the loss's own parameters are complete on every
+    rank and are not reduced.
+    """
+
+    recovers = False
+
+    def gradient_factor(self) -> float:
+        return float(world_size())
+
+    def on_any_rank(self, flag: Tensor) -> bool:
+        if world_size() == 1:
+            return bool(flag)
+        anywhere = flag.to(torch.int32)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return bool(anywhere)
+
+    def gathered(self, value: Any) -> list[Any]:
+        if world_size() == 1:
+            return [value]
+        values: list[Any] = [None] * world_size()
+        dist.all_gather_object(values, value)
+        return values

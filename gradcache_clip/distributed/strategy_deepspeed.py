@@ -1,0 +1,231 @@
+"""Encoders in one DeepSpeed engine, with ZeRO 0, 1, 2 or 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip.distributed.collectives import world_size
+from gradcache_clip.distributed.graph import leaves_behind
+from gradcache_clip.distributed.strategy import ManyRanks
+from gradcache_clip.distributed.wrappers import DEEPSPEED, is_kind, refuse_heads, refuse_wrappers
+
+
+class DeepSpeedStrategy(ManyRanks):
+    """One DeepSpeed engine that embeds every input; call `engine.step()` after the cached step.
+
+    The module of the engine has `forward(tower, inputs)` and the engine is the one encoder of
+    `GradCache`, or it embeds two inputs alike and stands for both. Replays go through
+    `engine.backward`, which scales and unscales as its configuration says; only the last of a step
+    is a gradient accumulation boundary. ZeRO 2 and 3 still reduce in every backward, as they must
+    to partition gradients; ZeRO 0 and 1 reduce once a step.
+
+    A parameter of the loss may live outside, such as in `ClipLoss()`: its `.grad` is complete,
+    unscaled, on every rank, and its own optimizer steps it (in fp16, if
+    `engine.was_step_applied()`). Or it is a parameter of the engine's module that the loss reads,
+    of shape (1,), for DeepSpeed takes none without a dimension: its gradient then takes the way of
+    all others. Under ZeRO-3 the loss must read it inside of
+    `deepspeed.zero.GatheredParameters([parameter])`.
+
+    The loss must be that of the global batch on every rank, as for `DDPStrategy`. With ZeRO 2 and 3
+    all ranks must cut their rows into as many chunks, and `chunk_size="auto"` is refused.
+
+    Args:
+        engine: what `deepspeed.initialize` returned, with `gradient_accumulation_steps` 1 in its
+            configuration, and `gradient_clipping` set: DeepSpeed clips to a norm of 1.0 otherwise.
+
+    Raises:
+        TypeError: `engine` is none.
+
+    Example:
+        model = TwoTowers(image_encoder, text_encoder)  # forward(tower, inputs)
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        cache = GradCache(engine, ClipLoss(), strategy=DeepSpeedStrategy(engine))
+        out = cache(images, texts)
+        engine.step()
+    """
+
+    joint_ends = True
+    kept_graphs_first = False
+    plain_backward = False
+
+    def __init__(self, engine: Any) -> None:
+        if not is_kind(engine, DEEPSPEED):
+            raise TypeError(
+                "engine: expected the engine that deepspeed.initialize returns, got "
+                f"{type(engine).__name__}; write engine, *_ = deepspeed.initialize(model=model, "
+                "config=config)"
+            )
+        super().__init__()
+        self.engine = engine
+        # ZeRO-3 gathers parameters in every forward, ZeRO-2 reduces in every backward.
+        self.collective_forward = engine.zero_optimization_stage() >= 2
+        self._held: Tensor | None = None
+        self._began_at: int | None = None
+        self._first, self._scale = True, 1.0
+
+    def check(self, modules: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> None:
+        """Refuse encoders beside the engine, and settings that another way of stepping needs.
+
+        Raises:
+            ValueError: a trainable encoder is not the engine, or `get_features` has parameters;
+                `gradient_accumulation_steps` is not 1 or the engine leaves reducing to the caller;
+                it averages over a part of the ranks, scales nothing where it unscales, or still
+                holds the gradients of an earlier cached step.
+        """
+        others = [module for module in modules if module is not self.engine]
+        refuse_wrappers(others, self)
+        refuse_heads(heads, self)
+        for index, module in enumerate(modules):
+            trained = any(parameter.requires_grad for parameter in module.parameters())
+            if module is not self.engine and trained:
+                raise ValueError(
+                    f"encoder {index}: expected the engine of this strategy, got "
+                    f"{type(module).__name__}, which DeepSpeed would not train; put all encoders "
+                    "into one module with forward(tower, inputs) and initialize that"
+                )
+        _check_settings(self.engine)
+        if self._began_at == self.engine.micro_steps:
+            raise ValueError(
+                "engine: expected engine.step() after the last cached step, got none, and the "
+                "engine still holds its gradients; call engine.step() after every cached step"
+            )
+
+    def gradient_factor(self) -> float:
+        """None; `backward` multiplies, in 32 bits, what in fp16 is scaled until then."""
+        return 1.0
+
+    @contextmanager
+    def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        self._held, self._first, self._scale = None, True, _loss_scale(self.engine)
+        yield
+
+    def backward_of_loss(self, loss: Tensor, features: Sequence[Tensor]) -> None:
+        """Gradients of features come out scaled as the engine scales; those of the loss do not.
+
+        Parameters of the engine that the loss reads get theirs in the first replay.
+        """
+        scale, mine = self._scale, {id(p) for p in self.engine.parameters()}
+        scaled, held = {id(feature) for feature in features}, []
+        leaves = list({id(leaf): leaf for leaf in leaves_behind([loss])}.values())
+        gradients = torch.autograd.grad(loss * scale, leaves, allow_unused=True)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is None or id(leaf) in scaled:
+                leaf.grad = gradient if id(leaf) in scaled else leaf.grad
+            elif id(leaf) in mine:
+                held.append((leaf, gradient / scale))
+            else:
+                gradient = gradient / scale
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        if held:
+            self._held = _times(held)
+
+    @contextmanager
+    def replaying(
+        self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
+    ) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(self.engine in finished)
+        yield
+
+    def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """`engine.backward` of the sum of features times their gradients, in 32 bits."""
+        if self._first:
+            self._began_at = self.engine.micro_steps
+        factor = world_size() / self._scale
+        products = (
+            (_wide(feature) * _wide(gradient)).sum()
+            for feature, gradient in zip(features, gradients, strict=True)
+        )
+        surrogate = sum(products) * factor
+        if self._held is not None:
+            surrogate, self._held = surrogate + self._held, None
+        if hasattr(self.engine.optimizer, "clear_backward_seen_flag"):
+            # As a forward does, which a kept graph has long had: ZeRO-3 counts backwards by it.
+            self.engine.optimizer.clear_backward_seen_flag()
+        with _one_prologue(self.engine):
+            self.engine.backward(surrogate, scale_wrt_gas=False)
+        self._first = False
+
+
+def _times(held: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Parameters times their gradients, summed: what has these gradients.
+
+    A graph from before the replay comes after it in the backward: by then the engine has prepared,
+    which with bf16 drops what is there already.
+    """
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter for parameter, _ in held]):
+        return torch.stack([(_wide(p) * _wide(gradient)).sum() for p, gradient in held]).sum()
+
+
+def _loss_scale(engine: Any) -> float:
+    """What the engine multiplies a loss by; read once a step, for the device may be asked."""
+    scalers = (
+        getattr(engine.optimizer, "torch_autocast_gradscaler", None),
+        getattr(engine, "torch_autocast_z0_gradscaler", None),
+    )
+    for scaler in scalers:
+        if scaler is not None:
+            return float(scaler.get_scale())
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@contextmanager
+def _one_prologue(engine: Any) -> Iterator[None]:
+    """Let the engine prepare for one backward once, although it had a forward for each tower.
+
+    Each output prepares for itself, at the moment that the backward reaches it; with bf16 that
+    drops the gradients which the outputs before have given.
+    """
+    prepare = getattr(engine, "_backward_prologue", None)
+    if prepare is None:
+        yield
+        return
+    done: list[bool] = []
+
+    def once() -> None:
+        if not done:
+            done.append(True)
+            prepare()
+
+    engine._backward_prologue = once
+    try:
+        yield
+    finally:
+        del engine._backward_prologue
+
+
+def _check_settings(engine: Any) -> None:
+    steps = engine.gradient_accumulation_steps()
+    if steps != 1:
+        raise ValueError(
+            "gradient_accumulation_steps: expected 1, for a cached step is one optimizer step "
+            f"whatever its chunk_size, got {steps} in the DeepSpeed configuration; set it to 1 and "
+            "train_batch_size to the rows of all ranks"
+        )
+    if not getattr(engine, "managed_gradient_accumulation", lambda: True)():
+        raise ValueError(
+            "managed_gradient_accumulation: expected true, for the cached step says which backward "
+            "is the last, got false in the DeepSpeed configuration; leave it out"
+        )
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        raise ValueError(
+            "fp16: expected ZeRO 1, 2 or 3, got ZeRO 0, where DeepSpeed 0.19 divides gradients by "
+            "a loss scale that nothing was multiplied by; set zero_optimization.stage to 1, or use "
+            "bf16"
+        )
+    if engine.dp_world_size != world_size():
+        raise ValueError(
+            f"engine: expected data parallelism over all {world_size()} ranks, got "
+            f"{engine.dp_world_size}; leave model, pipeline and sequence parallelism out"
+        )

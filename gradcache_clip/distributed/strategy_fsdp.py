@@ -1,0 +1,195 @@
+"""Encoders sharded with torch.distributed.fsdp.fully_shard (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradcache_clip.distributed.collectives import world_size
+from gradcache_clip.distributed.strategy import ManyRanks
+from gradcache_clip.distributed.wrappers import (
+    FSDP2,
+    is_kind,
+    refuse_heads,
+    refuse_wrappers,
+    uncompiled,
+)
+
+
+class FSDPStrategy(ManyRanks):
+    """Encoders sharded by `fully_shard`: gradients are reduced once a step.
+
+    Only the last replay of an encoder reduces and scatters its gradients. Each encoder is a root
+    of its own, one root serves two inputs, or one root with `forward(tower, inputs)` serves all;
+    layers inside are sharded as usual. Embed and replay go through the same hooks, so a
+    `MixedPrecisionPolicy` acts on both. With 16-bit `param_dtype` give it
+    `reduce_dtype=torch.float32`: gradients of the chunks are then added up in 32 bits as well.
+
+    Memory for each rank, during a step: the shards; gradients in full, in `reduce_dtype`, of every
+    encoder from its first backward until its last, because they are reduced once a step; and the
+    parameters of the layer that runs. Every chunk gathers all parameters of its encoder up to three
+    times: in the embed, and in the forward and the backward of its replay. With `keep_gathered`
+    that is once a step, and all parameters of an encoder stay gathered from its embed until its
+    last replay, in `param_dtype`: add their bytes.
+
+    The loss must be that of the global batch on every rank, as for `DDPStrategy`. All ranks must
+    cut their rows into as many chunks, and `chunk_size="auto"` is refused.
+
+    Args:
+        grad_scaler: scales the loss.
+        keep_gathered: gather parameters once a step instead of up to three times a chunk.
+    """
+
+    collective_forward = True
+    plain_backward = False
+
+    def __init__(
+        self, grad_scaler: torch.amp.GradScaler | None = None, *, keep_gathered: bool = False
+    ) -> None:
+        super().__init__(grad_scaler)
+        self.keep_gathered = keep_gathered
+
+    def check(self, modules: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> None:
+        """Refuse encoders that are not sharded, or not as this takes them to be.
+
+        Raises:
+            ValueError: a trainable encoder is not sharded, keeps a trainable parameter out of the
+                sharding, is sharded over a part of the ranks only, or divides by another number;
+                it is in another wrapper; or `get_features` has parameters.
+        """
+        refuse_wrappers(modules, self, allowed=[FSDP2])
+        refuse_heads(heads, self)
+        for index, module in enumerate(modules):
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                _check_sharded(uncompiled(module), index)
+            _gather_for_trunk(uncompiled(module))
+
+    @contextmanager
+    def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        parts = _sharded_parts(modules)
+        before = [_resharding(part) for part in parts] if self.keep_gathered else []
+        try:
+            if self.keep_gathered:
+                for part in parts:
+                    part.set_reshard_after_forward(False, recurse=False)
+                    part.set_reshard_after_backward(False, recurse=False)
+            yield
+        except BaseException:
+            _forget_gradients(parts)
+            raise
+        finally:
+            for settings in before:
+                _put_back(settings)
+            for part in parts:
+                part.set_requires_gradient_sync(True, recurse=False)
+                part.set_is_last_backward(True)
+                part.reshard()
+
+    @contextmanager
+    def replaying(
+        self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
+    ) -> Iterator[None]:
+        for module in modules:
+            last = module in finished
+            root: Any = uncompiled(module)
+            if is_kind(root, FSDP2):
+                root.set_requires_gradient_sync(last)
+                root.set_is_last_backward(last)
+                if self.keep_gathered:
+                    root.set_reshard_after_backward(last)
+        yield
+
+
+def _sharded_parts(modules: Iterable[nn.Module]) -> list[Any]:
+    """Every module that `fully_shard` was called on, each once."""
+    parts = {id(p): p for module in modules for p in uncompiled(module).modules()}
+    return [part for part in parts.values() if is_kind(part, FSDP2)]
+
+
+def _check_sharded(module: nn.Module, index: int) -> None:
+    from torch.distributed.tensor import DTensor
+
+    if not is_kind(module, FSDP2):
+        raise ValueError(
+            f"encoder {index}: expected an encoder sharded by fully_shard, got "
+            f"{type(module).__name__}, whose gradients nobody would reduce; call "
+            "torch.distributed.fsdp.fully_shard(encoder), also where its layers are sharded already"
+        )
+    for part in _sharded_parts([module]):
+        # An evaluation may have left it gathered.
+        part.reshard()
+        _check_division(part, index)
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"encoder {index}: expected every trainable parameter to be sharded, got {name} "
+                "outside of it, whose gradient nobody would reduce; leave it out of ignored_params"
+            )
+        if parameter.device_mesh.size() != world_size():
+            raise ValueError(
+                f"encoder {index}: expected a mesh over all {world_size()} ranks, got one over "
+                f"{parameter.device_mesh.size()} for {name}; leave mesh out of fully_shard"
+            )
+
+
+def _gather_for_trunk(module: Any) -> None:
+    """A `FrozenTrunk` runs its trunk alone, for which its parameters are to be gathered as well."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    if hasattr(module, "through_trunk") and "through_trunk" not in vars(module):
+        register_fsdp_forward_method(module, "through_trunk")
+
+
+def _check_division(part: Any, index: int) -> None:
+    for group in _groups(part):
+        if (divisor := getattr(group, "gradient_divide_factor", None)) is not None:
+            raise ValueError(
+                f"encoder {index}: expected gradients averaged over the ranks, got "
+                f"set_gradient_divide_factor({divisor}); leave it out"
+            )
+
+
+def _groups(part: Any) -> list[Any]:
+    """Parameters that are gathered together; torch offers no public way to read their settings."""
+    state = part._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        # Before torch 2.12 a module had one, or none.
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return groups
+
+
+def _resharding(part: Any) -> tuple[Any, bool, list[tuple[Any, Any, bool]]]:
+    state = part._get_fsdp_state()
+    groups = [(g, g.post_forward_mesh_info, g.reshard_after_backward) for g in _groups(part)]
+    return state, state._auto_reshard_after_forward, groups
+
+
+def _put_back(settings: tuple[Any, bool, list[tuple[Any, Any, bool]]]) -> None:
+    state, automatic, groups = settings
+    for group, after_forward, after_backward in groups:
+        # Which module is a root shows in its first forward; those stay gathered until a backward.
+        group.post_forward_mesh_info = None if state._is_root and automatic else after_forward
+        group.reshard_after_backward = after_backward
+    state._auto_reshard_after_forward = automatic
+
+
+def _forget_gradients(parts: Iterable[Any]) -> None:
+    """Gradients of replays before an error must not be added to those of the next step."""
+    for part in parts:
+        state = part._get_fsdp_state()
+        begun = state._is_root and hasattr(state._comm_ctx, "all_gather_state")
+        if begun and hasattr(part, "reset_iter_state"):
+            part.reset_iter_state()
+        for group in _groups(part):
+            for sharded in group.fsdp_params:
+                sharded.unsharded_accumulated_grad = None
+                if hasattr(sharded, "_unsharded_param"):
+                    sharded._unsharded_param.grad = None
