@@ -37,7 +37,7 @@ class _Compared:
     """How far every row of one feature of a tower has moved, on its device."""
 
     def __init__(self, tower: Tower, whole: Tensor) -> None:
-        self.tower, self.whole, self.tolerance = tower, whole, 0.0
+        self.tower, self.whole, self.tolerance = tower, whole, tolerance_of(whole)
         self.moved = whole.new_zeros(len(whole), dtype=_wide(whole.dtype))
         self.chunks: list[Chunk] = []
 
@@ -46,7 +46,6 @@ class _Compared:
         if again.dtype is not self.moved.dtype:
             cached, again = cached.to(self.moved.dtype), again.to(self.moved.dtype)
         self.moved[chunk.rows] = _row_norms(again - cached)
-        self.tolerance = max(self.tolerance, tolerance_of(again))
         self.chunks.append(chunk)
 
     def relative(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -21,14 +21,17 @@ def forget_autocast_casts() -> None:
     torch.clear_autocast_cache()
 
 
-@contextmanager
-def autocast_off(device_types: Iterable[str]) -> Iterator[None]:
+def autocast_off(device_types: Iterable[str]) -> AbstractContextManager[object]:
     """Backward runs outside autocast, as after a one-shot step's `with` block."""
-    with ExitStack() as stack:
-        for device_type in device_types:
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
+    enabled = [
+        device_type for device_type in device_types if torch.is_autocast_enabled(device_type)
+    ]
+    if not enabled:
+        return nullcontext()
+    stack = ExitStack()
+    for device_type in enabled:
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class CachedStep:
     ) -> None:
         self.towers, self.loss, self.strategy = towers, loss, strategy
         self.snapshot, self.check_replay = snapshot, check_replay
+        self._device_types: set[str] = set()
         functions = (loss, *(tower.get_features for tower in towers))
         self._knows_all_parameters = all(f is None or isinstance(f, nn.Module) for f in functions)
 
@@ -60,6 +61,7 @@ class CachedStep:
             for tower, retention in zip(self.towers, self._retentions(budget), strict=True):
                 tower.embed(retention)
             check_finite(self.towers, self.strategy)
+            self._device_types = device_types(self.towers)
             self._enter("loss")
             output = self._backward_of_loss(loss_kwargs)
             self._enter("replay")
@@ -99,7 +101,7 @@ class CachedStep:
         loss = scalar_loss_of(output)
         check_unchanged(self.towers, versions)
         self._set_gradients_aside([loss])
-        with autocast_off(device_types(self.towers)):
+        with autocast_off(self._device_types):
             self.strategy.backward_of_loss(loss, [leaf for flat in leaves for leaf in flat])
         factor = self.strategy.gradient_factor()
         for tower, flat in zip(self.towers, leaves, strict=True):
@@ -153,7 +155,7 @@ class CachedStep:
             if gradient is not None and feature.requires_grad
         ]
         self._set_gradients_aside([feature for feature, _ in pairs])
-        with autocast_off(device_types([tower for tower, _, _ in outputs])):
+        with autocast_off(self._device_types):
             self.strategy.backward([f for f, _ in pairs], [g for _, g in pairs])
 
     def _set_gradients_aside(self, outputs: Sequence[Tensor]) -> None:
