@@ -3,10 +3,19 @@ VENV ?= .venv
 DATA ?= emoji
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-deepspeed test lint format clean
 
 demo: $(VENV)/train.done  ## train on real image-caption pairs, evaluate, draw, print a table
 	$(BIN)/python examples/demo.py --data $(DATA) $(if $(FRESH),--fresh) $(DEMO_FLAGS)
+
+SHARDED = runs/demo-deepspeed
+demo-deepspeed: $(VENV)/train.done $(VENV)/deepspeed.done  ## the same training on two processes of the CPU, ZeRO-2
+	$(if $(FRESH),rm -rf $(SHARDED))
+	$(BIN)/gradcache-clip data $(DATA) data/$(DATA)
+	$(BIN)/gradcache-clip launch --engine deepspeed --zero 2 --nproc 2 train examples/demo.yaml \
+	  data.train=data/$(DATA)/train data.validation=data/$(DATA)/validation train.device=cpu \
+	  train.output=$(SHARDED) $$(test -d $(SHARDED)/checkpoints && echo train.resume=true) $(DEMO_FLAGS)
+	$(BIN)/gradcache-clip evaluate $(SHARDED) --device cpu
 
 test: $(VENV)/test.done  ## everything that this machine can run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(PYTEST_FLAGS)

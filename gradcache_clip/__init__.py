@@ -1,5 +1,8 @@
 """Exact large-batch contrastive training in the memory of one chunk."""
 
+from importlib import import_module
+from typing import Any
+
 from gradcache_clip.cache import (
     ByLength,
     FrozenTrunk,
@@ -35,6 +38,7 @@ __all__ = [
     "LateInteractionLoss",
     "MatryoshkaLoss",
     "NTXentLoss",
+    "PlanOptions",
     "ReplayMismatchError",
     "RetrievalOutput",
     "SelfContrastOutput",
@@ -42,5 +46,13 @@ __all__ = [
     "SupConLoss",
     "VerifyReport",
     "__version__",
+    "plan",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # With NumPy and what models are built with; nothing else here needs them.
+    if name in ("PlanOptions", "plan"):
+        return getattr(import_module("gradcache_clip.memory"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

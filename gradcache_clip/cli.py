@@ -1,4 +1,4 @@
-"""The command line: gradcache-clip train | evaluate | verify | data."""
+"""The command line: gradcache-clip train | launch | evaluate | plan | verify | data."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradcache_clip import __version__
+from gradcache_clip.memory.plan_command import add_plan_arguments
 from gradcache_clip.train.command import (
     CommandError,
     add_traceback_option,
     add_train_arguments,
     run_command,
 )
+from gradcache_clip.train.launch import add_launch_arguments
 
 if TYPE_CHECKING:
     from gradcache_clip.train.sources import DataSummary, TableColumns
@@ -34,7 +36,16 @@ def _parser() -> argparse.ArgumentParser:
     add_traceback_option(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train_arguments(commands.add_parser("train", help="train a CLIP model from shards"))
+    launch = commands.add_parser(
+        "launch",
+        help="train on several processes",
+        description="Start the same run on several processes, by torchrun: they share the batch.",
+    )
+    add_launch_arguments(launch)
     _add_evaluate(commands)
+    plan = commands.add_parser("plan", help="will these models and batch fit a card?")
+    add_plan_arguments(plan)
+    add_traceback_option(plan)
     _add_verify(commands)
     _add_data(commands)
     return parser

@@ -107,7 +107,7 @@ def test_before_checkpoints_are_loaded_there_are_no_errors_of_theirs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delitem(sys.modules, "gradcache_clip.train.checkpoint")
-    assert command._checkpoint_errors() == ()
+    assert command._loaded("checkpoint", "CheckpointError") == ()
 
 
 @pytest.mark.parametrize("arguments", [["nope.yaml", "train.steps=3"], ["nope.yaml"]])

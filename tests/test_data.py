@@ -14,7 +14,8 @@ from PIL import Image
 from tiny_shards import good, loader, options, same, take, write, write_tar
 
 from gradcache_clip.train.data import decode
-from gradcache_clip.train.data.loader import ImageCaptionLoader, read_all
+from gradcache_clip.train.data.loader import ImageCaptionLoader, join_states, read_all
+from gradcache_clip.train.data.position import Lanes
 from gradcache_clip.train.data.shard_urls import find_shards
 from gradcache_clip.train.data.stream import StreamPlan, raw_stream
 
@@ -98,7 +99,8 @@ def test_state_describes_received_batches_not_prefetched_ones(folder: Path) -> N
     iterator = iter(stream)
     next(iterator)
     # The worker has had two groups of four more asked of it by now.
-    assert stream.state_dict()["group"] == 2 and stream.state_dict()["offset"] == 2
+    (taken,) = stream.state_dict()["taken"]
+    assert (taken["groups"], taken["row"]) == (2, 2)
     assert stream.epoch == 0
 
 
@@ -130,7 +132,11 @@ def test_the_batch_size_may_change_on_resuming(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "name"),
-    [({"seed": 1}, "seed"), ({"workers": 2}, "workers"), ({"group_size": 8}, "group_size")],
+    [
+        ({"seed": 1}, "seed"),
+        ({"shuffle_buffer": 2}, "shuffle_buffer"),
+        ({"group_size": 8}, "group_size"),
+    ],
 )
 def test_a_state_of_another_stream_is_refused(
     folder: Path, changes: dict[str, object], name: str
@@ -138,7 +144,7 @@ def test_a_state_of_another_stream_is_refused(
     state = loader(folder).state_dict()
     with pytest.raises(ValueError, match=f"^{name}: expected .* as in the saved state"):
         loader(folder, **changes).load_state_dict(state)
-    with pytest.raises(ValueError, match="loader state of format 1, got 7"):
+    with pytest.raises(ValueError, match="loader state of format 2, got 7"):
         loader(folder).load_state_dict({"format": 7})
 
 
@@ -176,15 +182,88 @@ def test_ranks_and_workers_share_an_epoch_out_exactly(
     assert sorted(keys) == [f"k{i:04d}" for i in range(67)]
 
 
+def rest_of_epoch(folder: Path, world_size: int, workers: int, state: dict) -> list[str]:
+    """The samples that all ranks together read of the epoch of a state from there on."""
+    keys: list[str] = []
+    changes = options(workers=workers, max_broken_share=1.0)
+    for rank in range(world_size):
+        stream = ImageCaptionLoader(folder, 1, options=changes, rank=rank, world_size=world_size)
+        stream.load_state_dict(state)
+        for batch in stream:
+            if stream.epoch > state["epoch"]["number"]:
+                break
+            keys += batch.keys
+    return keys
+
+
+def some_batches(
+    folder: Path, world_size: int, workers: int, count: int, state: dict | None = None
+) -> tuple[list[str], dict]:
+    """The samples of some batches of three of every rank, and the state after them."""
+    keys, states = [], []
+    changes = options(workers=workers, max_broken_share=1.0)
+    for rank in range(world_size):
+        stream = ImageCaptionLoader(folder, 3, options=changes, rank=rank, world_size=world_size)
+        if state is not None:
+            stream.load_state_dict(state)
+        keys += [key for batch in take(stream, count) for key in batch.keys]
+        states.append(stream.state_dict())
+    return keys, json.loads(json.dumps(join_states(states)))
+
+
+@pytest.mark.parametrize("workers", [(0, 0), (0, 2), (3, 1)])
+@pytest.mark.parametrize("worlds", [(2, 1), (2, 4), (4, 2), (1, 3), (3, 3)])
+def test_other_ranks_and_workers_read_what_is_left_of_an_epoch(
+    partly_broken: Path, worlds: tuple[int, int], workers: tuple[int, int]
+) -> None:
+    before, state = some_batches(partly_broken, worlds[0], workers[0], 2)
+    after = rest_of_epoch(partly_broken, worlds[1], workers[1], state)
+    assert len(before) == 6 * worlds[0]
+    assert sorted(before + after) == sorted(f"k{i}" for i in range(60) if i % 5 != 2)
+
+
+def test_an_epoch_may_change_hands_again_and_again(partly_broken: Path) -> None:
+    read, state = some_batches(partly_broken, 3, 0, 1)
+    for world_size in (2, 4, 1):
+        more, state = some_batches(partly_broken, world_size, 0, 1, state)
+        read += more
+    read += rest_of_epoch(partly_broken, 3, 0, state)
+    assert sorted(read) == sorted(f"k{i}" for i in range(60) if i % 5 != 2)
+
+
+def test_an_epoch_ends_for_all_ranks_together(folder: Path) -> None:
+    # The other rank has no batch left when this one, which has, asks for its fourth.
+    answers = iter([True, True, True, False, True])
+    stream = ImageCaptionLoader(
+        folder, 5, options=options(), world_size=2, on_every_rank=lambda _: next(answers)
+    )
+    assert [stream.epoch for _ in itertools.islice(stream, 4)] == [0, 0, 0, 1]
+
+
+def test_the_lanes_of_ranks_are_those_of_workers(tmp_path: Path) -> None:
+    folder = write(tmp_path, 67, shard_size=67)
+    groups = [take(loader(folder, 4, workers=2), 8)]
+    groups += [
+        take(ImageCaptionLoader(folder, 4, options=options(), rank=rank, world_size=2), 4)
+        for rank in (0, 1)
+    ]
+    together, *apart = [[batch.keys for batch in each] for each in groups]
+    assert together[0::2] == apart[0] and together[1::2] == apart[1]
+
+
+def test_the_state_of_one_rank_is_not_that_of_all(folder: Path) -> None:
+    stream = ImageCaptionLoader(folder, 5, options=options(), world_size=2)
+    with pytest.raises(ValueError, match=r"expected that of all 2 ranks, got that of 1; gather"):
+        stream.load_state_dict(stream.state_dict())
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_few_shards_are_shared_out_evenly(folder: Path, workers: int) -> None:
     # Straight from the stream: processes would add nothing but time.
-    shards = find_shards(folder)
-    counts = []
-    for rank in range(3):
-        plan = StreamPlan(shards, options(), rank, 3)
-        parts = [list(raw_stream(plan, 0, worker, workers)) for worker in range(workers)]
-        counts.append(sum(map(len, parts)))
+    plan, lanes = StreamPlan(find_shards(folder), options(), 0, 3), Lanes(3, workers)
+    counts = [0, 0, 0]
+    for lane in range(lanes.count):
+        counts[lane % 3] += len(list(raw_stream(plan, 0, lanes, lane)))
     assert sum(counts) == 67 and max(counts) - min(counts) <= workers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 from tiny_run import make_data, overrides
 
+from gradcache_clip.train import loop
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.loop import train
 from gradcache_clip.train.sources import make_glyphs
@@ -49,6 +51,23 @@ def test_the_demo_compares_two_runs(tmp_path: Path):
 def test_the_demo_recipe_loads():
     config = load_config(EXAMPLES / "demo.yaml")
     assert (config.train.batch_size, config.train.negatives) == (1024, "batch")
+
+
+def test_the_deepspeed_example_hands_both_files_on(monkeypatch):
+    given = []
+    monkeypatch.setattr(loop, "train", lambda config: given.append(config) or Finished())
+    files = ["--config", str(EXAMPLES / "demo.yaml"), "--deepspeed_config", "ds.json"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--local_rank=1", *files, "train.steps=20"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(EXAMPLES / "deepspeed" / "train.py"))
+    (config,) = given
+    assert (config.train.batch_size, config.train.steps) == (1024, 20)
+    assert config.distributed.engine == "deepspeed"
+    assert config.distributed.deepspeed_config == "ds.json"
+
+
+class Finished:
+    finished = True
 
 
 def _demo():

@@ -18,6 +18,7 @@ SOURCES = (
     "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md",
     "LICENSE", ".pre-commit-config.yaml",
 )  # fmt: skip
+DATA = "gradcache_clip/memory/cards.json"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,7 @@ def test_an_archive_holds_what_its_makefile_needs(unpacked: Path) -> None:
         name for name in names(ROOT / "gradcache_clip") if not name.startswith("kernels/")
     }
     assert all((unpacked / name).exists() for name in SOURCES)
+    assert (unpacked / DATA).exists()
 
 
 def test_an_installed_archive_has_the_kernels(unpacked: Path, tmp_path: Path) -> None:
@@ -75,3 +77,4 @@ def test_an_installed_archive_has_the_kernels(unpacked: Path, tmp_path: Path) ->
     )
     expected = tmp_path / "lib" / "gradcache_clip" / "kernels" / "contrast_gradient.py"
     assert Path(found.stdout.strip()) == expected
+    assert (tmp_path / "lib" / DATA).exists()

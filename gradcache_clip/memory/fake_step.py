@@ -5,7 +5,7 @@ B rows of the batch that is asked about; the examples may have any number of row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, cycle, islice
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.func import functional_call
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from gradcache_clip.cache.checks import one_for_each
 from gradcache_clip.cache.chunks import Chunk
@@ -27,6 +26,7 @@ from gradcache_clip.cache.nested import count_rows, map_tensors, tensors_in
 from gradcache_clip.cache.settings import forget_autocast_casts
 from gradcache_clip.cache.tower import Encode, Tower, surely_trainable
 from gradcache_clip.cache.trunk import call_encoder
+from gradcache_clip.memory.running_module import naming_modules
 
 _NEEDS_DATA = (
     DataDependentOutputException,
@@ -82,7 +82,8 @@ class FakeStep:
                 [Chunk(slice(0, batch_size))],
             )
             features = extractors[index]
-            tower = Tower(name, module, module, encode, features, given, chunks)
+            # The twin has no parameters whose device (meta, say) inputs would have to go to.
+            tower = Tower(name, module, twin, encode, features, given, chunks)
             # As in the engine: one module for all inputs may be frozen for this one.
             if not isinstance(encoders, nn.Module) and surely_trainable(module, given):
                 tower.trainable = True
@@ -105,31 +106,12 @@ def fake_tensors(encoders: nn.Module | Sequence[nn.Module], loss: Any) -> Iterat
     roots = {"encoder": encoders} if isinstance(encoders, nn.Module) else dict(_named(encoders))
     if isinstance(loss, nn.Module):
         roots["loss"] = loss
-    running: list[nn.Module] = []
-
-    def enter(module: nn.Module, _: Any) -> None:
-        running.append(module)
-
-    # Not called for a module that raises, which therefore stays above those around it.
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        while running.pop() is not module:
-            pass
-
-    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
     try:
         # Constants that are neither parameters nor buffers are turned into fakes on the way.
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with naming_modules(roots, _NEEDS_DATA), FakeTensorMode(allow_non_fake_inputs=True):
             yield
-    except _NEEDS_DATA as error:
-        raise ValueError(
-            f"{_place(running, roots)}: expected ops whose shapes follow from their inputs' "
-            f"shapes, got {error}, which needs the values of a tensor; pass an input that avoids "
-            "this branch, or measure a real step under LiveBytes"
-        ) from error
     finally:
         forget_autocast_casts()
-        for hook in hooks:
-            hook.remove()
 
 
 class _FakeTwin(nn.Module):
@@ -192,13 +174,3 @@ def _expand(example: Any, batch_size: int, name: str) -> Any:
 
 def _named(encoders: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     return ((f"encoder {index}", module) for index, module in enumerate(encoders))
-
-
-def _place(running: list[nn.Module], roots: Mapping[str, nn.Module]) -> str:
-    """Where a step stopped, such as "encoder 1, module 'layers.0.router' (Router)"."""
-    inner = next((m for m in reversed(running) if not isinstance(m, _FakeTwin)), None)
-    for root, module in roots.items():
-        for name, child in module.named_modules():
-            if child is inner:
-                return f"{root}, module {name or '(itself)'!r} ({type(child).__name__})"
-    return "loss"

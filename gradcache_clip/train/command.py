@@ -7,6 +7,10 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.loop import RunSummary
 
 INTERRUPTED = 130
 
@@ -42,12 +46,18 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Train, say what came of it, and give the exit status."""
     from gradcache_clip.train.config_file import load_config
     from gradcache_clip.train.loop import train
+    from gradcache_clip.train.place import is_first_process
 
     summary = train(load_config(arguments.config, arguments.overrides))
+    if is_first_process():
+        _show(summary)
+    return 0 if summary.finished else INTERRUPTED
+
+
+def _show(summary: RunSummary) -> None:
     print(f"{summary.output}: step {summary.step}, {summary.pairs_per_s:,.0f} pairs/s")
     for reason, count in summary.skipped.items():
         print(f"skipped {count:,} broken samples: {reason}")
-    return 0 if summary.finished else INTERRUPTED
 
 
 def run_command(arguments: argparse.Namespace, *, name: str) -> int:
@@ -67,7 +77,8 @@ def run_command(arguments: argparse.Namespace, *, name: str) -> int:
     except _expected_errors() as error:
         if getattr(arguments, "traceback", False) or _is_own_module_missing(error):
             raise
-        print(f"{name}: {_explained(error)}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])
+        print(": ".join([name, *notes, _explained(error)]), file=sys.stderr)
         return 2
 
 
@@ -77,13 +88,13 @@ def _expected_errors() -> tuple[type[BaseException], ...]:
     from gradcache_clip.cache import ReplayMismatchError
 
     always = (CommandError, ValueError, OSError, ModuleNotFoundError, MemoryError)
-    return (*always, torch.OutOfMemoryError, ReplayMismatchError, *_checkpoint_errors())
+    own = (*_loaded("checkpoint", "CheckpointError"), *_loaded("failures", "PeerFailure"))
+    return (*always, torch.OutOfMemoryError, ReplayMismatchError, *own)
 
 
-def _checkpoint_errors() -> tuple[type[BaseException], ...]:
+def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
     # Where the module was never loaded (its extras may be missing), nothing raised its error.
-    module = sys.modules.get("gradcache_clip.train.checkpoint")
-    error = getattr(module, "CheckpointError", None)
+    error = getattr(sys.modules.get(f"gradcache_clip.train.{module}"), name, None)
     return (error,) if error else ()
 
 

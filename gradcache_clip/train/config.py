@@ -39,7 +39,7 @@ class DataConfig:
     """Longest caption in tokens, start and end included; longer ones are cut."""
 
     workers: int = 0
-    """Processes that read and decode; 0 decodes in the training process."""
+    """Processes that read and decode for each training process; 0: the training process does."""
 
     shuffle_buffer: int = 5000
     """Undecoded samples held in memory, from which the next is drawn at random."""
@@ -163,7 +163,7 @@ class TrainConfig:
     """Go on from the newest good checkpoint in `output`."""
 
     batch_size: int = 1024
-    """Pairs in a step; every pair meets every other in the loss."""
+    """Pairs in a step, of all processes together; every pair meets every other in the loss."""
 
     chunk_size: int = 64
     """Pairs that go through an encoder at once; sets the memory of a step."""
@@ -181,7 +181,7 @@ class TrainConfig:
     """`auto` takes an accelerator where there is one; else `cpu`, `cuda`, `cuda:1`."""
 
     seed: int = 0
-    """Of weights, data order and dropout."""
+    """Of weights, data order and dropout; process r draws its dropout with `seed + r`."""
 
     log_every: int = 1
     """Steps between two log rows."""
@@ -255,6 +255,28 @@ class EvaluationConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes: `gradcache-clip launch`, torchrun or deepspeed start them."""
+
+    engine: str = "ddp"
+    """What holds parameters and reduces gradients: `ddp`, `fsdp` or `deepspeed`."""
+
+    zero: int = -1
+    """ZeRO stage of DeepSpeed, 0 to 3; -1: that of `deepspeed_config`, or 2 without one."""
+
+    deepspeed_config: str = ""
+    """A DeepSpeed configuration of your own (JSON), used as it is; empty: one is made."""
+
+    timeout_s: int = 600
+    """Longest that a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        one_of(("ddp", "fsdp", "deepspeed"), "distributed", self, "engine")
+        check(-1 <= self.zero <= 3, "distributed", self, "zero", "0 to 3, or -1")
+        at_least(1, "distributed", self, "timeout_s")
+
+
+@dataclass
 class Config:
     """Everything that defines a run; saved beside its results."""
 
@@ -272,6 +294,9 @@ class Config:
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Retrieval on held-out pairs."""
+
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Several processes."""
 
     def __post_init__(self) -> None:
         steps, warmup = self.train.steps, self.optimizer.warmup_steps

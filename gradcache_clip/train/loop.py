@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,13 @@ from rich.console import Console
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.data import Batch
 from gradcache_clip.train.evaluation.held_out import HeldOut, embed_batch, embed_held_out
-from gradcache_clip.train.optimizer import apply_learning_rate, learning_rate_at
+from gradcache_clip.train.optimizer import learning_rate_at
+from gradcache_clip.train.peers import Peers, joined
+from gradcache_clip.train.place import processes_here
 from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_on_interrupt
 from gradcache_clip.train.report.metrics_log import MetricsLog
 from gradcache_clip.train.report.pictures import SIMILARITY_PAIRS, draw_run
-from gradcache_clip.train.run_folder import check_run
+from gradcache_clip.train.run_folder import RunFolder, check_run
 from gradcache_clip.train.session import Session, saved_at_the_end, start_session
 from gradcache_clip.train.step import Backward, StepResult, make_backward, take_step
 
@@ -88,46 +92,73 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
 
     Leaves in `train.output`: config.yaml, tokenizer.json, metrics.jsonl and TensorBoard events,
     checkpoints/, pictures/ and summary.json. The first Ctrl-C ends after the running step with a
-    checkpoint, and so does an error.
+    checkpoint, and so does an error on one process. Where a launcher has started several processes,
+    all call this function together, share the batch, and the first of them writes.
 
     Raises:
         ConfigError, ValueError, OSError: before anything is written, when the configuration cannot
             be run here; while training, for data that cannot be read and features that are not
             finite.
+        PeerFailure: another process has failed; the message names it and what it was doing.
     """
-    console = console or Console(stderr=True)
-    run = check_run(config)
-    session = start_session(config, run)
-    run.begin(config, session.tokenizer)
-    before, first_step = run.read_summary(), session.step
+    with joined(config) as peers:
+        console = console or Console(stderr=True)
+        return _train(config, peers, console if peers.is_first else Console(quiet=True))
+
+
+def _train(config: Config, peers: Peers, console: Console) -> RunSummary:
+    run = check_run(config) if peers.is_first else RunFolder(Path(config.train.output))
+    session = start_session(config, run, peers)
+    before = peers.from_first(run.read_summary() if peers.is_first else None)
+    first_step = session.step
+    if peers.is_first:
+        run.begin(config, session.tokenizer)
     if first_step:
         console.print(f"going on from step {first_step} of {run.path}", **_PLAIN)
     if config.train.compile:
         session.encoder.compile()
-    backward = make_backward(session.encoder, session.loss, config.train, session.scaler)
-    with MetricsLog(run.path, resume_step=first_step) as log:
-        row, meter, held_out = _run_steps(session, backward, log, console)
-    finished = session.step >= config.train.steps
-    if finished and held_out is None and config.data.validation:
+    with _log(session) as log:
+        row, meter, held_out = _run_steps(session, log, console)
+    if _finished(session) and session.step == first_step and config.data.validation:
         # Nothing was left to train: the log has this evaluation already.
         held_out = _embed(session)
     if session.step == first_step and before is not None:
-        summary = RunSummary(**{**before, "finished": finished})
+        summary = RunSummary(**{**before, "finished": _finished(session)})
     else:
-        summary = _summary(session, row, meter, held_out)
-    run.write_summary(summary)
-    if finished:
-        draw_run(run, config, _embed_batch(session), held_out)
+        summary = peers.from_first(_summary(session, row, meter, held_out))
+    if peers.is_first:
+        run.write_summary(summary)
+    if summary.finished:
+        _draw(session, held_out)
     else:
-        console.print(_how_to_resume(summary), **_PLAIN)
+        console.print(_how_to_resume(summary, peers.world_size), **_PLAIN)
     return summary
 
 
+def _finished(session: Session) -> bool:
+    return session.step >= session.config.train.steps
+
+
+def _draw(session: Session, held_out: HeldOut | None) -> None:
+    batch = _embed_batch(session)
+    if session.peers.is_first:
+        draw_run(session.run, session.config, batch, held_out)
+
+
+def _log(session: Session) -> AbstractContextManager[MetricsLog | None]:
+    """Where the figures of this process go; nowhere unless it is the first."""
+    if not session.peers.is_first:
+        return nullcontext()
+    return MetricsLog(session.run.path, resume_step=session.step)
+
+
 def _run_steps(
-    session: Session, backward: Backward, log: MetricsLog, console: Console
+    session: Session, log: MetricsLog | None, console: Console
 ) -> tuple[dict[str, float], Meter, HeldOut | None]:
     """Steps until the last or until Ctrl-C; the last log row and the last evaluation."""
-    config, meter = session.config.train, Meter()
+    config, peers, meter = session.config.train, session.peers, Meter()
+    strategy = session.engine.strategy
+    backward = make_backward(session.engine.module, session.loss, config, strategy)
     row: dict[str, float] = {}
     held_out = None
     with (
@@ -136,40 +167,50 @@ def _run_steps(
         saved_at_the_end(session),
         closing(session.batches()) as batches,
     ):
-        while session.step < config.steps and not stop:
-            result, held_out = _train_one(session, backward, next(batches)), None
+        while session.step < config.steps and not peers.any(bool(stop)):
+            result, held_out = _train_one(session, backward, _next_batch(session, batches)), None
             meter.count(config.batch_size)
             bar.advance()
             last = session.step == config.steps
-            if last or stop or session.step % config.log_every == 0:
+            if log is not None and (last or stop or session.step % config.log_every == 0):
                 row = _log_row(session, result, meter)
                 log.write(session.step, row)
                 bar.show({"step": session.step, **row})
             if last or _due(session, config.checkpoint_every):
                 with meter.held():
                     session.save()
-            due = last or (not stop and _due(session, config.evaluate_every))
-            if due and session.config.data.validation:
+            if session.config.data.validation and (
+                last or (_due(session, config.evaluate_every) and not peers.any(bool(stop)))
+            ):
                 with meter.held():
-                    held_out = _embed(session)
-                    metrics = held_out.metrics(session.config.evaluation.recall_at)
-                    log.write(session.step, metrics.to_scalars())
+                    held_out = _evaluate(session, log)
     return row, meter, held_out
+
+
+def _next_batch(session: Session, batches: Iterator[Batch]) -> Batch:
+    session.peers.enter(f"reading the batch of step {session.step + 1}")
+    return next(batches)
+
+
+def _evaluate(session: Session, log: MetricsLog | None) -> HeldOut | None:
+    held_out = _embed(session)
+    if log is not None and held_out is not None:
+        metrics = held_out.metrics(session.config.evaluation.recall_at)
+        log.write(session.step, metrics.to_scalars())
+    return held_out
 
 
 def _train_one(session: Session, backward: Backward, batch: Batch) -> StepResult:
     config = session.config
+    session.peers.enter(f"taking step {session.step + 1}")
     rate = learning_rate_at(session.step, config.optimizer, config.train.steps)
-    apply_learning_rate(session.optimizer, rate)
+    session.engine.set_learning_rate(rate)
     texts = session.tokenizer(batch.captions, pad_to_context=config.train.compile)
     result = take_step(
         backward,
         batch.images.to(session.device, non_blocking=True),
         {name: tensor.to(session.device, non_blocking=True) for name, tensor in texts.items()},
-        session.optimizer,
-        session.scaler,
-        config.train,
-        config.optimizer.max_grad_norm,
+        session.engine,
     )
     if session.ema is not None:
         session.ema.update(session.encoder)
@@ -187,22 +228,30 @@ def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, fl
     names = ("loss", "accuracy", "grad_norm", "logit_scale")
     return {
         **dict(zip(names, values, strict=True)),
-        "learning_rate": session.optimizer.param_groups[0]["lr"],
+        "learning_rate": session.engine.param_groups[0]["lr"],
         **meter.rates(),
         "peak_memory_bytes": peak_memory_bytes(session.device),
     }
 
 
-def _embed(session: Session) -> HeldOut:
+def _embed(session: Session) -> HeldOut | None:
+    """The held-out pairs, embedded by all processes, on the first."""
+    session.peers.enter(f"evaluating after step {session.step}")
+    encode, tokenizer = session.engine.evaluated, session.tokenizer
     with session.averaged_weights():
-        return embed_held_out(session.encoder, session.tokenizer, session.config)
+        return embed_held_out(encode, tokenizer, session.config, session.peers)
 
 
 def _embed_batch(session: Session) -> HeldOut:
     """Some pairs of the batch that would come next, for a picture."""
+    session.peers.enter("embedding a batch for a picture")
     with closing(session.batches()) as batches, session.averaged_weights():
         return embed_batch(
-            session.encoder, session.tokenizer, session.config, next(batches), SIMILARITY_PAIRS
+            session.engine.evaluated,
+            session.tokenizer,
+            session.config,
+            next(batches),
+            SIMILARITY_PAIRS,
         )
 
 
@@ -210,23 +259,27 @@ def _summary(
     session: Session, row: dict[str, float], meter: Meter, held_out: HeldOut | None
 ) -> RunSummary:
     recall_at = session.config.evaluation.recall_at
+    skipped = Counter[str]()
+    for counts in session.peers.collect(session.loader.broken.counts):
+        skipped.update(counts)
     return RunSummary(
         output=str(session.run.path),
         step=session.step,
-        finished=session.step >= session.config.train.steps,
+        finished=_finished(session),
         loss=row.get("loss"),
         pairs_per_s=meter.pairs / meter.seconds if meter.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(session.device),
-        skipped=dict(session.loader.broken.counts),
+        skipped=dict(skipped),
         metrics=held_out.metrics(recall_at).to_scalars() if held_out else {},
     )
 
 
-def _how_to_resume(summary: RunSummary) -> str:
+def _how_to_resume(summary: RunSummary, processes: int) -> str:
     if not summary.step:
         return "stopped before the first step"
     config = shlex.quote(f"{summary.output}/config.yaml")
+    command = "train" if processes == 1 else f"launch --nproc {processes_here(processes)} train"
     return (
         f"stopped after step {summary.step} with a checkpoint; go on with\n"
-        f"    gradcache-clip train {config} train.resume=true"
+        f"    gradcache-clip {command} {config} train.resume=true"
     )

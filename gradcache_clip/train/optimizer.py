@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Parameter
@@ -55,6 +55,23 @@ def build_optimizer(
         [('decay', 0.1), ('no_decay', 0.0)]
     """
     _check_config(config)
+    groups = parameter_groups(named_parameters)
+    everything = [parameter for group in groups for parameter in group["params"]]
+    return torch.optim.AdamW(
+        [{"weight_decay": config.weight_decay, **group} for group in groups],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in everything),
+    )
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, Parameter]]) -> list[dict[str, Any]]:
+    """Trainable parameters in the groups "decay", with the optimizer's decay, and "no_decay".
+
+    Raises:
+        ValueError: no parameter needs a gradient.
+    """
     groups: dict[bool, list[Parameter]] = {True: [], False: []}
     for name, parameter in _unique_trainable(named_parameters):
         groups[decays(name, parameter)].append(parameter)
@@ -63,21 +80,11 @@ def build_optimizer(
             "named_parameters: expected at least one that requires a gradient, got none; "
             "unfreeze a tower or pass loss.named_parameters() too"
         )
-    everything = groups[True] + groups[False]
-    return torch.optim.AdamW(
-        [
-            {"name": label, "params": groups[flag], "weight_decay": decay}
-            for label, flag, decay in (
-                ("decay", True, config.weight_decay),
-                ("no_decay", False, 0.0),
-            )
-            if groups[flag]
-        ],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in everything),
+    both = (
+        {"name": "decay", "params": groups[True]},
+        {"name": "no_decay", "params": groups[False], "weight_decay": 0.0},
     )
+    return [group for group in both if group["params"]]
 
 
 def decays(name: str, parameter: Parameter) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,6 +23,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+SAME_INTERRUPT_S = 1.0
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -82,6 +86,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.interrupted = math.inf
 
     def __bool__(self) -> bool:
         return self.requested
@@ -89,7 +94,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; the second SIGINT interrupts at once."""
+    """Turn the first SIGINT or SIGTERM into a request; a later SIGINT interrupts at once.
+
+    One that follows within a second is the same Ctrl-C, passed on by a launcher.
+    """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         # Python delivers signals to the main thread alone.
@@ -97,9 +105,12 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def request(_number: int, _frame: FrameType | None) -> None:
+    def request(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and time.monotonic() - stop.interrupted > SAME_INTERRUPT_S:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            stop.interrupted = min(stop.interrupted, time.monotonic())
         stop.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in before:
         signal.signal(number, request)

@@ -21,6 +21,9 @@ _MAY_CHANGE = {
     "train.output", "train.resume", "train.steps", "train.log_every", "train.evaluate_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.compile", "train.device",
     "data.max_broken_share",
+    # What is left of an epoch is shared out among however many read it.
+    "data.workers", "distributed.engine", "distributed.zero", "distributed.deepspeed_config",
+    "distributed.timeout_s",
 }  # fmt: skip
 
 

@@ -8,40 +8,49 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradcache_clip.losses import ClipLoss
 from gradcache_clip.train.checkpoint import (
     Checkpoint,
     capture_rng,
+    load_checkpoint,
     load_latest,
     restore_rng,
     save_checkpoint,
 )
 from gradcache_clip.train.config import Config, ConfigError
-from gradcache_clip.train.data import Batch, ImageCaptionLoader, LoaderOptions, read_captions
+from gradcache_clip.train.data import (
+    Batch,
+    ImageCaptionLoader,
+    LoaderOptions,
+    join_states,
+    read_captions,
+)
 from gradcache_clip.train.data.shard_urls import find_shards
 from gradcache_clip.train.ema import Ema
-from gradcache_clip.train.optimizer import build_optimizer
+from gradcache_clip.train.engine import Engine, build_engine, rows_of_a_process
+from gradcache_clip.train.peers import Peers
+from gradcache_clip.train.place import choose_device
 from gradcache_clip.train.probe import check_towers
 from gradcache_clip.train.run_folder import RunFolder
 from gradcache_clip.train.sources.splits import track
-from gradcache_clip.train.step import make_scaler
 from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from gradcache_clip.train.towers import DualEncoder, build_towers
 
 
 @dataclass
 class Session:
-    """The state of a run after `step` optimizer steps."""
+    """The state of a run after `step` optimizer steps, in each of its processes."""
 
     config: Config
     run: RunFolder
+    peers: Peers
     device: torch.device
     tokenizer: Tokenizer
     encoder: DualEncoder
+    engine: Engine
     loss: ClipLoss
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
     ema: Ema | None
     loader: ImageCaptionLoader
     step: int = 0
@@ -52,36 +61,35 @@ class Session:
         yield from self.loader
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on.
+        """Write a checkpoint of everything that the next step depends on; all processes together.
 
         Raises:
             ValueError: a weight is NaN or infinite; earlier checkpoints are untouched.
             OSError: the disk is full; earlier checkpoints are untouched.
         """
-        self._check_weights()
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "loader": self.loader.state_dict(),
-            "rng": capture_rng(),
-            "ema_updates": self.ema.state_dict()["updates"] if self.ema else 0,
-        }
-        modules: dict[str, Any] = {
-            "encoder": self.encoder.state_dict(),
-            "loss": self.loss.state_dict(),
-        }
+        self.peers.enter(f"saving after step {self.step}")
+        weights, state = self.engine.weights(), self.engine.state()
+        loaders = self.peers.collect(self.loader.state_dict())
+        generators = self.peers.collect(capture_rng())
+        if self.peers.is_first:
+            data = {"loader": join_states(loaders), "rng": generators}
+            self._write(weights, {**state, **data})
+        self.saved_step = self.step
+
+    def _write(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        modules: dict[str, Any] = {"encoder": weights, "loss": self.loss.state_dict()}
+        self._check_finite({**weights, **modules["loss"]})
+        state = {**state, "ema_updates": self.ema.state_dict()["updates"] if self.ema else 0}
         if self.ema is not None:
             modules["ema"] = self.ema.state_dict()["averages"]
         keep = self.config.train.keep_checkpoints
         save_checkpoint(self.run.checkpoints, self.step, modules=modules, state=state, keep=keep)
-        self.saved_step = self.step
 
-    def _check_weights(self) -> None:
-        named = [*self.encoder.named_parameters(), *self.loss.named_parameters()]
-        finite = torch.stack([parameter.isfinite().all() for _, parameter in named])
+    def _check_finite(self, weights: dict[str, Tensor]) -> None:
+        finite = torch.stack([weight.isfinite().all() for weight in weights.values()])
         if finite.all():
             return
-        name = named[int((~finite).nonzero()[0])][0]
+        name = [*weights][int((~finite).nonzero()[0])]
         raise ValueError(
             f"weights: expected finite numbers after step {self.step}, got NaN or infinity in "
             f"{name}; nothing was saved, and earlier checkpoints are untouched. Lower "
@@ -89,17 +97,19 @@ class Session:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on exactly where the checkpoint was written."""
+        """Go on exactly where the checkpoint was written, by however many processes."""
         self.step = self.saved_step = checkpoint.step
-        self.encoder.load_state_dict(checkpoint.modules["encoder"])
+        self.engine.load_weights(checkpoint.modules["encoder"])
         self.loss.load_state_dict(checkpoint.modules["loss"])
-        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
-        self.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.engine.load_state(checkpoint.state)
         self.loader.load_state_dict(checkpoint.state["loader"])
         if self.ema is not None:
             updates = checkpoint.state["ema_updates"]
             self.ema.load_state_dict({"updates": updates, "averages": checkpoint.modules["ema"]})
-        restore_rng(checkpoint.state["rng"])
+        generators = checkpoint.state["rng"]
+        # A process that was not there before draws as one that begins.
+        if self.peers.rank < len(generators):
+            restore_rng(generators[self.peers.rank])
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """The weights to evaluate with: the moving average where there is one."""
@@ -110,12 +120,13 @@ class Session:
 def saved_at_the_end(session: Session) -> Iterator[None]:
     """Save what was trained in this context, also when an error ends it.
 
-    After an error the run goes on behind the batch that failed; it is not tried again.
+    After an error the run goes on behind the batch that failed; it is not tried again. With several
+    processes it goes on from the last checkpoint, since one that failed can save nothing.
     """
     try:
         yield
     except Exception:
-        if session.step > session.saved_step:
+        if session.step > session.saved_step and session.peers.world_size == 1:
             # Weights that are the error must neither be saved nor hide it.
             with suppress(ValueError):
                 session.save()
@@ -124,41 +135,64 @@ def saved_at_the_end(session: Session) -> Iterator[None]:
         session.save()
 
 
-def start_session(config: Config, run: RunFolder) -> Session:
-    """Build the run; with `train.resume`, at its newest good checkpoint."""
+def start_session(config: Config, run: RunFolder, peers: Peers | None = None) -> Session:
+    """Build the run, in each of its processes; with `train.resume`, at its newest good checkpoint.
+
+    Raises:
+        ConfigError, ValueError, OSError: it cannot be run here; nothing was written.
+    """
+    peers = peers or Peers()
     torch.manual_seed(config.train.seed)
     device = choose_device(config.train.device)
     if config.data.validation:
         find_shards(config.data.validation, allow_url_schemes=config.data.allow_url_schemes)
-    loader = ImageCaptionLoader(
-        config.data.train, config.train.batch_size, options=_loader_options(config)
-    )
-    tokenizer = _run_tokenizer(config, run) if run.has_begun() else _new_tokenizer(config)
+    loader = _loader(config, peers)
+    tokenizer = _tokenizer(config, run, peers)
     encoder = build_encoder(config, tokenizer).to(device)
     longest = tokenizer(["a text", "another"], pad_to_context=True)
     check_towers(encoder, image_size=config.data.image_size, tokens=longest)
-    loss = ClipLoss(
-        init_logit_scale=config.model.init_logit_scale,
-        max_logit_scale=config.model.max_logit_scale,
-        impl=config.train.impl,  # type: ignore[arg-type]
-    ).to(device)
-    named = [*encoder.named_parameters(), *loss.named_parameters()]
+    loss = _loss(config).to(device)
     session = Session(
         config=config,
         run=run,
+        peers=peers,
         device=device,
         tokenizer=tokenizer,
         encoder=encoder,
+        engine=build_engine(encoder, loss, config, peers),
         loss=loss,
-        optimizer=build_optimizer(named, config.optimizer),
-        scaler=make_scaler(config.train.precision, device),
         ema=Ema(encoder, decay=config.train.ema_decay) if config.train.ema_decay else None,
         loader=loader,
     )
-    checkpoint = load_latest(run.checkpoints) if config.train.resume else None
+    if not peers.is_first:
+        # Each process drops other units; the weights above are the same everywhere.
+        torch.manual_seed(config.train.seed + peers.rank)
+    checkpoint = _checkpoint(run, peers) if config.train.resume else None
     if checkpoint is not None:
         session.restore(checkpoint)
     return session
+
+
+def _loss(config: Config) -> ClipLoss:
+    return ClipLoss(
+        init_logit_scale=config.model.init_logit_scale,
+        max_logit_scale=config.model.max_logit_scale,
+        impl=config.train.impl,  # type: ignore[arg-type]
+    )
+
+
+def _checkpoint(run: RunFolder, peers: Peers) -> Checkpoint | None:
+    """The newest good one, as the first process finds it, read by all."""
+    found = load_latest(run.checkpoints) if peers.is_first else None
+    path = peers.from_first(None if found is None else found.path)
+    if path is None or found is not None:
+        return found
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: expected the checkpoint that rank 0 found there, got none on this machine; "
+            "put train.output on a file system that all machines share"
+        )
+    return load_checkpoint(path)
 
 
 def build_encoder(config: Config, tokenizer: Tokenizer) -> DualEncoder:
@@ -189,27 +223,9 @@ def load_trained(config: Config, run: RunFolder) -> tuple[DualEncoder, Tokenizer
     return encoder.to(choose_device(config.train.device)), tokenizer, checkpoint.step
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator of this machine, or its CPU.
-
-    Raises:
-        ConfigError: the device is not here.
-    """
-    if name == "auto":
-        here = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
-        return here or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"train.device: expected a device of this machine, got {name!r} ({error}); "
-            "use auto or cpu"
-        ) from error
-
-
-def _loader_options(config: Config) -> LoaderOptions:
+def _loader(config: Config, peers: Peers) -> ImageCaptionLoader:
     data = config.data
-    return LoaderOptions(
+    options = LoaderOptions(
         image_size=data.image_size,
         crop_scale=(data.random_crop, 1.0) if data.random_crop < 1 else None,
         seed=config.train.seed,
@@ -218,6 +234,24 @@ def _loader_options(config: Config) -> LoaderOptions:
         max_broken_share=data.max_broken_share,
         allow_url_schemes=tuple(data.allow_url_schemes),
     )
+    return ImageCaptionLoader(
+        data.train,
+        rows_of_a_process(config, peers.world_size),
+        options=options,
+        rank=peers.rank,
+        world_size=peers.world_size,
+        on_every_rank=peers.all,
+    )
+
+
+def _tokenizer(config: Config, run: RunFolder, peers: Peers) -> Tokenizer:
+    """The first process reads or trains it for all."""
+    tokenizer = None
+    if peers.is_first:
+        tokenizer = _run_tokenizer(config, run) if run.has_begun() else _new_tokenizer(config)
+    shared = peers.from_first(tokenizer)
+    assert shared is not None
+    return shared
 
 
 def _run_tokenizer(config: Config, run: RunFolder) -> Tokenizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from gradcache_clip.cache.nested import take_rows
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.losses import ClipLoss, ContrastiveOutput
 from gradcache_clip.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.engine import Engine
 
 Backward = Callable[[Tensor, Mapping[str, Tensor]], ContrastiveOutput]
 
@@ -29,37 +32,26 @@ class StepResult(NamedTuple):
 
 
 def make_backward(
-    encoder: nn.Module, loss: ClipLoss, config: TrainConfig, scaler: torch.amp.GradScaler
+    encoder: nn.Module, loss: ClipLoss, config: TrainConfig, strategy: LocalStrategy
 ) -> Backward:
     """Forward and backward of a batch, as `config.negatives` says."""
     if config.negatives == "batch":
-        strategy = LocalStrategy(scaler)
         return GradCache(encoder, loss, chunk_size=config.chunk_size, strategy=strategy)
 
     def accumulate(images: Tensor, texts: Mapping[str, Tensor]) -> ContrastiveOutput:
-        return _accumulate(encoder, loss, scaler, config.chunk_size, images, texts)
+        return _accumulate(encoder, loss, strategy, config.chunk_size, images, texts)
 
     return accumulate
 
 
 def take_step(
-    backward: Backward,
-    images: Tensor,
-    texts: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    config: TrainConfig,
-    max_grad_norm: float,
+    backward: Backward, images: Tensor, texts: Mapping[str, Tensor], engine: Engine
 ) -> StepResult:
     """Gradients of one batch, clipped, into the weights; nothing waits for the device."""
-    optimizer.zero_grad(set_to_none=True)
-    with autocast(config.precision, images.device):
+    engine.begin_step()
+    with engine.autocast():
         output = backward(images, texts)
-    scaler.unscale_(optimizer)
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    norm = clip_grad_norm(parameters, max_grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
+    norm = engine.finish_step()
     return StepResult(output.loss, output.accuracy, norm)
 
 
@@ -86,7 +78,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def _accumulate(
     encoder: nn.Module,
     loss: ClipLoss,
-    scaler: torch.amp.GradScaler,
+    strategy: LocalStrategy,
     chunk_size: int,
     images: Tensor,
     texts: Mapping[str, Tensor],
@@ -100,7 +92,7 @@ def _accumulate(
         output = loss(encoder(0, chunk), encoder(1, chunk_texts))
         share = len(chunk) / len(images)
         with torch.autocast(device_type, enabled=False):
-            scaler.scale(output.loss * share).backward()
+            strategy.scale_loss(output.loss * share).backward()
         outputs.append(ContrastiveOutput(*(value.detach() for value in output)))
         shares.append(share)
     losses = torch.stack([output.loss for output in outputs])

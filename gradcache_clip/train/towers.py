@@ -45,6 +45,8 @@ class ImageTower(nn.Module):
         # Bytes travel and wait in a quarter of the memory; only one chunk is ever float.
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+            # DeepSpeed casts weights and no buffers.
+            images = images.to(next(self.backbone.parameters()).dtype)
         features: Tensor = self.backbone(images)
         return features
 

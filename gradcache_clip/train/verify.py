@@ -106,11 +106,14 @@ def _for_one_batch(config: Config, rows: int) -> Config:
 
 def _verify(session: Session, rows: int) -> VerifyReport:
     config = session.config.train
-    if session.scaler.is_enabled():
-        session.scaler = torch.amp.GradScaler(session.device.type, init_scale=_FIRST_FP16_SCALE)
+    strategy = session.engine.strategy
+    if session.engine.scaler.is_enabled():
+        strategy.grad_scaler = torch.amp.GradScaler(
+            session.device.type, init_scale=_FIRST_FP16_SCALE
+        )
     if config.compile:
         session.encoder.compile()
-    cache = make_backward(session.encoder, session.loss, config, session.scaler)
+    cache = make_backward(session.encoder, session.loss, config, strategy)
     assert isinstance(cache, GradCache)
     with closing(session.batches()) as batches:
         batch = next(batches)

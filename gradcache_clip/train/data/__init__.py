@@ -1,7 +1,7 @@
 """Image-caption pairs out of webdataset shards: safe, deterministic, exactly resumable."""
 
 from gradcache_clip.train.data.captions import read_captions
-from gradcache_clip.train.data.loader import Batch, ImageCaptionLoader, read_all
+from gradcache_clip.train.data.loader import Batch, ImageCaptionLoader, join_states, read_all
 from gradcache_clip.train.data.stream import DecodedSample, LoaderOptions
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "DecodedSample",
     "ImageCaptionLoader",
     "LoaderOptions",
+    "join_states",
     "read_all",
     "read_captions",
 ]

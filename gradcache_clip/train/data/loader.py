@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gradcache_clip.train.data.batch import Batch, BatchBuilder
 from gradcache_clip.train.data.broken import BrokenReport, BrokenTally
 from gradcache_clip.train.data.decode import ImageTransform
+from gradcache_clip.train.data.position import EpochLeft, Lanes, Taken, all_seen, left_after
 from gradcache_clip.train.data.shard_reader import read_shard
 from gradcache_clip.train.data.shard_urls import Shard, find_shards
 from gradcache_clip.train.data.stream import (
@@ -28,51 +30,30 @@ from gradcache_clip.train.data.stream import (
     decode_sample,
 )
 
-__all__ = ["Batch", "DecodedSample", "ImageCaptionLoader", "LoaderOptions", "read_all"]
+__all__ = [
+    "Batch",
+    "DecodedSample",
+    "ImageCaptionLoader",
+    "LoaderOptions",
+    "join_states",
+    "read_all",
+]
 
-STATE_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Image-caption pairs, row by row.
-
-    Args:
-        images: uint8 (B, 3, H, W); scaled to floats later, so that a batch stays small.
-        captions: B captions; of several an image, one is drawn anew each epoch.
-        keys: B names of samples.
-        groups: B match groups; rows of equal group match each other.
-    """
-
-    images: Tensor
-    captions: list[str]
-    keys: list[str]
-    groups: list[str]
-
-    def __len__(self) -> int:
-        return len(self.keys)
+STATE_FORMAT = 2
 
 
-@dataclass(frozen=True)
-class _Progress:
-    """The state: every group of the epoch before `group`, and `offset` samples of it, are used.
-
-    `seen` and `broken` count what the groups before it held, over all epochs.
-    """
-
-    epoch: int = 0
-    group: int = 0
-    offset: int = 0
-    seen: int = 0
-    broken: Mapping[str, int] = field(default_factory=dict)
+def _this_rank_alone(flag: bool) -> bool:
+    return flag
 
 
 class ImageCaptionLoader:
     """Batches of one rank, for ever: each epoch in a new order, the last incomplete batch dropped.
 
-    The order depends on the seed, the epoch, the rank, the world size, the number of workers and
-    the shards alone. `state_dict` describes the batches that the caller has received, so a new
-    loader that loads it goes on with the very next batch. Iterate once at a time.
+    The order depends on the seed, the epoch and the shards, and on the world size and the number of
+    workers with which the epoch began. `state_dict` describes the batches that the caller has
+    received, so a new loader that loads it goes on with the very next batch, and with another world
+    size or number of workers the loaders together go on with the samples that are left of the
+    epoch. Iterate once at a time.
 
     Args:
         source: folder of shards, path, glob, brace pattern or URLs; see `find_shards`.
@@ -80,6 +61,9 @@ class ImageCaptionLoader:
         options: see `LoaderOptions`.
         rank: of this process.
         world_size: number of processes; each sees its own part of an epoch.
+        on_every_rank: tells whether a flag is true on all ranks, and is called by all of them
+            before each batch: with it, an epoch ends for all when one has no full batch left.
+            Without it each rank begins its next epoch when its own part is used up.
 
     Attributes:
         broken: a `BrokenTally` of the samples skipped so far, in worker processes too.
@@ -106,6 +90,7 @@ class ImageCaptionLoader:
         options: LoaderOptions | None = None,
         rank: int = 0,
         world_size: int = 1,
+        on_every_rank: Callable[[bool], bool] = _this_rank_alone,
     ) -> None:
         if batch_size < 1:
             raise ValueError(
@@ -118,9 +103,11 @@ class ImageCaptionLoader:
         self._source = source
         self._batch_size = batch_size
         self._options = options = options or LoaderOptions()
+        self._on_every_rank = on_every_rank
         shards = find_shards(source, allow_url_schemes=options.allow_url_schemes)
         self._plan = StreamPlan(shards, options, rank, world_size)
-        self._progress = _Progress()
+        self._lanes = Lanes(world_size, max(1, options.workers))
+        self._left, self._taken = EpochLeft(0, self._lanes), Taken()
         self.broken = BrokenTally()
         counts = [shard.samples for shard in self._plan.shards]
         known = sum(count for count in counts if count is not None)
@@ -130,36 +117,52 @@ class ImageCaptionLoader:
     @property
     def epoch(self) -> int:
         """Epoch of the last batch received, from 0."""
-        return self._progress.epoch
+        return self._left.number
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield from self._epoch_batches()
-            self._progress = self._progress_at(self._progress.epoch + 1, 0)
+            self._left = EpochLeft(self._left.number + 1, self._lanes)
+            self._taken = self._taken_at(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch that was received: numbers and strings."""
-        progress = self._progress
+        """Where the stream stands after the last batch that was received: numbers and strings.
+
+        With several ranks it is the state of this one; `join_states` makes that of all.
+        """
         return {
             "format": STATE_FORMAT,
-            "epoch": progress.epoch,
-            "group": progress.group,
-            "offset": progress.offset,
-            "seen": progress.seen,
-            "broken": dict(progress.broken),
             "stream": self._identity(),
+            "world_size": self._plan.world_size,
+            "epoch": self._left.to_dict(),
+            "taken": [self._taken.to_dict()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another loader of the same stream stood; the batch size may differ.
+        """Go on where the loaders of the same samples stood.
+
+        With the world size of the state every rank goes on with the very next batch. With another
+        one the ranks share out what is left of the epoch. The batch size may differ.
 
         Raises:
-            ValueError: the state is of another stream (other shards, seed, workers, rank, ...).
+            ValueError: the state is of another stream (other shards, seed, ...), or of one rank of
+                several.
         """
+        self._check_state(state)
+        left = EpochLeft.from_dict(state["epoch"])
+        taken = [Taken(**each) for each in state["taken"]]
+        if len(taken) == self._plan.world_size:
+            self._left, self._taken = left, taken[self._plan.rank]
+        else:
+            self._left = left_after(left, taken)
+            self._taken = all_seen(taken) if self._plan.rank == 0 else Taken()
+        self.broken = BrokenTally(Counter(self._taken.broken), self._taken.seen)
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("format") != STATE_FORMAT:
             raise ValueError(
-                f"state: expected a loader state of format {STATE_FORMAT}, "
-                f"got {state.get('format')!r}"
+                f"state: expected a loader state of format {STATE_FORMAT}, got "
+                f"{state.get('format')!r}; resume with the version of gradcache-clip that wrote it"
             )
         for name, got in self._identity().items():
             if (expected := state["stream"].get(name)) != got:
@@ -167,49 +170,54 @@ class ImageCaptionLoader:
                     f"{name}: expected {expected!r} as in the saved state, got {got!r}; the order "
                     "of the samples depends on it, so resume with the same value"
                 )
-        broken = dict(state["broken"])
-        self._progress = _Progress(
-            state["epoch"], state["group"], state["offset"], state["seen"], broken
-        )
-        self.broken = BrokenTally(Counter(broken), state["seen"])
+        if len(state["taken"]) != state["world_size"]:
+            raise ValueError(
+                f"state: expected that of all {state['world_size']} ranks, got that of "
+                f"{len(state['taken'])}; gather them and pass join_states(states)"
+            )
 
     def _identity(self) -> dict[str, Any]:
-        """All that the order depends on: a state is worth nothing where any of it differs."""
+        """What a state is worth nothing without: all that lanes are made of."""
         return {
             "seed": self._options.seed,
-            "workers": max(1, self._options.workers),
             "group_size": self._options.group_size,
             "shuffle_buffer": self._options.shuffle_buffer,
-            "rank": self._plan.rank,
-            "world_size": self._plan.world_size,
             "shards": _fingerprint(self._plan.shards),
         }
 
     def _epoch_batches(self) -> Iterator[Batch]:
-        start, row, batches = self._progress, self._progress.offset, 0
-        builder = _BatchBuilder(self._batch_size)
-        for position, group in self._groups(start):
-            before = self._progress_at(start.epoch, position)
+        start, batches = self._taken, 0
+        builder = BatchBuilder(self._batch_size)
+        for number, row, group in self._groups(start):
+            before = self._taken_at(number)
             self.broken.add(group.seen, group.broken)
             self.broken.check(self._options.max_broken_share)
             while row < len(group):
                 row = builder.take(group, row)
                 if builder.is_full:
-                    self._progress = replace(before, offset=row)
+                    if not self._on_every_rank(True):
+                        self._check_not_too_small(start, batches, builder)
+                        return
+                    self._taken = replace(before, row=row)
                     batches += 1
                     yield builder.batch()
-                    builder = _BatchBuilder(self._batch_size)
-            row = 0
+                    builder = BatchBuilder(self._batch_size)
         self.broken.check(self._options.max_broken_share, at_end=True)
-        if not batches and start.group == start.offset == 0:
+        self._on_every_rank(False)
+        self._check_not_too_small(start, batches, builder)
+
+    def _check_not_too_small(self, start: Taken, batches: int, builder: BatchBuilder) -> None:
+        """An epoch without a batch would repeat itself for ever."""
+        began_here = self._left.is_whole and start.groups == start.row == 0
+        if not batches and began_here:
             raise self._too_small(builder.filled)
 
-    def _groups(self, start: _Progress) -> Iterator[tuple[int, Group]]:
-        """The groups of the epoch from the start on with their positions, until all workers end."""
-        stream = GroupStream(self._plan, start.epoch, start.group)
-        workers = self._options.workers
+    def _groups(self, start: Taken) -> Iterator[tuple[int, int, Group]]:
+        """The groups of this rank's share from the start on, each with its number in the share and
+        its first row that is left, until all lanes of the share end."""
+        workers, world_size = self._options.workers, self._plan.world_size
         loader = DataLoader(
-            stream,
+            GroupStream(self._plan, self._left, start.groups),
             batch_size=None,
             num_workers=workers,
             collate_fn=_unchanged,
@@ -217,16 +225,20 @@ class ImageCaptionLoader:
             generator=torch.Generator(),
             worker_init_fn=_leave_signals_to_the_parent,
         )
-        ended = 0
-        for position, group in enumerate(loader, start.group):
-            ended = ended + 1 if group is None else 0
+        # So many groups of a share go once through all the lanes that it is read from.
+        round_of_lanes = math.lcm(self._left.lanes.count, world_size) // world_size
+        missing = 0
+        for number, group in enumerate(loader, start.groups):
+            missing = missing + 1 if group is None else 0
+            place = self._plan.rank + number * world_size
             if group is not None:
-                yield position, group
-            if ended == max(1, workers):
+                row = start.row if number == start.groups else 0
+                yield number, max(row, self._left.at(place)[1]), group
+            if missing == round_of_lanes + len(self._left.pending):
                 return
 
-    def _progress_at(self, epoch: int, group: int) -> _Progress:
-        return _Progress(epoch, group, 0, self.broken.seen, dict(self.broken.counts))
+    def _taken_at(self, number: int) -> Taken:
+        return Taken(number, 0, self.broken.seen, dict(self.broken.counts))
 
     def _too_small(self, found: int) -> ValueError:
         ranks = f" for each of {self._plan.world_size} ranks" if self._plan.world_size > 1 else ""
@@ -236,42 +248,9 @@ class ImageCaptionLoader:
         )
 
 
-class _BatchBuilder:
-    """Fills a batch group by group, so that no batch is ever held twice.
-
-    Copying also frees each group's shared memory at once; thousands would exhaust file handles.
-    """
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._images: Tensor | None = None
-        self._captions: list[str] = []
-        self._keys: list[str] = []
-        self._groups: list[str] = []
-
-    @property
-    def filled(self) -> int:
-        return len(self._keys)
-
-    @property
-    def is_full(self) -> bool:
-        return self.filled == self._batch_size
-
-    def take(self, group: Group, row: int) -> int:
-        """Copy samples of a group from a row on; returns the first row that found no place."""
-        stop = min(len(group), row + self._batch_size - self.filled)
-        if self._images is None:
-            self._images = group.images.new_empty(self._batch_size, *group.images.shape[1:])
-        self._images[self.filled : self.filled + stop - row] = group.images[row:stop]
-        self._captions += group.captions[row:stop]
-        self._groups += group.groups[row:stop]
-        self._keys += group.keys[row:stop]
-        return stop
-
-    def batch(self) -> Batch:
-        """The batch, once it is full."""
-        assert self._images is not None and self.is_full
-        return Batch(self._images, self._captions, self._keys, self._groups)
+def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of all ranks from the `state_dict()` of each, in the order of the ranks."""
+    return {**states[0], "taken": [taken for state in states for taken in state["taken"]]}
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -1,15 +1,15 @@
 """The order of samples, and the worker side of loading: groups of decoded samples.
 
-The order is a pure function of seed, epoch, rank, world size and number of workers. A group is
-formed of raw samples before any is decoded, so that a resumed stream skips groups unread by the
-decoder, and a broken sample makes its group smaller and moves no other sample.
+The order is a pure function of seed, epoch and lanes. A group is formed of raw samples before any
+is decoded, so that a resumed stream skips groups unread by the decoder, and a broken sample makes
+its group smaller and moves no other sample.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +24,7 @@ from gradcache_clip.train.data.decode import (
     captions_and_group,
     image_bytes,
 )
+from gradcache_clip.train.data.position import EpochLeft, Lanes
 from gradcache_clip.train.data.shard_reader import RawSample, read_shard
 from gradcache_clip.train.data.shard_urls import Shard
 
@@ -120,7 +121,7 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """All that decides one rank's stream: the shards of all ranks, the options, and the rank."""
+    """What every rank reads, how, and which of the ranks this is."""
 
     shards: tuple[Shard, ...]
     options: LoaderOptions
@@ -128,12 +129,14 @@ class StreamPlan:
     world_size: int
 
 
-def raw_stream(plan: StreamPlan, epoch: int, worker: int, workers: int) -> Iterator[RawItem]:
-    """The raw samples of one worker of this rank in one epoch, in order."""
+def raw_stream(plan: StreamPlan, epoch: int, lanes: Lanes, group: int) -> Iterator[RawItem]:
+    """The raw samples of the lane that a group of an epoch lies in, in order."""
     seed, shards = plan.options.seed, list(plan.shards)
     random.Random(f"{seed}:{epoch}:shards").shuffle(shards)
-    draw = random.Random(f"{seed}:{epoch}:samples:{plan.rank * workers + worker}")
-    items = _share(plan, shards, worker, workers)
+    rank, worker = lanes.of(group)
+    draw = random.Random(f"{seed}:{epoch}:samples:{rank * lanes.workers + worker}")
+    parts = _parts(shards, lanes, rank, worker)
+    items = _read(parts, plan.options.allow_url_schemes)
     return shuffled(items, plan.options.shuffle_buffer, draw)
 
 
@@ -164,29 +167,33 @@ def decode_sample(
 
 
 class GroupStream(IterableDataset[Group | None]):
-    """Groups of one epoch from a position on, then None for ever.
+    """The groups of a rank's share of an epoch from one on; None for each that does not exist.
 
-    Over W workers the group at position p comes from worker p modulo W, because a worker never
-    ends: one that has no samples left yields None. With a first position of P the workers' roles
-    are rotated, since a DataLoader asks its worker 0 first.
+    It goes on with None for ever, because nobody knows how many groups a lane has. Over W workers
+    group n of the share comes from worker n modulo W.
     """
 
-    def __init__(self, plan: StreamPlan, epoch: int, first_position: int) -> None:
+    def __init__(self, plan: StreamPlan, epoch: EpochLeft, first: int) -> None:
         self._plan = plan
         self._transform = ImageTransform(plan.options.image_size, plan.options.crop_scale)
         self._epoch = epoch
-        self._first = first_position
+        self._first = first
 
     def __iter__(self) -> Iterator[Group | None]:
         info = get_worker_info()
-        worker_id, workers = (info.id, info.num_workers) if info else (0, 1)
-        worker = (worker_id + self._first) % workers
-        skipped = max(0, math.ceil((self._first - worker) / workers))
-        raw = raw_stream(self._plan, self._epoch, worker, workers)
-        for items in itertools.islice(_chunks(raw, self._plan.options.group_size), skipped, None):
-            yield self._decode(items)
-        while True:
-            yield None
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        lanes: dict[int, _Lane] = {}
+        for number in itertools.count(self._first + worker, workers):
+            group, _ = self._epoch.at(self._plan.rank + number * self._plan.world_size)
+            lane = group % self._epoch.lanes.count
+            if lane not in lanes:
+                lanes[lane] = self._open(lane)
+            items = lanes[lane].chunk(group // self._epoch.lanes.count)
+            yield self._decode(items) if items else None
+
+    def _open(self, lane: int) -> _Lane:
+        raw = raw_stream(self._plan, self._epoch.number, self._epoch.lanes, lane)
+        return _Lane(raw, self._plan.options.group_size)
 
     def _decode(self, items: Sequence[RawItem]) -> Group:
         samples: list[tuple[DecodedSample, str]] = []
@@ -217,30 +224,55 @@ class GroupStream(IterableDataset[Group | None]):
         return sample, draw.choice(sample.captions)
 
 
-def _share(
-    plan: StreamPlan, shards: Sequence[Shard], worker: int, workers: int
-) -> Iterator[RawItem]:
-    """The part of the shards that one worker of this rank reads.
+class _Lane:
+    """The raw samples of one lane, read forwards a chunk at a time."""
 
-    Whole shards are dealt out to ranks where these get about equally many, and to workers where
-    each gets one; else all read the same shards and keep every n-th sample.
+    def __init__(self, items: Iterator[RawItem], size: int) -> None:
+        self._items = items
+        self._size = size
+        self._next = 0
+
+    def chunk(self, number: int) -> list[RawItem]:
+        """A chunk after those asked for before; nothing where the lane is shorter."""
+        skipped = (number - self._next) * self._size
+        self._next = number + 1
+        return list(itertools.islice(self._items, skipped, skipped + self._size))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A shard, of which every `count`-th sample is read, from the one at `index` on."""
+
+    shard: Shard
+    index: int = 0
+    count: int = 1
+
+
+def _parts(shards: Sequence[Shard], lanes: Lanes, rank: int, worker: int) -> list[_Part]:
+    """What one lane reads of the shards.
+
+    Whole shards are dealt out to ranks where these get many, all as many, and to workers where each
+    gets one; else all read the same shards and keep every n-th sample.
     """
-    rank, ranks = plan.rank, plan.world_size
-    if len(shards) >= MIN_SHARDS_A_RANK * ranks:
-        shards, rank, ranks = shards[rank::ranks], 0, 1
-    if len(shards) >= workers:
-        shards, worker, workers = shards[worker::workers], 0, 1
-    index, count = rank * workers + worker, ranks * workers
-    place = itertools.count()
-    for number, shard in enumerate(shards):
-        for item in read_shard(shard, plan.options.allow_url_schemes):
+    even = len(shards) - len(shards) % lanes.ranks
+    if len(shards) < MIN_SHARDS_A_RANK * lanes.ranks:
+        even = 0
+    parts = [_Part(shard) for shard in shards[rank : even : lanes.ranks]]
+    parts += [_Part(shard, rank, lanes.ranks) for shard in shards[even:]]
+    if len(parts) >= lanes.workers:
+        return parts[worker :: lanes.workers]
+    return [
+        _Part(part.shard, part.index * lanes.workers + worker, part.count * lanes.workers)
+        for part in parts
+    ]
+
+
+def _read(parts: Iterable[_Part], allowed: tuple[str, ...]) -> Iterator[RawItem]:
+    # Counted through, so that small shards come out even as well.
+    places: dict[int, Iterator[int]] = defaultdict(itertools.count)
+    for number, part in enumerate(parts):
+        for item in read_shard(part.shard, allowed):
             # What every reader of a shard meets is reported by one of them.
-            turn = number if isinstance(item, BrokenReport) else next(place)
-            if turn % count == index:
+            turn = number if isinstance(item, BrokenReport) else next(places[part.count])
+            if turn % part.count == part.index:
                 yield item
-
-
-def _chunks(items: Iterable[RawItem], size: int) -> Iterator[list[RawItem]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk

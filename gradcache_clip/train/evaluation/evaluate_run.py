@@ -49,6 +49,7 @@ def evaluate_run(
         )
     encoder, tokenizer, step = load_trained(config, run)
     held_out = embed_held_out(encoder, tokenizer, config)
+    assert held_out is not None
     metrics = held_out.metrics(config.evaluation.recall_at)
     console = console or Console()
     console.print(_table(metrics, f"{run.path}, step {step}"))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.data import Batch, DecodedSample, LoaderOptions, read_all
+from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
 from gradcache_clip.train.evaluation.recall import RetrievalMetrics, embed_dataset, recall_at_k
+from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.step import autocast
 from gradcache_clip.train.tokenizer import Tokenizer
-from gradcache_clip.train.towers import DualEncoder
+from gradcache_clip.train.towers import IMAGE, TEXT
 
 _THUMBNAIL_SIZE = 64
 
@@ -51,14 +56,26 @@ class HeldOut:
         )
 
 
-def embed_held_out(encoder: DualEncoder, tokenizer: Tokenizer, config: Config) -> HeldOut:
+def embed_held_out(
+    encoder: nn.Module, tokenizer: Tokenizer, config: Config, peers: Peers | None = None
+) -> HeldOut | None:
     """Embed every validation image and every different caption once, in evaluation mode.
 
-    Images of one group share its captions: each is a right answer for all of them.
+    Images of one group share its captions: each is a right answer for all of them. Several
+    processes embed a batch in turn, and all of them call this function.
+
+    Args:
+        encoder: called as `encoder(tower, inputs)`.
+        tokenizer, config: of the run.
+        peers: the processes; this one alone when None.
+
+    Returns:
+        The features, on the first process; None on the others.
 
     Raises:
         FileNotFoundError, ValueError: the validation set is missing, empty or broken.
     """
+    peers = peers or Peers()
     device = next(encoder.parameters()).device
     size = config.evaluation.batch_size
     samples: list[tuple[str, tuple[str, ...]]] = []
@@ -68,25 +85,27 @@ def embed_held_out(encoder: DualEncoder, tokenizer: Tokenizer, config: Config) -
         for batch in _batched(read_all(config.data.validation, options=_options(config)), size):
             samples.extend((sample.group, sample.captions) for sample in batch)
             images = torch.stack([sample.image for sample in batch])
-            thumbnails.append(_thumbnails(images))
-            yield images.to(device)
+            if peers.is_first:
+                thumbnails.append(_thumbnails(images))
+            yield images
 
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        with autocast(config.train.precision, device):
-            (images,) = embed_dataset(encoder.encode_image, image_batches(), description="images")
-            ids, texts, text_ids = _texts_of(samples)
-            tokens = (tokenizer(chunk) for chunk in _batched(iter(texts), size))
-            batches = ({name: t.to(device) for name, t in batch.items()} for batch in tokens)
-            (text_features,) = embed_dataset(
-                encoder.encode_text, batches, total=len(texts), description="texts"
-            )
-    finally:
-        encoder.train(was_training)
+    def embedded(tower: int, batches: Iterator[Any], name: str) -> list[Tensor]:
+        mine = (_to(device, batch) for batch in one_in_turn(batches, peers))
+        (features,) = embed_dataset(
+            partial(encoder, tower), mine, description=name, progress=peers.is_first
+        )
+        return peers.collect(features.cpu())
+
+    with _evaluating(encoder), autocast(config.train.precision, device):
+        images = embedded(IMAGE, image_batches(), "images")
+        ids, texts, text_ids = _texts_of(samples)
+        tokens = (tokenizer(chunk) for chunk in _batched(iter(texts), size))
+        text_features = embedded(TEXT, tokens, "texts")
+    if not peers.is_first:
+        return None
     return HeldOut(
-        image_features=_unit(images),
-        text_features=_unit(text_features),
+        image_features=_unit(in_turn(images, size, len(samples))),
+        text_features=_unit(in_turn(text_features, size, len(texts))),
         image_ids=ids,
         text_ids=text_ids,
         image_captions=[captions[0] for _, captions in samples],
@@ -97,7 +116,7 @@ def embed_held_out(encoder: DualEncoder, tokenizer: Tokenizer, config: Config) -
 
 @torch.no_grad()
 def embed_batch(
-    encoder: DualEncoder, tokenizer: Tokenizer, config: Config, batch: Batch, pairs: int
+    encoder: nn.Module, tokenizer: Tokenizer, config: Config, batch: Batch, pairs: int
 ) -> HeldOut:
     """The first pairs of different groups in a training batch, so that only row i suits text i."""
     first_of: dict[str, int] = {}
@@ -106,18 +125,28 @@ def embed_batch(
     rows = list(first_of.values())[:pairs]
     captions = [batch.captions[row] for row in rows]
     device = next(encoder.parameters()).device
-    tokens = {name: tensor.to(device) for name, tensor in tokenizer(captions).items()}
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        with autocast(config.train.precision, device):
-            images = encoder.encode_image(batch.images[rows].to(device))
-            texts = encoder.encode_text(tokens)
-    finally:
-        encoder.train(was_training)
+    with _evaluating(encoder), autocast(config.train.precision, device):
+        images = encoder(IMAGE, batch.images[rows].to(device))
+        texts = encoder(TEXT, _to(device, tokenizer(captions)))
     ids = torch.arange(len(rows))
     thumbnails = _thumbnails(batch.images[rows])
     return HeldOut(_unit(images), _unit(texts), ids, ids, captions, captions, thumbnails)
+
+
+@contextmanager
+def _evaluating(encoder: nn.Module) -> Iterator[None]:
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(was_training)
+
+
+def _to(device: torch.device, inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _options(config: Config) -> LoaderOptions:

@@ -1,0 +1,115 @@
+"""`gradcache-clip plan`: will this pair, batch and card go together? No GPU, no weights."""
+
+from __future__ import annotations
+
+import time
+
+from gradcache_clip.memory.cards import Card, find_card
+from gradcache_clip.memory.plan_answer import (
+    largest_chunk,
+    memory_of,
+    methods_of,
+    parameters_of,
+    speed_of,
+)
+from gradcache_clip.memory.plan_models import (
+    Sizes,
+    build_on_meta,
+    configured_pair,
+    named_pair,
+    train_last,
+)
+from gradcache_clip.memory.plan_options import Plan, PlanOptions
+from gradcache_clip.memory.plan_work import trace_all
+from gradcache_clip.train.config import Config, ModelConfig
+
+
+def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) -> Plan:
+    """What a step of gradient caching needs for two models on a card, and what else would fit.
+
+    Models are built on the meta device and traced there: no GPU is needed and no weight is loaded.
+    Each tower runs at two numbers of rows; the size of every tensor is then extrapolated linearly
+    to the batch and chunk in question, and PyTorch's caching allocator is played through.
+
+    Args:
+        image: a timm name.
+        text: a short name such as "bert-base", a published name, or a type of transformers.
+        gpu: a card such as "RTX 4090", or an amount of memory such as "24GB".
+        options: how the step is taken; its defaults where None.
+
+    Raises:
+        ValueError: an unknown model or card (with the nearest names), or options that contradict
+            each other or the card.
+
+    Example:
+        >>> options = PlanOptions(batch_size=4096, chunk_size=32, image_size=32)
+        >>> found = plan("convnext_atto", "bert-tiny", "24GB", options)
+        >>> found.fits, found.largest_chunk >= 32
+        (True, True)
+    """
+    options = options or PlanOptions()
+    model, sizes = named_pair(
+        image,
+        text,
+        image_size=options.image_size,
+        context_length=options.context_length,
+        feature_dim=options.feature_dim,
+    )
+    return _planned((image, text), model, sizes, gpu, options)
+
+
+def plan_config(config: Config, gpu: str, options: PlanOptions | None = None) -> Plan:
+    """The same for a configuration of the training command; see `options_of` for its options."""
+    model, sizes = configured_pair(config)
+    names = config.model.image, config.model.text
+    return _planned(names, model, sizes, gpu, options or options_of(config))
+
+
+def options_of(config: Config) -> PlanOptions:
+    """The options that a training configuration implies, on one process."""
+    train, engine = config.train, config.distributed.engine
+    return PlanOptions(
+        batch_size=train.batch_size,
+        chunk_size=train.chunk_size,
+        precision=train.precision,
+        ema=train.ema_decay > 0,
+        zero={"deepspeed": config.distributed.zero, "fsdp": 3}.get(engine, 0),
+        image_size=config.data.image_size,
+        context_length=config.data.context_length,
+        feature_dim=config.model.feature_dim,
+    )
+
+
+def _planned(
+    names: tuple[str, str], model: ModelConfig, sizes: Sizes, gpu: str, options: PlanOptions
+) -> Plan:
+    started, card = time.perf_counter(), find_card(gpu)
+    capacity = _capacity(card, options)
+    encoder = build_on_meta(model, sizes)
+    train_last(encoder.image_tower.backbone, options.image_trainable)
+    train_last(encoder.text_tower.backbone, options.text_trainable)
+    traced = trace_all(encoder, sizes, options, card)
+    return Plan(
+        image=names[0],
+        text=names[1],
+        card=card,
+        options=options,
+        **parameters_of(encoder),
+        **memory_of(traced.step, options, capacity),
+        largest_chunk=largest_chunk(traced.step, options, capacity),
+        methods=methods_of(traced, options, capacity),
+        **speed_of(traced.step, options, card, capacity),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _capacity(card: Card, options: PlanOptions) -> int:
+    """Bytes of the card that the allocator may take."""
+    budget = options.budget_bytes or 0
+    for name, taken in (("context_bytes", options.context_bytes), ("memory_budget", budget)):
+        if taken >= card.memory_bytes:
+            raise ValueError(
+                f"{name}: expected less than the {card.memory_bytes / 2**30:.1f} GiB of "
+                f"{card.name}, got {taken / 2**30:.1f} GiB; lower it or take a larger card"
+            )
+    return card.memory_bytes - options.context_bytes

@@ -1,0 +1,251 @@
+"""The order of work of each way to train, as a timeline of allocations.
+
+B rows of a process, c of them in a chunk, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gradcache_clip.memory.timeline import Timeline
+from gradcache_clip.memory.trace import Trace
+
+Kept = tuple[int, int]
+"""Chunks of the image and the text tower."""
+
+_ADDED, _CAST = ", added", "cast"
+# Numbers of runs, above those of replays.
+_FIRST_KEPT = 2
+
+
+@dataclass(frozen=True)
+class TowerWork:
+    """What a step does with one tower."""
+
+    trace: Trace
+    """Of its passes, as `trace_tower` leaves it."""
+    trainable: bool
+    """Whether anything in it gets a gradient; if not it is never replayed."""
+    input_bytes: int
+    """Of one row of its input."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does, for any number of rows."""
+
+    towers: tuple[TowerWork, TowerWork]
+    """Image and text, in the order in which they run."""
+    loss: Trace
+    full_loss: Trace
+    """The same with a B x B matrix."""
+    parameter_bytes: tuple[int, ...]
+    """Of each parameter and buffer."""
+    optimizer_bytes: tuple[int, ...]
+    """Of each state of the optimizer, and of an average of the weights."""
+    gradient_bytes: int
+    """Of all parameters that are trained."""
+    feature_row_bytes: int
+    """Of one row of one feature."""
+    workspaces: Callable[[int], dict[str, int]]
+    """Bytes inside the tiled loss, by tag, from B."""
+    shares: dict[str, float]
+    """As `Timeline` takes them."""
+    world: int = 1
+    """Processes that share the batch; each embeds B rows and needs the features of all."""
+    reserved_bytes: tuple[tuple[str, int], ...] = ()
+    """Further storages that live throughout: their kind and bytes."""
+    inputs_on_device: bool = True
+    """Whether the whole batch waits on the device, or two chunks of it at a time."""
+    rounded: bool = True
+    """Sizes as the CUDA allocator rounds them."""
+
+
+def plain_step(work: Work, rows: int, chunk: int) -> Timeline:
+    """Both towers over all rows at once.
+
+    The matrix of logits of all processes is on each of them, as plain losses have it.
+    """
+    timeline, (image, text) = _started(work, rows, rows), work.towers
+    timeline.enter("forward")
+    for tower in (image, text):
+        timeline.run(tower.trace, "forward plain", rows=rows)
+    timeline.enter("loss")
+    timeline.run(work.full_loss, "forward", "backward", rows=rows * work.world)
+    timeline.enter("backward")
+    for tower in (text, image):
+        timeline.run(tower.trace, "backward plain", "end plain", rows=rows)
+    return timeline
+
+
+def accumulated_step(work: Work, rows: int, chunk: int) -> Timeline:
+    """As open_clip accumulates: features of all rows, then each chunk against all of them.
+
+    Every chunk holds the graphs of both towers and the matrix of logits of all processes at once.
+    """
+    chunk, timeline = min(chunk, rows), _started(work, rows, chunk)
+    timeline.enter("embed")
+    for tower in work.towers:
+        timeline.run(tower.trace, "embed", "embed end", rows=chunk)
+        timeline.hold([rows * work.feature_row_bytes], "feature")
+    everyone = rows * work.world
+    for number in range(1 + (chunk < rows)):
+        timeline.enter(f"chunk {number}")
+        for tower in work.towers:
+            timeline.run(tower.trace, "forward plain", rows=chunk, again=number)
+        joined = timeline.hold([everyone * work.feature_row_bytes] * 2, "feature")
+        timeline.run(work.full_loss, "forward", "backward", rows=everyone, again=number)
+        for tower in reversed(work.towers):
+            backward = f"backward plain{_ADDED * number}"
+            timeline.run(tower.trace, backward, "end plain", rows=chunk, again=number)
+        timeline.drop(joined)
+    return timeline
+
+
+def cached_step(work: Work, rows: int, chunk: int, *, kept: Kept = (0, 0)) -> Timeline:
+    """Gradient caching: embed, loss, replay, with the graphs of so many chunks of each tower kept.
+
+    One more is kept of the last tower in any case, unless replays carry both towers.
+    """
+    chunk, timeline = min(chunk, rows), _started(work, rows, min(chunk, rows))
+    replays = _Replays(timeline, work, rows, chunk)
+    timeline.enter("embed")
+    for tower in work.towers:
+        timeline.run(tower.trace, "embed", rows=chunk)
+        timeline.hold([rows * work.feature_row_bytes], "feature")
+    for tower in work.towers:
+        timeline.run(tower.trace, "embed end", rows=chunk)
+    replays.keep(kept)
+    timeline.enter("loss")
+    gathered = timeline.hold(_gathered(work, rows), "feature")
+    timeline.run(work.loss, "forward", "backward", rows=rows)
+    timeline.drop(gathered)
+    timeline.enter("replay")
+    replays.take_kept()
+    replays.take_others()
+    return timeline
+
+
+class _Replays:
+    """The forwards and backwards of a cached step: of many alike chunks two are run.
+
+    The second one meets the gradients that the first one made; a third would change nothing.
+    """
+
+    def __init__(self, timeline: Timeline, work: Work, rows: int, chunk: int) -> None:
+        self.timeline, self.work, self.rows, self.chunk = timeline, work, rows, chunk
+        trainable = [tower for tower in work.towers if tower.trainable]
+        self._last = trainable[-1] if trainable and work.world == 1 else None
+        self._last_rows = (rows - 1) % chunk + 1
+        self._kept: list[tuple[TowerWork, list[int], range]] = []
+        self._left = {id(tower): -(-rows // chunk) for tower in trainable}
+        self._has_gradients: set[int] = set()
+
+    def keep(self, kept: Kept) -> None:
+        """Graphs that stay from the embed: of each tower a few are run, others only hold bytes.
+
+        Graphs of a tower share their casts, which live until the last of them is gone. Autocast
+        itself forgets them before the loss, as before the backward of a plain step.
+        """
+        for tower, count in zip(self.work.towers, kept, strict=True):
+            runs, rest = self._runs_of(tower, count)
+            graphs = self.timeline.hold([kept_bytes(tower, rest)] if rest else [], "kept graphs")
+            self._kept.append((tower, runs, graphs))
+            for number, rows in enumerate(runs):
+                self._run_kept("forward", tower, rows, number, runs)
+
+    def _runs_of(self, tower: TowerWork, count: int) -> tuple[list[int], int]:
+        """Rows of the kept graphs that are run, the tower's last one last, and of the others."""
+        if not tower.trainable:
+            return [], 0
+        in_any_case = [self._last_rows] if tower is self._last else []
+        self._left[id(tower)] -= count + len(in_any_case)
+        rows = min(self.rows - sum(in_any_case), count * self.chunk)
+        sizes = [min(self.chunk, rows - start) for start in range(0, rows, self.chunk)]
+        runs = sizes if len(sizes) <= 3 else [*sizes[:2], sizes[-1]]
+        return [*runs, *in_any_case], rows - sum(runs)
+
+    def _run_kept(
+        self, direction: str, tower: TowerWork, rows: int, number: int, runs: list[int]
+    ) -> None:
+        casts = "" if number == len(runs) - 1 else _CAST
+        if direction == "backward":
+            self._backward(tower, rows, _FIRST_KEPT + number, "plain", casts)
+        else:
+            numbered = {"rows": rows, "again": _FIRST_KEPT + number}
+            self.timeline.run(tower.trace, "forward plain", **numbered, without=casts)
+
+    def take_kept(self) -> None:
+        """Their backwards, all but the last of a tower while the other graphs are still there."""
+        for tower, runs, graphs in self._kept:
+            for number, rows in enumerate(runs):
+                if number == len(runs) - 1:
+                    self.timeline.drop(graphs)
+                self._run_kept("backward", tower, rows, number, runs)
+
+    def take_others(self) -> None:
+        """Chunks that run again: both towers at once, or one after the other."""
+        towers = [tower for tower in self.work.towers if self._left.get(id(tower), 0) > 0]
+        for group in [towers] if self.work.world > 1 else [[tower] for tower in towers]:
+            for number in range(min(2, max(self._left[id(tower)] for tower in group))):
+                for tower in group:
+                    self.timeline.run(tower.trace, "forward replay", rows=self.chunk, again=number)
+                for tower in reversed(group):
+                    self._backward(tower, self.chunk, number)
+
+    def _backward(
+        self, tower: TowerWork, rows: int, number: int, kind: str = "replay", without: str = ""
+    ) -> None:
+        added = _ADDED if id(tower) in self._has_gradients else ""
+        self._has_gradients.add(id(tower))
+        segments = f"backward {kind}{added}", f"end {kind}"
+        self.timeline.run(tower.trace, *segments, rows=rows, again=number, without=without)
+
+
+def kept_within(work: Work, rows: int, chunk: int, budget: int) -> Kept:
+    """Chunks of each tower whose graphs a budget has room for, those of the first tower first."""
+    counts = []
+    for tower, most in zip(work.towers, all_kept(work, rows, chunk), strict=True):
+        counts.append(min(most, budget // max(1, kept_bytes(tower, chunk))))
+        budget -= counts[-1] * kept_bytes(tower, chunk)
+    return counts[0], counts[1]
+
+
+def all_kept(work: Work, rows: int, chunk: int) -> Kept:
+    """All chunks that may be kept, beside the one that is in any case."""
+    chunks = -(-rows // min(chunk, rows))
+    if work.world > 1:
+        # The first and the last replay exchange gradients.
+        return max(0, chunks - 2), max(0, chunks - 2)
+    image, text = work.towers
+    return (chunks - (not text.trainable)) * image.trainable, (chunks - 1) * text.trainable
+
+
+def kept_bytes(tower: TowerWork, rows: int) -> int:
+    """What graphs of so many rows take beside others, whose casts they share."""
+    return tower.trace.bytes_left_by("forward plain", rows, without=_CAST) * tower.trainable
+
+
+def graph_bytes(tower: TowerWork, rows: int) -> int:
+    """What is alive between the forward and the backward of a chunk."""
+    return tower.trace.bytes_left_by("forward replay", rows) if tower.trainable else 0
+
+
+def _started(work: Work, rows: int, chunk: int) -> Timeline:
+    """What is there before the step: weights, states, inputs."""
+    timeline = Timeline(work.shares, work.workspaces(rows), work.rounded)
+    timeline.enter("start")
+    timeline.hold(list(work.parameter_bytes), "parameter")
+    timeline.hold(list(work.optimizer_bytes), "optimizer")
+    for kind, nbytes in work.reserved_bytes:
+        timeline.hold([nbytes], kind)
+    at_once = rows if work.inputs_on_device else min(rows, 2 * chunk)
+    timeline.hold([tower.input_bytes * at_once for tower in work.towers], "input")
+    return timeline
+
+
+def _gathered(work: Work, rows: int) -> list[int]:
+    """Features of the other processes, of both towers."""
+    others = (work.world - 1) * rows * work.feature_row_bytes
+    return [others, others] if others else []

@@ -1,0 +1,108 @@
+"""The passes of one tower over a chunk, traced on the meta device: embed, replay, replay again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.memory.device_rules import DeviceRules, World
+from gradcache_clip.memory.running_module import naming_modules
+from gradcache_clip.memory.trace import Recorder, Trace, joined
+
+_ROWS = (8, 16)
+# What torch raises where a meta tensor's value is asked for.
+_NEEDS_DATA = (RuntimeError, NotImplementedError)
+
+Pass = Literal["plain", "replay"]
+"""A forward and backward outside of the engine, where autocast drops its casts before the backward,
+or as a replay, which keeps them until the next one."""
+
+
+def trace_tower(
+    encode: Callable[[Any], Tensor],
+    module: nn.Module,
+    make_inputs: Callable[[int], Any],
+    *,
+    world: World = "cuda",
+    dtype: torch.dtype | None = None,
+    passes: Sequence[Pass] = ("plain", "replay"),
+) -> Trace:
+    """Record a tower on the meta device.
+
+    Segments: "embed" and "embed end", which drops its casts; for each pass, such as "plain":
+    "forward plain", "backward plain" and "end plain", which drops what is left of its casts, and
+    "backward plain, added", which finds gradients to add to.
+
+    Args:
+        encode: inputs to features (rows, D).
+        module: holds the parameters, on the meta device, in the mode they are trained in.
+        make_inputs: inputs of so many rows, on the meta device.
+        world: whose kernels.
+        dtype: of autocast; None: off.
+        passes: what to record beside the embed.
+
+    Raises:
+        ValueError: a module that needs the values of a tensor; the error names it.
+    """
+    recordings = [
+        _recorded(encode, module, make_inputs(rows), DeviceRules(world, dtype), passes)
+        for rows in _ROWS
+    ]
+    return joined(recordings, _ROWS)
+
+
+def _recorded(
+    encode: Callable[[Any], Tensor],
+    module: nn.Module,
+    inputs: Any,
+    rules: DeviceRules,
+    passes: Sequence[Pass],
+) -> Recorder:
+    recorder = Recorder([*module.parameters(), *module.buffers(), *tensors_in(inputs)])
+    rules.on_cast = lambda cast: recorder.mark(cast, "cast")
+    parameters = [each for each in module.parameters() if each.requires_grad]
+    marks = recorder.mark_gradient
+    hooks = [each.register_post_accumulate_grad_hook(marks) for each in parameters]
+    try:
+        with recorder, rules, naming_modules({"encoder": module}, _NEEDS_DATA):
+            with torch.no_grad():
+                encode(inputs)
+            recorder.cut("embed")
+            rules.forget_casts()
+            recorder.cut("embed end")
+            for name in passes:
+                _clear(parameters)
+                recorder.cut("")
+                _record_pass(recorder, rules, lambda: encode(inputs), name)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _clear(parameters)
+    return recorder
+
+
+def _record_pass(
+    recorder: Recorder, rules: DeviceRules, encode: Callable[[], Tensor], name: Pass
+) -> None:
+    features = encode()
+    if name == "plain":
+        rules.forget_casts()
+    recorder.cut(f"forward {name}")
+    # A checkpoint that computes again drops its own casts at once, or finds those of a replay.
+    rules.keeps_casts = name != "plain"
+    if features.requires_grad:
+        features.backward(torch.empty_like(features))
+    del features
+    recorder.cut(f"backward {name}")
+    rules.keeps_casts = True
+    rules.forget_casts()
+    recorder.cut(f"end {name}")
+
+
+def _clear(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

@@ -1,0 +1,67 @@
+"""A batch of image-caption pairs, and filling one group by group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gradcache_clip.train.data.stream import Group
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Image-caption pairs, row by row.
+
+    Args:
+        images: uint8 (B, 3, H, W); scaled to floats later, so that a batch stays small.
+        captions: B captions; of several an image, one is drawn anew each epoch.
+        keys: B names of samples.
+        groups: B match groups; rows of equal group match each other.
+    """
+
+    images: Tensor
+    captions: list[str]
+    keys: list[str]
+    groups: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class BatchBuilder:
+    """Fills a batch group by group, so that no batch is ever held twice.
+
+    Copying also frees each group's shared memory at once; thousands would exhaust file handles.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._images: Tensor | None = None
+        self._captions: list[str] = []
+        self._keys: list[str] = []
+        self._groups: list[str] = []
+
+    @property
+    def filled(self) -> int:
+        return len(self._keys)
+
+    @property
+    def is_full(self) -> bool:
+        return self.filled == self._batch_size
+
+    def take(self, group: Group, row: int) -> int:
+        """Copy samples of a group from a row on; returns the first row that found no place."""
+        stop = min(len(group), row + self._batch_size - self.filled)
+        if self._images is None:
+            self._images = group.images.new_empty(self._batch_size, *group.images.shape[1:])
+        self._images[self.filled : self.filled + stop - row] = group.images[row:stop]
+        self._captions += group.captions[row:stop]
+        self._groups += group.groups[row:stop]
+        self._keys += group.keys[row:stop]
+        return stop
+
+    def batch(self) -> Batch:
+        """The batch, once it is full."""
+        assert self._images is not None and self.is_full
+        return Batch(self._images, self._captions, self._keys, self._groups)

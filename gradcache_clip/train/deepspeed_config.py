@@ -1,0 +1,114 @@
+"""The DeepSpeed configuration of a run: a person's own file as it is, completed by the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gradcache_clip.train.config import Config, ConfigError
+
+DEFAULT_STAGE = 2
+_AUTO = "auto"
+
+
+def deepspeed_settings(config: Config, processes: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given.
+
+    The file named by `distributed.deepspeed_config` is kept as it is. What it leaves out, or leaves
+    to "auto", is written out: batch sizes, ZeRO stage, precision, and `gradient_clipping`, which
+    DeepSpeed would set to 1.0 by itself.
+
+    Raises:
+        ConfigError: no such file, no JSON object in it, or a value that contradicts the run; the
+            message shows both.
+    """
+    source = config.distributed.deepspeed_config
+    settings = _read(Path(source)) if source else {}
+    rows = config.train.batch_size // processes
+    run = f"as train.batch_size={config.train.batch_size} gives with {processes} processes"
+    for name, value, reason in (
+        ("train_batch_size", config.train.batch_size, run),
+        ("train_micro_batch_size_per_gpu", rows, run),
+        ("gradient_accumulation_steps", 1, "for chunks are no steps; see train.chunk_size"),
+    ):
+        _settle(settings, name, value, reason, source)
+    norm = config.optimizer.max_grad_norm
+    _settle(settings, "gradient_clipping", norm, "as optimizer.max_grad_norm", source, default=0.0)
+    _settle_stage(settings, config)
+    _settle_precision(settings, config)
+    return settings
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """Of settings that `deepspeed_settings` returned."""
+    return int(settings["zero_optimization"]["stage"])
+
+
+def precision_of(settings: dict[str, Any]) -> str:
+    """fp32, bf16 or fp16: what DeepSpeed keeps the weights in."""
+    for name in ("bf16", "fp16"):
+        if settings.get(name, {}).get("enabled"):
+            return name
+    return "fp32"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"distributed.deepspeed_config: expected a JSON file, got {path}, which does not exist;"
+            " check the path, or leave it out"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(
+            f"distributed.deepspeed_config: expected JSON in {path}, got an error ({error}); "
+            "correct that place"
+        ) from error
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"distributed.deepspeed_config: expected a JSON object in {path}, got "
+            f"{type(settings).__name__}; write {{...}}"
+        )
+    return settings
+
+
+def _settle(
+    settings: dict[str, Any], name: str, value: Any, why: str, source: str, default: Any = None
+) -> None:
+    """Take the run's value where the file has none, and the file's where the run has none."""
+    given = settings.get(name, _AUTO)
+    if given == _AUTO:
+        settings[name] = value
+    elif given != value and value != default:
+        raise ConfigError(
+            f"{name}: expected {value} {why}, got {given} in {source}; change one of them, or "
+            f'write "{_AUTO}" there'
+        )
+
+
+def _settle_stage(settings: dict[str, Any], config: Config) -> None:
+    source, wanted = config.distributed.deepspeed_config, config.distributed.zero
+    zero = settings.setdefault("zero_optimization", {})
+    default = DEFAULT_STAGE if not source else 0
+    given = zero.setdefault("stage", default if wanted < 0 else wanted)
+    if wanted >= 0 and given != wanted:
+        raise ConfigError(
+            f"zero_optimization.stage: expected {wanted} as distributed.zero, got {given} in "
+            f"{source}; change one of them"
+        )
+
+
+def _settle_precision(settings: dict[str, Any], config: Config) -> None:
+    wanted, given = config.train.precision, precision_of(settings)
+    if wanted == given or wanted == "fp32":
+        return
+    if config.distributed.deepspeed_config and {"bf16", "fp16"} & settings.keys():
+        raise ConfigError(
+            f"train.precision: expected {given} as in {config.distributed.deepspeed_config}, got "
+            f"{wanted}; change one of them"
+        )
+    settings[wanted] = {"enabled": True}
+    if wanted == "bf16" and zero_stage(settings):
+        settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})

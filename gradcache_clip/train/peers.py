@@ -1,0 +1,133 @@
+"""The processes that train one run together, this one among them; one process is the same path."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.failures import FailureChannel
+from gradcache_clip.train.place import FIRST, choose_device, launched_processes
+
+Value = TypeVar("Value")
+
+
+class Peers:
+    """This process among those of its run; by default it is the only one.
+
+    All methods but `enter` are called by every process together.
+
+    Args:
+        rank: of this process.
+        world_size: number of processes.
+        group: over all of them, for values on the host; None for one process.
+        failures: tells the others when this one fails.
+    """
+
+    def __init__(
+        self,
+        rank: int = FIRST,
+        world_size: int = 1,
+        *,
+        group: dist.ProcessGroup | None = None,
+        failures: FailureChannel | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._group = group
+        self._failures = failures
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == FIRST
+
+    def enter(self, phase: str) -> None:
+        """Note what this process is doing, for the message if it fails."""
+        if self._failures is not None:
+            self._failures.enter(phase)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on this or another process."""
+        return bool(self._largest(int(flag)))
+
+    def all(self, flag: bool) -> bool:
+        """Whether it is true on every process."""
+        return not self._largest(int(not flag))
+
+    def collect(self, value: Value) -> list[Value]:
+        """The value of every process in the order of the ranks, on the first; nothing elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.is_first else None
+        dist.gather_object(value, values, dst=FIRST, group=self._group)
+        return values or []
+
+    def from_first(self, value: Value) -> Value:
+        """The first process's value, on every process."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=FIRST, group=self._group)
+        return values[0]
+
+    def _largest(self, number: int) -> int:
+        if self.world_size == 1:
+            return number
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return int(largest)
+
+
+def first_keeps(value: Tensor) -> Tensor:
+    """The value on the CPU of the first process; the others let it go and get an empty one."""
+    return value.cpu() if dist.get_rank() == FIRST else value.new_empty(0)
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[Peers]:
+    """This process among its peers; where a launcher has started several, in a process group.
+
+    The group is that of torch.distributed's environment variables, or the one that the caller has
+    initialised. All leave the context together.
+
+    Raises:
+        ConfigError: fewer devices than processes on this machine.
+        PeerFailure: another process has failed; the message names it and what it was doing.
+    """
+    made_here, needs_group = not dist.is_initialized(), config.distributed.engine == "deepspeed"
+    if made_here and launched_processes() == 1 and not needs_group:
+        yield Peers()
+        return
+    # torch 2.13 renamed collectives that its own wrappers still call by their old names.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    timeout = timedelta(seconds=config.distributed.timeout_s)
+    if made_here:
+        dist.init_process_group(timeout=timeout, **_backend(config))
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    failures = FailureChannel(dist.get_rank(), dist.get_world_size())
+    peers = Peers(dist.get_rank(), dist.get_world_size(), group=group, failures=failures)
+    with failures:
+        yield peers
+        peers.enter("waiting for the others at the end")
+        peers.all(True)
+    if made_here:
+        dist.destroy_process_group()
+
+
+def _backend(config: Config) -> dict[str, Any]:
+    """Arguments of init_process_group for the device of this process."""
+    device = choose_device(config.train.device)
+    arguments: dict[str, Any] = {"backend": dist.get_default_backend_for_device(device)}
+    if launched_processes() == 1:
+        arguments.update(store=dist.HashStore(), rank=FIRST, world_size=1)
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
+        arguments["device_id"] = device
+    return arguments

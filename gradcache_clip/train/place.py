@@ -1,0 +1,68 @@
+"""Which process of a launcher's this is, and which device is its own."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from gradcache_clip.train.config import ConfigError
+
+FIRST = 0
+"""The rank that writes the run folder and speaks to the person."""
+
+
+def launched_processes() -> int:
+    """How many processes a launcher such as torchrun says that it started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_here(processes: int) -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+
+
+def is_first_process() -> bool:
+    """Whether this one speaks for the run, also before it has joined the others."""
+    return int(os.environ.get("RANK", "0")) == FIRST
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `train.device` means to this process: each of several has its own.
+
+    `auto` is the accelerator of this machine, or its CPU.
+
+    Raises:
+        ConfigError: the device is not here, or there are fewer than processes.
+    """
+    if launched_processes() > 1 and name != "cpu":
+        name = _of_this_process(name)
+    if name == "auto":
+        here = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+        return here or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"train.device: expected a device of this machine, got {name!r} ({error}); "
+            "use auto or cpu"
+        ) from error
+
+
+def _of_this_process(name: str) -> str:
+    if ":" in name:
+        raise ConfigError(
+            f"train.device: expected auto, cuda or cpu with {launched_processes()} processes, got "
+            f"{name!r}, which all of them would share; leave the number out"
+        )
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind = name if name != "auto" else "cpu" if here is None else here.type
+    if kind in ("cpu", "mps"):
+        return "cpu"
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if number >= count:
+        raise ConfigError(
+            f"train.device: expected a {kind} device for each process of this machine, got {count} "
+            f"for process number {number + 1}; launch fewer with --nproc, or pass train.device=cpu"
+        )
+    return f"{kind}:{number}"
