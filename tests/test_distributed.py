@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,9 @@ def run(rank: int, rendezvous: str, check: Callable[[int], None]) -> None:
     try:
         check(rank)
     finally:
+        # An exception's traceback keeps DDP alive, and DDP its process group, whose threads would
+        # still run when the process ends.
+        gc.collect()
         dist.destroy_process_group()
 
 
