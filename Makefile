@@ -18,7 +18,7 @@ demo-deepspeed: $(VENV)/train.done $(VENV)/deepspeed.done  ## the same training 
 	$(BIN)/gradcache-clip evaluate $(SHARDED) --device cpu
 
 test: $(VENV)/test.done  ## everything that this machine can run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST_FLAGS)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

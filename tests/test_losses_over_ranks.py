@@ -142,6 +142,7 @@ def a_ring_holds_no_more_than_three_ranks_features(case: Case) -> None:
 
 
 Sent = list[tuple[str, int]]
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 def recorded(step: Callable[[], Any]) -> Sent:
@@ -153,7 +154,7 @@ def recorded(step: Callable[[], Any]) -> Sent:
 
     def wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            first = arguments[1] if name == "all_gather_into_tensor" else arguments[0]
+            first = arguments[1] if name == ALL_GATHER else arguments[0]
             if name == "batch_isend_irecv":
                 first = next(each.tensor for each in first if each.op is dist.isend)
             sent.append((name, size(first)))
@@ -162,7 +163,7 @@ def recorded(step: Callable[[], Any]) -> Sent:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather_into_tensor", "all_reduce", "batch_isend_irecv"):
+        for name in (ALL_GATHER, "all_reduce", "batch_isend_irecv"):
             patch.setattr(dist, name, wrapped(name, getattr(dist, name)))
         step()
     return sent
@@ -180,10 +181,10 @@ def traffic() -> Checks:
     world = dist.get_world_size()
     features, numbers = 8 * ROWS * WIDTH, 8 * ROWS
     # Rows, width and dtype of four arguments, int64.
-    agreed = ("all_gather_into_tensor", 4 * 3 * 8)
-    gathered, passed = ("all_gather_into_tensor", features), ("batch_isend_irecv", features)
+    agreed = (ALL_GATHER, 4 * 3 * 8)
+    gathered, passed = (ALL_GATHER, features), ("batch_isend_irecv", features)
     ring = [passed] * (world - 1)
-    rows = ("all_gather_into_tensor", 3 * numbers)
+    rows = (ALL_GATHER, 3 * numbers)
     columns = [("all_reduce", world * numbers)] * 2
     scale, sums = ("all_reduce", 8), ("all_reduce", 4 * 8)
     best = ("all_reduce", 2 * world * numbers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,25 @@ _DTYPES = (
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Number of processes in `group`; 1 where torch.distributed is not in use."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_gather(everyone: Tensor, mine: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Rows of all ranks, in rank order, into `everyone`."""
+    _all_gather()(everyone, mine, group)
+
+
+def start_all_gather(
+    everyone: Tensor, mine: Tensor, group: dist.ProcessGroup | None = None
+) -> dist.Work:
+    """The same in the background; wait for what is returned."""
+    work: dist.Work = _all_gather()(everyone, mine, group, async_op=True)
+    return work
+
+
+def _all_gather() -> Callable[..., Any]:
+    """torch 2.13 gave it a new name and warns of the old one."""
+    newer: Callable[..., Any] | None = getattr(dist, "all_gather_single", None)
+    return newer or dist.all_gather_into_tensor
 
 
 def gather_rows(features: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -78,7 +97,7 @@ def check_same_everywhere(group: dist.ProcessGroup | None = None, **given: Tenso
     device = next(each.device for each in given.values() if each is not None)
     mine = torch.tensor(described, device=device)
     theirs = mine.new_empty((world_size(group), *mine.shape))
-    dist.all_gather_into_tensor(theirs.flatten(0, 1), mine, group=group)
+    all_gather(theirs.flatten(0, 1), mine, group)
     for name, by_rank in zip(given, theirs.movedim(1, 0).tolist(), strict=True):
         _check_equal(name, *zip(*by_rank, strict=True))
 
@@ -118,7 +137,7 @@ class _GatherRows(torch.autograd.Function):
         ctx.start = dist.get_rank(group) * len(features)
         ctx.rows = len(features)
         gathered = features.new_empty((world_size(group) * len(features), *features.shape[1:]))
-        dist.all_gather_into_tensor(gathered, features.contiguous(), group=group)
+        all_gather(gathered, features.contiguous(), group)
         return gathered
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcache_clip.distributed.collectives import world_size
+from gradcache_clip.distributed.collectives import all_gather, start_all_gather, world_size
 
 Exchange = Literal["gather", "ring"]
 """How features of other ranks arrive: all at once, or one rank's after another's."""
@@ -61,7 +61,7 @@ class Ranks:
     def _gathered(self, features: Tensor) -> Iterator[Block]:
         rows = len(features)
         everyone = features.new_empty((self.size * rows, *features.shape[1:]))
-        arrival = dist.all_gather_into_tensor(everyone, features, self.group, async_op=True)
+        arrival = start_all_gather(everyone, features, self.group)
         parts = slice(0, self.rank * rows), slice((self.rank + 1) * rows, self.size * rows)
 
         def blocks() -> Iterator[Block]:
@@ -97,7 +97,7 @@ class Ranks:
         if self.size == 1:
             return vectors
         everyone = vectors.new_empty((self.size, *vectors.shape))
-        dist.all_gather_into_tensor(everyone.flatten(0, 1), vectors.contiguous(), self.group)
+        all_gather(everyone.flatten(0, 1), vectors.contiguous(), self.group)
         return everyone.movedim(0, -2).flatten(-2)
 
     def maximum(self, values: Tensor) -> Tensor:
