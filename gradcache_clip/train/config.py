@@ -168,6 +168,15 @@ class TrainConfig:
     chunk_size: int = 64
     """Pairs that go through an encoder at once; sets the memory of a step."""
 
+    memory_budget_gib: float = 0.0
+    """Memory for graphs that are kept instead of replayed; 0: that of one chunk."""
+
+    sort_by_length: bool = False
+    """Chunks of captions of similar length, each trimmed to its longest."""
+
+    exchange: str = "gather"
+    """How features of other processes arrive: `gather`, all at once, or `ring`, one by one."""
+
     negatives: str = "batch"
     """`batch`: gradient caching, all pairs compete. `chunk`: plain accumulation, for comparison."""
 
@@ -213,6 +222,8 @@ class TrainConfig:
         one_of(("batch", "chunk"), "train", self, "negatives")
         one_of(("fp32", "bf16", "fp16"), "train", self, "precision")
         one_of(("auto", "reference", "tiled", "triton"), "train", self, "impl")
+        one_of(("gather", "ring"), "train", self, "exchange")
+        at_least(0, "train", self, "memory_budget_gib")
         in_range("[0, 1)", "train", self, "ema_decay")
         if self.negatives == "chunk":
             self._check_chunks()

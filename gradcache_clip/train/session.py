@@ -178,6 +178,7 @@ def _loss(config: Config) -> ClipLoss:
         init_logit_scale=config.model.init_logit_scale,
         max_logit_scale=config.model.max_logit_scale,
         impl=config.train.impl,  # type: ignore[arg-type]
+        exchange=config.train.exchange,  # type: ignore[arg-type]
     )
 
 

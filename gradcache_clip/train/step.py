@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.cache import GradCache
+from gradcache_clip.cache import ByLength, GradCache
 from gradcache_clip.cache.nested import take_rows
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.losses import ClipLoss, ContrastiveOutput
@@ -36,7 +36,14 @@ def make_backward(
 ) -> Backward:
     """Forward and backward of a batch, as `config.negatives` says."""
     if config.negatives == "batch":
-        return GradCache(encoder, loss, chunk_size=config.chunk_size, strategy=strategy)
+        return GradCache(
+            encoder,
+            loss,
+            chunk_size=config.chunk_size,
+            memory_budget=int(config.memory_budget_gib * 2**30) or None,
+            sort_by_length=(None, ByLength()) if config.sort_by_length else None,
+            strategy=strategy,
+        )
 
     def accumulate(images: Tensor, texts: Mapping[str, Tensor]) -> ContrastiveOutput:
         return _accumulate(encoder, loss, strategy, config.chunk_size, images, texts)

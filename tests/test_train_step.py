@@ -1,0 +1,75 @@
+"""What the training section hands to the engine, and that it changes no gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip import ClipLoss
+from gradcache_clip.distributed import LocalStrategy
+from gradcache_clip.train.config import ConfigError, TrainConfig
+from gradcache_clip.train.step import make_backward
+
+ROWS = 12
+
+
+class TwoTowers(nn.Module):
+    """Counts passes and the widest text of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(6, 8), nn.Embedding(50, 8)
+        self.passes, self.widths = 0, []
+
+    def forward(self, tower: int, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+        self.passes += 1
+        if tower == 0:
+            return self.image(inputs)
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        self.widths.append(mask.shape[1])
+        return (self.text(inputs["input_ids"]) * mask).sum(1) / mask.sum(1)
+
+
+def gradients(**options: object) -> tuple[TwoTowers, list[Tensor]]:
+    torch.manual_seed(0)
+    model, loss = TwoTowers().double(), ClipLoss().double()
+    lengths = torch.arange(ROWS) % 9 + 1
+    texts = {
+        "input_ids": torch.randint(50, (ROWS, 9)),
+        "attention_mask": (torch.arange(9) < lengths[:, None]).long(),
+    }
+    images = torch.randn(ROWS, 6, dtype=torch.float64)
+    config = TrainConfig(batch_size=ROWS, chunk_size=3, **options)
+    make_backward(model, loss, config, LocalStrategy())(images, texts)
+    return model, [p.grad for p in (*model.parameters(), *loss.parameters())]
+
+
+@pytest.mark.parametrize("options", [{"memory_budget_gib": 1.0}, {"sort_by_length": True}])
+def test_options_of_the_engine_change_no_gradient(options):
+    _, expected = gradients()
+    _, found = gradients(**options)
+    for ours, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-14)
+
+
+def test_a_budget_for_all_graphs_replays_nothing():
+    assert gradients()[0].passes == 15  # 4 chunks of 2 towers, twice, but for one kept graph
+    assert gradients(memory_budget_gib=1.0)[0].passes == 8
+
+
+def test_sorted_captions_are_trimmed_to_the_longest_of_a_chunk():
+    assert set(gradients()[0].widths) == {9}
+    assert sorted(set(gradients(sort_by_length=True)[0].widths)) == [2, 3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exchange": "broadcast"}, "train.exchange: expected one of gather, ring, got"),
+        ({"memory_budget_gib": -1.0}, "train.memory_budget_gib: expected at least 0, got -1"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**options)
