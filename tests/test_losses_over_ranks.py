@@ -30,6 +30,7 @@ from losses_over_ranks import (
     whole_batch,
     worst_errors,
 )
+from queue_over_ranks import a_queue_that_does_not_divide, negatives_of_a_queue
 from rank_processes import PRELOADED, Check, failures
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -232,6 +233,8 @@ def refusals() -> Checks:
 
 
 def in_two() -> Checks:
+    yield "queue", negatives_of_a_queue
+    yield "queue that does not divide", a_queue_that_does_not_divide
     yield from exact(CASES, "tiled")
     yield from exact(CASES, "reference")
     yield from exact(FEW, "tiled", dtype=torch.float32, tolerance=1e-5)
