@@ -28,6 +28,12 @@ def test_inputs_go_to_the_one_device_of_the_parameters():
     assert device_for(encoder.parameters(), ["a string", "another"]) is None
 
 
+def test_a_batch_on_both_was_placed_by_the_caller():
+    lengths, tokens = torch.ones(6), torch.ones(6, 4, device=META)
+    encoder = nn.Linear(4, 2, device=META)
+    assert device_for(encoder.parameters(), {"tokens": tokens, "lengths": lengths}) is None
+
+
 def test_nothing_moves_where_parameters_are_on_several_devices_or_none():
     spread = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device=META))]
     assert device_for(spread, torch.randn(6, 4)) is None

@@ -14,12 +14,15 @@ from gradcache_clip.cache.nested import chunk_of, map_tensors, tensors_in
 
 
 def device_for(parameters: Iterable[Tensor], inputs: Any) -> torch.device | None:
-    """Where host inputs have to go: the one device of the parameters; None if they may stay."""
+    """Where a batch on the host has to go: the one device of the parameters; None if it may stay.
+
+    A batch that lies on both was placed so: lengths that a layer wants on the host, for one.
+    """
     devices = {parameter.device for parameter in parameters}
     if len(devices) != 1 or (device := devices.pop()).type == "cpu":
         return None
-    on_host = any(tensor.device.type == "cpu" for tensor in tensors_in(inputs))
-    return device if on_host else None
+    places = {tensor.device.type for tensor in tensors_in(inputs)}
+    return device if places == {"cpu"} else None
 
 
 @dataclass
