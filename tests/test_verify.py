@@ -462,7 +462,7 @@ def test_mistakes_end_with_one_line(arguments, said, run, capsys):
 
 
 def test_a_batch_that_does_not_fit_says_what_to_lower(run, monkeypatch, capsys):
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(command, "verify", fail)

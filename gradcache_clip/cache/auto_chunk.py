@@ -19,7 +19,7 @@ from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
 from gradcache_clip.cache.retained import SavedBytes, budget_bytes
 from gradcache_clip.cache.settings import autocast_off, forget_autocast_casts
-from gradcache_clip.cache.tower import Tower
+from gradcache_clip.cache.tower import Tower, device_of
 from gradcache_clip.distributed.graph import leaves_behind
 
 _FIRST_SIZE = 8
@@ -64,7 +64,7 @@ def measured_chunk_size(tower: Tower, rows: int, modules: Sequence[nn.Module]) -
     """
     snapshot = StepSnapshot(modules, [tower])
     try:
-        device = _device_of(tower)
+        device = device_of([tower])
         limit = int(_SHARE_OF_MEMORY * budget_bytes("auto", device))
         measure = partial(_measure, tower, device=device, snapshot=snapshot)
         return find_chunk_size(measure, rows, limit)
@@ -107,11 +107,6 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _device_of(tower: Tower) -> torch.device:
-    devices = (tensor.device for tensor in tower.known_tensors())
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-
-
 class ChunkRecord:
     """Sizes that were found, in a JSON file: one for each model, input shapes and device."""
 
@@ -135,7 +130,7 @@ class ChunkRecord:
 
 def record_key(tower: Tower) -> str:
     """What a size holds for: the model, the shape of a row, the device and the precision."""
-    module, device = tower.bare_module, _device_of(tower)
+    module, device = tower.bare_module, device_of([tower])
     parameters = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     shapes = ",".join("x".join(map(str, t.shape[1:])) for t in tensors_in(tower.inputs))

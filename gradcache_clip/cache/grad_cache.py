@@ -35,8 +35,8 @@ from gradcache_clip.cache.replay_check import (
 from gradcache_clip.cache.retained import GraphBudget, MemoryBudget, checked_budget
 from gradcache_clip.cache.settings import refuse_cached_parametrizations, warn_of_batch_norm
 from gradcache_clip.cache.step import CachedStep
-from gradcache_clip.cache.tower import Encode, Tower, surely_trainable
-from gradcache_clip.cache.trunk import call_encoder
+from gradcache_clip.cache.tower import Encode, Tower, device_of, surely_trainable
+from gradcache_clip.cache.trunk import call_encoder, frozen_trunk_of
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 GetFeatures = Callable[[Any], Any]
@@ -140,6 +140,17 @@ class GradCache:
                 "GradCache: expected gradients to be enabled, got a call inside torch.no_grad(); "
                 "call it outside, or run the encoders alone to evaluate"
             )
+        towers = self._checked_towers(inputs)
+        if self.on_out_of_memory == "raise" or not self.strategy.recovers:
+            output, failures = self._step(towers, loss_kwargs or {})
+        else:
+            output, failures = self._step_that_fits(towers, inputs, loss_kwargs or {})
+        if failures:
+            warnings.warn(failures, stacklevel=2)
+        return output
+
+    def _checked_towers(self, inputs: tuple[Any, ...]) -> list[Tower]:
+        """The towers of a step, which may begin."""
         refuse_cached_parametrizations()
         self._settle_chunk_size(inputs)
         towers = self._towers(inputs)
@@ -148,13 +159,7 @@ class GradCache:
         if not self._warned_of_batch_norm:
             modules = [module for tower in towers for module in tower.modules]
             self._warned_of_batch_norm = warn_of_batch_norm(modules)
-        if self.on_out_of_memory == "raise" or not self.strategy.recovers:
-            output, failures = self._step(towers, loss_kwargs or {})
-        else:
-            output, failures = self._step_that_fits(towers, inputs, loss_kwargs or {})
-        if failures:
-            warnings.warn(failures, stacklevel=2)
-        return output
+        return towers
 
     def _step_that_fits(
         self, towers: list[Tower], inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
@@ -188,7 +193,7 @@ class GradCache:
     ) -> tuple[Any, str]:
         step = CachedStep(towers, self.loss, self.strategy, snapshot, self.replay_check != "off")
         agree = self.strategy.smallest if self.strategy.collective_forward else None
-        budget = GraphBudget(self.memory_budget, _device_of(towers), agree)
+        budget = GraphBudget(self.memory_budget, device_of(towers), agree)
         output, check = step.run(budget, loss_kwargs)
         return output, self._failures(check)
 
@@ -226,6 +231,8 @@ class GradCache:
             one_for_all = isinstance(self.encoders, nn.Module)
             encode: Encode = partial(_call_tower, index) if one_for_all else call_encoder
             bare = self.strategy.bare(module)
+            # A trunk cannot be called by itself where a forward gathers the parameters.
+            own = index if one_for_all and not self.strategy.collective_forward else None
             towers.append(
                 Tower(
                     name=f"encoder {index} ({type(bare).__name__})",
@@ -238,6 +245,7 @@ class GradCache:
                     # One module for all inputs may be frozen for this one; only its graph tells.
                     trainable=True if not one_for_all and surely_trainable(module, given) else None,
                     embed_chunk_size=embed_sizes[index],
+                    trunk=frozen_trunk_of(bare, own),
                 )
             )
         return towers
@@ -308,8 +316,3 @@ class GradCache:
 
 def _call_tower(index: int, module: nn.Module, inputs: Any) -> Any:
     return module(index, inputs)
-
-
-def _device_of(towers: Sequence[Tower]) -> torch.device:
-    tensors = (tensor for tower in towers for tensor in tower.known_tensors())
-    return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))

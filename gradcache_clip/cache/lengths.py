@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -18,7 +18,7 @@ from gradcache_clip.cache.nested import count_rows
 class ByLength:
     """Chunks of rows of similar length, the longest first; features return in the caller's order.
 
-    Of inputs with an `attention_mask` (B, L), padded on the right, every tensor of L columns is
+    Of inputs with one `attention_mask` (B, L), padded on the right, every tensor of L columns is
     trimmed to the longest row of its chunk. That is exact for encoders that follow their mask, and
     for causal ones; one that averages over its padding gives other features than without sorting.
     Strings are sorted by characters; whatever tokenizes them pads each chunk by itself.
@@ -94,5 +94,17 @@ def _lengths_of_mask(mask: Tensor, name: str) -> Tensor:
 
 
 def _mask_of(inputs: Any) -> Tensor | None:
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
+    """The one attention_mask in a nest of mappings and tuples."""
+    masks = list(_masks_in(inputs))
+    return masks[0] if len(masks) == 1 else None
+
+
+def _masks_in(inputs: Any) -> Iterator[Tensor]:
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(inputs, (Mapping, tuple)):
+        parts = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
+    for name, part in parts:
+        if name == "attention_mask" and isinstance(part, Tensor):
+            yield part
+        else:
+            yield from _masks_in(part)

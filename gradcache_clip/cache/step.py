@@ -58,15 +58,19 @@ class CachedStep:
         """Fill `.grad`; the detached output of the loss, and the comparison of both passes."""
         with self.strategy.stepping(trained_modules(self.towers)):
             self._enter("embed")
-            for tower, retention in zip(self.towers, self._retentions(budget), strict=True):
-                tower.embed(retention)
-            check_finite(self.towers, self.strategy)
-            self._device_types = device_types(self.towers)
+            self.embed(budget)
             self._enter("loss")
             output = self._backward_of_loss(loss_kwargs)
             self._enter("replay")
-            check = self._replay([tower for tower in self.towers if tower.trainable])
+            check = self.replay()
         return output, check
+
+    def embed(self, budget: GraphBudget) -> None:
+        """Fill every tower's `features`; graphs are kept as far as the budget goes."""
+        for tower, retention in zip(self.towers, self._retentions(budget), strict=True):
+            tower.embed(retention)
+        check_finite(self.towers, self.strategy)
+        self._device_types = device_types(self.towers)
 
     def _enter(self, phase: str) -> None:
         if self.snapshot is not None:
@@ -108,7 +112,9 @@ class CachedStep:
             tower.gradients = [_taken_gradient(leaf, factor) for leaf in flat]
         return _detached(output)
 
-    def _replay(self, towers: list[Tower]) -> ReplayCheck:
+    def replay(self) -> ReplayCheck:
+        """Every tower's `gradients` go into the parameters; what both passes computed, compared."""
+        towers = [tower for tower in self.towers if tower.trainable]
         check, order = ReplayCheck(), _replays(towers, self.strategy)
         replayed = [chunk for _, chunk in chain(*order) if not chunk.graph]
         states = [chunk.random_state for chunk in replayed if chunk.random_state is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -21,7 +21,7 @@ from gradcache_clip.cache.settings import (
     has_batch_statistics,
     kernels_as_with_gradients,
 )
-from gradcache_clip.cache.trunk import FrozenTrunk, run_trunk
+from gradcache_clip.cache.trunk import FrozenTrunk, call_encoder, run_trunk
 
 _MODEL_OUTPUT_FIELDS = ("image_embeds", "text_embeds", "sentence_embedding", "pooler_output")
 
@@ -47,6 +47,8 @@ class Tower:
     trainable: bool | None = None
     embed_chunk_size: int | None = None
     """Rows that the embed runs at once while nothing random is drawn."""
+    trunk: FrozenTrunk | None = None
+    """Runs once a step; the module is then given its outputs."""
     features: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
     structure: Any = None
@@ -85,8 +87,10 @@ class Tower:
 
     def _run_trunk(self) -> None:
         """A frozen trunk runs once; from here on the inputs are its outputs."""
-        if isinstance(self.bare_module, FrozenTrunk):
-            self.inputs = run_trunk(self.bare_module, self.inputs, self.chunks, self.name)
+        if self.trunk is not None:
+            # One module for all inputs hands on what it is given.
+            call = call_encoder if self.encode is call_encoder else _call
+            self.inputs = run_trunk(self.trunk, self.inputs, self.chunks, self.name, call)
             for chunk in self.chunks:
                 chunk.trim = None
 
@@ -202,6 +206,16 @@ class Tower:
                 )
 
 
+def _call(function: Callable[..., Any], inputs: Any) -> Any:
+    return function(inputs)
+
+
 def surely_trainable(module: nn.Module, inputs: Any) -> bool:
     """Whether a parameter or an input asks for a gradient; if not, the graph will tell."""
     return any(tensor.requires_grad for tensor in chain(module.parameters(), tensors_in(inputs)))
+
+
+def device_of(towers: Iterable[Tower]) -> torch.device:
+    """Where a step computes: the accelerator that any of its tensors is on, or the CPU."""
+    devices = (tensor.device for tower in towers for tensor in tower.known_tensors())
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

@@ -45,6 +45,9 @@ class FrozenTrunk(nn.Module):
         trunk: frozen module, called as the encoder would be. Its parameters are not frozen here.
         head: trained module, called with the output of the trunk.
 
+    One module for all inputs says with a method `frozen_trunk(tower)` which tower has one, and
+    passes what that tower is given on to it.
+
     Raises:
         ValueError: at the call, if a parameter of the trunk asks for a gradient.
 
@@ -79,13 +82,27 @@ class FrozenTrunk(nn.Module):
             return self.trunk(*args, **kwargs)
 
 
-def run_trunk(encoder: FrozenTrunk, inputs: Any, chunks: Sequence[Chunk], name: str) -> TrunkOutput:
+def frozen_trunk_of(module: nn.Module, tower: int | None) -> FrozenTrunk | None:
+    """A `FrozenTrunk` itself, or what one module for all inputs names as that of a tower."""
+    if isinstance(module, FrozenTrunk) or tower is None:
+        return module if isinstance(module, FrozenTrunk) else None
+    named: Callable[[int], FrozenTrunk | None] | None = getattr(module, "frozen_trunk", None)
+    return None if named is None else named(tower)
+
+
+def run_trunk(
+    encoder: FrozenTrunk,
+    inputs: Any,
+    chunks: Sequence[Chunk],
+    name: str,
+    call: Callable[[Callable[..., Any], Any], Any] = call_encoder,
+) -> TrunkOutput:
     """The trunk over all rows, chunk by chunk; its outputs in the order of the rows."""
     wholes: list[Tensor] = []
     structure: Any = None
     host = HostInputs(inputs, device_for(encoder.parameters(), inputs))
     for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-        output = call_encoder(encoder.through_trunk, host.take(chunk))
+        output = call(encoder.through_trunk, host.take(chunk))
         if following is not None:
             host.expect(following)
         parts, structure = pytree.tree_flatten(output)

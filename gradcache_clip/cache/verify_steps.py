@@ -19,7 +19,7 @@ from gradcache_clip.cache.checks import (
     scalar_loss_of,
 )
 from gradcache_clip.cache.chunks import Chunk, row_count
-from gradcache_clip.cache.grad_cache import GradCache, _device_of
+from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.nested import count_rows
 from gradcache_clip.cache.random_state import RandomState
 from gradcache_clip.cache.retained import GraphBudget
@@ -29,7 +29,7 @@ from gradcache_clip.cache.settings import (
     kernels_as_with_gradients,
 )
 from gradcache_clip.cache.step import CachedStep, trained_modules
-from gradcache_clip.cache.tower import Tower
+from gradcache_clip.cache.tower import Tower, device_of
 from gradcache_clip.cache.verify_state import Gradients, Start
 from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import innermost
@@ -64,7 +64,7 @@ class Trial:
         check_inputs(towers)
         check_strategy(self.strategy, towers)
         self.start = Start(self._cache._modules_with_gradients(towers), towers)
-        self.device = _device_of(towers)
+        self.device = device_of(towers)
         self.cut = [tower.chunks for tower in towers]
 
     def towers(self) -> list[Tower]:
@@ -109,11 +109,19 @@ class Trial:
         )
         return outcome, towers
 
-    def plain(self, cut: Cut, *, over_chunks: bool = False, like: Outcome | None = None) -> Outcome:
+    def plain(
+        self,
+        cut: Cut,
+        *,
+        over_chunks: bool = False,
+        like: Outcome | None = None,
+        rounded_as: Sequence[Tensor] = (),
+    ) -> Outcome:
         """One graph, one backward.
 
         `over_chunks`: a frozen trunk runs first and chunks repeat their draws, as in the engine.
-        `like`: the loss draws the random numbers that it drew there.
+        `like`: the loss draws the random numbers that it drew there. `rounded_as`: the loss is
+        given these features, equal up to rounding; those returned are the step's own.
         """
         self.start.restore()
         forget_autocast_casts()
@@ -131,13 +139,14 @@ class Trial:
             before_loss = self.start.random_state()
             if like is not None:
                 like.before_loss.restore()
+            all_features = [feature for parts in flat for feature in parts]
+            given = iter(_with_values(all_features, rounded_as) if rounded_as else all_features)
             features = [
-                pytree.tree_unflatten(parts, tower.structure)
+                pytree.tree_unflatten([next(given) for _ in parts], tower.structure)
                 for tower, parts in zip(towers, flat, strict=True)
             ]
             loss = scalar_loss_of(self._cache.loss(*features, **self._loss_kwargs))
             self.start.set_aside(leaves_behind([loss]))
-            all_features = [feature for parts in flat for feature in parts]
             with autocast_off({feature.device.type for feature in all_features} | {"cpu"}):
                 self.strategy.scale_loss(loss).backward()
         detached = [feature.detach() for feature in all_features]
@@ -203,6 +212,15 @@ def _in_order(feature: Tensor, chunks: Sequence[Chunk]) -> Tensor:
             return feature
     order = torch.cat([indices(chunk) for chunk in chunks])
     return feature[order.argsort().to(feature.device)]
+
+
+def _with_values(features: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """The values of others, and the gradients of these."""
+    pairs = zip(features, values, strict=True)
+    return [
+        feature + (value - feature.detach()) if feature.is_floating_point() else feature
+        for feature, value in pairs
+    ]
 
 
 def _times(feature: Tensor, factor: float) -> Tensor:

@@ -4,6 +4,7 @@ from gradcache_clip.losses.clip import ClipLoss, ContrastiveOutput
 from gradcache_clip.losses.info_nce import InfoNCELoss, RetrievalOutput
 from gradcache_clip.losses.late_interaction import LateInteractionLoss
 from gradcache_clip.losses.matryoshka import MatryoshkaLoss
+from gradcache_clip.losses.moco import MoCoLoss, MoCoOutput
 from gradcache_clip.losses.queue import FeatureQueue
 from gradcache_clip.losses.self_contrast import NTXentLoss, SelfContrastOutput, SupConLoss
 from gradcache_clip.losses.siglip import SigLipLoss
@@ -15,6 +16,8 @@ __all__ = [
     "InfoNCELoss",
     "LateInteractionLoss",
     "MatryoshkaLoss",
+    "MoCoLoss",
+    "MoCoOutput",
     "NTXentLoss",
     "RetrievalOutput",
     "SelfContrastOutput",

@@ -93,6 +93,17 @@ class FeatureQueue(nn.Module):
         return ranks.own(rows // ranks.size)
 
     @torch.no_grad()
+    def fill_at_random(self) -> None:
+        """Be full of random unit rows, as the queue of MoCo's own code is at first.
+
+        Every rank draws them from torch's generator on the host: seed all ranks alike.
+        """
+        rows = torch.randn(self.features_of_all.shape)
+        self.features_of_all.copy_(unit(rows))
+        self.ids_of_all.fill_(-1)
+        self._count = self.size
+
+    @torch.no_grad()
     def push(self, features: Tensor, ids: Tensor | None = None) -> None:
         """Append the rows of all ranks, overwriting the oldest.
 
@@ -129,7 +140,8 @@ class FeatureQueue(nn.Module):
         self._count += len(rows)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self._count)
+        # Where the rest of the state is, so that a checkpoint can look at all of it at once.
+        return torch.tensor(self._count, device=self.features_of_all.device)
 
     def set_extra_state(self, state: Tensor) -> None:
         self._count = int(state)

@@ -1,0 +1,180 @@
+"""A cached step in two halves: embed and loss now, the replay in the backward of the loss.
+
+For whoever takes the backward elsewhere: trainers that divide a loss, scale it, or add another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from gradcache_clip.cache.checks import check_plain_backward, check_unchanged, scalar_loss_of
+from gradcache_clip.cache.grad_cache import GradCache
+from gradcache_clip.cache.retained import GraphBudget
+from gradcache_clip.cache.settings import forget_autocast_casts
+from gradcache_clip.cache.step import CachedStep, LossOnly, device_types, trained_modules
+from gradcache_clip.cache.tower import Tower, device_of
+
+_REMEDY = "call cache(*inputs), which takes the whole step by itself"
+
+
+def deferred_step(cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
+    """Embed a batch and evaluate the loss; the backward of the loss replays the chunks.
+
+    `out.loss.backward()` then leaves in `.grad` what `cache(*inputs)` would, and the loss is a
+    tensor like any other until then: whatever multiplies it, divides it or is added to it reaches
+    every parameter, of the encoders and of the loss. Features and the graph of the loss over them
+    stay alive until the backward, graphs of the encoders only within `memory_budget`. Autocast is
+    in the replay as it was here. Inside `torch.no_grad()` the loss has no graph, and the batch was
+    evaluated chunk by chunk.
+
+    A step that runs out of memory is not started again; `on_out_of_memory` has no effect.
+
+    Args:
+        cache: encoders, loss and settings; its strategy is local, `DDPStrategy` or
+            `AllReduceStrategy`, without a `grad_scaler`.
+        inputs: one batch for each encoder, as in `cache(*inputs)`.
+        loss_kwargs: further arguments of the loss.
+
+    Returns:
+        What the loss returned, with its graph; a bare tensor comes back as an object with `.loss`.
+
+    Raises:
+        ValueError: as `GradCache`; or the strategy scales losses, or leaves no backward to others.
+        RuntimeError: in the backward, if it is the second one or asks for a graph of its own.
+        ReplayMismatchError: in the backward, as in a step of `GradCache`.
+
+    Example:
+        >>> import torch
+        >>> from gradcache_clip import ClipLoss, GradCache
+        >>> from gradcache_clip.cache.deferred import deferred_step
+        >>> encoders = torch.nn.Linear(8, 4), torch.nn.Linear(6, 4)
+        >>> cache = GradCache(encoders, ClipLoss(), chunk_size=16)
+        >>> out = deferred_step(cache, torch.randn(64, 8), torch.randn(64, 6))
+        >>> (out.loss / 2).backward()
+        >>> encoders[0].weight.grad.shape
+        torch.Size([4, 8])
+    """
+    _check_strategy(cache)
+    with torch.enable_grad():
+        towers = cache._checked_towers(inputs)
+    with_graph = torch.is_grad_enabled()
+    flat = _Deferred(cache, towers).features() if with_graph else _without_graph(towers)
+    features = [pytree.tree_unflatten(flat[i], tower.structure) for i, tower in enumerate(towers)]
+    versions = [feature._version for tower in towers for feature in tower.features]
+    # A copy of a weight that autocast made without a graph must not reach the loss.
+    forget_autocast_casts()
+    output = cache.loss(*features, **loss_kwargs)
+    check_unchanged(towers, versions)
+    if with_graph:
+        scalar_loss_of(output)
+    return LossOnly(output) if isinstance(output, Tensor) else output
+
+
+def _check_strategy(cache: GradCache) -> None:
+    check_plain_backward(cache.strategy, "deferred_step", _REMEDY)
+    if cache.strategy.grad_scaler is not None:
+        raise ValueError(
+            "deferred_step: expected a strategy without grad_scaler, got one, by which the loss "
+            f"would be scaled twice; write grad_scaler.scale(out.loss).backward(), or {_REMEDY}"
+        )
+
+
+def _without_graph(towers: Sequence[Tower]) -> list[list[Tensor]]:
+    for tower in towers:
+        tower.embed()
+    return [tower.features for tower in towers]
+
+
+class _Deferred:
+    """A step that was embedded and waits for the gradients of its features."""
+
+    def __init__(self, cache: GradCache, towers: list[Tower]) -> None:
+        self._cache = cache
+        check_replay = cache.replay_check != "off"
+        step = CachedStep(towers, cache.loss, cache.strategy, None, check_replay)
+        step.embed(GraphBudget(cache.memory_budget, device_of(towers)))
+        self._step: CachedStep | None = step
+        self._autocast = _Autocast(device_types(towers))
+        self.embedded = [feature for tower in towers for feature in tower.features]
+        self._counts = [len(tower.features) for tower in towers]
+        self.frozen = [not tower.trainable for tower in towers for _ in tower.features]
+
+    def features(self) -> list[list[Tensor]]:
+        """Those of each tower, flat, with a graph whose backward is the replay."""
+        # Autograd calls a backward only for inputs that ask for a gradient.
+        switch = torch.zeros((), requires_grad=True)
+        flat = iter(_Replay.apply(switch, self))
+        return [[next(flat) for _ in range(count)] for count in self._counts]
+
+    def replay(self, gradients: Sequence[Tensor | None]) -> None:
+        """Send the gradients of all features into the parameters."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "deferred_step: expected a backward without create_graph, got create_graph=True, "
+                "but a replay leaves no graph of its gradients; take one derivative"
+            )
+        step, self._step = self._step, None
+        if step is None:
+            raise RuntimeError(
+                "deferred_step: expected one backward, got a second one through the same step, "
+                "whose chunks are gone; call deferred_step again, or add the losses first"
+            )
+        strategy, flat = self._cache.strategy, iter(gradients)
+        factor = strategy.gradient_factor()
+        for tower in step.towers:
+            tower.gradients = [_times(next(flat), factor) for _ in tower.features]
+        with torch.enable_grad(), self._autocast.as_it_was():
+            with strategy.stepping(trained_modules(step.towers)):
+                check = step.replay()
+            failures = self._cache._failures(check)
+        if failures:
+            warnings.warn(failures, stacklevel=2)
+
+
+class _Replay(torch.autograd.Function):
+    """The features of a step; what autograd brings back for them goes to its replay."""
+
+    @staticmethod
+    def forward(ctx: Any, switch: Tensor, deferred: _Deferred) -> tuple[Tensor, ...]:
+        ctx.deferred = deferred
+        ctx.set_materialize_grads(False)
+        # Other tensors over the same memory: a step must not hold on to its own graph.
+        features = [feature.detach() for feature in deferred.embedded]
+        pairs = zip(features, deferred.frozen, strict=True)
+        ctx.mark_non_differentiable(*(feature for feature, frozen in pairs if frozen))
+        return tuple(features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None]:
+        ctx.deferred.replay(gradients)
+        return None, None
+
+
+class _Autocast:
+    """Whether autocast was on, for each type of device, and in which precision."""
+
+    def __init__(self, kinds: Iterable[str]) -> None:
+        self._states = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in sorted(kinds)
+        ]
+        self._caches = torch.is_autocast_cache_enabled()
+
+    def as_it_was(self) -> ExitStack:
+        """A context for whoever computes the same later, when it may be another."""
+        stack = ExitStack()
+        for kind, dtype, enabled in self._states:
+            state = torch.autocast(kind, dtype, enabled=enabled, cache_enabled=self._caches)
+            stack.enter_context(state)
+        return stack
+
+
+def _times(gradient: Tensor | None, factor: float) -> Tensor | None:
+    return gradient if gradient is None or factor == 1 else gradient * factor

@@ -1,0 +1,119 @@
+"""The loss of momentum contrast. b: rows of this rank, K: rows of a queue, D: width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip.losses.info_nce import InfoNCELoss
+from gradcache_clip.losses.queue import FeatureQueue
+
+
+class MoCoOutput(NamedTuple):
+    """A loss and how often a query finds its key among all of a queue, 0-dim tensors."""
+
+    loss: Tensor
+    accuracy: Tensor
+
+
+class MoCoLoss(nn.Module):
+    """Cross-entropy of each query over its own key and the keys of earlier steps.
+
+    With a query q, its key k, a queue of K keys n_j (all of unit length) and s = logit_scale:
+
+        loss = mean -log exp(s q.k) / (exp(s q.k) + sum_j exp(s q.n_j))
+
+    As in the paper, the other keys of the batch do not compete; they do from the next step on, when
+    `push` has put them into the queue. One queue is for two views of an image, features (q, k). Two
+    are for two modalities a and b, features (q_a, q_b, k_a, k_b): a looks for keys of b and b for
+    keys of a, and the loss is the mean of both. Source: He et al. 2020 (MoCo), equation 1 and
+    algorithm 1.
+
+    A call changes nothing but what `push` will push, so a step may be started again.
+
+    Args:
+        contrast: the scale, the implementation and the process group; without options of its own.
+        queues: one for each input of queries, of one size; an empty one is filled at random.
+
+    Example:
+        >>> import torch
+        >>> from gradcache_clip.losses import FeatureQueue, InfoNCELoss, MoCoLoss
+        >>> loss = MoCoLoss(InfoNCELoss(init_logit_scale=1.0), [FeatureQueue(size=8, width=4)])
+        >>> _ = loss.queues[0].features_of_all.zero_()
+        >>> out = loss(torch.eye(4), torch.eye(4))
+        >>> print(f"{out.loss:.4f} = log(1 + 8 / e)")
+        1.3720 = log(1 + 8 / e)
+        >>> loss.push()
+        >>> loss.queues[0].features.sum().item()
+        4.0
+    """
+
+    queues: Any
+
+    def __init__(self, contrast: InfoNCELoss, queues: Sequence[FeatureQueue]) -> None:
+        super().__init__()
+        _check_queues(queues)
+        self.contrast = contrast
+        self.queues = nn.ModuleList(queues)
+        self._keys: list[Tensor] = []
+        for queue in queues:
+            if not len(queue.features):
+                queue.fill_at_random()
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The multiplier of the similarity, with its graph."""
+        return self.contrast.logit_scale
+
+    def forward(self, *features: Tensor, order: Tensor | None = None) -> MoCoOutput:
+        """Loss of all queries of all ranks.
+
+        Args:
+            features: (b, D) each, queries and then as many keys; keys get no gradient.
+            order: (b,) integers; row i of the keys in the order of the queries is row order[i] as
+                it was given.
+
+        Raises:
+            ValueError: another number of features, and what the contrast raises.
+        """
+        queries, keys = self._halves(features)
+        keys = [each.detach() if order is None else each.detach()[order] for each in keys]
+        self._keys = keys[::-1]
+        sides = zip(queries, self._keys, self.queues, strict=True)
+        outputs = [self._against(q, k, queue) for q, k, queue in sides]
+        return MoCoOutput(*(torch.stack(each).mean() for each in zip(*outputs, strict=True)))
+
+    def push(self) -> None:
+        """Put the keys of the last call into the queues, of all ranks, after the optimizer step."""
+        for queue, keys in zip(self.queues, self._keys, strict=True):
+            queue.push(keys)
+        self._keys = []
+
+    def _against(self, queries: Tensor, keys: Tensor, queue: FeatureQueue) -> MoCoOutput:
+        negatives = queue.local_features
+        # A column with the id of a query's own key does not compete: here, all keys of the batch.
+        ids = torch.ones(len(keys) + len(negatives), dtype=torch.long, device=keys.device)
+        ids[: len(keys)] = 0
+        output = self.contrast(queries, keys, negatives, ids=ids)
+        return MoCoOutput(output.loss, output.accuracy)
+
+    def _halves(self, features: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        count = len(self.queues)
+        if len(features) != 2 * count:
+            raise ValueError(
+                f"features: expected {count} of queries and {count} of keys, for {count} queues, "
+                f"got {len(features)} in all; pass queries first, then keys"
+            )
+        return features[:count], features[count:]
+
+
+def _check_queues(queues: Sequence[FeatureQueue]) -> None:
+    sizes = [queue.size for queue in queues]
+    if len(sizes) not in (1, 2) or len(set(sizes)) != 1:
+        raise ValueError(
+            f"queues: expected one, or two of one size for two modalities, got sizes {sizes}; pass "
+            "e.g. [FeatureQueue(size=65536, width=128)]"
+        )
