@@ -19,7 +19,14 @@ from gradcache_clip.train.command import (
 from gradcache_clip.train.launch import add_launch_arguments
 
 if TYPE_CHECKING:
-    from gradcache_clip.train.sources import DataSummary, TableColumns
+    from gradcache_clip.train.sources import CocoSplits, DataSummary, TableColumns
+
+
+_SOURCES = {
+    "folder": "the folder to read",
+    "csv": "the table to read",
+    "coco": "captions_train2017.json, dataset_coco.json or a file like them",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +69,11 @@ def _add_evaluate(commands: Any) -> None:
         help="also classify images by their captions put into TEMPLATE, such as 'a photo of a {}.' "
         "(may be given several times)",
     )
+    evaluate.add_argument(
+        "--folds",
+        type=int,
+        help="average over so many consecutive parts of the images (COCO 1K: 5)",
+    )
     evaluate.add_argument("--device", help="auto (default), cpu, cuda:1")
     add_traceback_option(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -91,10 +103,13 @@ def _add_data(commands: Any) -> None:
         ("glyphs", "characters of the fonts on this machine, no download"),
         ("folder", "images with a .txt of captions beside each"),
         ("csv", "a .csv, .tsv or .jsonl that lists images and captions"),
+        ("coco", "COCO captions, or a JSON file with the splits of Karpathy"),
     ):
         parser = kinds.add_parser(kind, help=text)
-        if kind in ("folder", "csv"):
-            parser.add_argument("source", type=Path, help=f"the {kind} to read")
+        if kind in _SOURCES:
+            parser.add_argument("source", type=Path, help=_SOURCES[kind])
+        if kind == "coco":
+            _add_coco_arguments(parser)
         parser.add_argument("out", type=Path, metavar="OUT", help="gets train/ and validation/")
         parser.add_argument("--validation-share", type=float, help="share of pairs to hold out")
         parser.add_argument("--seed", type=int, default=0, help="of the split and the order")
@@ -105,6 +120,17 @@ def _add_data(commands: Any) -> None:
         parser.set_defaults(run=_data, kind=kind)
 
 
+def _add_coco_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of the images")
+    for folder in ("train", "validation", "test"):
+        parser.add_argument(
+            f"--{folder}-split",
+            action="append",
+            metavar="NAME",
+            help=f"split of the file that goes to OUT/{folder} (may be given several times)",
+        )
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
 
@@ -113,6 +139,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         templates=tuple(arguments.zero_shot or ()),
         device=arguments.device,
+        folds=arguments.folds,
     )
     return 0
 
@@ -135,14 +162,19 @@ def _data(arguments: argparse.Namespace) -> int:
     elif arguments.kind == "csv":
         columns = _columns(arguments)
         summary = sources.make_table(arguments.source, arguments.out, columns=columns, **options)
+    elif arguments.kind == "coco":
+        options["splits"] = _splits(arguments)
+        summary = sources.make_coco(arguments.source, arguments.images, arguments.out, **options)
     elif arguments.kind == "glyphs":
         summary = sources.make_glyphs(arguments.out, **options)
     else:
         summary = _emoji(arguments.out, options)
     done = "already there" if summary.reused else "written"
+    test = f", {summary.test_samples:,} test" if summary.test_samples else ""
     print(
-        f"{summary.out}: {summary.train_samples:,} training and {summary.validation_samples:,} "
-        f"held-out pairs in {summary.shards} shards ({summary.bytes / 1e6:.0f} MB), {done}"
+        f"{summary.out}: {summary.train_samples:,} training{test} and "
+        f"{summary.validation_samples:,} held-out pairs in {summary.shards} shards "
+        f"({summary.bytes / 1e6:.0f} MB), {done}"
     )
     for reason, count in summary.skipped.items():
         print(f"skipped {count:,}: {reason}")
@@ -157,6 +189,16 @@ def _emoji(out: Path, options: dict[str, Any]) -> DataSummary:
     # That npm failed; elsewhere a RuntimeError would be a bug.
     except RuntimeError as error:
         raise CommandError(str(error)) from error
+
+
+def _splits(arguments: argparse.Namespace) -> CocoSplits | None:
+    """What is asked for, and the usual names for the rest; None if nothing is."""
+    from gradcache_clip.train.sources import CocoSplits
+
+    folders = ("train", "validation", "test")
+    given = {name: getattr(arguments, f"{name}_split") for name in folders}
+    named = {name: tuple(names) for name, names in given.items() if names}
+    return CocoSplits(**named) if named else None
 
 
 def _columns(arguments: argparse.Namespace) -> TableColumns:

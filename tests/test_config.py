@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gradcache_clip.train import config as config_module
+from gradcache_clip.train import config_model
 from gradcache_clip.train.backbones import build_image_backbone
 from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.config_file import load_config, save_config
@@ -56,11 +57,15 @@ def test_a_saved_config_loads_as_the_same(tmp_path: Path):
         ("train.output=", "train.output: expected some text, got ''"),
         ("data.random_crop=0", "data.random_crop: expected a number of more than 0 and at most 1"),
         ("data.vocab_size=258", "data.vocab_size: expected at least 259, got 258"),
-        ("model.init_logit_scale=0", "model.init_logit_scale: expected more than 0, got 0.0"),
+        ("loss.init_logit_scale=0", "loss.init_logit_scale: expected more than 0, got 0.0"),
         (
-            "model.max_logit_scale=9",
-            "model.init_logit_scale: expected at most model.max_logit_scale",
+            "loss.max_logit_scale=9",
+            "loss.init_logit_scale: expected at most loss.max_logit_scale",
         ),
+        ("loss.name=clop", "loss.name: expected one of clip, siglip, .*, got 'clop'"),
+        ("loss.matryoshka=[64, 32]", r"loss.matryoshka: expected rising .* got \[64, 32\]"),
+        ("loss.matryoshka=[64]", "loss.matryoshka: .* end with model.feature_dim, which is 256"),
+        ("model.freeze=both", "model.freeze: expected one of , image, text, got 'both'"),
         ("model.text_pretrained=true", "data.tokenizer: .* got 'train'.* use data.tokenizer=bert"),
         ("evaluation.recall_at=[]", "evaluation.recall_at: expected positive integers"),
         ("train.batch_size", "override: expected section.key=value, got 'train.batch_size'"),
@@ -233,8 +238,9 @@ def test_a_missing_file(tmp_path: Path):
 
 
 def test_every_field_has_a_docstring_under_it():
-    tree = ast.parse(inspect.getsource(config_module))
-    for section in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+    sources = [inspect.getsource(module) for module in (config_module, config_model)]
+    nodes = [node for source in sources for node in ast.parse(source).body]
+    for section in [node for node in nodes if isinstance(node, ast.ClassDef)]:
         for field, after in zip(section.body, [*section.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
                 documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

@@ -34,9 +34,11 @@ def emoji_rows(bases: int) -> list[dict[str, object]]:
     for i in range(bases):
         code = f"1F6{i:02X}"
         skins = [{"label": f"face {i}: {t} skin tone", "hexcode": f"{code}-1F3F{t}"} for t in "BC"]
-        rows.append({"label": f"face {i}", "hexcode": code, "tags": ["a", "b"], "skins": skins})
+        row = {"label": f"face {i}", "hexcode": code, "tags": ["a", "b"], "skins": skins}
+        rows.append({**row, "subgroup": i % 2})
     rows[0]["hexcode"] = "1F600-FE0F"
     del rows[1]["tags"]
+    del rows[2]["subgroup"]
     return rows
 
 
@@ -48,7 +50,10 @@ def emoji_packages(cache: Path, bases: int = 8) -> list[NpmPackage]:
     png = {f"{code}.png": clear for code in codes}
     webp = {f"{c.replace('-', '_')}.webp": picture((1, 2, 3), kind="WEBP") for c in codes[:4]}
     members = {
-        NAMES: {"package/en/data.json": json.dumps(rows).encode()},
+        NAMES: {
+            "package/en/data.json": json.dumps(rows).encode(),
+            "package/meta/groups.json": b'{"subgroups": {"0": "face-smiling", "1": "cat-face"}}',
+        },
         GOOGLE: {f"package/img/google/64/{name}": data for name, data in png.items()},
         TWITTER: {f"package/img/twitter/64/{name}": data for name, data in png.items()},
         FLUENT: {f"package/assets/{name}": data for name, data in webp.items()},
@@ -84,6 +89,9 @@ def test_emoji_join_vendors_with_names(tmp_path: Path) -> None:
     by_key = {sample.key: sample for sample in train + held_out}
     assert by_key["google-1F600"].captions[0] == "face 0"
     assert by_key["fluent-1F600-1F3FB"].captions[0] == "face 0: B skin tone"
+    labels = {sample.group: sample.label for sample in train + held_out}
+    assert labels["1F600"] == labels["1F600-1F3FB"] == labels["1F604"] == "face-smiling"
+    assert labels["1F601"] == "cat-face" and labels["1F602"] == ""
     assert {s.group for s in train if s.captions[0] == "face 1"} <= {"1F601"}
     for sample in train:
         tags = () if sample.group.startswith("1F601") else (f"{sample.captions[0]}: a, b",)

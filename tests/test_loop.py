@@ -310,7 +310,7 @@ def test_mistakes_end_with_one_line(data, tmp_path, capsys, change, message):
 
 def test_chunk_negatives_average_the_losses_of_the_chunks(data, tmp_path):
     """At a scale near zero a loss is the logarithm of the number of pairs that compete."""
-    more = ["train.steps=3", "train.chunk_size=12", "model.init_logit_scale=0.01"]
+    more = ["train.steps=3", "train.chunk_size=12", "loss.init_logit_scale=0.01"]
     run(data, tmp_path / "chunk", *more, "train.negatives=chunk")
     run(data, tmp_path / "batch", *more)
     chunk, batch = (logged(tmp_path / name, "loss")[1] for name in ("chunk", "batch"))

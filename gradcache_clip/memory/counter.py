@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
@@ -53,6 +53,7 @@ class LiveBytes(TorchDispatchMode):
         kind: name under which new storages count in `bytes_by_kind`, until `mark` renames them.
         rounding: "none" counts the storages' own sizes, "cuda" what the CUDA caching allocator
             hands out for them (`cuda_block_bytes`).
+        on_op: called after every op with the bytes alive then, to draw them over time.
 
     Attributes, all in bytes:
         start_bytes: the storages of `start`.
@@ -78,6 +79,7 @@ class LiveBytes(TorchDispatchMode):
         start: Iterable[Tensor] | Mapping[str, Iterable[Tensor]] = (),
         kind: str = "activation",
         rounding: Rounding = "none",
+        on_op: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         if rounding not in ("none", "cuda"):
@@ -86,6 +88,7 @@ class LiveBytes(TorchDispatchMode):
                 "of the storages themselves"
             )
         self.kind = kind
+        self._on_op = on_op
         self._round = cuda_block_bytes if rounding == "cuda" else int
         self._live: dict[int, _Entry] = {}
         # Storages that were there before and do not count; their views must not either.
@@ -150,6 +153,8 @@ class LiveBytes(TorchDispatchMode):
             if storage._cdata not in self._foreign:
                 self._count(storage, self.kind, made_here=True)
         self._update_peak()
+        if self._on_op is not None:
+            self._on_op(self._total_bytes)
         return output
 
     def _meet(self, storage: torch.UntypedStorage) -> None:

@@ -153,7 +153,8 @@ def configured_pair(config: Config) -> tuple[ModelConfig, Sizes]:
     Raises:
         ConfigError: a tokenizer whose vocabulary is not known here.
     """
-    model, data = dataclasses.replace(config.model, image_pretrained=False), config.data
+    data = config.data
+    model = dataclasses.replace(config.model, image_pretrained=False, image_weights="")
     vocab_size, pad_token_id = _vocabulary(config)
     if model.text_pretrained:
         found = _pretrained_name(model.text)

@@ -61,7 +61,8 @@ def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) ->
 def plan_config(config: Config, gpu: str, options: PlanOptions | None = None) -> Plan:
     """The same for a configuration of the training command; see `options_of` for its options."""
     model, sizes = configured_pair(config)
-    names = config.model.image, config.model.text
+    dual = config.model.architecture == "dual"
+    names = (config.model.image, config.model.text) if dual else (config.model.architecture,) * 2
     return _planned(names, model, sizes, gpu, options or options_of(config))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _TIMM_POOLS = {"cls": "token", "mean": "avg"}
 _SPECIAL_IDS = frozenset({"bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"})
+_LONGEST_REASON = 200
 
 
 def build_image_backbone(config: ModelConfig, *, image_size: int) -> Any:
@@ -21,10 +23,11 @@ def build_image_backbone(config: ModelConfig, *, image_size: int) -> Any:
 
     `config.image_pool` is "cls" (the class token), "mean" (of patches or positions) or "default"
     (the model's own). `image_size` in pixels goes to the models that are built for one size.
+    `config.image_weights` is read by timm, which leaves out a classifier and resizes positions.
 
     Raises:
         ValueError: an unknown name, arguments or a pooling that the model does not have, or
-            pretrained weights that do not exist or cannot be fetched.
+            pretrained weights that do not exist, cannot be fetched, or are those of another model.
     """
     import timm
 
@@ -41,6 +44,8 @@ def build_image_backbone(config: ModelConfig, *, image_size: int) -> Any:
         arguments.setdefault("img_size", image_size)
     if config.image_pool != "default":
         arguments["global_pool"] = _timm_pool(config.image_pool)
+    if config.image_weights:
+        return _with_weights(config, arguments)
     try:
         return timm.create_model(
             config.image, pretrained=config.image_pretrained, num_classes=0, **arguments
@@ -55,6 +60,28 @@ def build_image_backbone(config: ModelConfig, *, image_size: int) -> Any:
         raise ValueError(
             f"model.image: expected arguments that {config.image} accepts, got {arguments} "
             f"({first_line(error)}); change model.image_kwargs, model.image_pool or model.image"
+        ) from error
+
+
+def _with_weights(config: ModelConfig, arguments: dict[str, Any]) -> Any:
+    """A timm model with the weights of a safetensors file."""
+    import timm
+
+    if not Path(config.image_weights).is_file():
+        raise ValueError(
+            f"model.image_weights: expected a safetensors file, got {config.image_weights}, which "
+            "does not exist; check the path, or leave it out to train from scratch"
+        )
+    source = {"file": config.image_weights, "custom_load": False}
+    try:
+        return timm.create_model(
+            config.image, pretrained=True, pretrained_cfg_overlay=source, num_classes=0, **arguments
+        )
+    except _unloadable() as error:
+        raise ValueError(
+            f"model.image_weights: expected weights of {config.image} with {arguments}, got "
+            f"{config.image_weights}, which do not fit ({_in_short(error)}); check model.image "
+            "and model.image_kwargs, or convert the file to timm's names"
         ) from error
 
 
@@ -104,6 +131,12 @@ def unknown_name(field: str, got: str, kind: str, known: Iterable[str]) -> Value
 def first_line(error: Exception) -> str:
     """What an error says, without the lines of explanation that libraries add."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _in_short(error: Exception) -> str:
+    """Of a state dict that does not fit, torch names the keys in the second line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
 
 def _unfit() -> tuple[type[Exception], ...]:

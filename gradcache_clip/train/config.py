@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from gradcache_clip.train.config_checks import (
     ConfigError,
@@ -14,6 +13,26 @@ from gradcache_clip.train.config_checks import (
     not_empty,
     one_of,
 )
+from gradcache_clip.train.config_model import (
+    LossConfig,
+    ModelConfig,
+    check_tokens,
+    check_widths,
+)
+from gradcache_clip.train.config_views import AugmentConfig, check_contrast
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DistributedConfig",
+    "EvaluationConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+]
 
 SMALLEST_VOCABULARY = 259
 """256 bytes and three special tokens, which every learned tokenizer has."""
@@ -34,6 +53,9 @@ class DataConfig:
 
     random_crop: float = 1.0
     """Smallest share of the image's area that a random crop keeps; 1 crops at the centre."""
+
+    views: int = 1
+    """2: two random views of each image instead of an image and its caption; see `augment`."""
 
     context_length: int = 32
     """Longest caption in tokens, start and end included; longer ones are cut."""
@@ -62,63 +84,9 @@ class DataConfig:
         at_least(3, "data", self, "context_length")
         at_least(SMALLEST_VOCABULARY, "data", self, "vocab_size")
         at_least(0, "data", self, "workers")
+        check(self.views in (1, 2), "data", self, "views", "1 or 2")
         in_range("[0, 1]", "data", self, "max_broken_share")
         in_range("(0, 1]", "data", self, "random_crop")
-
-
-@dataclass
-class ModelConfig:
-    """The two towers and their projections."""
-
-    image: str = "vit_tiny_patch16_224"
-    """Name of a timm model."""
-
-    image_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model`, such as `depth: 4`.
-
-    A value given as a whole replaces that of the file, and `model.image_kwargs.depth=4` changes one
-    entry. An override that changes `model.image` drops what the file gave for another model.
-    """
-
-    image_pretrained: bool = False
-    """Load timm's pretrained weights."""
-
-    image_pool: str = "default"
-    """`cls`, `mean` over patches, or the model's own (`default`)."""
-
-    text: str = "bert"
-    """A transformers model type, built from `text_kwargs`; a hub name or folder when pretrained."""
-
-    text_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Fields of the transformers configuration, such as `num_hidden_layers: 4`.
-
-    Overridden like `image_kwargs`; an override that changes `model.text` drops those of the file.
-    """
-
-    text_pretrained: bool = False
-    """Load pretrained weights of `text` (safetensors only)."""
-
-    text_pool: str = "cls"
-    """`cls` (first token) or `mean` over tokens."""
-
-    feature_dim: int = 256
-    """Width D of the features that images and texts share."""
-
-    init_logit_scale: float = 1 / 0.07
-    """First multiplier of the cosine similarity; above 0 and at most `max_logit_scale`."""
-
-    max_logit_scale: float = 100.0
-    """Upper bound of the multiplier."""
-
-    def __post_init__(self) -> None:
-        not_empty("model", self, "image", "text")
-        at_least(1, "model", self, "feature_dim")
-        one_of(("cls", "mean", "default"), "model", self, "image_pool")
-        one_of(("cls", "mean"), "model", self, "text_pool")
-        above(0, "model", self, "init_logit_scale", "max_logit_scale")
-        expected = f"at most model.max_logit_scale, which is {self.max_logit_scale}"
-        below = self.init_logit_scale <= self.max_logit_scale
-        check(below, "model", self, "init_logit_scale", expected)
 
 
 @dataclass
@@ -256,8 +224,14 @@ class EvaluationConfig:
     gallery: int = 6
     """Queries shown in the gallery picture in each direction."""
 
+    folds: int = 1
+    """Consecutive parts of the validation images over which recall is averaged; 5 for COCO's 1K."""
+
+    neighbours: int = 20
+    """Training images that vote on the label of a held-out one, where `data.views` is 2."""
+
     def __post_init__(self) -> None:
-        at_least(1, "evaluation", self, "batch_size", "gallery")
+        at_least(1, "evaluation", self, "batch_size", "gallery", "folds", "neighbours")
         if not self.recall_at or min(self.recall_at) < 1:
             raise ConfigError(
                 f"evaluation.recall_at: expected positive integers, got {self.recall_at}; "
@@ -294,8 +268,14 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and how they are read."""
 
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How two views of an image differ."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     """The towers."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimised."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer and its schedule."""
@@ -310,6 +290,9 @@ class Config:
     """Several processes."""
 
     def __post_init__(self) -> None:
+        check_widths(self.model, self.loss)
+        check_tokens(self.model, self.loss)
+        check_contrast(self)
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
         if warmup >= steps:
             raise ConfigError(

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
-from gradcache_clip.losses import ClipLoss
 from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.optimizer import apply_learning_rate, build_optimizer
 from gradcache_clip.train.optimizer_state import load_state_by_name, state_by_name
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.step import autocast, clip_grad_norm, make_scaler
-from gradcache_clip.train.towers import DualEncoder
 
 
 class Engine:
@@ -38,8 +36,8 @@ class Engine:
 
     def __init__(
         self,
-        encoder: DualEncoder,
-        loss: ClipLoss,
+        encoder: nn.Module,
+        loss: nn.Module,
         config: Config,
         module: nn.Module,
         strategy: LocalStrategy | None = None,
@@ -108,7 +106,7 @@ class Engine:
         return clip_grad_norm((p for _, p in self.named_parameters if p.requires_grad), max_norm)
 
 
-def build_engine(encoder: DualEncoder, loss: ClipLoss, config: Config, peers: Peers) -> Engine:
+def build_engine(encoder: nn.Module, loss: nn.Module, config: Config, peers: Peers) -> Engine:
     """The engine that `config.distributed` names; with one process, this process alone.
 
     Raises:

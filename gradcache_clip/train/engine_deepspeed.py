@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradcache_clip.distributed import DeepSpeedStrategy
-from gradcache_clip.losses import ClipLoss
 from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.deepspeed_config import deepspeed_settings, zero_stage
 from gradcache_clip.train.engine import Engine
@@ -24,7 +23,6 @@ from gradcache_clip.train.optimizer import apply_learning_rate, build_optimizer,
 from gradcache_clip.train.optimizer_state import load_state_by_name, state_by_name
 from gradcache_clip.train.peers import Peers, first_keeps
 from gradcache_clip.train.step import clip_grad_norm
-from gradcache_clip.train.towers import DualEncoder
 
 
 class DeepSpeedTraining(Engine):
@@ -39,7 +37,7 @@ class DeepSpeedTraining(Engine):
         ConfigError: the file contradicts the run, or a moving average under ZeRO-3.
     """
 
-    def __init__(self, encoder: DualEncoder, loss: ClipLoss, config: Config, peers: Peers) -> None:
+    def __init__(self, encoder: nn.Module, loss: nn.Module, config: Config, peers: Peers) -> None:
         settings = deepspeed_settings(config, peers.world_size)
         _check(config, settings)
         self.engine = _initialize(encoder, config, settings)
@@ -254,7 +252,7 @@ def _is_trained(value: Tensor) -> bool:
     return isinstance(value, nn.Parameter) and value.requires_grad
 
 
-def _initialize(encoder: DualEncoder, config: Config, settings: dict[str, Any]) -> Any:
+def _initialize(encoder: nn.Module, config: Config, settings: dict[str, Any]) -> Any:
     if next(encoder.parameters()).device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # A launcher sets it; a process that nobody launched is alone.

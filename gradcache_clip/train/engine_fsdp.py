@@ -11,13 +11,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gradcache_clip.distributed import FSDPStrategy
-from gradcache_clip.losses import ClipLoss
 from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.engine import Engine
 from gradcache_clip.train.optimizer import build_optimizer
 from gradcache_clip.train.optimizer_state import load_state_by_name, state_by_name
 from gradcache_clip.train.peers import first_keeps
-from gradcache_clip.train.towers import DualEncoder
 
 
 class ShardedEngine(Engine):
@@ -33,9 +31,10 @@ class ShardedEngine(Engine):
         ConfigError: fp16 or a moving average of the weights is asked for.
     """
 
-    def __init__(self, encoder: DualEncoder, loss: ClipLoss, config: Config) -> None:
+    def __init__(self, encoder: nn.Module, loss: nn.Module, config: Config) -> None:
         _check(config)
-        for layer in repeated_layers(encoder):
+        # Towers may share layers.
+        for layer in dict.fromkeys(repeated_layers(encoder)):
             fully_shard(layer)
         fully_shard(encoder)
         super().__init__(encoder, loss, config, encoder, FSDPStrategy())
@@ -61,7 +60,8 @@ class ShardedEngine(Engine):
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.encoder.named_parameters(), self.config.optimizer)
         # In a group of its own: an operation over a group takes sharded tensors or plain ones.
-        scale = {"name": "loss", "params": [*self.loss.parameters()], "weight_decay": 0.0}
+        trained = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
+        scale = {"name": "loss", "params": trained, "weight_decay": 0.0}
         optimizer.add_param_group(scale)
         return optimizer
 

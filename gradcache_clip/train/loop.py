@@ -17,6 +17,7 @@ from rich.console import Console
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.data import Batch
 from gradcache_clip.train.evaluation.held_out import HeldOut, embed_batch, embed_held_out
+from gradcache_clip.train.evaluation.labelled import LabelledImages, embed_labelled
 from gradcache_clip.train.optimizer import learning_rate_at
 from gradcache_clip.train.peers import Peers, joined
 from gradcache_clip.train.place import processes_here
@@ -26,6 +27,8 @@ from gradcache_clip.train.report.pictures import SIMILARITY_PAIRS, draw_run
 from gradcache_clip.train.run_folder import RunFolder, check_run
 from gradcache_clip.train.session import Session, saved_at_the_end, start_session
 from gradcache_clip.train.step import Backward, StepResult, make_backward, take_step
+
+Evaluated = HeldOut | LabelledImages
 
 # Paths may hold what rich takes for markup, and a command must stay on its line.
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
@@ -50,7 +53,7 @@ class RunSummary:
     skipped: dict[str, int] = field(default_factory=dict)
     """Broken training samples that were passed over, by reason; counted in every epoch."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Held-out retrieval after the last step, if there is a validation set."""
+    """Held-out retrieval, or classification, after the last step, if there is a validation set."""
 
 
 class Meter:
@@ -139,7 +142,7 @@ def _finished(session: Session) -> bool:
     return session.step >= session.config.train.steps
 
 
-def _draw(session: Session, held_out: HeldOut | None) -> None:
+def _draw(session: Session, held_out: Evaluated | None) -> None:
     batch = _embed_batch(session)
     if session.peers.is_first:
         draw_run(session.run, session.config, batch, held_out)
@@ -154,7 +157,7 @@ def _log(session: Session) -> AbstractContextManager[MetricsLog | None]:
 
 def _run_steps(
     session: Session, log: MetricsLog | None, console: Console
-) -> tuple[dict[str, float], Meter, HeldOut | None]:
+) -> tuple[dict[str, float], Meter, Evaluated | None]:
     """Steps until the last or until Ctrl-C; the last log row and the last evaluation."""
     config, peers, meter = session.config.train, session.peers, Meter()
     strategy = session.engine.strategy
@@ -192,11 +195,10 @@ def _next_batch(session: Session, batches: Iterator[Batch]) -> Batch:
     return next(batches)
 
 
-def _evaluate(session: Session, log: MetricsLog | None) -> HeldOut | None:
+def _evaluate(session: Session, log: MetricsLog | None) -> Evaluated | None:
     held_out = _embed(session)
     if log is not None and held_out is not None:
-        metrics = held_out.metrics(session.config.evaluation.recall_at)
-        log.write(session.step, metrics.to_scalars())
+        log.write(session.step, held_out.scalars(session.config.evaluation))
     return held_out
 
 
@@ -205,13 +207,8 @@ def _train_one(session: Session, backward: Backward, batch: Batch) -> StepResult
     session.peers.enter(f"taking step {session.step + 1}")
     rate = learning_rate_at(session.step, config.optimizer, config.train.steps)
     session.engine.set_learning_rate(rate)
-    texts = session.tokenizer(batch.captions, pad_to_context=config.train.compile)
-    result = take_step(
-        backward,
-        batch.images.to(session.device, non_blocking=True),
-        {name: tensor.to(session.device, non_blocking=True) for name, tensor in texts.items()},
-        session.engine,
-    )
+    result = take_step(backward, *session.inputs_of(batch), session.engine)
+    session.objective.after_step(session.encoder, session.loss)
     if session.ema is not None:
         session.ema.update(session.encoder)
     session.step += 1
@@ -224,7 +221,8 @@ def _due(session: Session, every: int) -> bool:
 
 def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, float]:
     """Figures of the step that was just taken: the one place that waits for the device."""
-    values = torch.stack([*result, session.loss.logit_scale.detach()]).tolist()
+    loss: Any = session.loss
+    values = torch.stack([*result, loss.logit_scale.detach()]).tolist()
     names = ("loss", "accuracy", "grad_norm", "logit_scale")
     return {
         **dict(zip(names, values, strict=True)),
@@ -234,16 +232,21 @@ def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, fl
     }
 
 
-def _embed(session: Session) -> HeldOut | None:
-    """The held-out pairs, embedded by all processes, on the first."""
+def _embed(session: Session) -> Evaluated | None:
+    """The held-out samples, embedded by all processes, on the first."""
     session.peers.enter(f"evaluating after step {session.step}")
-    encode, tokenizer = session.engine.evaluated, session.tokenizer
+    tokenizer = session.tokenizer
+    encode: Any = session.engine.evaluated
     with session.averaged_weights():
+        if tokenizer is None:
+            return embed_labelled(encode, session.config, session.peers)
         return embed_held_out(encode, tokenizer, session.config, session.peers)
 
 
-def _embed_batch(session: Session) -> HeldOut:
+def _embed_batch(session: Session) -> HeldOut | None:
     """Some pairs of the batch that would come next, for a picture."""
+    if session.tokenizer is None:
+        return None
     session.peers.enter("embedding a batch for a picture")
     with closing(session.batches()) as batches, session.averaged_weights():
         return embed_batch(
@@ -256,9 +259,8 @@ def _embed_batch(session: Session) -> HeldOut:
 
 
 def _summary(
-    session: Session, row: dict[str, float], meter: Meter, held_out: HeldOut | None
+    session: Session, row: dict[str, float], meter: Meter, held_out: Evaluated | None
 ) -> RunSummary:
-    recall_at = session.config.evaluation.recall_at
     skipped = Counter[str]()
     for counts in session.peers.collect(session.loader.broken.counts):
         skipped.update(counts)
@@ -270,7 +272,7 @@ def _summary(
         pairs_per_s=meter.pairs / meter.seconds if meter.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(session.device),
         skipped=dict(skipped),
-        metrics=held_out.metrics(recall_at).to_scalars() if held_out else {},
+        metrics=held_out.scalars(session.config.evaluation) if held_out else {},
     )
 
 

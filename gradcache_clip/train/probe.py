@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.train.backbones import first_line
-
-if TYPE_CHECKING:
-    from gradcache_clip.train.towers import DualEncoder
 
 # What torch, timm and transformers raise on inputs of a size or kind that a model has no use for.
 _UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
-def check_towers(encoder: DualEncoder, *, image_size: int, tokens: Mapping[str, Tensor]) -> None:
+def check_towers(encoder: Any, *, image_size: int, tokens: Mapping[str, Tensor] | None) -> None:
     """Encode two images and two texts and throw the features away; the encoder stays as it was.
 
     Args:
-        encoder: on the device where it will run.
+        encoder: on the device where it will run; `DualEncoder`, or one with an image tower alone.
         image_size: height and width in pixels, `data.image_size`.
         tokens: `input_ids` and `attention_mask` of two texts, int64 (2, L), on any device; of
-            length `data.context_length` to show that the longest texts fit.
+            length `data.context_length` to show that the longest texts fit. None: no text tower.
 
     Raises:
         ValueError: a tower fails on these sizes, or gives features that are no finite numbers.
@@ -33,7 +31,6 @@ def check_towers(encoder: DualEncoder, *, image_size: int, tokens: Mapping[str, 
     # Not drawn: a run's random numbers stay as they are.
     ramp = torch.arange(2 * 3 * image_size**2) % 256
     images = ramp.view(2, 3, image_size, image_size).to(torch.uint8)
-    texts = {name: tensor.to(device) for name, tensor in tokens.items()}
     _check(
         lambda: encoder.encode_image(images.to(device)),
         encoder,
@@ -41,6 +38,9 @@ def check_towers(encoder: DualEncoder, *, image_size: int, tokens: Mapping[str, 
         got=_name(encoder.image_tower.backbone),
         remedy="raise data.image_size or choose another model.image or model.image_kwargs",
     )
+    if tokens is None:
+        return
+    texts = {name: tensor.to(device) for name, tensor in tokens.items()}
     length = texts["input_ids"].shape[1]
     _check(
         lambda: encoder.encode_text(texts),
@@ -52,10 +52,11 @@ def check_towers(encoder: DualEncoder, *, image_size: int, tokens: Mapping[str, 
 
 
 def _check(
-    encode: Callable[[], Tensor], encoder: DualEncoder, *, expected: str, got: str, remedy: str
+    encode: Callable[[], Any], encoder: nn.Module, *, expected: str, got: str, remedy: str
 ) -> None:
     try:
-        finite = bool(_evaluated(encode, encoder).isfinite().all())
+        features = tensors_in(_evaluated(encode, encoder))
+        finite = all(bool(feature.isfinite().all()) for feature in features)
     except torch.OutOfMemoryError:
         raise
     except (*_UNFIT, ValueError) as error:
@@ -66,7 +67,7 @@ def _check(
 
 
 @torch.no_grad()
-def _evaluated(encode: Callable[[], Tensor], encoder: DualEncoder) -> Tensor:
+def _evaluated(encode: Callable[[], Any], encoder: nn.Module) -> Any:
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
     try:

@@ -17,7 +17,7 @@ from gradcache_clip.train.tokenizer import Tokenizer
 _MAY_CHANGE = {
     # The loader's state knows the shards by what is in them, wherever they are.
     "data.train", "data.validation", "evaluation.batch_size", "evaluation.recall_at",
-    "evaluation.gallery",
+    "evaluation.gallery", "evaluation.neighbours",
     "train.output", "train.resume", "train.steps", "train.log_every", "train.evaluate_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.compile", "train.device",
     "train.exchange", "train.memory_budget_gib",
@@ -68,10 +68,10 @@ class RunFolder:
             return False
         return names <= {self.config.name, self.tokenizer.name, FILE_NAME, "tensorboard"}
 
-    def begin(self, config: Config, tokenizer: Tokenizer) -> None:
+    def begin(self, config: Config, tokenizer: Tokenizer | None) -> None:
         """Make the folder and write down what defines the run; a resumed one keeps its tokens."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.has_begun():
+        if tokenizer is not None and not self.has_begun():
             tokenizer.save(self.tokenizer)
         temporary = self.config.with_suffix(".tmp")
         save_config(config, temporary)

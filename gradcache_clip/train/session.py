@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import dataclasses
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradcache_clip.losses import ClipLoss
 from gradcache_clip.train.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -27,16 +27,20 @@ from gradcache_clip.train.data import (
     join_states,
     read_captions,
 )
+from gradcache_clip.train.data.augment import Augmentation
 from gradcache_clip.train.data.shard_urls import find_shards
 from gradcache_clip.train.ema import Ema
 from gradcache_clip.train.engine import Engine, build_engine, rows_of_a_process
+from gradcache_clip.train.evaluation.labelled import check_labels
+from gradcache_clip.train.objective import Objective, build_loss, build_objective
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.place import choose_device
 from gradcache_clip.train.probe import check_towers
 from gradcache_clip.train.run_folder import RunFolder
 from gradcache_clip.train.sources.splits import track
 from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from gradcache_clip.train.towers import DualEncoder, build_towers
+from gradcache_clip.train.towers import build_towers
+from gradcache_clip.train.views import build_view_encoder
 
 
 @dataclass
@@ -47,10 +51,12 @@ class Session:
     run: RunFolder
     peers: Peers
     device: torch.device
-    tokenizer: Tokenizer
-    encoder: DualEncoder
+    tokenizer: Tokenizer | None
+    """None where no captions are read."""
+    encoder: nn.Module
     engine: Engine
-    loss: ClipLoss
+    loss: nn.Module
+    objective: Objective
     ema: Ema | None
     loader: ImageCaptionLoader
     step: int = 0
@@ -59,6 +65,17 @@ class Session:
     def batches(self) -> Generator[Batch, None, None]:
         """Training batches from here on; closing it ends the worker processes."""
         yield from self.loader
+
+    def inputs_of(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """On the device: what each tower takes, and what the loss is told beside the features."""
+        texts: Mapping[str, Tensor] = {}
+        if self.tokenizer is not None:
+            texts = self.tokenizer(batch.captions, pad_to_context=self.config.train.compile)
+        images, *tensors = (
+            tensor.to(self.device, non_blocking=True) for tensor in (batch.images, *texts.values())
+        )
+        inputs = self.objective.inputs(images, dict(zip(texts, tensors, strict=True)))
+        return inputs, self.objective.loss_kwargs(batch.groups, self.device)
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on; all processes together.
@@ -146,12 +163,15 @@ def start_session(config: Config, run: RunFolder, peers: Peers | None = None) ->
     device = choose_device(config.train.device)
     if config.data.validation:
         find_shards(config.data.validation, allow_url_schemes=config.data.allow_url_schemes)
+        if config.data.views == 2:
+            check_labels(config)
     loader = _loader(config, peers)
     tokenizer = _tokenizer(config, run, peers)
-    encoder = build_encoder(config, tokenizer).to(device)
-    longest = tokenizer(["a text", "another"], pad_to_context=True)
+    objective = build_objective(config)
+    encoder = build_encoder(config, tokenizer, objective).to(device)
+    longest = tokenizer(["a text", "another"], pad_to_context=True) if tokenizer else None
     check_towers(encoder, image_size=config.data.image_size, tokens=longest)
-    loss = _loss(config).to(device)
+    loss = build_loss(objective).to(device)
     session = Session(
         config=config,
         run=run,
@@ -161,6 +181,7 @@ def start_session(config: Config, run: RunFolder, peers: Peers | None = None) ->
         encoder=encoder,
         engine=build_engine(encoder, loss, config, peers),
         loss=loss,
+        objective=objective,
         ema=Ema(encoder, decay=config.train.ema_decay) if config.train.ema_decay else None,
         loader=loader,
     )
@@ -171,15 +192,6 @@ def start_session(config: Config, run: RunFolder, peers: Peers | None = None) ->
     if checkpoint is not None:
         session.restore(checkpoint)
     return session
-
-
-def _loss(config: Config) -> ClipLoss:
-    return ClipLoss(
-        init_logit_scale=config.model.init_logit_scale,
-        max_logit_scale=config.model.max_logit_scale,
-        impl=config.train.impl,  # type: ignore[arg-type]
-        exchange=config.train.exchange,  # type: ignore[arg-type]
-    )
 
 
 def _checkpoint(run: RunFolder, peers: Peers) -> Checkpoint | None:
@@ -196,18 +208,28 @@ def _checkpoint(run: RunFolder, peers: Peers) -> Checkpoint | None:
     return load_checkpoint(path)
 
 
-def build_encoder(config: Config, tokenizer: Tokenizer) -> DualEncoder:
-    """Both towers of a configuration, with fresh (or pretrained) weights."""
-    return build_towers(
+def build_encoder(
+    config: Config, tokenizer: Tokenizer | None, objective: Objective | None = None
+) -> Any:
+    """Both towers of a configuration, with fresh (or pretrained) weights, as its loss wants them.
+
+    Without a tokenizer there is no text tower.
+    """
+    objective = objective or build_objective(config)
+    if tokenizer is None:
+        views = build_view_encoder(config.model, image_size=config.data.image_size)
+        return objective.encoder(views)
+    towers = build_towers(
         config.model,
         image_size=config.data.image_size,
         context_length=config.data.context_length,
         vocab_size=tokenizer.vocab_size,
         pad_token_id=tokenizer.pad_token_id,
     )
+    return objective.encoder(towers)
 
 
-def load_trained(config: Config, run: RunFolder) -> tuple[DualEncoder, Tokenizer, int]:
+def load_trained(config: Config, run: RunFolder) -> tuple[Any, Tokenizer | None, int]:
     """Encoder, tokenizer and step of a run's newest good checkpoint, for evaluation.
 
     Raises:
@@ -218,8 +240,10 @@ def load_trained(config: Config, run: RunFolder) -> tuple[DualEncoder, Tokenizer
         raise ConfigError(
             f"run: expected a checkpoint in {run.checkpoints}, got none; train the run first"
         )
-    tokenizer = _run_tokenizer(config, run)
-    encoder = build_encoder(config, tokenizer)
+    tokenizer = None if config.data.views == 2 else _run_tokenizer(config, run)
+    # The checkpoint has all weights, so a file that training began with may be gone.
+    model = dataclasses.replace(config.model, image_pretrained=False, image_weights="")
+    encoder = build_encoder(dataclasses.replace(config, model=model), tokenizer)
     encoder.load_state_dict(checkpoint.modules.get("ema", checkpoint.modules["encoder"]))
     return encoder.to(choose_device(config.train.device)), tokenizer, checkpoint.step
 
@@ -229,6 +253,8 @@ def _loader(config: Config, peers: Peers) -> ImageCaptionLoader:
     options = LoaderOptions(
         image_size=data.image_size,
         crop_scale=(data.random_crop, 1.0) if data.random_crop < 1 else None,
+        augmentation=Augmentation(**vars(config.augment)) if data.views == 2 else None,
+        captions=data.views == 1,
         seed=config.train.seed,
         workers=data.workers,
         shuffle_buffer=data.shuffle_buffer,
@@ -245,8 +271,10 @@ def _loader(config: Config, peers: Peers) -> ImageCaptionLoader:
     )
 
 
-def _tokenizer(config: Config, run: RunFolder, peers: Peers) -> Tokenizer:
-    """The first process reads or trains it for all."""
+def _tokenizer(config: Config, run: RunFolder, peers: Peers) -> Tokenizer | None:
+    """The first process reads or trains it for all; views of images need none."""
+    if config.data.views == 2:
+        return None
     tokenizer = None
     if peers.is_first:
         tokenizer = _run_tokenizer(config, run) if run.has_begun() else _new_tokenizer(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.cache import ByLength, GradCache
-from gradcache_clip.cache.nested import take_rows
+from gradcache_clip.cache.nested import count_rows, take_rows
 from gradcache_clip.distributed import LocalStrategy
-from gradcache_clip.losses import ClipLoss, ContrastiveOutput
+from gradcache_clip.losses import ContrastiveOutput
 from gradcache_clip.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from gradcache_clip.train.engine import Engine
 
-Backward = Callable[[Tensor, Mapping[str, Tensor]], ContrastiveOutput]
+Backward = Callable[..., ContrastiveOutput]
+"""Called with the inputs of the towers and `loss_kwargs`."""
 
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,7 +33,7 @@ class StepResult(NamedTuple):
 
 
 def make_backward(
-    encoder: nn.Module, loss: ClipLoss, config: TrainConfig, strategy: LocalStrategy
+    encoder: nn.Module, loss: nn.Module, config: TrainConfig, strategy: LocalStrategy
 ) -> Backward:
     """Forward and backward of a batch, as `config.negatives` says."""
     if config.negatives == "batch":
@@ -45,19 +46,19 @@ def make_backward(
             strategy=strategy,
         )
 
-    def accumulate(images: Tensor, texts: Mapping[str, Tensor]) -> ContrastiveOutput:
-        return _accumulate(encoder, loss, strategy, config.chunk_size, images, texts)
+    def accumulate(*inputs: Any, loss_kwargs: Mapping[str, Any]) -> ContrastiveOutput:
+        return _accumulate(encoder, loss, strategy, config.chunk_size, inputs, loss_kwargs)
 
     return accumulate
 
 
 def take_step(
-    backward: Backward, images: Tensor, texts: Mapping[str, Tensor], engine: Engine
+    backward: Backward, inputs: Sequence[Any], loss_kwargs: Mapping[str, Any], engine: Engine
 ) -> StepResult:
     """Gradients of one batch, clipped, into the weights; nothing waits for the device."""
     engine.begin_step()
     with engine.autocast():
-        output = backward(images, texts)
+        output = backward(*inputs, loss_kwargs=loss_kwargs)
     norm = engine.finish_step()
     return StepResult(output.loss, output.accuracy, norm)
 
@@ -84,23 +85,23 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 def _accumulate(
     encoder: nn.Module,
-    loss: ClipLoss,
+    loss: nn.Module,
     strategy: LocalStrategy,
     chunk_size: int,
-    images: Tensor,
-    texts: Mapping[str, Tensor],
+    inputs: Sequence[Any],
+    loss_kwargs: Mapping[str, Any],
 ) -> ContrastiveOutput:
     """Plain gradient accumulation: each chunk's own loss, weighted by its share of the rows."""
-    outputs, shares = [], []
-    device_type = images.device.type
-    for start in range(0, len(images), chunk_size):
-        chunk = images[start : start + chunk_size]
-        chunk_texts = take_rows(texts, start, start + chunk_size)
-        output = loss(encoder(0, chunk), encoder(1, chunk_texts))
-        share = len(chunk) / len(images)
-        with torch.autocast(device_type, enabled=False):
+    outputs, shares, rows = [], [], count_rows(inputs[0], "inputs")
+    for start in range(0, rows, chunk_size):
+        chunk, more = (
+            take_rows(whole, start, start + chunk_size) for whole in (tuple(inputs), loss_kwargs)
+        )
+        output = loss(*(encoder(tower, given) for tower, given in enumerate(chunk)), **more)
+        share = count_rows(chunk[0], "inputs") / rows
+        with torch.autocast(output.loss.device.type, enabled=False):
             strategy.scale_loss(output.loss * share).backward()
-        outputs.append(ContrastiveOutput(*(value.detach() for value in output)))
+        outputs.append(type(output)(*(value.detach() for value in output)))
         shares.append(share)
     losses = torch.stack([output.loss for output in outputs])
     if not losses.isfinite().all():
@@ -108,7 +109,7 @@ def _accumulate(
             f"loss: expected a finite loss of every chunk, got {losses.tolist()}; nothing was "
             "stepped. Look at these inputs, and at the weights after the last step"
         )
-    weights = torch.tensor(shares, device=images.device)
-    return ContrastiveOutput(
+    weights = losses.new_tensor(shares)
+    return type(outputs[0])(
         *((torch.stack(values) * weights).sum() for values in zip(*outputs, strict=True))
     )

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gradcache_clip.cache import FrozenTrunk
 from gradcache_clip.train.backbones import build_image_backbone, build_text_backbone
 
 if TYPE_CHECKING:
     from gradcache_clip.train.config import ModelConfig
 
+TOWERS = ("image", "text")
 IMAGE, TEXT = 0, 1
 
 
@@ -96,7 +98,8 @@ class DualEncoder(nn.Module):
         ...     image="convnext_atto", image_kwargs={"depths": [1, 1, 1, 1]},
         ...     image_pretrained=False, image_pool="default", text="bert",
         ...     text_kwargs={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
-        ...     text_pretrained=False, text_pool="cls", feature_dim=16)
+        ...     text_pretrained=False, text_pool="cls", feature_dim=16, freeze="",
+        ...     image_weights="", architecture="dual")
         >>> encoder = build_towers(
         ...     config, image_size=32, context_length=8, vocab_size=300, pad_token_id=0)
         >>> encoder(0, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
@@ -106,7 +109,7 @@ class DualEncoder(nn.Module):
         torch.Size([2, 16])
     """
 
-    tower_names = ("image", "text")
+    tower_names = TOWERS
 
     def __init__(self, image_tower: ImageTower, text_tower: TextTower, *, feature_dim: int) -> None:
         super().__init__()
@@ -117,8 +120,33 @@ class DualEncoder(nn.Module):
             )
         self.image_tower = image_tower
         self.text_tower = text_tower
-        self.image_projection = _projection(image_tower.width, feature_dim)
-        self.text_projection = _projection(text_tower.width, feature_dim)
+        self.image_projection = linear_projection(image_tower.width, feature_dim)
+        self.text_projection = linear_projection(text_tower.width, feature_dim)
+        # Not registered: their parts are, above.
+        self._trunks: dict[int, FrozenTrunk] = {}
+
+    def freeze(self, tower: int) -> None:
+        """Keep a tower as it is, in evaluation mode; its projection is still trained.
+
+        Source: Zhai et al. 2022, "LiT: Zero-shot transfer with locked-image text tuning".
+        """
+        trunk, head = (
+            (self.image_tower, self.image_projection),
+            (self.text_tower, self.text_projection),
+        )[tower]
+        trunk.requires_grad_(False).eval()
+        self._trunks[tower] = FrozenTrunk(trunk, head)
+
+    def frozen_trunk(self, tower: int) -> FrozenTrunk | None:
+        """A frozen tower and its projection, which `GradCache` runs once a step."""
+        return self._trunks.get(tower)
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """A frozen tower stays in evaluation mode."""
+        super().train(mode)
+        for frozen in self._trunks.values():
+            frozen.trunk.eval()
+        return self
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), uint8 or normalised float, to features (B, D) that are not normalised."""
@@ -136,6 +164,9 @@ class DualEncoder(nn.Module):
         Raises:
             ValueError: `tower` is neither 0 nor 1.
         """
+        if tower in self._trunks:
+            features: Tensor = self._trunks[tower](inputs)
+            return features
         if tower == IMAGE:
             return self.encode_image(inputs)
         if tower == TEXT:
@@ -168,28 +199,47 @@ def build_towers(
         ValueError: an unknown model or argument name (with the nearest valid names), a pooling that
             the model lacks, weights that cannot be loaded, or texts that do not fit the model.
     """
-    image_backbone = build_image_backbone(model_config, image_size=image_size)
-    statistics = image_backbone.pretrained_cfg
-    image_tower = ImageTower(
-        image_backbone,
-        width=image_backbone.head_hidden_size,
-        mean=statistics["mean"],
-        std=statistics["std"],
-    )
-    text_backbone = build_text_backbone(
+    image_backbone, text_backbone = _backbones(
         model_config,
+        image_size=image_size,
         context_length=context_length,
         vocab_size=vocab_size,
         pad_token_id=pad_token_id,
     )
+    image_tower = image_tower_around(image_backbone)
     text_tower = TextTower(
         text_backbone, width=text_backbone.config.hidden_size, pool=model_config.text_pool
     )
+    encoder = DualEncoder(image_tower, text_tower, feature_dim=model_config.feature_dim)
+    if model_config.freeze:
+        encoder.freeze(TOWERS.index(model_config.freeze))
     # Pretrained backbones arrive in evaluation mode.
-    return DualEncoder(image_tower, text_tower, feature_dim=model_config.feature_dim).train()
+    return encoder.train()
 
 
-def _projection(width: int, feature_dim: int) -> nn.Linear:
+def _backbones(config: ModelConfig, *, image_size: int, **texts: int) -> tuple[Any, Any]:
+    """Of images and of texts; those of the Multiway Transformer share most of their weights."""
+    if config.architecture == "multiway":
+        from gradcache_clip.train.multiway import multiway_backbones
+
+        return multiway_backbones(config, image_size=image_size, **texts)
+    image = build_image_backbone(config, image_size=image_size)
+    return image, build_text_backbone(config, **texts)
+
+
+def image_tower_around(backbone: Any) -> ImageTower:
+    """A timm model behind the normalisation that it was published with."""
+    statistics = backbone.pretrained_cfg
+    return ImageTower(
+        backbone,
+        width=backbone.head_hidden_size,
+        mean=statistics["mean"],
+        std=statistics["std"],
+    )
+
+
+def linear_projection(width: int, feature_dim: int) -> nn.Linear:
+    """Without bias, its features of about unit size whatever the width."""
     layer = nn.Linear(width, feature_dim, bias=False)
     nn.init.normal_(layer.weight, std=width**-0.5)
     return layer

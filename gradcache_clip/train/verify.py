@@ -117,10 +117,9 @@ def _verify(session: Session, rows: int) -> VerifyReport:
     assert isinstance(cache, GradCache)
     with closing(session.batches()) as batches:
         batch = next(batches)
-    texts = session.tokenizer(batch.captions, pad_to_context=config.compile)
-    inputs = batch.images.to(session.device), {k: v.to(session.device) for k, v in texts.items()}
+    inputs, loss_kwargs = session.inputs_of(batch)
     with autocast(config.precision, session.device):
-        return verify(cache, *inputs)
+        return verify(cache, *inputs, loss_kwargs=loss_kwargs)
 
 
 def _show(report: VerifyReport, origin: str, console: Console) -> None:

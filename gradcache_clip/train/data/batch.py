@@ -14,7 +14,8 @@ class Batch:
     """Image-caption pairs, row by row.
 
     Args:
-        images: uint8 (B, 3, H, W); scaled to floats later, so that a batch stays small.
+        images: uint8 (B, 3, H, W), or (B, 2, 3, H, W) for two views of each; scaled to floats
+            later, so that a batch stays small.
         captions: B captions; of several an image, one is drawn anew each epoch.
         keys: B names of samples.
         groups: B match groups; rows of equal group match each other.

@@ -18,8 +18,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from gradcache_clip.train.data.augment import Augmentation
+
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-TEXT_EXTENSIONS = ("txt", "json")
+TEXT_EXTENSIONS = ("txt", "json", "cls")
 MAX_PIXELS = 64 * 2**20
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -40,6 +42,8 @@ class ImageTransform:
         image_size: height and width of the result in pixels.
         crop_scale: smallest and largest share of the image's area that a random crop keeps, such
             as (0.8, 1.0); the crop's aspect ratio lies between 3:4 and 4:3.
+        augmentation: makes two views of an image, each cropped and then changed by it; None makes
+            one, which is only cropped.
 
     Raises:
         ValueError: for an image size below one, or a range outside 0 < low <= high <= 1.
@@ -47,6 +51,7 @@ class ImageTransform:
 
     image_size: int = 64
     crop_scale: tuple[float, float] | None = None
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -59,24 +64,34 @@ class ImageTransform:
                 "pass e.g. (0.8, 1.0)"
             )
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        pixels = (3, self.image_size, self.image_size)
+        return pixels if self.augmentation is None else (2, *pixels)
+
     def __call__(self, data: bytes, draw: random.Random) -> Tensor:
-        """Decode and resize; `draw` decides the crop.
+        """Decode, crop and resize; `draw` decides the crop and what the views differ in.
 
         Returns:
-            uint8 (3, image_size, image_size).
+            uint8 (3, image_size, image_size), or (2, 3, image_size, image_size) for two views.
 
         Raises:
             BrokenSample: the bytes are no PNG, JPEG or WebP image that PIL can decode.
         """
         image = decode_image(data, smallest_side=self._smallest_side)
-        square = image.resize(
+        if self.augmentation is None:
+            return _pixels(self._square(image, draw))
+        views = (self.augmentation(self._square(image, draw), draw) for _ in range(2))
+        return torch.stack([_pixels(view) for view in views])
+
+    def _square(self, image: Image.Image, draw: random.Random) -> Image.Image:
+        return image.resize(
             (self.image_size, self.image_size),
             Image.Resampling.BICUBIC,
             box=self._box(image.width, image.height, draw),
             reducing_gap=2.0,
         )
-        pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-        return pixels.view(self.image_size, self.image_size, 3).permute(2, 0, 1).contiguous()
 
     @property
     def _smallest_side(self) -> int:
@@ -97,6 +112,12 @@ class ImageTransform:
             x, y = draw.random(), draw.random()
         left, top = x * (width - crop_width), y * (height - crop_height)
         return left, top, left + crop_width, top + crop_height
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """uint8 (3, height, width)."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
 def decode_image(data: bytes, *, smallest_side: int | None = None) -> Image.Image:
@@ -152,11 +173,14 @@ def image_bytes(members: Mapping[str, Any]) -> bytes:
     raise BrokenSample("missing image")
 
 
-def captions_and_group(members: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+def captions_and_group(
+    members: Mapping[str, Any], *, required: bool = True
+) -> tuple[tuple[str, ...], str]:
     """The captions of a sample and its group.
 
     The captions are "captions" of KEY.json, else the text of KEY.txt, else "caption" of KEY.json.
     The group is "group" of KEY.json, else the key: such an image matches its own captions alone.
+    An image whose caption is not required has an empty one where it has none.
 
     Raises:
         BrokenSample: no caption, an empty one, text that is not UTF-8, or JSON of another shape.
@@ -169,14 +193,22 @@ def captions_and_group(members: Mapping[str, Any]) -> tuple[tuple[str, ...], str
         captions = [_text(members["txt"])]
     elif "caption" in notes:
         captions = [notes["caption"]]
-    else:
+    elif required:
         raise BrokenSample("missing caption")
+    else:
+        captions = [""]
     if not all(isinstance(caption, str) for caption in captions):
         raise BrokenSample("bad json")
     stripped = tuple(caption.strip() for caption in captions)
-    if not all(stripped):
+    if required and not all(stripped):
         raise BrokenSample("empty caption")
     return stripped, str(notes.get("group", members["__key__"]))
+
+
+def label_of(members: Mapping[str, Any]) -> str:
+    """The class of an image: `label` of KEY.json, else the text of KEY.cls; empty without both."""
+    label = _notes(members.get("json")).get("label", "")
+    return str(label) if label != "" else _text(members.get("cls", b"")).strip()
 
 
 def _notes(data: bytes | None) -> dict[str, Any]:

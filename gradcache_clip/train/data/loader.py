@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,22 +267,24 @@ def read_all(
 
     Args:
         source: as for `ImageCaptionLoader`.
-        options: image size, allowed schemes and the broken share are used; crops are not.
+        options: image size, allowed schemes, the broken share and whether there must be captions
+            are used; crops and views are not.
 
     Yields:
-        `DecodedSample`: image uint8 (3, H, W), captions, key, group. Only broken samples are left
-        out, and they are logged.
+        `DecodedSample`: image uint8 (3, H, W), captions, key, group, label. Only broken samples are
+        left out, and they are logged.
 
     Raises:
         FileNotFoundError, ValueError: as `find_shards`; ValueError for too many broken samples and
             for a source without any sample.
     """
     options = options or LoaderOptions()
-    transform = ImageTransform(options.image_size)
-    tally, draw = BrokenTally(), random.Random(options.seed)
+    transform, draw = ImageTransform(options.image_size), random.Random(options.seed)
+    decode = partial(decode_sample, transform=transform, draw=draw, captions=options.captions)
+    tally = BrokenTally()
     for shard in find_shards(source, allow_url_schemes=options.allow_url_schemes):
         for item in read_shard(shard, options.allow_url_schemes):
-            found = item if isinstance(item, BrokenReport) else decode_sample(item, transform, draw)
+            found = item if isinstance(item, BrokenReport) else decode(item)
             if isinstance(found, BrokenReport):
                 tally.add(found.count, [found])
             else:

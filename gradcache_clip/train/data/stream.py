@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from gradcache_clip.train.data.augment import Augmentation
 from gradcache_clip.train.data.broken import BrokenReport
 from gradcache_clip.train.data.decode import (
     BrokenSample,
     ImageTransform,
     captions_and_group,
     image_bytes,
+    label_of,
 )
 from gradcache_clip.train.data.position import EpochLeft, Lanes
 from gradcache_clip.train.data.shard_reader import RawSample, read_shard
@@ -39,16 +41,18 @@ class DecodedSample:
     """One image with all its captions.
 
     Args:
-        image: uint8 (3, image_size, image_size).
+        image: uint8 (3, image_size, image_size), or (2, 3, image_size, image_size) for two views.
         captions: all captions, the main one first.
         key: its name in the shard.
         group: samples of equal group match each other.
+        label: its class, if the shard tells.
     """
 
     image: Tensor
     captions: tuple[str, ...]
     key: str
     group: str
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Group:
     """Decoded neighbours in the stream; what a worker sends at once.
 
     Args:
-        images: uint8 (n, 3, image_size, image_size); n is smaller by the broken samples.
+        images: uint8 (n, 3, image_size, image_size), or (n, 2, 3, image_size, image_size) for two
+            views; n is smaller by the broken samples.
         captions: n captions, one an image.
         keys: n names.
         groups: n match groups.
@@ -85,10 +90,12 @@ class LoaderOptions:
     Args:
         image_size: height and width in pixels.
         crop_scale: area range of random crops such as (0.8, 1.0); None keeps the centre.
-        seed: of shard order, shuffling, caption choice and crops.
+        augmentation: of two views of each image; None gives one view, which is only cropped.
+        seed: of shard order, shuffling, caption choice, crops and views.
         workers: processes that decode; 0 decodes in this one.
         shuffle_buffer: raw samples that a worker holds to shuffle; 0 keeps the shards' order.
         max_broken_share: share of broken samples above which loading stops with an error.
+        captions: whether an image without one is a broken sample.
         allow_url_schemes: URL schemes that may be opened beside local files, by name.
         group_size: samples that a worker decodes and sends at once.
 
@@ -98,10 +105,12 @@ class LoaderOptions:
 
     image_size: int = 64
     crop_scale: tuple[float, float] | None = None
+    augmentation: Augmentation | None = None
     seed: int = 0
     workers: int = 0
     shuffle_buffer: int = 5000
     max_broken_share: float = 0.05
+    captions: bool = True
     allow_url_schemes: tuple[str, ...] = ()
     group_size: int = 32
 
@@ -155,15 +164,16 @@ def shuffled(items: Iterable[RawItem], buffer_size: int, draw: random.Random) ->
 
 
 def decode_sample(
-    raw: RawSample, transform: ImageTransform, draw: random.Random
+    raw: RawSample, transform: ImageTransform, draw: random.Random, *, captions: bool = True
 ) -> DecodedSample | BrokenReport:
     """The image and all captions of a raw sample, or why it cannot be used."""
     try:
-        captions, group = captions_and_group(raw)
+        texts, group = captions_and_group(raw, required=captions)
+        label = label_of(raw)
         image = transform(image_bytes(raw), draw)
     except BrokenSample as error:
         return BrokenReport(str(error), raw["__url__"], raw["__key__"])
-    return DecodedSample(image, captions, raw["__key__"], group)
+    return DecodedSample(image, texts, raw["__key__"], group, label)
 
 
 class GroupStream(IterableDataset[Group | None]):
@@ -175,7 +185,10 @@ class GroupStream(IterableDataset[Group | None]):
 
     def __init__(self, plan: StreamPlan, epoch: EpochLeft, first: int) -> None:
         self._plan = plan
-        self._transform = ImageTransform(plan.options.image_size, plan.options.crop_scale)
+        options = plan.options
+        self._transform = ImageTransform(
+            options.image_size, options.crop_scale, options.augmentation
+        )
         self._epoch = epoch
         self._first = first
 
@@ -204,10 +217,9 @@ class GroupStream(IterableDataset[Group | None]):
                 broken.append(result)
             else:
                 samples.append(result)
-        size = self._transform.image_size
-        images = [sample.image for sample, _ in samples]
+        images, shape = [sample.image for sample, _ in samples], self._transform.shape
         return Group(
-            torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
+            torch.stack(images) if images else torch.empty(0, *shape, dtype=torch.uint8),
             [caption for _, caption in samples],
             [sample.key for sample, _ in samples],
             [sample.group for sample, _ in samples],
@@ -217,8 +229,9 @@ class GroupStream(IterableDataset[Group | None]):
     def _decode_one(self, raw: RawSample) -> tuple[DecodedSample, str] | BrokenReport:
         """A sample with the caption drawn for this epoch."""
         # Seeded by the sample, not by its place: a resumed run draws the same.
-        draw = random.Random(f"{self._plan.options.seed}:{self._epoch}:{raw['__key__']}")
-        sample = decode_sample(raw, self._transform, draw)
+        options = self._plan.options
+        draw = random.Random(f"{options.seed}:{self._epoch}:{raw['__key__']}")
+        sample = decode_sample(raw, self._transform, draw, captions=options.captions)
         if isinstance(sample, BrokenReport):
             return sample
         return sample, draw.choice(sample.captions)

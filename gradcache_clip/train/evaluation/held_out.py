@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradcache_clip.train.config import Config
+from gradcache_clip.train.config import Config, EvaluationConfig
 from gradcache_clip.train.data import Batch, DecodedSample, LoaderOptions, read_all
+from gradcache_clip.train.evaluation.features import Features, features_of
+from gradcache_clip.train.evaluation.folds import recall_in_folds
 from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
-from gradcache_clip.train.evaluation.recall import RetrievalMetrics, embed_dataset, recall_at_k
+from gradcache_clip.train.evaluation.recall import RetrievalMetrics, embed_dataset
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.step import autocast
 from gradcache_clip.train.tokenizer import Tokenizer
@@ -27,31 +29,36 @@ _THUMBNAIL_SIZE = 64
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Features of a validation set, or of some pairs of a batch. N images, M texts, D width.
+    """Features of a validation set, or of some pairs of a batch. N images, M texts.
 
     Args:
-        image_features, text_features: (N, D) and (M, D), L2-normalised fp32, on the CPU.
+        image_features, text_features: of N and M samples, vectors L2-normalised fp32, on the CPU.
         image_ids, text_ids: (N,) and (M,); equal where image and text belong together.
         image_captions: the first caption of each image.
         texts: M captions.
         thumbnails: uint8 (N, 3, height, width), at most 64 pixels.
     """
 
-    image_features: Tensor
-    text_features: Tensor
+    image_features: Features
+    text_features: Features
     image_ids: Tensor
     text_ids: Tensor
     image_captions: list[str]
     texts: list[str]
     thumbnails: Tensor
 
-    def metrics(self, ks: Iterable[int]) -> RetrievalMetrics:
-        """Recall@k in both directions."""
-        return recall_at_k(
+    def scalars(self, evaluation: EvaluationConfig) -> dict[str, float]:
+        """What is logged of it."""
+        return self.metrics(evaluation.recall_at, evaluation.folds).to_scalars()
+
+    def metrics(self, ks: Iterable[int], folds: int = 1) -> RetrievalMetrics:
+        """Recall@k in both directions, or its mean over consecutive folds of the images."""
+        return recall_in_folds(
             self.image_features,
             self.text_features,
             image_ids=self.image_ids,
             text_ids=self.text_ids,
+            folds=folds,
             ks=tuple(ks),
         )
 
@@ -78,34 +85,35 @@ def embed_held_out(
     peers = peers or Peers()
     device = next(encoder.parameters()).device
     size = config.evaluation.batch_size
+    options = reading_options(config)
     samples: list[tuple[str, tuple[str, ...]]] = []
     thumbnails: list[Tensor] = []
 
     def image_batches() -> Iterator[Tensor]:
-        for batch in _batched(read_all(config.data.validation, options=_options(config)), size):
+        for batch in batched(read_all(config.data.validation, options=options), size):
             samples.extend((sample.group, sample.captions) for sample in batch)
             images = torch.stack([sample.image for sample in batch])
             if peers.is_first:
-                thumbnails.append(_thumbnails(images))
+                thumbnails.append(thumbnails_of(images))
             yield images
 
-    def embedded(tower: int, batches: Iterator[Any], name: str) -> list[Tensor]:
+    def embedded(tower: int, batches: Iterator[Any], name: str) -> list[list[Tensor]]:
         mine = (_to(device, batch) for batch in one_in_turn(batches, peers))
-        (features,) = embed_dataset(
+        parts = embed_dataset(
             partial(encoder, tower), mine, description=name, progress=peers.is_first
         )
-        return peers.collect(features.cpu())
+        return peers.collect([part.cpu() for part in parts])
 
-    with _evaluating(encoder), autocast(config.train.precision, device):
+    with evaluating(encoder), autocast(config.train.precision, device):
         images = embedded(IMAGE, image_batches(), "images")
         ids, texts, text_ids = _texts_of(samples)
-        tokens = (tokenizer(chunk) for chunk in _batched(iter(texts), size))
+        tokens = (tokenizer(chunk) for chunk in batched(iter(texts), size))
         text_features = embedded(TEXT, tokens, "texts")
     if not peers.is_first:
         return None
     return HeldOut(
-        image_features=_unit(in_turn(images, size, len(samples))),
-        text_features=_unit(in_turn(text_features, size, len(texts))),
+        image_features=_joined(images, size, len(samples)),
+        text_features=_joined(text_features, size, len(texts)),
         image_ids=ids,
         text_ids=text_ids,
         image_captions=[captions[0] for _, captions in samples],
@@ -125,16 +133,18 @@ def embed_batch(
     rows = list(first_of.values())[:pairs]
     captions = [batch.captions[row] for row in rows]
     device = next(encoder.parameters()).device
-    with _evaluating(encoder), autocast(config.train.precision, device):
+    with evaluating(encoder), autocast(config.train.precision, device):
         images = encoder(IMAGE, batch.images[rows].to(device))
         texts = encoder(TEXT, _to(device, tokenizer(captions)))
     ids = torch.arange(len(rows))
-    thumbnails = _thumbnails(batch.images[rows])
-    return HeldOut(_unit(images), _unit(texts), ids, ids, captions, captions, thumbnails)
+    thumbnails = thumbnails_of(batch.images[rows])
+    features = features_of(images), features_of(texts)
+    return HeldOut(*features, ids, ids, captions, captions, thumbnails)
 
 
 @contextmanager
-def _evaluating(encoder: nn.Module) -> Iterator[None]:
+def evaluating(encoder: nn.Module) -> Iterator[None]:
+    """In evaluation mode inside the block."""
     was_training = encoder.training
     encoder.eval()
     try:
@@ -149,9 +159,11 @@ def _to(device: torch.device, inputs: Any) -> Any:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _options(config: Config) -> LoaderOptions:
+def reading_options(config: Config) -> LoaderOptions:
+    """How samples are read for evaluation."""
     return LoaderOptions(
         image_size=config.data.image_size,
+        captions=config.data.views == 1,
         max_broken_share=config.data.max_broken_share,
         allow_url_schemes=tuple(config.data.allow_url_schemes),
     )
@@ -171,16 +183,19 @@ def _texts_of(samples: list[tuple[str, tuple[str, ...]]]) -> tuple[Tensor, list[
     return torch.tensor(image_ids), texts, text_ids
 
 
-def _batched(items: Iterator[DecodedSample] | Iterator[str], size: int) -> Iterator[list]:
+def batched(items: Iterator[DecodedSample] | Iterator[str], size: int) -> Iterator[list]:
+    """Lists of `size` items; the last may be shorter."""
     while batch := list(islice(items, size)):
         yield batch
 
 
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1).cpu()
+def _joined(parts: list[list[Tensor]], size: int, rows: int) -> Features:
+    """The features of all rows, from the parts of them that each process has embedded."""
+    return features_of(tuple(in_turn(part, size, rows) for part in zip(*parts, strict=True)))
 
 
-def _thumbnails(images: Tensor) -> Tensor:
+def thumbnails_of(images: Tensor) -> Tensor:
+    """uint8 (N, 3, height, width), made smaller where larger than a thumbnail."""
     if max(images.shape[-2:]) <= _THUMBNAIL_SIZE:
         return images
     small = F.interpolate(images.float(), size=_THUMBNAIL_SIZE, mode="area")

@@ -1,6 +1,6 @@
 """Ranks of right answers, tile by tile: what every retrieval figure is made of.
 
-Q queries, C candidates, D feature width.
+Q queries, C candidates, D feature width; a sample has one vector, or one for each token.
 """
 
 from __future__ import annotations
@@ -13,18 +13,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gradcache_clip.train.evaluation.features import (
+    Features,
+    TokenFeatures,
+    longest_of,
+    scores_of,
+    width_of,
+)
+
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
 
 # Two sums of the same products in another order differ by a few units in the last place.
-_ROUNDING = 8 * torch.finfo(torch.float32).eps
+ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 @torch.no_grad()
 def ranks_of_best_right(
-    queries: Float[Tensor, "q d"],
+    queries: Features,
     query_ids: Int[Tensor, " q"],
-    candidates: Float[Tensor, "c d"],
+    candidates: Features,
     candidate_ids: Int[Tensor, " c"],
     *,
     tile: int,
@@ -39,7 +47,7 @@ def ranks_of_best_right(
     held beyond a tile x tile block.
     """
     with exact_fp32(queries.device):
-        longest = max(float(block.float().norm(dim=1).max()) for block in candidates.split(tile))
+        longest = max(float(longest_of(block.float()).max()) for block in candidates.split(tile))
         parts = [
             _ranks(rows.float(), ids, candidates, candidate_ids, tile, longest)
             for rows, ids in zip(queries.split(tile), query_ids.split(tile), strict=True)
@@ -48,17 +56,17 @@ def ranks_of_best_right(
 
 
 def _ranks(
-    queries: Tensor,
+    queries: Features,
     ids: Tensor,
-    candidates: Tensor,
+    candidates: Features,
     candidate_ids: Tensor,
     tile: int,
     longest: float,
 ) -> Tensor:
-    best = queries.new_full((len(queries),), -torch.inf)
+    best = torch.full((len(queries),), -torch.inf, device=queries.device)
     for scores, right in _tiles(queries, ids, candidates, candidate_ids, tile):
         best = torch.maximum(best, scores.masked_fill_(~right, -torch.inf).amax(1))
-    threshold = (best - _ROUNDING * longest * queries.norm(dim=1))[:, None]
+    threshold = (best - ROUNDING * longest * longest_of(queries))[:, None]
     ranks = torch.ones_like(ids)
     for scores, right in _tiles(queries, ids, candidates, candidate_ids, tile):
         ranks += ((scores >= threshold) & ~right).sum(1)
@@ -66,11 +74,11 @@ def _ranks(
 
 
 def _tiles(
-    queries: Tensor, ids: Tensor, candidates: Tensor, candidate_ids: Tensor, tile: int
+    queries: Features, ids: Tensor, candidates: Features, candidate_ids: Tensor, tile: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores of the queries against a block of candidates, and which of those are right."""
     for block, block_ids in zip(candidates.split(tile), candidate_ids.split(tile), strict=True):
-        yield queries @ block.float().T, ids[:, None] == block_ids[None, :]
+        yield scores_of(queries, block), ids[:, None] == block_ids[None, :]
 
 
 @contextmanager
@@ -129,10 +137,12 @@ def check_depths(ks: Sequence[int]) -> None:
         raise ValueError(f"ks: expected depths of 1 or more, got {tuple(ks)}; pass e.g. ks=(1, 5)")
 
 
-def check_features(name: str, features: Tensor, tile: int) -> None:
-    """Two dimensions, some rows, all finite; looked at tile by tile."""
+def check_features(name: str, features: Features, tile: int) -> None:
+    """Two dimensions (tokens: three), some rows, all finite; looked at tile by tile."""
     if tile < 1:
         raise ValueError(f"tile: expected a positive integer, got {tile}; pass e.g. tile=1024")
+    if isinstance(features, TokenFeatures):
+        features = features.vectors.flatten(1)
     if features.ndim != 2 or features.shape[1] == 0 or not features.is_floating_point():
         raise ValueError(
             f"{name}: expected a floating-point tensor of shape (rows, width), got "
@@ -151,15 +161,21 @@ def check_features(name: str, features: Tensor, tile: int) -> None:
             )
 
 
-def check_sizes(name: str, features: Tensor, other_name: str, other: Tensor) -> None:
-    if features.shape[1] != other.shape[1] or features.device != other.device:
+def check_sizes(name: str, features: Features, other_name: str, other: Features) -> None:
+    if isinstance(features, TokenFeatures) != isinstance(other, TokenFeatures):
         raise ValueError(
-            f"{other_name}: expected width {features.shape[1]} on {features.device} as "
-            f"{name}, got width {other.shape[1]} on {other.device}; pass the outputs of one model"
+            f"{other_name}: expected {type(features).__name__} as {name}, got "
+            f"{type(other).__name__}; pass the outputs of one model"
+        )
+    width, other_width = width_of(features), width_of(other)
+    if width != other_width or features.device != other.device:
+        raise ValueError(
+            f"{other_name}: expected width {width} on {features.device} as "
+            f"{name}, got width {other_width} on {other.device}; pass the outputs of one model"
         )
 
 
-def check_ids(name: str, ids: Tensor, rows: Tensor, *, below: int | None = None) -> None:
+def check_ids(name: str, ids: Tensor, rows: Features, *, below: int | None = None) -> None:
     if ids.shape != (len(rows),) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
             f"{name}: expected {len(rows)} integers, one a row, got shape {tuple(ids.shape)} of "

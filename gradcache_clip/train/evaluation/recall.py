@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gradcache_clip.train.evaluation.features import Features, scores_of
 from gradcache_clip.train.evaluation.ranking import (
     chance_of_hit,
     check_depths,
@@ -75,8 +76,8 @@ class Retrieved(NamedTuple):
 
 
 def recall_at_k(
-    image_features: Float[Tensor, "n d"],
-    text_features: Float[Tensor, "m d"],
+    image_features: Features,
+    text_features: Features,
     *,
     text_to_image: Int[Tensor, " m"] | None = None,
     image_ids: Int[Tensor, " n"] | None = None,
@@ -93,8 +94,9 @@ def recall_at_k(
     features earn nothing. Memory beyond the features: O(N + M) plus a few tiles.
 
     Args:
-        image_features: one row an image, any floating dtype and device.
-        text_features: one row a text, on the same device.
+        image_features: one row an image, any floating dtype and device; (N, D), or `TokenFeatures`,
+            by whose scores tokens are then ranked.
+        text_features: one row a text, on the same device and of the same kind.
         text_to_image: index of the image of each text (several captions an image).
         image_ids, text_ids: instead: integers, equal where image and text belong together (several
             captions an image and several images a caption). With none of the three, row i of
@@ -132,8 +134,8 @@ def recall_at_k(
 
 @torch.no_grad()
 def retrieve(
-    query_features: Float[Tensor, "q d"],
-    candidate_features: Float[Tensor, "c d"],
+    query_features: Features,
+    candidate_features: Features,
     k: int,
     *,
     tile: int = 1024,
@@ -163,11 +165,11 @@ def retrieve(
     return Retrieved(torch.cat([p.scores for p in parts]), torch.cat([p.indices for p in parts]))
 
 
-def _best(queries: Tensor, candidates: Tensor, k: int, tile: int) -> Retrieved:
-    scores = queries.new_empty(len(queries), 0)
+def _best(queries: Features, candidates: Features, k: int, tile: int) -> Retrieved:
+    scores = torch.empty(len(queries), 0, device=queries.device)
     indices = torch.empty_like(scores, dtype=torch.long)
     for start, columns in _numbered_tiles(candidates, tile):
-        found = _first(queries @ columns.float().T, k)
+        found = _first(scores_of(queries, columns), k)
         scores = torch.cat([scores, found.scores], dim=1)
         indices = torch.cat([indices, found.indices + start], dim=1)
         merged = _first(scores, k)
@@ -175,7 +177,7 @@ def _best(queries: Tensor, candidates: Tensor, k: int, tile: int) -> Retrieved:
     return Retrieved(scores, indices)
 
 
-def _numbered_tiles(rows: Tensor, tile: int) -> Iterable[tuple[int, Tensor]]:
+def _numbered_tiles(rows: Features, tile: int) -> Iterable[tuple[int, Features]]:
     return zip(range(0, len(rows), tile), rows.split(tile), strict=True)
 
 
@@ -239,8 +241,8 @@ def _progress_bar(shown: bool) -> Any:
 
 
 def _ids(
-    images: Tensor,
-    texts: Tensor,
+    images: Features,
+    texts: Features,
     text_to_image: Tensor | None,
     image_ids: Tensor | None,
     text_ids: Tensor | None,
@@ -283,9 +285,9 @@ def _check_partners(image_ids: Tensor, text_ids: Tensor) -> None:
 
 
 def _direction(
-    queries: Tensor,
+    queries: Features,
     query_ids: Tensor,
-    candidates: Tensor,
+    candidates: Features,
     candidate_ids: Tensor,
     ks: Sequence[int],
     tile: int,

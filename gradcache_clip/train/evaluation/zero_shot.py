@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gradcache_clip.train.evaluation.features import TokenFeatures, longest_of, scores_of
 from gradcache_clip.train.evaluation.ranking import (
+    ROUNDING,
     check_features,
     check_ids,
     check_sizes,
+    exact_fp32,
     ranks_of_best_right,
     recall_of,
 )
@@ -63,6 +66,64 @@ def zero_shot_classification(
     return recall_of(ranks, ks)
 
 
+def zero_shot_by_tokens(
+    image_features: TokenFeatures,
+    labels: Int[Tensor, " n"],
+    prompt_features: TokenFeatures,
+    *,
+    templates: int = 1,
+    ks: Sequence[int] = (1, 5),
+    tile: int = 256,
+) -> dict[int, float]:
+    """Top-k accuracy of naming each image after the class whose texts it finds most similar.
+
+    Vectors of tokens have no mean to stand for a class: its score is the mean of those of its
+    texts. Memory beyond the features: a tile of images times all texts.
+
+    Args:
+        image_features: N images.
+        labels: class index of each image, 0 to C - 1.
+        prompt_features: C x `templates` texts, those of a class next to each other, as
+            `prompts_of` writes them.
+        templates: texts a class.
+        ks, tile: as for `zero_shot_classification`.
+
+    Raises:
+        ValueError: as for `zero_shot_classification`, or texts that are no multiple of `templates`.
+
+    Source:
+        Yao et al. 2021 (FILIP), "Prompt ensemble and templates".
+
+    Example:
+        >>> side = TokenFeatures(torch.eye(3)[:, None], torch.ones(3, 1, dtype=torch.bool))
+        >>> zero_shot_by_tokens(side, torch.tensor([0, 1, 1]), side, ks=(1,))[1] * 3
+        2.0
+    """
+    check_features("image_features", image_features, tile)
+    check_features("prompt_features", prompt_features, tile)
+    check_sizes("image_features", image_features, "prompt_features", prompt_features)
+    classes, rest = divmod(len(prompt_features), templates)
+    if rest:
+        raise ValueError(
+            f"prompt_features: expected a multiple of {templates} texts, one for each template of "
+            f"each class, got {len(prompt_features)}; write them with prompts_of"
+        )
+    check_ids("labels", labels, image_features, below=classes)
+    blocks = zip(image_features.split(tile), labels.split(tile), strict=True)
+    with exact_fp32(image_features.device):
+        ranks = [_ranks(*block, prompt_features, templates) for block in blocks]
+    return recall_of(torch.cat(ranks), ks)
+
+
+@torch.no_grad()
+def _ranks(images: TokenFeatures, labels: Tensor, prompts: TokenFeatures, templates: int) -> Tensor:
+    """Of the right class: how many score at least as high, up to rounding, itself included."""
+    scores = scores_of(images, prompts).unflatten(1, (-1, templates)).mean(2)  # (N, C)
+    right = scores.gather(1, labels.to(scores.device)[:, None])
+    rounding = ROUNDING * longest_of(images)[:, None] * longest_of(prompts).max()
+    return (scores >= right - rounding).sum(1)
+
+
 def zero_shot_classifier(
     encode_text: Callable[[list[str]], Float[Tensor, "b d"]],
     class_names: Sequence[str],
@@ -91,6 +152,25 @@ def zero_shot_classifier(
         >>> zero_shot_classifier(lambda texts: torch.ones(len(texts), 4), ["cat", "dog"]).shape
         torch.Size([2, 4])
     """
+    texts = prompts_of(class_names, templates)
+    batches = (texts[i : i + batch_size] for i in range(0, len(texts), batch_size))
+    with torch.no_grad():
+        features = torch.cat([encode_text(batch).float() for batch in batches])
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    means = unit.unflatten(0, (len(class_names), len(templates))).mean(1)  # (C, D)
+    return torch.nn.functional.normalize(means, dim=-1)
+
+
+def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The texts of each class, one for each template, class by class.
+
+    Raises:
+        ValueError: no class, no template, or a template without `{}`.
+
+    Example:
+        >>> prompts_of(["cat", "dog"], ["a {}", "{}s"])
+        ['a cat', 'cats', 'a dog', 'dogs']
+    """
     if not class_names:
         raise ValueError("class_names: expected at least one name, got none; pass e.g. ['cat']")
     lacking = [template for template in templates if "{}" not in template]
@@ -99,10 +179,4 @@ def zero_shot_classifier(
             f"templates: expected texts with a {{}} for the class name, got {lacking or 'none'}; "
             "pass e.g. ('a photo of a {}.',)"
         )
-    texts = [template.replace("{}", name) for name in class_names for template in templates]
-    batches = (texts[i : i + batch_size] for i in range(0, len(texts), batch_size))
-    with torch.no_grad():
-        features = torch.cat([encode_text(batch).float() for batch in batches])
-    unit = torch.nn.functional.normalize(features, dim=-1)
-    means = unit.unflatten(0, (len(class_names), len(templates))).mean(1)  # (C, D)
-    return torch.nn.functional.normalize(means, dim=-1)
+    return [template.replace("{}", name) for name in class_names for template in templates]

@@ -13,8 +13,6 @@ from gradcache_clip.train.report.canvas import MAIN, OTHERS, PALE, new_figure, s
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WAYS = {"image_to_text": ("-", "image → text"), "text_to_image": ("--", "text → image")}
-_RECALL = "{way}_recall_at_1"
 # Above so many points a faint line of all of them lies under the smoothed one.
 _DENSE = 60
 
@@ -32,11 +30,50 @@ class RunCurve:
     softmax is limited to it. Sets the level of guessing: loss log(candidates)."""
 
 
+@dataclass(frozen=True)
+class _HeldOut:
+    """The panel of held-out figures."""
+
+    title: str
+    ylabel: str
+    lines: Mapping[str, tuple[str, str]]
+    """Name in the log -> style of the line and what it is called."""
+    chances: Sequence[str]
+    headline: str
+    """What the picture's title says of the mean of the first `averaged` lines."""
+    averaged: int
+
+
+_RECALL = _HeldOut(
+    title="Held-out recall@1",
+    ylabel="queries with a right first answer (%)",
+    lines={
+        "image_to_text_recall_at_1": ("-", "image → text"),
+        "text_to_image_recall_at_1": ("--", "text → image"),
+    },
+    chances=("image_to_text_recall_at_1_chance", "text_to_image_recall_at_1_chance"),
+    headline="Held-out recall@1",
+    averaged=2,
+)
+_CLASSES = _HeldOut(
+    title="Classes of held-out images",
+    ylabel="images of the right class (%)",
+    lines={
+        "knn_accuracy": ("-", "nearest training images"),
+        "probe_accuracy": ("--", "linear classifier"),
+    },
+    chances=("label_chance",),
+    headline="Held-out images named by their nearest training images",
+    averaged=1,
+)
+
+
 def draw_curves(runs: Sequence[RunCurve], path: str | Path) -> Path:
     """Three panels over the optimizer steps, the first run in blue.
 
     The loss of guessing is log(candidates), so losses of softmaxes of different width are not to be
-    compared; dotted lines show guessing for each. Held-out recall@1 is the same task for all runs.
+    compared; dotted lines show guessing for each. Held-out recall@1, or for runs over views the
+    share of images whose class is named rightly, is the same task for all runs.
 
     Args:
         runs: the run to show and those to compare it with.
@@ -60,7 +97,7 @@ def draw_curves(runs: Sequence[RunCurve], path: str | Path) -> Path:
         loss, accuracy, recall = (figure.add_subplot(grid[0, i]) for i in range(3))
         _draw_loss(loss, runs)
         _draw_accuracy(accuracy, runs)
-        finding = _draw_recall(recall, runs)
+        finding = _draw_held_out(recall, runs)
         figure.suptitle(finding, fontsize=14, fontweight="bold", x=0.05, y=0.965, ha="left")
         return save_figure(figure, path)
 
@@ -85,36 +122,34 @@ def _draw_accuracy(axes: Axes, runs: Sequence[RunCurve]) -> None:
     axes.legend(loc="best", frameon=False, fontsize=9)
 
 
-def _draw_recall(axes: Axes, runs: Sequence[RunCurve]) -> str:
+def _draw_held_out(axes: Axes, runs: Sequence[RunCurve]) -> str:
     """Also says, for the title of the picture, what came out."""
+    panel = _CLASSES if any("knn_accuracy" in row for row in runs[0].rows) else _RECALL
     last: dict[str, list[float]] = {}
     for run, color in _coloured(runs):
-        for way, (style, label) in _WAYS.items():
-            steps, values = _points(run, _RECALL.format(way=way), scale=100)
+        for name, (style, label) in panel.lines.items():
+            steps, values = _points(run, name, scale=100)
             if not steps:
                 continue
             axes.plot(steps, values, style, color=color, marker=_marker(steps), ms=3.5, lw=1.8)
             last.setdefault(run.name, []).append(values[-1])
             if run is runs[0]:
                 axes.plot([], [], style, color=PALE, label=label)
-    _draw_recall_chance(axes, runs)
-    _finish(axes, "Held-out recall@1", "the same task for every run; dotted: guessing", runs)
-    axes.set_ylabel("queries with a right first answer (%)")
+    for name in panel.chances:
+        _, values = _points(runs[0], name, scale=100)
+        if values:
+            _draw_chance(axes, values[-1], PALE)
+    _finish(axes, panel.title, "the same task for every run; dotted: guessing", runs)
+    axes.set_ylabel(panel.ylabel)
     axes.set_ylim(bottom=0)
     if not last:
         axes.text(0.5, 0.5, "no held-out evaluation in the log", transform=axes.transAxes,
                   ha="center", color=PALE)  # fmt: skip
         return "Training curves"
     axes.legend(loc="upper left", frameon=False, fontsize=9)
-    means = [f"{sum(values) / len(values):.1f} % ({name})" for name, values in last.items()]
-    return "Held-out recall@1: " + " against ".join(means)
-
-
-def _draw_recall_chance(axes: Axes, runs: Sequence[RunCurve]) -> None:
-    for way in _WAYS:
-        _, values = _points(runs[0], _RECALL.format(way=way) + "_chance", scale=100)
-        if values:
-            _draw_chance(axes, values[-1], PALE)
+    shown = {name: values[: panel.averaged] for name, values in last.items()}
+    means = [f"{sum(values) / len(values):.1f} % ({name})" for name, values in shown.items()]
+    return f"{panel.headline}: " + " against ".join(means)
 
 
 def _draw_line(axes: Axes, run: RunCurve, name: str, color: str, *, scale: float = 1) -> None:

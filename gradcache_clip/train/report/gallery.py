@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gradcache_clip.train.evaluation.features import Features
 from gradcache_clip.train.evaluation.ranking import ranks_of_best_right
 from gradcache_clip.train.evaluation.recall import retrieve
 from gradcache_clip.train.report.canvas import PALE, RIGHT, WRONG, Page, save_figure, settings
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
 
     from gradcache_clip.train.report.canvas import Picture
 
@@ -36,8 +37,8 @@ class _Answers:
 
 
 def draw_gallery(
-    image_features: Float[Tensor, "n d"],
-    text_features: Float[Tensor, "m d"],
+    image_features: Features,
+    text_features: Features,
     path: str | Path,
     *,
     images: Sequence[Picture],
@@ -94,7 +95,7 @@ def draw_gallery(
 
 
 def _answers(
-    queries: Tensor, query_ids: Tensor, candidates: Tensor, candidate_ids: Tensor,
+    queries: Features, query_ids: Tensor, candidates: Features, candidate_ids: Tensor,
     *, rows: int, depth: int, generator: torch.Generator,
 ) -> list[_Answers]:  # fmt: skip
     chosen = torch.randperm(len(queries), generator=generator)[:rows].to(queries.device)

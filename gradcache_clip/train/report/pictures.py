@@ -8,9 +8,12 @@ import torch
 
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.evaluation.held_out import HeldOut
+from gradcache_clip.train.evaluation.labelled import LabelledImages
+from gradcache_clip.train.objective import build_objective
 from gradcache_clip.train.report.curves import RunCurve, draw_curves
 from gradcache_clip.train.report.gallery import draw_gallery
 from gradcache_clip.train.report.metrics_log import read_log
+from gradcache_clip.train.report.neighbours import draw_neighbours
 from gradcache_clip.train.report.similarity import draw_similarity
 from gradcache_clip.train.run_folder import RunFolder
 
@@ -18,7 +21,10 @@ SIMILARITY_PAIRS = 40
 
 
 def draw_run(
-    run: RunFolder, config: Config, batch: HeldOut | None, held_out: HeldOut | None
+    run: RunFolder,
+    config: Config,
+    batch: HeldOut | None,
+    held_out: HeldOut | LabelledImages | None,
 ) -> list[Path]:
     """Draw what there is to draw into `pictures/`; returns the files.
 
@@ -26,7 +32,8 @@ def draw_run(
         run: its log gives the curves.
         config: of the run.
         batch: pairs of a training batch for similarity.png.
-        held_out: the validation set for similarity_held_out.png and gallery.png.
+        held_out: the validation set for similarity_held_out.png and gallery.png, or labelled
+            images for neighbours.png.
     """
     run.pictures.mkdir(exist_ok=True)
     files = [draw_curves([run_curve(run, config)], run.pictures / "curves.png")]
@@ -35,6 +42,8 @@ def draw_run(
         files.append(_draw_pairs(batch, path, "Pairs of a training batch"))
     if held_out is None:
         return files
+    if isinstance(held_out, LabelledImages):
+        return [*files, _draw_neighbours(held_out, run, config)]
     if len(held_out.image_ids.unique()) >= 2:
         path = run.pictures / "similarity_held_out.png"
         files.append(_draw_pairs(held_out, path, "Held-out pairs"))
@@ -53,6 +62,16 @@ def draw_run(
     return files
 
 
+def _draw_neighbours(held_out: LabelledImages, run: RunFolder, config: Config) -> Path:
+    return draw_neighbours(
+        held_out.features,
+        run.pictures / "neighbours.png",
+        images=list(held_out.thumbnails),
+        labels=held_out.labels,
+        rows=config.evaluation.gallery,
+    )
+
+
 def _draw_pairs(pairs: HeldOut, path: Path, of: str) -> Path:
     images = _images_of_different_groups(pairs)
     texts = [_first_text_of(pairs, image) for image in images]
@@ -67,11 +86,14 @@ def _draw_pairs(pairs: HeldOut, path: Path, of: str) -> Path:
 
 
 def run_curve(run: RunFolder, config: Config, name: str | None = None) -> RunCurve:
-    """The log of a run, labelled with how many pairs compete in its softmax."""
+    """The log of a run, labelled with its batch, or its chunks where the softmax ends there."""
     train = config.train
-    candidates = train.batch_size if train.negatives == "batch" else train.chunk_size
-    words = "cached, batch of" if train.negatives == "batch" else "accumulated, chunks of"
-    return RunCurve(name or f"{words} {candidates:,}", read_log(run.path), candidates)
+    name = name or (
+        f"cached, batch of {train.batch_size:,}"
+        if train.negatives == "batch"
+        else f"accumulated, chunks of {train.chunk_size:,}"
+    )
+    return RunCurve(name, read_log(run.path), build_objective(config).candidates)
 
 
 def _images_of_different_groups(held_out: HeldOut) -> list[int]:

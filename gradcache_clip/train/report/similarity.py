@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from gradcache_clip.train.evaluation.features import (
+    Features,
+    one_vector_each,
+    scores_of,
+    unit,
+)
 from gradcache_clip.train.evaluation.ranking import check_features, check_sizes
 from gradcache_clip.train.report.canvas import INK, PALE, Page, save_figure, settings
 
@@ -28,8 +34,8 @@ _NARROWEST = 840
 
 
 def draw_similarity(
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "b d"],
+    image_features: Features,
+    text_features: Features,
     captions: Sequence[str],
     images: Sequence[Picture],
     path: str | Path,
@@ -42,7 +48,8 @@ def draw_similarity(
     blocks beside it the look-alikes. Each row's best caption is marked.
 
     Args:
-        image_features, text_features: row i of both belongs together; normalised here.
+        image_features, text_features: row i of both belongs together; normalised here. Of tokens
+            the scores are those of images that look for texts.
         captions: B texts; clipped where long.
         images: B images of any size: PIL images, uint8 arrays (height, width, 3), or tensors
             (1, 3 or 4, height, width), uint8 or float from 0 to 1.
@@ -57,9 +64,9 @@ def draw_similarity(
             features.
     """
     _check(image_features, text_features, captions, images)
-    images_unit, texts_unit = _unit(image_features), _unit(text_features)
-    order = neighbours_together(images_unit + texts_unit)
-    scores = images_unit[order] @ texts_unit[order].T
+    images_unit, texts_unit = unit(image_features), unit(text_features)
+    order = neighbours_together(one_vector_each(images_unit) + one_vector_each(texts_unit))
+    scores = scores_of(images_unit[order], texts_unit[order])
     with settings():
         cell = min(30, 900 // len(order))
         page = _draw_page(scores, cell, of)
@@ -132,13 +139,9 @@ def neighbours_together(features: Float[Tensor, "b d"]) -> Int[Tensor, " b"]:
     return torch.linalg.eigh(laplacian).eigenvectors[:, 1].argsort()
 
 
-def _unit(features: Tensor) -> Tensor:
-    return normalize(features.detach().float().cpu(), dim=1)
-
-
 def _check(
-    image_features: Tensor,
-    text_features: Tensor,
+    image_features: Features,
+    text_features: Features,
     captions: Sequence[str],
     images: Sequence[Picture],
 ) -> None:

@@ -1,5 +1,6 @@
-"""Makers of webdataset shards: emoji, glyphs, a folder of images, a table of images."""
+"""Makers of webdataset shards: emoji, glyphs, a folder or table of images, COCO captions."""
 
+from gradcache_clip.train.sources.coco import CocoSplits, make_coco
 from gradcache_clip.train.sources.emoji import make_emoji
 from gradcache_clip.train.sources.folder import make_folder
 from gradcache_clip.train.sources.glyphs import make_glyphs
@@ -14,10 +15,12 @@ from gradcache_clip.train.sources.splits import DataSummary
 from gradcache_clip.train.sources.table import TableColumns, make_table
 
 __all__ = [
+    "CocoSplits",
     "DataSummary",
     "Manifest",
     "Sample",
     "TableColumns",
+    "make_coco",
     "make_emoji",
     "make_folder",
     "make_glyphs",

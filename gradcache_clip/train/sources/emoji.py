@@ -83,6 +83,7 @@ class _Name:
     label: str
     tags: tuple[str, ...]
     base: str
+    subgroup: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def make_emoji(
     The split is by base emoji: skin tones and vendors of one emoji stay on one side. The group of
     a sample is its code point sequence, so the pictures of one name by several vendors match each
     other. The first caption is the name ("weary face"); training samples have a second one, the
-    name followed by search words ("weary face: tired, sad").
+    name followed by search words ("weary face: tired, sad"). The label is the subgroup of the
+    Unicode emoji list ("face-unwell"), where it has one.
 
     Args:
         out: gets train/, validation/ and LICENSES.txt. A complete output is returned at once.
@@ -125,7 +127,7 @@ def make_emoji(
         license=LICENSE,
         validation_share=validation_share,
         seed=seed,
-        settings={"packages": {p.name: p.sha512 for p in packages}},
+        settings={"packages": {p.name: p.sha512 for p in packages}, "labels": "subgroups"},
     )
     if summary := finished_output(out, recipe):
         return summary
@@ -148,18 +150,25 @@ def _sample(picture: _Picture, name: _Name, split: str) -> Sample:
     # Evaluation asks for the name alone; in training the search words teach more of the language.
     if split == "train" and name.tags:
         captions.append(f"{name.label}: {', '.join(name.tags)}")
-    key = f"{picture.vendor}-{picture.hexcode}"
-    return Sample(key, picture.image, picture.extension, tuple(captions), picture.hexcode)
+    return Sample(
+        key=f"{picture.vendor}-{picture.hexcode}",
+        image=picture.image,
+        extension=picture.extension,
+        captions=tuple(captions),
+        group=picture.hexcode,
+        label=name.subgroup,
+    )
 
 
 def _read_names(tarball: Path) -> dict[str, _Name]:
-    [(_, data)] = read_members(tarball, r"package/en/data\.json")
-    names = {}
-    for row in json.loads(data):
-        base = _hexcode(row["hexcode"])
-        tags = tuple(row.get("tags", ()))
+    members = read_members(tarball, r"package/(en/data|meta/groups)\.json")
+    tables = {match[1]: json.loads(data) for match, data in members}
+    subgroups, names = tables["meta/groups"]["subgroups"], {}
+    for row in tables["en/data"]:
+        base, tags = _hexcode(row["hexcode"]), tuple(row.get("tags", ()))
+        subgroup = subgroups.get(str(row.get("subgroup")), "")
         for variant in (row, *row.get("skins", ())):
-            names[_hexcode(variant["hexcode"])] = _Name(variant["label"], tags, base)
+            names[_hexcode(variant["hexcode"])] = _Name(variant["label"], tags, base, subgroup)
     return names
 
 

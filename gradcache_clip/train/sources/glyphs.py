@@ -56,8 +56,8 @@ def make_glyphs(
     """Make shards of drawn characters with captions such as "latin small letter a with acute".
 
     Needs no download. The split is by character; the group of a sample is its character, so that
-    its styles match each other. Characters that look the same (Latin and Greek capital A) are
-    taken once.
+    its styles match each other, and the label its Unicode category ("Lu": a capital letter).
+    Characters that look the same (Latin and Greek capital A) are taken once.
 
     Args:
         out: gets train/ and validation/. A complete output is returned at once.
@@ -79,7 +79,11 @@ def make_glyphs(
         license=LICENSE,
         validation_share=validation_share,
         seed=seed,
-        settings={"characters": characters, "unicode": unicodedata.unidata_version},
+        settings={
+            "characters": characters,
+            "unicode": unicodedata.unidata_version,
+            "labels": "categories",
+        },
     )
     if summary := finished_output(out, recipe):
         return summary
@@ -147,4 +151,11 @@ def _sample(glyph: _Glyph, font: ImageFont.FreeTypeFont) -> Sample:
     _draw(glyph.character, font).save(file, "PNG")
     point = f"{ord(glyph.character):04X}"
     caption = unicodedata.name(glyph.character).lower()
-    return Sample(f"{point}-{glyph.style}", file.getvalue(), "png", (caption,), point)
+    return Sample(
+        key=f"{point}-{glyph.style}",
+        image=file.getvalue(),
+        extension="png",
+        captions=(caption,),
+        group=point,
+        label=unicodedata.category(glyph.character),
+    )

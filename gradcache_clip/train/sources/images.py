@@ -25,10 +25,14 @@ class CaptionedFile:
     path: Path
     name: str
     captions: tuple[str, ...]
+    group_name: str = ""
 
     @property
     def group(self) -> str:
-        """Images of the same first caption match each other, and stay on one side of a split."""
+        """`group_name`, or one for all images of the same first caption: they match each other, and
+        stay on one side of a split."""
+        if self.group_name:
+            return self.group_name
         words = " ".join(self.captions[0].casefold().split()) if self.captions else self.name
         return hashlib.sha256(words.encode()).hexdigest()[:16]
 
@@ -37,11 +41,16 @@ def load_file(file: CaptionedFile, split: str) -> Sample:
     """The sample of an image file, its bytes unchanged.
 
     Raises:
-        SkippedSample: no caption, no file, or no image that can be decoded.
+        SkippedSample: no caption, one that is no text, no file, or no image that can be decoded.
     """
     del split
     if not file.captions:
         raise SkippedSample("missing caption")
+    try:
+        "".join((*file.captions, file.group_name)).encode()
+    # Half a surrogate pair, which JSON can hold and no file.
+    except UnicodeEncodeError as error:
+        raise SkippedSample("bad utf-8") from error
     try:
         data = file.path.read_bytes()
         decode_image(data)

@@ -32,6 +32,7 @@ class Sample:
         extension: "png", "jpg", "jpeg" or "webp".
         captions: one caption or more, the main one first.
         group: samples of equal group count as matches of each other (the same caption, say).
+        label: its class, by which features of images alone are evaluated; empty where unknown.
 
     Raises:
         ValueError: for a key, an extension or captions outside these rules.
@@ -42,6 +43,7 @@ class Sample:
     extension: str
     captions: tuple[str, ...]
     group: str
+    label: str = ""
 
     def __post_init__(self) -> None:
         if not _KEY.fullmatch(self.key) or self.key.startswith("__"):
@@ -264,6 +266,7 @@ def _write_tar(file: IO[bytes], samples: Iterable[Sample]) -> int:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for sample in samples:
             notes = {"captions": list(sample.captions), "group": sample.group}
+            notes |= {"label": sample.label} if sample.label else {}
             _add(archive, f"{sample.key}.{sample.extension}", sample.image)
             _add(archive, f"{sample.key}.txt", sample.captions[0].encode())
             _add(archive, f"{sample.key}.json", json.dumps(notes, ensure_ascii=False).encode())

@@ -37,6 +37,7 @@ class Recipe:
         validation_share: share of the split names that goes to OUT/validation; 0 for none.
         seed: of the split and of the order of the samples.
         settings: anything else on which the shards depend.
+        named: splits that the records name themselves, in the place of a share; training last.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Recipe:
     validation_share: float
     seed: int
     settings: Mapping[str, Any]
+    named: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_share < 1:
@@ -64,7 +66,7 @@ class Recipe:
     @property
     def splits(self) -> tuple[str, ...]:
         """Folders to write; training last, so that it stands for a complete output."""
-        return ("validation", "train") if self.validation_share else ("train",)
+        return self.named or (("validation", "train") if self.validation_share else ("train",))
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,14 @@ class DataSummary:
     """What a maker of shards left in its output folder.
 
     Args:
-        out: the folder, with train/ and (unless the share is 0) validation/.
+        out: the folder, with train/ and, where anything is held out, validation/ and test/.
         train_samples: image-caption pairs for training.
         validation_samples: held-out pairs.
         skipped: records left out, by reason.
         shards: files in both folders.
         bytes: size of all shards.
         reused: whether the output was complete before.
+        test_samples: pairs of a test set, where the records name one.
     """
 
     out: Path
@@ -88,6 +91,7 @@ class DataSummary:
     shards: int
     bytes: int
     reused: bool
+    test_samples: int = 0
 
 
 def finished_output(out: Path, recipe: Recipe) -> DataSummary | None:
@@ -97,7 +101,7 @@ def finished_output(out: Path, recipe: Recipe) -> DataSummary | None:
         ValueError: the folder holds shards of another recipe, which are never overwritten.
     """
     manifests: dict[str, Manifest] = {}
-    for split in ("validation", "train"):
+    for split in ("validation", "test", "train"):
         if (out / split / MANIFEST_NAME).exists():
             manifests[split] = read_manifest(out / split)
             _check_same(out / split, manifests[split], recipe)
@@ -135,6 +139,32 @@ def write_splits(
     for split in recipe.splits:
         held_out = split == "validation"
         chosen = [records[i] for i in order if (split_by(records[i]) in validation) == held_out]
+        manifests[split] = _write_split(chosen, load, out / split, recipe)
+    return _summary(out, manifests, reused=False)
+
+
+def write_named_splits(
+    records: Mapping[str, Sequence[Record]],
+    load: Callable[[Record, str], Sample],
+    out: Path,
+    *,
+    recipe: Recipe,
+) -> DataSummary:
+    """Write a folder for each split: "train" shuffled, the others in the order of the records.
+
+    Args:
+        records: of each of `recipe.named`.
+        load, out: as for `write_splits`.
+        recipe: the manifests' origin, and the seed.
+
+    Raises:
+        ValueError: a split none of whose records loads.
+    """
+    manifests = {}
+    for split in recipe.splits:
+        chosen = records[split]
+        if split == "train":
+            chosen = random.Random(f"{recipe.seed}:order").sample(chosen, len(chosen))
         manifests[split] = _write_split(chosen, load, out / split, recipe)
     return _summary(out, manifests, reused=False)
 
@@ -213,9 +243,14 @@ def _summary(out: Path, manifests: Mapping[str, Manifest], *, reused: bool) -> D
     return DataSummary(
         out=out,
         train_samples=manifests["train"].samples,
-        validation_samples=manifests["validation"].samples if "validation" in manifests else 0,
+        validation_samples=_samples_in(manifests, "validation"),
         skipped=dict(skipped),
         shards=sum(len(manifest.shards) for manifest in manifests.values()),
         bytes=sum(manifest.bytes for manifest in manifests.values()),
         reused=reused,
+        test_samples=_samples_in(manifests, "test"),
     )
+
+
+def _samples_in(manifests: Mapping[str, Manifest], split: str) -> int:
+    return manifests[split].samples if split in manifests else 0

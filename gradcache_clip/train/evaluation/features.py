@@ -1,0 +1,157 @@
+"""What samples are compared by: one vector each, or one for each of their tokens.
+
+N samples, L tokens, D feature width; Q queries of A tokens, C candidates of B tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+# Similarities of tokens that are held at once: 64 MiB.
+_MOST_SIMILARITIES = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFeatures:
+    """Vectors of the tokens of N samples; read like the rows of a tensor.
+
+    A query is as similar to a candidate as its own tokens, on average, find their best match among
+    the candidate's, so images looking for texts and texts looking for images score differently:
+
+        score_qc = mean over tokens a of q of (max over tokens b of c of <x_qa, y_cb>)
+
+    Source: Yao et al. 2021 (FILIP), equations 3 to 6.
+
+    Args:
+        vectors: (N, L, D), floating.
+        mask: (N, L) bool, True for tokens that count.
+
+    Raises:
+        ValueError: shapes that do not fit, or a sample none of whose tokens counts.
+
+    Example:
+        >>> image = TokenFeatures(torch.eye(2)[None], torch.ones(1, 2, dtype=torch.bool))
+        >>> text = TokenFeatures(torch.eye(2)[None], torch.tensor([[True, False]]))
+        >>> float(scores_of(image, text)), float(scores_of(text, image))
+        (0.5, 1.0)
+    """
+
+    vectors: Float[Tensor, "n l d"]
+    mask: Bool[Tensor, "n l"]
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.vectors.shape)
+        if len(shape) != 3 or self.mask.shape != shape[:2] or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask: expected bool of shape {shape[:2]}, one a token of vectors (N, L, D), got "
+                f"{self.mask.dtype} of {tuple(self.mask.shape)} for vectors {shape}"
+            )
+        empty = (~self.mask.any(1)).nonzero().flatten()
+        if len(empty):
+            raise ValueError(
+                f"mask: expected a token that counts in each sample, got none in {len(empty)} "
+                f"(first: row {int(empty[0])}); leave those samples out"
+            )
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, rows: Any) -> TokenFeatures:
+        """Samples by a slice, a list or a tensor of their numbers."""
+        return TokenFeatures(self.vectors[rows], self.mask[rows])
+
+    def split(self, size: int) -> list[TokenFeatures]:
+        """`size` samples each; the last may have fewer."""
+        pairs = zip(self.vectors.split(size), self.mask.split(size), strict=True)
+        return [TokenFeatures(*pair) for pair in pairs]
+
+    def float(self) -> TokenFeatures:
+        """In fp32."""
+        return TokenFeatures(self.vectors.float(), self.mask)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the vectors."""
+        return self.vectors.device
+
+
+Features = Tensor | TokenFeatures
+"""Of N samples: a (N, D) tensor, or `TokenFeatures`."""
+
+
+def features_of(output: Tensor | tuple[Tensor, ...]) -> Features:
+    """What an encoder gave for N samples, normalised, in fp32 and on the CPU.
+
+    Args:
+        output: (N, D); or (N, L, D), and a mask unless all tokens count.
+    """
+    parts = (output,) if isinstance(output, Tensor) else output
+    vectors, *masks = (part.detach().cpu() for part in parts)
+    if vectors.ndim == 2:
+        return unit(vectors)
+    whole = torch.ones(vectors.shape[:2], dtype=torch.bool)
+    return unit(TokenFeatures(vectors, *(masks or [whole])))
+
+
+def unit(features: Features) -> Features:
+    """Every vector at length 1, in fp32 on the CPU."""
+    if isinstance(features, TokenFeatures):
+        return TokenFeatures(_unit(features.vectors), features.mask.cpu())
+    return _unit(features)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.detach().float().cpu(), dim=-1)
+
+
+def width_of(features: Features) -> int:
+    """D."""
+    vectors = features.vectors if isinstance(features, TokenFeatures) else features
+    return vectors.shape[-1]
+
+
+def longest_of(features: Features) -> Float[Tensor, " n"]:
+    """The length of the longest vector of each sample."""
+    if isinstance(features, TokenFeatures):
+        return features.vectors.norm(dim=2).amax(1)
+    return features.norm(dim=1)
+
+
+def one_vector_each(features: Features) -> Float[Tensor, "n d"]:
+    """The vectors themselves; of tokens their mean."""
+    if isinstance(features, Tensor):
+        return features
+    weight = _weights(features.mask)
+    return torch.einsum("nl,nld->nd", weight, features.vectors.float())
+
+
+def scores_of(queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
+    """How similar each query finds each candidate, in fp32; both of one kind."""
+    if isinstance(queries, Tensor) and isinstance(candidates, Tensor):
+        return queries.float() @ candidates.float().T
+    assert isinstance(queries, TokenFeatures) and isinstance(candidates, TokenFeatures)
+    pair = queries.mask.shape[1] * candidates.mask.shape[1]
+    columns = candidates.split(max(1, _MOST_SIMILARITIES // pair))
+    rows = queries.split(max(1, _MOST_SIMILARITIES // (pair * len(columns[0]))))
+    return torch.cat([torch.cat([_token_scores(row, each) for each in columns], 1) for row in rows])
+
+
+def _token_scores(queries: TokenFeatures, candidates: TokenFeatures) -> Tensor:
+    looking, found = (side.vectors.float().flatten(0, 1) for side in (queries, candidates))
+    shape = *queries.mask.shape, *candidates.mask.shape  # (Q, A, C, B)
+    similarity = (looking @ found.T).view(shape)
+    best = similarity.masked_fill_(~candidates.mask, -torch.inf).amax(3)
+    return torch.einsum("qa,qac->qc", _weights(queries.mask), best)
+
+
+def _weights(mask: Tensor) -> Tensor:
+    """Of each token in the mean over those of its sample that count."""
+    return mask / mask.sum(1, keepdim=True)

@@ -1,0 +1,186 @@
+"""Classes of images by neighbours and by a linear probe, and what a run over views evaluates."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from recipe_runs import recipe, run_recipe, shortened
+from tiny_run import make_data
+from tiny_shards import picture
+from torch import Tensor
+from trainer_step import session_of
+
+from gradcache_clip.cli import main
+from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.evaluation import classify
+from gradcache_clip.train.evaluation.classify import linear_probe, vote_of_neighbours
+from gradcache_clip.train.evaluation.labelled import LabelledImages, embed_labelled
+from gradcache_clip.train.report.neighbours import draw_neighbours
+from gradcache_clip.train.sources.shards import Sample, write_shards
+
+COLOURS = {"red": (230, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 230)}
+
+
+def votes_one_by_one(features: Tensor, bank: Tensor, labels: Tensor, k: int) -> list[int]:
+    answers = []
+    for query in features:
+        cosines = [float(F.cosine_similarity(query, known, dim=0)) for known in bank]
+        nearest = sorted(range(len(bank)), key=lambda i: -cosines[i])[:k]
+        votes: dict[int, float] = {}
+        for i in nearest:
+            label = int(labels[i])
+            votes[label] = votes.get(label, 0.0) + math.exp(cosines[i] / 0.07)
+        answers.append(max(votes, key=votes.__getitem__))
+    return answers
+
+
+@pytest.mark.parametrize(("k", "tile"), [(1, 7), (5, 3), (20, 1024), (100, 16)])
+def test_votes_are_those_of_a_loop(k, tile):
+    bank, features = torch.randn(50, 6, dtype=torch.float64), torch.randn(23, 6).double()
+    labels = torch.randint(0, 4, (50,))
+    got = vote_of_neighbours(features, bank, labels, k=k, tile=tile)
+    assert got.tolist() == votes_one_by_one(features, bank, labels, k)
+
+
+def test_near_neighbours_outvote_many_far_ones():
+    bank = torch.tensor([[1.0, 0.0], [1.0, 0.01], *([[0.6, 0.8]] * 5)])
+    labels = torch.tensor([1, 1, 0, 0, 0, 0, 0])
+    query = torch.tensor([[1.0, 0.0]])
+    assert vote_of_neighbours(query, bank, labels, k=7).tolist() == [1]
+    # A temperature without preference counts heads.
+    assert vote_of_neighbours(query, bank, labels, k=7, temperature=1e6).tolist() == [0]
+
+
+def test_the_probe_minimises_its_loss():
+    bank, labels = torch.randn(80, 5).double(), torch.randint(0, 3, (80,))
+    weight, bias = (x.requires_grad_() for x in classify._fitted(bank, labels))
+    loss = F.cross_entropy(F.linear(bank, weight, bias), labels) + 5e-4 * weight.square().sum()
+    loss.backward()
+    assert weight.grad.norm() < 1e-3 and bias.grad.norm() < 1e-3
+    assert loss < F.cross_entropy(torch.zeros(80, 3).double(), labels)
+
+
+def test_the_probe_finds_a_line_whatever_the_units():
+    bank = torch.randn(300, 4)
+    labels = (bank[:, 0] + bank[:, 1] > 0).long()
+    held_out = torch.randn(200, 4)
+    truth = (held_out[:, 0] + held_out[:, 1] > 0).long()
+    scale, shift = torch.tensor([1e4, 1.0, 1e-3, 1.0]), 50.0
+    before = torch.get_rng_state()
+    named = linear_probe(held_out * scale + shift, bank * scale + shift, labels)
+    assert (named == truth).double().mean() > 0.97
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        assert torch.equal(
+            linear_probe(held_out, bank, labels), linear_probe(held_out, bank, labels)
+        )
+
+
+@pytest.mark.parametrize("method", [vote_of_neighbours, linear_probe])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.ones(2, 3)}, "bank: expected width 3"),
+        ({"labels": torch.zeros(5)}, "labels: expected 4 integers"),
+        ({"labels": torch.tensor([0, -1, 0, 1])}, "labels: expected indices from 0 to 1"),
+        ({"features": torch.full((2, 4), math.nan)}, "features: expected finite numbers"),
+        (
+            {"bank": torch.ones(0, 4), "labels": torch.zeros(0).long()},
+            "bank: expected at least one",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit(method, change, message):
+    given = {"features": torch.ones(2, 4), "bank": torch.ones(4, 4)}
+    given |= {"labels": torch.tensor([0, 1, 0, 1]), **change}
+    with pytest.raises(ValueError, match=message):
+        method(**given)
+
+
+def coloured(folder: Path, count: int, *, labels: bool = True) -> Path:
+    """Plain squares, whose class is their colour."""
+    names = [*COLOURS]
+    samples = [
+        Sample(
+            key=f"k{i:03d}",
+            image=picture(tuple(max(0, min(255, c + i % 17 - 8)) for c in COLOURS[names[i % 3]])),
+            extension="png",
+            captions=("a square",),
+            group=f"g{i}",
+            label=names[i % 3] if labels else "",
+        )
+        for i in range(count)
+    ]
+    write_shards(samples, folder, source="test", license="CC0-1.0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("squares")
+    coloured(folder / "train", 90)
+    coloured(folder / "validation", 31)
+    return folder
+
+
+def test_colours_are_told_apart_by_the_tower(squares, tmp_path):
+    config = load_config(recipe("simclr"), shortened(squares, tmp_path / "run"))
+    session = session_of(recipe("simclr"), shortened(squares, tmp_path / "run"), tmp_path / "run")
+    held_out = embed_labelled(session.encoder.float(), config)
+    assert isinstance(held_out, LabelledImages)
+    assert held_out.features.shape == (31, 256) and held_out.thumbnails.shape == (31, 3, 32, 32)
+    assert held_out.labels == [[*COLOURS][i % 3] for i in range(31)]
+    metrics = held_out.metrics
+    # Colours survive an untrained tower; classes are as frequent as each other.
+    assert metrics.knn_accuracy > 0.9 and metrics.probe_accuracy > 0.9
+    assert (metrics.label_chance, metrics.images, metrics.classes) == (11 / 31, 31, 3)
+    assert session.encoder.training
+
+
+def test_chance_is_the_class_that_training_has_most_of(squares, tmp_path):
+    folder = tmp_path / "set"
+    coloured(folder / "train", 91)
+    coloured(folder / "validation", 2)
+    config = load_config(recipe("simclr"), shortened(folder, tmp_path / "run"))
+    session = session_of(recipe("simclr"), shortened(folder, tmp_path / "run"), tmp_path / "run")
+    held_out = embed_labelled(session.encoder.float(), config)
+    # 31 reds, 30 greens and 30 blues; of the two held out one is red.
+    assert held_out is not None and held_out.metrics.label_chance == 1 / 2
+
+
+def test_shards_without_labels_are_refused_before_the_run(tmp_path):
+    coloured(tmp_path / "train", 90, labels=False)
+    coloured(tmp_path / "validation", 30)
+    with pytest.raises(
+        ConfigError, match=r"label: expected the class .*train.* got none; write \{"
+    ):
+        run_recipe("simclr", tmp_path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # Without evaluation nobody asks.
+    assert run_recipe("simclr", tmp_path, tmp_path / "run", "data.validation=").finished
+
+
+def test_evaluate_prints_what_the_run_has_logged(tmp_path, capsys):
+    data = make_data(tmp_path / "glyphs")
+    summary = run_recipe("simclr", data, tmp_path / "run", "train.steps=3")
+    assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("knn_accuracy", "probe_accuracy", "label_chance"):
+        assert f"{summary.metrics[name]:.1%}" in printed
+    assert main(["evaluate", str(tmp_path / "run"), "--zero-shot", "a {}"]) == 2
+    assert "has learned no texts" in capsys.readouterr().err
+
+
+def test_neighbours_are_drawn(tmp_path):
+    features = F.normalize(torch.randn(9, 4), dim=1)
+    images = [torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)] * 9
+    labels = ["a class with a name that is far too long for its place"] * 9
+    path = draw_neighbours(features, tmp_path / "n.png", images=images, labels=labels)
+    assert path.stat().st_size > 5000
+    with pytest.raises(ValueError, match="labels: expected 9, one a row of features, got 1"):
+        draw_neighbours(features, tmp_path / "n.png", images=images, labels=["a"])

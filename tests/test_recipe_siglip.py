@@ -1,0 +1,100 @@
+"""recipes/siglip.yaml: the objective is algorithm 1 of the SigLIP paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import in_processes
+from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
+from tiny_run import make_data
+from torch import Tensor, nn
+from trainer_step import assert_step_equals, session_of
+
+from gradcache_clip.cli import main
+from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_file import load_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("glyphs"))
+
+
+def algorithm_1(img_emb: Tensor, txt_emb: Tensor, t_prime: Tensor, b: Tensor) -> Tensor:
+    """Line by line, with the names of the paper."""
+    n = len(img_emb)
+    t = torch.exp(t_prime)
+    zimg = F.normalize(img_emb)
+    ztxt = F.normalize(txt_emb)
+    logits = zimg @ ztxt.T * t + b
+    labels = 2 * torch.eye(n, dtype=logits.dtype) - torch.ones(n, n, dtype=logits.dtype)
+    return -torch.sum(F.logsigmoid(labels * logits)) / n
+
+
+def formula(images: Tensor, texts: Tensor, loss: nn.Module, groups: list[str]) -> Tensor:
+    return algorithm_1(images, texts, loss.log_logit_scale, loss.logit_bias)
+
+
+def test_the_step_is_the_algorithm(data, tmp_path):
+    session = session_of(recipe("siglip"), shortened(data, tmp_path / "run"), tmp_path / "run")
+    assert float(session.loss.logit_scale.detach()) == pytest.approx(10)
+    assert float(session.loss.logit_bias.detach()) == -10
+    assert_step_equals(session, formula)
+    assert session.loss.logit_bias.grad.abs() > 0
+
+
+def test_the_scale_has_no_upper_bound(data, tmp_path):
+    session = session_of(recipe("siglip"), shortened(data, tmp_path / "run"), tmp_path / "run")
+    with torch.no_grad():
+        session.loss.log_logit_scale.fill_(7.0)
+    assert_step_equals(session, formula)
+    assert float(session.loss.log_logit_scale.detach()) == 7.0
+
+
+def test_a_bound_holds_where_one_is_given(data, tmp_path):
+    more = ("loss.max_logit_scale=20",)
+    settings = shortened(data, tmp_path / "run", *more)
+    session = session_of(recipe("siglip"), settings, tmp_path / "run")
+    with torch.no_grad():
+        session.loss.log_logit_scale.fill_(7.0)
+
+    def bounded(images: Tensor, texts: Tensor, loss: nn.Module, groups: list[str]) -> Tensor:
+        with torch.no_grad():
+            loss.log_logit_scale.clamp_(max=torch.tensor(20.0).double().log().item())
+        return formula(images, texts, loss, groups)
+
+    assert_step_equals(session, bounded)
+
+
+def test_a_short_run_resumes_exactly(data, tmp_path):
+    summary = assert_trains_and_resumes("siglip", data, tmp_path)
+    assert 0 <= summary.metrics["text_to_image_recall_at_1"] <= 1
+    assert load_config(tmp_path / "whole" / "config.yaml").loss.max_logit_scale == 0
+
+
+def test_verify_says_that_it_is_exact(data, tmp_path, capsys):
+    settings = shortened(data, tmp_path / "run")
+    assert main(["verify", str(recipe("siglip")), *settings, "--rows", "12"]) == 0
+    assert "exact: all 95 gradients" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_two_processes_finish_together(data, tmp_path):
+    more = ("loss.name=siglip", "loss.init_logit_scale=10", "loss.max_logit_scale=0")
+    assert in_processes(2, data, tmp_path / "run", *more, "train.steps=3") == ["finished"] * 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("loss.label_smoothing=0.1", "loss.label_smoothing: expected 0 with loss.name=siglip"),
+        ("loss.positives=ignore", "loss.positives: expected pair or group with siglip"),
+    ],
+)
+def test_what_the_loss_has_no_use_for_is_refused(data, tmp_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        run_recipe("siglip", data, tmp_path / "run", setting)
+    assert not (tmp_path / "run").exists()
