@@ -196,6 +196,29 @@ def _worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple
     return max(errors.items(), key=lambda pair: pair[1])
 
 
+def ten_steps(stage: int) -> dict[str, Any]:
+    """How far ten steps move each weight, beside one process that goes its own way in 64 bits."""
+    start, truth = both_towers(), both_towers().double()
+    loss, true_loss = ClipLoss(), steps.PlainClip().double()
+    engine = engine_for(both_towers(), stage)
+    cache = GradCache(engine, loss, chunk_size=3, strategy=DeepSpeedStrategy(engine))
+    sgd = torch.optim.SGD(truth.parameters(), lr=LR)
+    losses = []
+    for step in range(10):
+        batch = steps.global_batch(step)
+        out = cache(*(inputs.float() for inputs in rows_of(dist.get_rank(), batch)))
+        engine.step()
+        value = steps.in_one_graph(truth.towers, true_loss, step, batch, 3)
+        sgd.step()
+        sgd.zero_grad()
+        losses.append(float((out.loss.double() - value).abs() / value))
+    weights = weights_of(engine, stage, "fp32")
+    moved = {n: w - start.get_parameter(n).detach().double() for n, w in weights.items()}
+    expected = {n: p.detach() - start.get_parameter(n) for n, p in truth.named_parameters()}
+    name, error = _worst(moved, expected)
+    return {"change": error, "parameter": name, "loss": max(losses)}
+
+
 def float_cache(engine: Any, **options: Any) -> GradCache:
     options = {"chunk_size": 3, "strategy": DeepSpeedStrategy(engine), **options}
     return GradCache(engine, ClipLoss(), **options)
@@ -267,6 +290,7 @@ def deepspeed_cases(world: int) -> dict[str, Any]:
         cases[f"ZeRO-{stage}: two towers"] = case
         if world == 1:
             continue
+        cases[f"ZeRO-{stage}: ten steps"] = partial(ten_steps, stage)
         cases[f"ZeRO-{stage}: tied"] = partial(case, tied)
         cases[f"ZeRO-{stage}: frozen text"] = partial(case, frozen_text)
         cases[f"ZeRO-{stage}: scale in the engine"] = partial(case, with_scale)

@@ -11,7 +11,7 @@ import strategy_steps as steps
 import torch
 import torch.distributed as dist
 from one_shot import worst
-from strategy_steps import rows_of, three_steps, two_towers
+from strategy_steps import optimizer_steps, rows_of, two_towers
 from strategy_wraps import GATHER, Counted, each_sharded, sharded
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -143,7 +143,7 @@ def graph_bytes() -> dict[str, Any]:
 
 def frozen_trunk() -> dict[str, Any]:
     """It runs apart from its head, and its weights are gathered for that too."""
-    return three_steps(with_trunk, each_sharded, FSDPStrategy())
+    return optimizer_steps(with_trunk, each_sharded, FSDPStrategy())
 
 
 def fsdp_cases() -> dict[str, Any]:

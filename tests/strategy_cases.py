@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from fsdp_cases import fsdp_cases
 from one_shot import worst
-from strategy_steps import rows_of, three_steps, tied_towers, two_towers
+from strategy_steps import optimizer_steps, rows_of, tied_towers, two_towers
 from strategy_wraps import (
     REDUCE,
     SCATTER,
@@ -29,7 +29,7 @@ from gradcache_clip import ClipLoss, GradCache
 from gradcache_clip.distributed import AllReduceStrategy, DDPStrategy, FSDPStrategy
 
 # What four processes are started for, and tried with parameters that stay gathered.
-FEW = ("two towers", "tied", "dropout", "gradients that add up")
+FEW = ("two towers", "tied", "dropout", "gradients that add up", "ten steps")
 GATHERED = (*FEW, "one module", "one chunk", "graphs kept")
 Wrap = Callable[[list[nn.Module]], Any]
 
@@ -52,6 +52,7 @@ def engine_cases(
         "dropout": case(partial(two_towers, 0.3), each),
         "dropout, one module": case(partial(two_towers, 0.3), one),
         "gradients that add up": case(two_towers, each, keep_gradients=True),
+        "ten steps": case(two_towers, each, steps=10),
         "graphs kept": case(two_towers, each, chunk=1, memory_budget=10**9),
         "some graphs kept": case(two_towers, one, chunk=1, memory_budget=4000),
     }
@@ -65,9 +66,9 @@ def _with_new_strategy(
     **options: Any,
 ) -> dict[str, Any]:
     if reduces_by is None:
-        return three_steps(build, wrap, strategy(), **options)
+        return optimizer_steps(build, wrap, strategy(), **options)
     with Counted(reduces_by) as counted:
-        return three_steps(build, wrap, strategy(), counted=counted, **options)
+        return optimizer_steps(build, wrap, strategy(), counted=counted, **options)
 
 
 class OnRankOne(nn.Module):
@@ -125,7 +126,7 @@ def shared_once() -> dict[str, Any]:
 def small_buckets() -> dict[str, Any]:
     with Counted(REDUCE) as counted:
         strategy = AllReduceStrategy(bucket_bytes=2000)
-        return three_steps(two_towers, as_they_are, strategy, counted=counted)
+        return optimizer_steps(two_towers, as_they_are, strategy, counted=counted)
 
 
 def head_beside_the_encoder() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Three optimizer steps on several ranks beside the same steps in one process and one graph."""
+"""Optimizer steps on several ranks beside the same steps in one process and one graph."""
 
 from __future__ import annotations
 
@@ -101,18 +101,19 @@ def full(gradient: Tensor | None) -> Tensor | None:
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
-def three_steps(
+def optimizer_steps(
     build: Callable[[], list[nn.Module]],
     wrap: Callable[[list[nn.Module]], Any],
     strategy: Any,
     *,
+    steps: int = 3,
     chunk: int = 3,
     widths: Sequence[int] = WIDTHS,
     keep_gradients: bool = False,
     counted: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Losses and all gradients of three steps, beside one process with the whole batch.
+    """Losses and all gradients of some steps, beside one process with the whole batch.
 
     `wrap` turns encoders into what `GradCache` takes; `counted` counts reductions.
     """
@@ -122,7 +123,7 @@ def three_steps(
     sides = [nn.ModuleList([*ours, loss]), nn.ModuleList([*truth, true_loss])]
     optimizers = [torch.optim.SGD(side.parameters(), lr=0.1, momentum=0.9) for side in sides]
     errors, losses, reductions = [], [], []
-    for step in range(3):
+    for step in range(steps):
         batch = global_batch(step, widths)
         seed(step, dist.get_rank())
         before = counted.calls if counted else 0
