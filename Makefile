@@ -3,7 +3,7 @@ VENV ?= .venv
 DATA ?= emoji
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-deepspeed test lint format clean
+.PHONY: demo demo-deepspeed test lint format docs clean
 
 demo: $(VENV)/train.done  ## train on real image-caption pairs, evaluate, draw, print a table
 	$(BIN)/python examples/demo.py --data $(DATA) $(if $(FRESH),--fresh) $(DEMO_FLAGS)
@@ -25,6 +25,9 @@ lint: $(VENV)/test.done
 
 format: $(VENV)/test.done
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: $(VENV)/docs.done  ## the documentation as a site in site/; a warning is an error
+	$(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

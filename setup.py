@@ -25,6 +25,14 @@ TRAIN = [
     "webdataset>=0.2.100",
 ]
 DEEPSPEED = ["deepspeed>=0.16; platform_system == 'Linux'"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
+INTEGRATIONS = [
+    "accelerate>=1.3",
+    "datasets>=2.16",
+    "lightning>=2.4",
+    "open_clip_torch>=3.3",
+    "sentence-transformers>=6.2",
+]
 BENCH = ["matplotlib>=3.8", "psutil>=5.9", "rich>=13.7"]
 # What benchmarks compare with; none of it is needed to use the library.
 PEERS = [
@@ -72,10 +80,12 @@ setup(
     extras_require={
         "train": TRAIN,
         "deepspeed": DEEPSPEED,
+        "docs": DOCS,
         "bench": BENCH,
         "peers": sorted({*BENCH, *PEERS}),
-        "test": sorted({*TRAIN, *DEEPSPEED, *BENCH, *TEST}),
-        "all": sorted({*TRAIN, *DEEPSPEED, *BENCH, *TEST}),
+        "integrations": sorted({*TRAIN, *INTEGRATIONS}),
+        "test": sorted({*TRAIN, *DEEPSPEED, *BENCH, *INTEGRATIONS, *TEST}),
+        "all": sorted({*TRAIN, *DEEPSPEED, *BENCH, *INTEGRATIONS, *TEST}),
     },
     entry_points={"console_scripts": ["gradcache-clip = gradcache_clip.cli:main [train]"]},
     classifiers=[
