@@ -175,14 +175,15 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Short hash of the checkout; a "+" marks changes that are not committed."""
+    """Short hash of the checkout; a "+" marks changes not committed, other than of results."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(_REPOSITORY), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -6,167 +6,141 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memory_axes import (
+    INK,
+    LOOKS,
+    PALE,
+    EndLabel,
+    bytes_axis,
+    label_ends,
+    page,
+    pairs_axis,
+)
+from memory_methods import METHODS
 from memory_rows import Row, bytes_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLORS = {"plain": "#c2410c", "cached": "#0f766e"}
-_GREY = "#57534e"
+_DASHES = (0, (4, 3))
 
 
 def draw(rows: Sequence[Row], stem: Path) -> list[Path]:
     """Write STEM.png and STEM.svg and return their paths.
 
-    Lines are counted bytes, dots are measured in a process of their own, crosses are batches that
-    did not fit.
+    Lines are counted bytes, filled marks are measured in a process of their own; hollow crosses are
+    batches that did not fit, hollow circles those that fit and were not run.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {"font.size": 12, "svg.hashsalt": "memory_vs_batch", "font.family": "DejaVu Sans"}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(9.6, 5.6))
-        for method in ("plain", "cached"):
+    with page((11.0, 6.6), stem) as figure:
+        axes = figure.add_axes((0.085, 0.19, 0.665, 0.63))
+        for method in _methods(rows):
             _draw_method(axes, [row for row in rows if row.method == method])
+        _draw_floor(axes, rows)
+        pairs_axis(axes, sorted({row.batch_size for row in rows}))
+        bytes_axis(axes, *_limits(rows))
         _draw_cap(axes, rows)
-        _draw_gap(axes, rows)
-        _label_axes(axes, rows)
-        _write_titles(figure, rows)
-        figure.subplots_adjust(left=0.1, right=0.76, top=0.81, bottom=0.2)
-        paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-        figure.savefig(paths[0], dpi=160)
-        figure.savefig(paths[1], metadata={"Date": None})
-        pyplot.close(figure)
-    return paths
+        label_ends(axes, _labels(rows), gap=0.1)
+        _write_words(figure, rows)
+    return [stem.with_suffix(".png"), stem.with_suffix(".svg")]
 
 
 def finding(rows: Sequence[Row]) -> str:
-    """The title: what the tensors of the largest batch take with each method."""
-    last = rows[-1].batch_size
-    plain, cached = (bytes_text(_counted_at(rows, name, last)) for name in ("plain", "cached"))
+    """The title: what the largest batch takes with the first and the last method."""
+    largest = [row for row in rows if row.batch_size == rows[-1].batch_size]
+    first, last = largest[0], largest[-1]
+    verb = "takes" if last.measured else "would take"
+    if first is last:
+        return f"Batch {last.batch_size:,} {verb} {bytes_text(_best(last))}"
+    against = "takes" if first.measured else "would take"
     return (
-        f"At batch {last:,} the tensors of plain training take {plain},\n"
-        f"those of gradient caching {cached}"
+        f"Batch {last.batch_size:,} {verb} {bytes_text(_best(last))} with "
+        f"{METHODS[last.method].label},\na {METHODS[first.method].label} {against} "
+        f"{bytes_text(_best(first))}"
     )
 
 
-def _counted_at(rows: Sequence[Row], method: str, batch_size: int) -> int:
-    return next(
-        row.counted_bytes for row in rows if (row.method, row.batch_size) == (method, batch_size)
-    )
+def _best(row: Row) -> int:
+    """Measured bytes, or counted ones where nothing was measured."""
+    return row.peak_growth_bytes if row.measured else row.counted_bytes
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows))
 
 
 def _draw_method(axes: Axes, rows: Sequence[Row]) -> None:
-    color = _COLORS[rows[0].method]
+    color, marker = LOOKS[rows[0].method]
     batches = [row.batch_size for row in rows]
-    axes.plot(batches, [row.counted_bytes for row in rows], color=color, linewidth=2.5)
-    measured = [row for row in rows if row.status == "measured"]
-    failed = [row for row in rows if row.status in ("over cap", "out of memory")]
-    axes.plot(
-        [row.batch_size for row in measured],
-        [row.peak_growth_bytes for row in measured],
-        "o",
-        color=color,
-        markersize=8,
-        markeredgecolor="white",
-    )
-    axes.plot(
-        [row.batch_size for row in failed],
-        [row.counted_bytes for row in failed],
-        "X",
-        color=color,
-        markersize=11,
-        markeredgecolor="white",
-    )
-    _label_line(axes, rows[-1], color)
+    width = 2.8 if rows[0].method == "cached" else 1.8
+    axes.plot(batches, [row.counted_bytes for row in rows], color=color, linewidth=width)
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": color}
+    filled: dict[str, Any] = {"markerfacecolor": color, "markeredgecolor": "white"}
+    measured = [row for row in rows if row.measured]
+    too_large = [row for row in rows if row.does_not_fit]
+    not_run = [row for row in rows if not (row.measured or row.does_not_fit)]
+    _draw_marks(axes, measured, marker, 7.5, filled)
+    _draw_marks(axes, too_large, "X", 9, hollow)
+    _draw_marks(axes, not_run, "o", 6.5, hollow)
 
 
-def _label_line(axes: Axes, last: Row, color: str) -> None:
-    words = {
-        "plain": "plain training",
-        "cached": f"gradient caching,\nchunks of {last.chunk_size}",
-    }
-    axes.annotate(
-        f"{words[last.method]}\n{bytes_text(last.counted_bytes)}",
-        (last.batch_size, last.counted_bytes),
-        xytext=(14, 0),
-        textcoords="offset points",
-        color=color,
-        fontweight="bold",
-        va="center",
-        annotation_clip=False,
-    )
+def _draw_marks(
+    axes: Axes, rows: Sequence[Row], marker: str, size: float, faces: dict[str, Any]
+) -> None:
+    places = [row.batch_size for row in rows], [_best(row) for row in rows]
+    axes.plot(*places, marker, markersize=size, linestyle="none", zorder=3, **faces)
+
+
+def _draw_floor(axes: Axes, rows: Sequence[Row]) -> None:
+    """What model, optimizer and batch take, whatever the method."""
+    floor = {row.batch_size: row.floor_bytes for row in rows}
+    axes.plot(list(floor), list(floor.values()), color=PALE, linewidth=1.2, linestyle=":")
+
+
+def _labels(rows: Sequence[Row]) -> list[EndLabel]:
+    last = [row for row in rows if row.batch_size == rows[-1].batch_size]
+    labels = [
+        EndLabel(_label(row), row.counted_bytes, LOOKS[row.method][0], row.method == "cached")
+        for row in last
+    ]
+    floor = f"model, optimizer and\nbatch alone: {bytes_text(last[0].floor_bytes)}"
+    return [*labels, EndLabel(floor, last[0].floor_bytes, PALE)]
+
+
+def _label(row: Row) -> str:
+    method = METHODS[row.method]
+    chunks = f", chunks of {row.chunk_size}" if row.method == "cached" else ""
+    return f"{method.label}{chunks}\n{bytes_text(row.counted_bytes)}"
+
+
+def _limits(rows: Sequence[Row]) -> tuple[float, float]:
+    sizes = [row.counted_bytes for row in rows] + [row.floor_bytes for row in rows]
+    sizes += [row.peak_growth_bytes for row in rows if row.measured]
+    return min(sizes) / 1.6, max(sizes) * 1.6
 
 
 def _draw_cap(axes: Axes, rows: Sequence[Row]) -> None:
-    cap = rows[0].cap_bytes
-    if max(row.counted_bytes for row in rows) < cap:
+    """The memory of this machine, if a method comes near it."""
+    cap, (low, high) = rows[0].cap_bytes, axes.get_ylim()
+    if not low < cap < high:
         return
-    axes.axhline(cap, color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"memory available for a step: {bytes_text(cap)}",
-        (rows[0].batch_size, cap),
-        xytext=(0, 5),
-        textcoords="offset points",
-        color=_GREY,
-        fontsize=10.5,
-    )
+    axes.axhline(cap, color=INK, linewidth=1.2, linestyle=_DASHES, zorder=1)
+    text, offset = f"memory for a step on this machine: {bytes_text(cap)}", (2, 5)
+    place = axes.get_xlim()[0], cap
+    axes.annotate(text, place, offset, textcoords="offset points", color=INK, fontsize=10)
 
 
-def _draw_gap(axes: Axes, rows: Sequence[Row]) -> None:
-    """An arrow from the plain to the cached need of the largest batch."""
-    last = rows[-1].batch_size
-    plain, cached = (_counted_at(rows, name, last) for name in ("plain", "cached"))
-    if plain < 4 * cached:
-        return
-    ends = ((last, cached * 1.25), (last, plain * 0.8))
-    style = {"arrowstyle": "->", "color": _GREY, "linewidth": 1.2}
-    axes.annotate("", *ends, arrowprops=style)
-    axes.annotate(
-        f"{plain / cached:.0f} times less",
-        (last, (plain * cached) ** 0.5),
-        xytext=(14, 0),
-        textcoords="offset points",
-        color=_GREY,
-        va="center",
-        annotation_clip=False,
-    )
-
-
-def _label_axes(axes: Axes, rows: Sequence[Row]) -> None:
-    batches = sorted({row.batch_size for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
-    counted = [row.counted_bytes for row in rows] + [row.peak_growth_bytes or 2**62 for row in rows]
-    low = 2 ** (min(counted).bit_length() - 2)
-    high = 2 * max(row.counted_bytes for row in rows)
-    ticks = [low * 2**power for power in range(40) if low * 2**power <= high]
-    ticks = ticks[:: 1 + len(ticks) // 10]
-    axes.set_yticks(ticks, [_tick_text(tick) for tick in ticks])
-    axes.set_ylim(low, high)
-    axes.minorticks_off()
-    axes.set_xlabel("batch size (image-text pairs)")
-    axes.grid(color="#e7e5e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _write_titles(figure: Figure, rows: Sequence[Row]) -> None:
-    left = 0.02
-    size: dict[str, Any] = {"fontsize": 9.5, "color": _GREY}
-    figure.text(left, 0.965, finding(rows), fontsize=15, fontweight="bold", va="top")
-    figure.text(left, 0.865, "Peak memory of one training step", color=_GREY, va="top")
-    marks = "Lines: bytes of live tensors, counted. Dots: resident memory, a fresh process each."
-    if any(row.status in ("over cap", "out of memory") for row in rows):
-        marks += " Crosses: does not fit."
-    figure.text(left, 0.05, marks, **size)
-    figure.text(left, 0.015, f"{rows[0].encoders}; AdamW, fp32, CPU.", **size)
-
-
-def _tick_text(nbytes: int) -> str:
-    return f"{nbytes / 2**30:g} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:g} MiB"
+def _write_words(figure: Figure, rows: Sequence[Row]) -> None:
+    left, small = 0.02, {"fontsize": 9.5, "color": PALE, "va": "top"}
+    figure.text(left, 0.975, finding(rows), fontsize=15, fontweight="bold", va="top", color=INK)
+    what = f"Peak memory of one training step. {rows[0].encoders}; AdamW, fp32, CPU."
+    figure.text(left, 0.87, what, color=PALE, va="top")
+    marks = [
+        "Filled: resident memory, measured in a fresh process. Line: bytes of tensors, counted."
+    ]
+    if any(row.does_not_fit for row in rows):
+        marks.append("Hollow cross: does not fit.")
+    if any(row.status.startswith("not run") or row.status == "timed out" for row in rows):
+        marks.append("Hollow circle: not run, takes too long.")
+    figure.text(left, 0.075, " ".join(marks), **small)
+    figure.text(left, 0.04, f"{rows[0].origin.get('machine', '')}", **small)

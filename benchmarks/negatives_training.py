@@ -1,0 +1,162 @@
+"""One run of negatives.py: training with the softmax cut into blocks, then retrieval.
+
+B pairs of a batch, m pairs of a block, D feature width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from negatives_data import DataSet, HeldOut, Pairs
+from negatives_experiments import Experiment
+from negatives_models import Towers
+from negatives_rows import Row, Run
+from torch import Tensor, nn
+
+from gradcache_clip import ClipLoss, GradCache
+from gradcache_clip.memory import count_cached_step, count_plain_step
+from gradcache_clip.train.config import OptimizerConfig
+from gradcache_clip.train.evaluation import RetrievalMetrics, recall_at_k
+from gradcache_clip.train.optimizer import apply_learning_rate, build_optimizer, learning_rate_at
+
+_WEIGHT_DECAY = 0.1
+_EVALUATED_AT_ONCE = 1024
+
+
+class BlockLoss(nn.Module):
+    """The mean of a loss over blocks of m pairs: only pairs of one block compete.
+
+    With m below the batch this is what plain gradient accumulation over chunks of m pairs
+    optimises; with m the whole batch it is the loss itself.
+
+    Args:
+        loss: such as `ClipLoss`; called with the features and ids of one block.
+        block_size: m.
+
+    Example:
+        >>> rows = torch.eye(4)
+        >>> whole, blocks = (BlockLoss(ClipLoss(), m)(rows, rows) for m in (4, 2))
+        >>> bool(whole > blocks)
+        True
+    """
+
+    def __init__(self, loss: nn.Module, block_size: int) -> None:
+        super().__init__()
+        self.loss = loss
+        self.block_size = block_size
+
+    def forward(self, first: Tensor, second: Tensor, ids: Tensor | None = None) -> Tensor:
+        """0-dim loss of (B, D) features of both sides; pairs of an equal id are no negatives."""
+        m = self.block_size
+        blocks = list(zip(first.split(m), second.split(m), strict=True))
+        of_blocks = [None] * len(blocks) if ids is None else ids.split(m)
+        losses = [
+            self.loss(*block, ids=own).loss for block, own in zip(blocks, of_blocks, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+
+def train_and_evaluate(
+    experiment: Experiment, data: DataSet, run: Run, on_step: Callable[[], None] = lambda: None
+) -> Row:
+    """One row of the result.
+
+    Runs that differ in the block size alone start from the same weights, see the same batches in
+    the same order and draw the same dropout.
+
+    Args:
+        on_step: called after every step.
+    """
+    towers, loss = start(experiment, data.train, run)
+    begin = time.perf_counter()
+    train(towers, loss, data.train, run, on_step)
+    seconds = time.perf_counter() - begin
+    found = evaluate(towers, data.held_out)
+    forward, backward = found.image_to_text, found.text_to_image
+    cached, plain = count_bytes(towers, data.train, run)
+    return Row(
+        **vars(run),
+        forward_recall=forward.recall[1],
+        backward_recall=backward.recall[1],
+        forward_chance=forward.chance[1],
+        backward_chance=backward.chance[1],
+        forward_queries=forward.queries,
+        backward_queries=backward.queries,
+        cached_step_bytes=cached,
+        plain_step_bytes=plain,
+        seconds=seconds,
+    )
+
+
+def start(experiment: Experiment, pairs: Pairs, run: Run) -> tuple[Towers, BlockLoss]:
+    """New towers and loss; equal seeds give equal weights."""
+    torch.manual_seed(run.seed)
+    return experiment.build(pairs), BlockLoss(ClipLoss(), run.block_size)
+
+
+def train(
+    towers: Towers, loss: BlockLoss, pairs: Pairs, run: Run, on_step: Callable[[], None]
+) -> None:
+    """AdamW with warm-up and cosine decay; each step through `GradCache`."""
+    config = OptimizerConfig(
+        learning_rate=run.learning_rate, weight_decay=_WEIGHT_DECAY, warmup_steps=run.steps // 10
+    )
+    modules = nn.ModuleDict({"first": towers[0], "second": towers[1], "loss": loss}).train()
+    optimizer = build_optimizer(modules.named_parameters(), config)
+    cache = GradCache(towers, loss, chunk_size=run.chunk_size)
+    for step, rows in enumerate(batches(len(pairs.ids), run)):
+        apply_learning_rate(optimizer, learning_rate_at(step, config, run.steps))
+        optimizer.zero_grad()
+        cache(pairs.first[rows], pairs.second[rows], loss_kwargs={"ids": pairs.ids[rows]})
+        optimizer.step()
+        on_step()
+
+
+def batches(pairs: int, run: Run) -> Iterator[Tensor]:
+    """(B,) row numbers of every step: each epoch in a new order, its incomplete batch dropped.
+
+    Raises:
+        ValueError: fewer pairs than one batch.
+    """
+    size = run.batch_size
+    if pairs < size:
+        raise ValueError(
+            f"batch_size: expected at most the {pairs:,} training pairs of {run.data}, got "
+            f"{size:,}; pass a smaller --batch-size"
+        )
+    draw = torch.Generator().manual_seed(run.seed)
+
+    def endless() -> Iterator[Tensor]:
+        while True:
+            order = torch.randperm(pairs, generator=draw)
+            yield from order[: pairs // size * size].split(size)
+
+    return islice(endless(), run.steps)
+
+
+@torch.no_grad()
+def evaluate(towers: Towers, held_out: HeldOut) -> RetrievalMetrics:
+    """R@1 in both directions; "image" stands for the first side."""
+    first, second = (
+        F.normalize(torch.cat([tower.eval()(rows) for rows in given.split(_EVALUATED_AT_ONCE)]))
+        for tower, given in zip(towers, (held_out.first, held_out.second), strict=True)
+    )
+    ids = {"image_ids": held_out.first_ids, "text_ids": held_out.second_ids}
+    return recall_at_k(first, second, **ids, ks=(1,))
+
+
+def count_bytes(towers: Towers, pairs: Pairs, run: Run) -> tuple[int, int]:
+    """Tensors of the step that was run, and of a plain step over the pairs of one block."""
+    example = pairs.first[:2], pairs.second[:2]
+    m = run.block_size
+    for tower in towers:
+        tower.train()
+    cached = count_cached_step(
+        towers, BlockLoss(ClipLoss(), m), example, run.batch_size, run.chunk_size
+    )
+    plain = count_plain_step(towers, ClipLoss(impl="reference"), example, m)
+    return cached.total_bytes, plain.total_bytes

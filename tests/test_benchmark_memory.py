@@ -1,0 +1,435 @@
+"""Memory against the batch size: what is counted, run, taken over, written and drawn."""
+
+from __future__ import annotations
+
+import csv
+import doctest
+import io
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT / "benchmarks"))
+
+import memory_axes  # noqa: E402
+import memory_methods  # noqa: E402
+import memory_predicted  # noqa: E402
+import memory_vs_batch  # noqa: E402
+from engine_models import Workload  # noqa: E402
+from fresh_process import Limits, Outcome, provenance  # noqa: E402
+from memory_axes import spread  # noqa: E402
+from memory_count import _held, count_pair_flops, count_step  # noqa: E402
+from memory_methods import METHODS, step_flops  # noqa: E402
+from memory_models import FEATURES, SIZES, build_encoders, make_inputs  # noqa: E402
+from memory_plot import draw, finding  # noqa: E402
+from memory_points import make_steps  # noqa: E402
+from memory_rows import (  # noqa: E402
+    Row,
+    bytes_text,
+    find_earlier,
+    read_rows,
+    show_tables,
+    write_rows,
+)
+from rich.console import Console  # noqa: E402
+
+from gradcache_clip.memory import LiveBytes  # noqa: E402
+
+_GIB, _MLP = 2**30, SIZES["mlp"]
+_BATCH, _CHUNK = 24, 4
+
+
+def _work(method: str) -> Workload:
+    torch.manual_seed(0)
+    encoders = build_encoders(_MLP, checkpointed=METHODS[method].checkpointed)
+    return Workload(encoders, make_inputs(_MLP, _BATCH))
+
+
+def _gradients(method: str) -> list[torch.Tensor]:
+    work = _work(method)
+    METHODS[method].make(work, _CHUNK)()
+    return [p.grad for encoder in work.encoders for p in encoder.parameters()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_the_gradients_of_the_plain_step(method):
+    for got, expected in zip(_gradients(method), _gradients("plain"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_moves_the_weights_and_leaves_no_gradients(method, monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        "memory_points.build_encoders",
+        lambda *args, **options: built.append(build_encoders(*args, **options)) or built[-1],
+    )
+    (step,) = make_steps([method], _MLP, _BATCH, _CHUNK)
+    parameters = [p for encoder in built[0] for p in encoder.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    step()
+    moved = [not torch.equal(p, old) for p, old in zip(parameters, before, strict=True)]
+    assert all(moved) and all(p.grad is None for p in parameters)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counted_bytes_are_those_of_a_real_step(method):
+    chunk = _CHUNK if METHODS[method].chunked else _BATCH
+    work = _work(method)
+    step = METHODS[method].make(work, chunk)
+    held = _held(work.encoders, work.inputs)
+    live = LiveBytes(start=held)
+    with live:
+        step()
+    assert live.current_bytes >= live.start_bytes, "what is held lives to the end"
+    counted = count_step(method, _MLP, _BATCH, chunk)
+    # Of a cached step, the scale of the loss and its two states are counted as well.
+    assert counted.floor_bytes - live.start_bytes == (12 if method == "cached" else 0)
+    tolerance = 0.02 if method == "cached" else 1e-4
+    assert counted.peak_bytes == pytest.approx(live.peak_bytes, rel=tolerance)
+
+
+def test_what_must_live_is_counted_at_any_batch():
+    batch, matrix, features = 8192, 4 * 8192**2, 4 * 8192 * FEATURES
+    counted = {name: count_step(name, _MLP, batch, 64) for name in METHODS}
+    above = {name: found.peak_bytes - found.floor_bytes for name, found in counted.items()}
+    floor = counted["plain"].floor_bytes
+    assert {found.floor_bytes for found in counted.values()} == {floor, floor + 12}
+    for name in ("plain", "checkpointed", "accumulated", "published"):
+        assert above[name] > 2 * matrix
+    # Of both sides: features, unit features, and the gradients of each.
+    assert 4 * features < above["cached"] < 8.1 * features < matrix
+    assert above["checkpointed"] < above["plain"]
+
+
+@pytest.mark.parametrize("method", ["plain", "published", "accumulated"])
+def test_the_losses_of_a_step_are_estimated_as_they_are_counted(method):
+    def real(batch: int) -> float:
+        work = Workload(build_encoders(_MLP), make_inputs(_MLP, batch))
+        with FlopCounterMode(display=False) as flops:
+            METHODS[method].make(work, _CHUNK)()
+        return flops.get_total_flops()
+
+    def estimated(batch: int) -> float:
+        return step_flops(method, batch, _CHUNK, count_pair_flops(_MLP))
+
+    # What grows faster than the batch is the loss.
+    assert real(32) - 2 * real(16) == pytest.approx(estimated(32) - 2 * estimated(16), rel=1e-6)
+    # The first layers need no gradient of their inputs, so backwards are no more than two forwards.
+    assert 0.7 * estimated(32) < real(32) <= estimated(32)
+
+
+def test_operations_of_a_pair():
+    pixels, tokens = 3 * _MLP.image_size**2, _MLP.tokens
+    image = pixels * 256 + 256 * FEATURES
+    text = tokens * (64 * 64 + 64 * FEATURES)
+    assert count_pair_flops(_MLP) == 2 * (image + text)
+
+
+def _rows() -> list[Row]:
+    rows, origin = [], {**provenance(), "settings": "3 steps", "code": "abc"}
+    for batch in (64, 128, 256, 512):
+        counted = batch * _GIB // 64
+        base = Row("plain", batch, batch, "two encoders", 4 * _GIB, counted, 50 * 2**20)
+        base = replace(base, origin=origin)
+        status = "measured" if batch < 256 else "not run: would take about 7 minutes"
+        measured = {"peak_growth_bytes": counted + 2**20, "step_ms": 100.25, "steps": 3}
+        if batch > 256:
+            status = "over cap"
+        rows.append(replace(base, status=status, **(measured if status == "measured" else {})))
+        cached = replace(base, method="cached", chunk_size=64, counted_bytes=700 * 2**20)
+        cached = replace(cached, status="measured", peak_growth_bytes=_GIB, step_ms=20.5, steps=3)
+        rows.append(replace(cached, cached_over_plain_time=1.25 if batch == 64 else 0.0))
+    return rows
+
+
+def test_rows_survive_the_csv(tmp_path):
+    path = tmp_path / "rows.csv"
+    write_rows(_rows(), path)
+    assert read_rows(path) == _rows()
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert all(line[name] for line in lines for name in ("machine", "torch", "commit", "code"))
+    assert lines[-2]["step_ms"] == "", "what was not measured is empty, not zero"
+
+
+def test_redrawing_without_a_csv_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run without --redraw"):
+        read_rows(tmp_path / "rows.csv")
+
+
+def test_a_measured_point_is_found_again_unless_something_that_counts_changed():
+    earlier = _rows()
+    wanted = replace(earlier[0], status="", peak_growth_bytes=0, cap_bytes=1, counted_bytes=1)
+    assert find_earlier(wanted, earlier) == earlier[0]
+    later = {**wanted.origin, "date": "2030-01-01", "commit": "fff+"}
+    assert find_earlier(replace(wanted, origin=later), earlier) == earlier[0]
+    for name in ("code", "settings", "torch", "machine"):
+        changed = {**wanted.origin, name: "another"}
+        assert find_earlier(replace(wanted, origin=changed), earlier) is None
+    for change in ({"batch_size": 65}, {"chunk_size": 2}, {"encoders": "x"}, {"method": "other"}):
+        assert find_earlier(replace(wanted, **change), earlier) is None
+    assert find_earlier(replace(earlier[4], status=""), earlier) is None, "it was not run"
+
+
+def test_the_tables_say_what_was_measured_and_what_was_not():
+    console = Console(width=120, file=io.StringIO())
+    show_tables(_rows(), {"plain": "plain step", "cached": "ours"}, console)
+    text = console.file.getvalue()
+    assert "1.00 GiB" in text and "4.00 GiB*" in text and "0.10" in text and "0.02 (1.25 x)" in text
+    assert "* plain step, 256: not run: would take about 7 minutes" in text
+    assert "* plain step, 512: over cap" in text and "* ours" not in text
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        *((0, "0 MiB"), (2**20, "1 MiB"), (1.5 * _GIB, "1.50 GiB"), (200 * _GIB, "200 GiB")),
+        *((2560 * _GIB, "2.50 TiB"), (999 * 2**20, "999 MiB")),
+    ],
+)
+def test_bytes_read_with_three_figures(nbytes, text):
+    assert bytes_text(nbytes) == text
+
+
+def test_the_picture_says_the_finding_and_what_its_marks_mean(tmp_path):
+    assert "Batch 512 takes 1.00 GiB with gradcache-clip" in finding(_rows())
+    assert "a plain step would take 8.00 GiB" in finding(_rows())
+    assert finding([row for row in _rows() if row.method == "cached"]) == "Batch 512 takes 1.00 GiB"
+    png, svg = draw(_rows(), tmp_path / "picture")
+    assert png.read_bytes().startswith(b"\x89PNG") and svg.read_text().startswith("<?xml")
+    assert "Hollow cross" in svg.read_text() and "Hollow circle" in svg.read_text()
+    measured = [replace(row, status="measured", peak_growth_bytes=2**30) for row in _rows()]
+    _, without = draw(measured, tmp_path / "measured")
+    assert "Hollow" not in without.read_text()
+    (tmp_path / "other").mkdir()
+    again = draw(_rows(), tmp_path / "other" / "picture")[1]
+    assert again.read_text() == svg.read_text(), "the same rows give the same file"
+
+
+def test_points_that_did_not_run_are_hollow_marks_at_their_counted_bytes():
+    from matplotlib.figure import Figure
+    from memory_plot import _draw_method
+
+    axes = Figure().add_subplot()
+    _draw_method(axes, [row for row in _rows() if row.method == "plain"])
+    line, measured, too_large, not_run = axes.lines
+    assert list(line.get_ydata()) == [batch * _GIB // 64 for batch in (64, 128, 256, 512)]
+    assert list(measured.get_ydata()) == [_GIB + 2**20, 2 * _GIB + 2**20]
+    assert (list(too_large.get_xdata()), too_large.get_marker()) == ([512], "X")
+    assert (list(not_run.get_xdata()), list(not_run.get_ydata())) == ([256], [4 * _GIB])
+    faces = [each.get_markerfacecolor() for each in (measured, too_large, not_run)]
+    assert faces[0] == line.get_color() and faces[1:] == ["white", "white"]
+
+
+@given(st.lists(st.floats(1e-3, 1e12), min_size=1, max_size=8), st.floats(1.01, 3.0))
+def test_labels_are_spread_in_order_and_no_further_than_needed(values, factor):
+    values = sorted(values)
+    placed = spread(values, factor)
+    assert all(b >= a * factor * (1 - 1e-9) for a, b in pairwise(placed))
+    if all(b >= a * factor for a, b in pairwise(values)):
+        assert placed == pytest.approx(values)
+
+
+@pytest.mark.parametrize("module", [memory_axes, memory_methods])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
+
+
+_OPTIONS = "--size mlp --smallest 8 --largest 100 --chunk-size 16 --cap-gib 0.1"
+
+
+class _Machine:
+    """Stands for the fresh processes: what they would return, and which were asked for."""
+
+    def __init__(self, failures: dict[tuple[str, int], str] | None = None) -> None:
+        self.failures, self.asked = failures or {}, list[tuple[str, int]]()
+        self.step_ms, self.ends_at = 1.5, None
+
+    def __call__(self, function: Any, point: dict[str, Any], limits: Limits) -> Outcome:
+        if function.__name__ == "measure_pair":
+            return Outcome({"cached_over_plain_time": 1.25})
+        key = point["method"], point["batch_size"]
+        if key == self.ends_at:
+            raise KeyboardInterrupt
+        self.asked.append(key)
+        if key in self.failures:
+            return Outcome(failure=self.failures[key])
+        return Outcome({"peak_growth_bytes": 2**20, "step_ms": self.step_ms, "steps": 2})
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    found = _Machine()
+    monkeypatch.setattr(memory_vs_batch, "call_in_fresh_process", found)
+    return found
+
+
+def _run(tmp_path: Path, *more: str) -> dict[str, list[Row]]:
+    memory_vs_batch.main([*_OPTIONS.split(), *more, "--results", str(tmp_path)])
+    rows = read_rows(tmp_path / "memory_vs_batch.csv")
+    return {name: [row for row in rows if row.method == name] for name in METHODS}
+
+
+def test_every_point_gets_a_row_whether_it_ran_or_not(tmp_path, machine):
+    machine.failures = {("plain", 32): "out of memory", ("published", 64): "timed out"}
+    rows = _run(tmp_path)
+    assert {tuple(row.batch_size for row in each) for each in rows.values()} == {(8, 16, 32, 64)}
+    told = [row.status for row in rows["plain"]]
+    assert told == [*["measured"] * 2, "out of memory", "not run: batch 32 out of memory"]
+    assert [row.status for row in rows["published"]] == [*["measured"] * 3, "timed out"]
+    assert [row.status for row in rows["cached"]] == ["measured"] * 4
+    assert [row.chunk_size for row in rows["accumulated"]] == [8, 16, 16, 16]
+    assert [row.chunk_size for row in rows["checkpointed"]] == [8, 16, 32, 64]
+    assert [row.cached_over_plain_time for row in rows["cached"]] == [1.25, 1.25, 0, 0]
+
+
+def test_a_step_over_the_cap_or_the_budget_is_not_run(tmp_path, machine):
+    rows = _run(tmp_path / "cap", "--cap-gib", "0.001")
+    assert {row.status for each in rows.values() for row in each} == {"over cap"}
+    assert machine.asked == []
+    machine.step_ms = 3 * 60e3
+    rows = _run(tmp_path / "budget", "--minutes", "20", "--plain-up-to", "16")
+    pair = count_pair_flops(_MLP)
+    minutes = 3 * step_flops("cached", 64, 16, pair) / step_flops("cached", 32, 16, pair)
+    assert minutes < 20 and rows["cached"][-1].measured
+    assert rows["plain"][2].status == "not run: above --plain-up-to 16"
+    rows = _run(tmp_path / "short", "--minutes", "5")
+    minutes = 3 * step_flops("cached", 64, 16, pair) / step_flops("cached", 8, 8, pair)
+    assert rows["cached"][-1].status == f"not run: would take about {minutes:.0f} minutes"
+    assert rows["cached"][-1].counted_bytes > 0
+
+
+def test_a_run_goes_on_where_an_interrupted_one_ended(tmp_path, machine):
+    machine.ends_at = "cached", 16
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path)
+    first = list(machine.asked)
+    assert len(first) == 2 * len(METHODS) - 1
+    machine.ends_at, machine.asked = None, []
+    machine.step_ms = 2.5
+    rows = _run(tmp_path)
+    assert len(machine.asked) == 4 * len(METHODS) - len(first)
+    assert not set(first) & set(machine.asked)
+    assert [row.step_ms for row in rows["cached"]] == [1.5, 2.5, 2.5, 2.5]
+    machine.asked = []
+    _run(tmp_path, "--fresh")
+    assert len(machine.asked) == 4 * len(METHODS)
+    machine.asked = []
+    _run(tmp_path, "--steps", "7")
+    assert len(machine.asked) == 4 * len(METHODS), "other settings are other points"
+
+
+def test_an_interrupted_second_run_keeps_what_the_first_one_measured(tmp_path, machine):
+    _run(tmp_path)
+    path = tmp_path / "memory_vs_batch.csv"
+    missing = "plain", 16
+    write_rows([row for row in read_rows(path) if (row.method, row.batch_size) != missing], path)
+    machine.ends_at, machine.asked = missing, []
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path)
+    assert machine.asked == [] and len(read_rows(path)) == 4 * len(METHODS) - 1
+    machine.ends_at = None
+    _run(tmp_path)
+    assert machine.asked == [missing] and len(read_rows(path)) == 4 * len(METHODS)
+
+
+def test_methods_can_be_chosen(tmp_path, machine):
+    rows = _run(tmp_path, "--methods", "plain", "cached", "--factor", "4")
+    assert [row.batch_size for row in rows["cached"]] == [8, 32]
+    assert not rows["published"] and {name for name, _ in machine.asked} == {"plain", "cached"}
+    with pytest.raises(SystemExit):
+        memory_vs_batch.main(["--methods", "unknown"])
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("predicted")
+    memory_predicted.main(["--quick", "--results", str(folder)])
+    return folder
+
+
+def _lines(folder: Path, method: str) -> list[dict[str, str]]:
+    with (folder / "memory_predicted.csv").open(newline="") as file:
+        return [line for line in csv.DictReader(file) if line["method"] == method]
+
+
+def test_predictions_are_those_of_the_planner(predicted):
+    from gradcache_clip import PlanOptions, plan
+
+    options = PlanOptions(batch_size=32768, chunk_size=64, image_size=32)
+    found = plan("convnext_atto", "bert-tiny", "RTX 4090", options)
+    cached = next(method for method in found.methods if method.name == "gradient caching")
+    lines = _lines(predicted, "cached")
+    got = [(int(line["batch_size"]), int(line["predicted_bytes"])) for line in lines]
+    assert got == list(cached.curve) and got[-1][0] == 65536
+    assert {int(line["largest_batch"]) for line in lines} == {cached.largest_batch}
+    assert {line["card"] for line in lines} == {"RTX 4090"} and lines[0]["commit"]
+
+
+def test_what_fits_is_what_lies_under_the_card(predicted):
+    largest = {}
+    for method in memory_predicted.METHODS:
+        for line in _lines(predicted, method):
+            if int(line["batch_size"]) <= int(line["largest_batch"]):
+                assert int(line["predicted_bytes"]) <= int(line["card_bytes"])
+        largest[method] = int(line["largest_batch"])
+    plain, checkpointed, accumulated, on_card, on_host = largest.values()
+    assert 0 < plain < checkpointed < on_card < on_host and accumulated < on_card
+
+
+def test_losses_alone_grow_with_the_batch_or_with_its_square(predicted):
+    matrix, tiles = (
+        [int(x["predicted_bytes"]) for x in _lines(predicted, name)]
+        for name in ("loss, B x B matrix", "loss, tiles")
+    )
+    assert matrix[-1] / matrix[-2] == pytest.approx(4, rel=0.05)
+    assert matrix[-1] > 2 * 4 * 65536**2
+    # Features and their gradients in bf16, and fp32 accumulators; all else is bounded.
+    assert 4 * 2 * 65536 * 512 < tiles[-1] < 2**30
+    assert tiles[-1] / tiles[-2] < 2.05
+
+
+def test_predicted_pictures_say_that_nothing_was_measured(predicted):
+    svg = (predicted / "memory_predicted.svg").read_text()
+    assert "Predicted, not measured: no GPU was used." in svg and "RTX 4090: 24.0 GiB" in svg
+    assert (predicted / "memory_predicted.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_script_writes_tables_csv_and_pictures(tmp_path):
+    options = "--size mlp --smallest 8 --largest 8 --chunk-size 4 --steps 1 --threads 1"
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "COLUMNS": "120",
+    }
+    script = str(_ROOT / "benchmarks" / "memory_vs_batch.py")
+    done = subprocess.run(
+        [sys.executable, script, *options.split(), "--results", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "two MLPs" in done.stdout and str(tmp_path / "memory_vs_batch.png") in done.stdout
+    assert (tmp_path / "memory_vs_batch.png").read_bytes().startswith(b"\x89PNG")
+    rows = read_rows(tmp_path / "memory_vs_batch.csv")
+    assert [row.method for row in rows] == list(METHODS)
+    for row in rows:
+        assert row.measured and row.step_ms > 0
+        assert row.counted_bytes > row.floor_bytes > 0 and row.peak_growth_bytes > 0
+    assert rows[-1].cached_over_plain_time > 0
