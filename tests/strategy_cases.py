@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -151,8 +151,19 @@ def head_beside_the_encoder() -> dict[str, Any]:
 
 def plain_cases(world: int) -> dict[str, Any]:
     """Of the strategies that torch alone serves."""
-    every = engine_cases(AllReduceStrategy, as_they_are, one_plain, REDUCE).items()
-    cases = {f"AllReduce: {name}": case for name, case in every if world < 4 or name in FEW}
+    kept = partial(FSDPStrategy, keep_gathered=True)
+    engines = {
+        "AllReduce": engine_cases(AllReduceStrategy, as_they_are, one_plain, REDUCE),
+        "DDP": engine_cases(DDPStrategy, each_in_ddp, one_in_ddp),
+        "FSDP": engine_cases(FSDPStrategy, each_sharded, one_root, SCATTER),
+        "FSDP, gathered": engine_cases(kept, each_sharded, one_root, SCATTER),
+    }
+    cases = {
+        f"{engine}: {name}": case
+        for engine, its_cases in engines.items()
+        for name, case in its_cases.items()
+        if name in _chosen(engine, world, its_cases)
+    }
     cases["AllReduce: a shared projection"] = partial(
         _with_new_strategy, AllReduceStrategy, shared_between_towers, as_they_are
     )
@@ -160,14 +171,10 @@ def plain_cases(world: int) -> dict[str, Any]:
     cases["AllReduce: shared once"] = shared_once
     cases["AllReduce: small buckets"] = small_buckets
     cases["AllReduce: uneven use"] = uneven_use
+    return cases if world > 2 else cases | fsdp_cases()
+
+
+def _chosen(engine: str, world: int, names: Iterable[str]) -> Iterable[str]:
     if world > 2:
-        return cases
-    for name, case in engine_cases(DDPStrategy, each_in_ddp, one_in_ddp).items():
-        cases[f"DDP: {name}"] = case
-    for name, case in engine_cases(FSDPStrategy, each_sharded, one_root, SCATTER).items():
-        cases[f"FSDP: {name}"] = case
-    kept = partial(FSDPStrategy, keep_gathered=True)
-    for name, case in engine_cases(kept, each_sharded, one_root, SCATTER).items():
-        if name in GATHERED:
-            cases[f"FSDP, gathered: {name}"] = case
-    return cases | fsdp_cases()
+        return FEW
+    return GATHERED if engine == "FSDP, gathered" else names

@@ -85,7 +85,7 @@ def test_modules_that_would_get_wrong_gradients(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_gradients_under_deepspeed(world, tmp_path, record_property, monkeypatch):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install 'gradcache-clip[deepspeed]'")
@@ -97,7 +97,7 @@ def test_gradients_under_deepspeed(world, tmp_path, record_property, monkeypatch
         assert result.get("change", 0.0) < max(tolerance, CHANGE), (name, result)
         assert result.get("loss", 0.0) < tolerance, (name, result)
         assert result.get("scale", 0.0) < tolerance, (name, result)
-    if world > 1:
+    if world == 2:
         counts = [results[f"ZeRO-{stage}: reductions"]["reductions"] for stage in range(3)]
         assert counts == [1, 1, 6], counts
     record_worst(results, world, record_property)
