@@ -9,6 +9,7 @@ from gradcache_clip.cache import (
     GradCache,
     ReplayMismatchError,
     VerifyReport,
+    deferred_step,
     verify,
 )
 from gradcache_clip.losses import (
@@ -18,6 +19,7 @@ from gradcache_clip.losses import (
     InfoNCELoss,
     LateInteractionLoss,
     MatryoshkaLoss,
+    MoCoLoss,
     NTXentLoss,
     RetrievalOutput,
     SelfContrastOutput,
@@ -37,6 +39,7 @@ __all__ = [
     "InfoNCELoss",
     "LateInteractionLoss",
     "MatryoshkaLoss",
+    "MoCoLoss",
     "NTXentLoss",
     "PlanOptions",
     "ReplayMismatchError",
@@ -46,6 +49,7 @@ __all__ = [
     "SupConLoss",
     "VerifyReport",
     "__version__",
+    "deferred_step",
     "plan",
     "verify",
 ]

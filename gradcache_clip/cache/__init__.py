@@ -1,5 +1,6 @@
 """The gradient-caching engine."""
 
+from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.replay_check import ReplayMismatchError
@@ -14,5 +15,6 @@ __all__ = [
     "ReplayMismatchError",
     "VerifyReport",
     "VerifyRow",
+    "deferred_step",
     "verify",
 ]

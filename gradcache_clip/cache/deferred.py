@@ -52,8 +52,7 @@ def deferred_step(cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
 
     Example:
         >>> import torch
-        >>> from gradcache_clip import ClipLoss, GradCache
-        >>> from gradcache_clip.cache.deferred import deferred_step
+        >>> from gradcache_clip import ClipLoss, GradCache, deferred_step
         >>> encoders = torch.nn.Linear(8, 4), torch.nn.Linear(6, 4)
         >>> cache = GradCache(encoders, ClipLoss(), chunk_size=16)
         >>> out = deferred_step(cache, torch.randn(64, 8), torch.randn(64, 6))
