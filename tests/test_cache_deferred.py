@@ -232,11 +232,12 @@ def test_a_loss_without_a_graph_is_refused():
         pair.deferred(batch())
 
 
-def test_without_gradients_it_is_an_evaluation_in_chunks():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_is_an_evaluation_in_chunks(mode):
     pair, inputs, rows = Pair(chunk_size=5, dropout=0.3), batch(), []
     pair.ours[0].register_forward_hook(lambda _m, _i, output: rows.append(len(output)))
     nn.ModuleList([*pair.ours, *pair.truth]).eval()
-    with torch.no_grad():
+    with mode():
         out = pair.deferred(inputs)
     torch.testing.assert_close(out.loss, pair.in_one_graph(inputs).detach())
     assert not out.loss.requires_grad

@@ -66,12 +66,13 @@ def deferred_step(cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
     with_graph = torch.is_grad_enabled()
     flat = _Deferred(cache, towers).features() if with_graph else _without_graph(towers)
     features = [pytree.tree_unflatten(flat[i], tower.structure) for i, tower in enumerate(towers)]
-    versions = [feature._version for tower in towers for feature in tower.features]
+    # Tensors of inference mode have no versions, and nothing is replayed there.
+    versions = [f._version for tower in towers for f in tower.features] if with_graph else []
     # A copy of a weight that autocast made without a graph must not reach the loss.
     forget_autocast_casts()
     output = cache.loss(*features, **loss_kwargs)
-    check_unchanged(towers, versions)
     if with_graph:
+        check_unchanged(towers, versions)
         scalar_loss_of(output)
     return LossOnly(output) if isinstance(output, Tensor) else output
 

@@ -1,0 +1,193 @@
+"""The cases of integrations.py: each drop-in, and what the library itself offers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from engine_contestants import _SentenceEmbedding
+from engine_models import image_text, lemma_gloss
+from torch import Tensor, nn
+
+from gradcache_clip import GradCache
+
+OURS, THEIRS = "ours", "theirs"
+
+
+class Run(NamedTuple):
+    """One side of a case."""
+
+    step: Callable[[], float]
+    """Adds to `.grad` of the leaves; returns the loss."""
+    leaves: Sequence[Tensor]
+
+
+class Case(NamedTuple):
+    """A drop-in, what it stands in for, and how to build either side for a number of pairs."""
+
+    drop_in: str
+    beside: str
+    pairs: int
+    few: int
+    """Pairs of a quick run, and of the step before a measurement."""
+    build: Callable[[str, int, Path], Run]
+    """Called with the side, the pairs and WordNet's folder."""
+
+
+def _backward(loss: Tensor) -> float:
+    loss.backward()
+    return loss.item()
+
+
+def _features(name: str, side: str, pairs: int, folder: Path) -> Run:
+    """A loss of open_clip's over features of width 512."""
+    if side == OURS:
+        from gradcache_clip.integrations import open_clip as library
+    else:
+        from open_clip import loss as library
+    torch.manual_seed(0)
+    features = [nn.functional.normalize(torch.randn(pairs, 512)).requires_grad_() for _ in "it"]
+    scalars = [torch.tensor(value, requires_grad=True) for value in (20.0, -8.0)]
+    leaves, loss = [*features, *scalars], getattr(library, name)()
+    return Run(lambda: _backward(loss(*leaves)), leaves)
+
+
+def _clip(side: str, pairs: int, folder: Path) -> Run:
+    return _features("ClipLoss", side, pairs, folder)
+
+
+def _siglip(side: str, pairs: int, folder: Path) -> Run:
+    return _features("SigLipLoss", side, pairs, folder)
+
+
+def _open_clip_model(side: str, pairs: int, folder: Path) -> Run:
+    """A ViT on 64-pixel images and a text tower of open_clip, chunks of 32 or one graph."""
+    import open_clip
+
+    from gradcache_clip.integrations.open_clip import ClipLoss, OpenClipTowers
+
+    torch.manual_seed(0)
+    text = {"context_length": 32, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 6}
+    vision = {"image_size": 64, "patch_size": 8, "width": 384, "head_width": 64, "layers": 6}
+    model = open_clip.CLIP(256, vision_cfg=vision, text_cfg=text, output_dict=True)
+    images, texts = torch.randn(pairs, 3, 64, 64), torch.randint(1, 49408, (pairs, 32))
+    leaves = list(model.parameters())
+    if side == OURS:
+        towers = OpenClipTowers(model)
+        cache = GradCache(towers, towers.loss_with(ClipLoss()), chunk_size=32)
+        return Run(lambda: cache(images, texts).loss.item(), leaves)
+    loss = open_clip.ClipLoss()
+    return Run(lambda: _backward(loss(**model(images, texts))), leaves)
+
+
+def _sentences(side: str, pairs: int, folder: Path) -> Run:
+    """WordNet's lemmas and glosses through an encoder of the shape of MiniLM, chunks of 32."""
+    if side == OURS:
+        from gradcache_clip.integrations import sentence_transformers as library
+    else:
+        from sentence_transformers.sentence_transformer import losses as library
+    work = lemma_gloss(pairs, folder, small=pairs < 256)
+    model = nn.Sequential(_SentenceEmbedding(work.encoders[0]))
+    loss = library.CachedMultipleNegativesRankingLoss(model, mini_batch_size=32)
+
+    def step() -> float:
+        return _backward(loss([dict(given) for given in work.inputs], torch.empty(0)))
+
+    return Run(step, list(model.parameters()))
+
+
+def _pairs_of_models(pairs: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A ViT on 64-pixel images and a BERT, as transformers joins them, and a batch."""
+    from transformers import BertConfig, BertModel, VisionTextDualEncoderModel, ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    size = {"num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = VisionTextDualEncoderModel(
+        vision_model=ViTModel(ViTConfig(hidden_size=384, image_size=64, patch_size=8, **size)),
+        text_model=BertModel(BertConfig(hidden_size=384, **size, **dropout)),
+    )
+    batch = {
+        "pixel_values": torch.randn(pairs, 3, 64, 64),
+        "input_ids": torch.randint(1, 30000, (pairs, 32)),
+        "attention_mask": torch.ones(pairs, 32, dtype=torch.long),
+    }
+    return model, batch
+
+
+def _trainer(side: str, pairs: int, folder: Path) -> Run:
+    """A step of a Trainer: the loss and its backward."""
+    from transformers import Trainer, TrainingArguments
+
+    from gradcache_clip.integrations.transformers import GradCacheTrainer
+
+    model, batch = _pairs_of_models(pairs)
+    arguments = TrainingArguments(tempfile.mkdtemp(), report_to=[], use_cpu=True)
+    if side == OURS:
+        trainer: Any = GradCacheTrainer(model, arguments, train_dataset=range(pairs), chunk_size=32)
+    else:
+        trainer = Trainer(model, arguments, train_dataset=range(pairs))
+    batch |= {} if side == OURS else {"return_loss": True}
+    return Run(lambda: _backward(trainer.compute_loss(model, batch)), list(model.parameters()))
+
+
+def _lightning(side: str, pairs: int, folder: Path) -> Run:
+    """A fit of one step; the rate is 0, so that each fit starts from the same weights."""
+    from lightning.pytorch import LightningModule, Trainer
+
+    from gradcache_clip import ClipLoss
+    from gradcache_clip.integrations.lightning import cached_step
+
+    work = image_text(pairs, small=pairs < 128)
+
+    class Pairs(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.text = work.encoders
+            self.loss = ClipLoss(impl="auto" if side == OURS else "reference")
+            self.cache = GradCache((self.image, self.text), self.loss, chunk_size=32)
+            self.last = 0.0
+
+        def training_step(self, _: Any, __: int) -> Tensor:
+            images, tokens = work.inputs
+            if side == OURS:
+                out = cached_step(self, self.cache, images, tokens)
+            else:
+                out = self.loss(self.image(images), self.text(**tokens))
+            self.last = float(out.loss.detach())
+            return out.loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module = Pairs()
+
+    def step() -> float:
+        Trainer(
+            max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, accelerator="cpu",
+        ).fit(module, [torch.zeros(1)])  # fmt: skip
+        return module.last
+
+    return Run(step, list(module.parameters()))
+
+
+CASES = {
+    "clip": Case("open_clip.ClipLoss", "open_clip's ClipLoss", 8192, 256, _clip),
+    "siglip": Case("open_clip.SigLipLoss", "open_clip's SigLipLoss", 8192, 256, _siglip),
+    "model": Case(
+        "open_clip.OpenClipTowers in GradCache", "open_clip's plain step", 512, 64, _open_clip_model
+    ),
+    "sentences": Case(
+        "sentence_transformers.CachedMultipleNegativesRankingLoss",
+        "sentence-transformers' loss of this name",
+        1024,
+        128,
+        _sentences,
+    ),
+    "trainer": Case("transformers.GradCacheTrainer", "transformers' Trainer", 256, 32, _trainer),
+    "lightning": Case("lightning.cached_step", "Lightning's own step", 256, 32, _lightning),
+}

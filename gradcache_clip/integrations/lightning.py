@@ -1,0 +1,88 @@
+"""A cached step inside a LightningModule, of `lightning` or of `pytorch_lightning`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradcache_clip.cache import GradCache
+from gradcache_clip.cache.deferred import deferred_step
+from gradcache_clip.distributed import AllReduceStrategy, world_size
+
+
+def cached_step(module: Any, cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
+    """Embed a batch and evaluate its loss, for `training_step` to return; backward replays it.
+
+    The loss is a tensor like any other: Lightning's automatic optimization divides it for
+    accumulation, scales it, clips and steps. With the strategy "ddp" it is that of the pairs of all
+    processes, and the backward reduces the gradients of the encoders once, in place of DDP. In
+    `validation_step` it evaluates the batch chunk by chunk.
+
+    Args:
+        module: the LightningModule, which holds the encoders and the loss as submodules.
+        cache: over these encoders and this loss.
+        inputs: one batch for each encoder, as in `cache(*inputs)`.
+        loss_kwargs: further arguments of the loss.
+
+    Returns:
+        What the loss returned, with its graph; a bare tensor comes back as an object with `.loss`.
+
+    Raises:
+        ValueError: a strategy of Lightning that shards the model; encoders or a loss that are no
+            part of the module; or what `deferred_step` refuses.
+
+    Example:
+        from gradcache_clip.integrations.lightning import cached_step
+        class Pairs(LightningModule):
+            def __init__(self, image_encoder, text_encoder):
+                super().__init__()
+                self.image, self.text, self.loss = image_encoder, text_encoder, ClipLoss()
+                self.cache = GradCache((self.image, self.text), self.loss, chunk_size=64)
+
+            def training_step(self, batch, _):
+                return cached_step(self, self.cache, *batch).loss
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters())
+
+        Trainer(max_steps=1000).fit(Pairs(image_encoder, text_encoder), loader)
+    """
+    wrapped = module.trainer.strategy.model
+    _check_parts(module, cache)
+    if isinstance(wrapped, DistributedDataParallel):
+        _take_the_place_of(wrapped, cache)
+    elif wrapped is not module or world_size() > 1:
+        raise ValueError(
+            'strategy: expected one device or "ddp", got '
+            f"{type(module.trainer.strategy).__name__}, which shards the model; take "
+            'Trainer(strategy="ddp"), or see docs/integrations/lightning.md for sharding'
+        )
+    return deferred_step(cache, *inputs, **loss_kwargs)
+
+
+def _take_the_place_of(ddp: DistributedDataParallel, cache: GradCache) -> None:
+    """The cache reduces gradients, and DDP, which expects one backward a step, does not."""
+    if ddp.static_graph:
+        raise ValueError(
+            "strategy: expected DDP without static_graph, got static_graph=True, which counts on "
+            "one backward a step; leave it out"
+        )
+    if not isinstance(cache.strategy, AllReduceStrategy):
+        cache.strategy = AllReduceStrategy()
+    # As Lightning itself does for manual optimization; asked after every training_step.
+    ddp.require_backward_grad_sync = False
+
+
+def _check_parts(module: nn.Module, cache: GradCache) -> None:
+    """Whatever is trained must be found by optimizers, checkpoints and the move to a device."""
+    encoders = cache.encoders if isinstance(cache.encoders, tuple) else (cache.encoders,)
+    known = {id(parameter) for parameter in module.parameters()}
+    for part in (*encoders, cache.loss):
+        if isinstance(part, nn.Module) and any(id(p) not in known for p in part.parameters()):
+            raise ValueError(
+                f"cache: expected encoders and a loss that are submodules of "
+                f"{type(module).__name__}, got {type(part).__name__} with parameters outside of "
+                "it; assign it to an attribute of the module, too"
+            )

@@ -1,0 +1,264 @@
+"""A loss for sentence-transformers' trainer: in-batch negatives by gradient caching.
+
+C columns (anchors, positives, negatives), b rows of this rank, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from sentence_transformers.base.losses import has_static_embedding_input
+from sentence_transformers.base.losses.merged_forward import merge_feature_batches
+from sentence_transformers.util import cos_sim
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradcache_clip.cache import ByLength, GradCache
+from gradcache_clip.cache.deferred import deferred_step
+from gradcache_clip.cache.retained import MemoryBudget
+from gradcache_clip.distributed import DDPStrategy, LocalStrategy, world_size
+from gradcache_clip.losses import InfoNCELoss
+
+Features = dict[str, Any]
+"""A column as the model takes it: token ids and whatever else its tokenizer returned."""
+
+_ONE_WAY = {"query_to_doc"}
+_BOTH_WAYS = {"query_to_doc", "doc_to_query"}
+
+
+class CachedMultipleNegativesRankingLoss(nn.Module):
+    """In place of sentence-transformers' loss of this name: the same gradients, sooner.
+
+    Each anchor looks for its positive among the positives and hard negatives of the whole batch.
+    `forward` embeds chunk by chunk without graphs; the trainer's backward replays the chunks, so a
+    factor that the trainer puts on the loss reaches every parameter. Columns that the tokenizer
+    returns alike are cut together, rows of similar length into one chunk, and each chunk is
+    trimmed to its longest row. Each chunk's replay is compared with its embed.
+
+    Args:
+        model: the `SentenceTransformer` that is trained.
+        scale: multiplier of the cosine similarity, 1/temperature.
+        similarity_fct: only `sentence_transformers.util.cos_sim`.
+        mini_batch_size: rows that go through the model at once.
+        mini_batch_num_tokens: instead, rows times the longest of them, padding included.
+        gather_across_devices: columns of all processes are candidates. On several processes it
+            must be True, and the loss is that of the whole batch on each of them.
+        directions: ("query_to_doc",), or ("query_to_doc", "doc_to_query") with
+            `partition_mode="per_direction"`.
+        partition_mode: "joint" or "per_direction", which for one direction are the same.
+        learnable_scale: learn the scale, from `scale` on; the trainer's optimizer finds it.
+        memory_budget: memory for graphs that need no replay; see `GradCache`.
+        replay_check: "error", "warn" or "off", if a replay differs from its embed.
+
+    Raises:
+        ValueError: options that would be another loss, or a model whose inputs have no rows.
+
+    Source: Henderson et al. 2017 (arXiv 1705.00652), section 4.4; Gao et al. 2021 (2101.06983).
+
+    Example:
+        from gradcache_clip.integrations.sentence_transformers import (
+            CachedMultipleNegativesRankingLoss,
+        )
+        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=64)
+        trainer = SentenceTransformerTrainer(model, args, train_dataset=pairs, loss=loss)
+        trainer.train()
+    """
+
+    # The forward is repeated in the backward, which losses that wrap another one ask about.
+    uses_gradient_cache = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        *,
+        learnable_scale: bool = False,
+        memory_budget: MemoryBudget = None,
+        replay_check: Literal["error", "warn", "off"] = "error",
+    ) -> None:
+        super().__init__()
+        _check_options(similarity_fct, directions, partition_mode)
+        if has_static_embedding_input(model):
+            raise ValueError(
+                "model: expected inputs with one row a sample, got a StaticEmbedding, whose inputs "
+                "cannot be cut into chunks; use MultipleNegativesRankingLoss, which it is fast with"
+            )
+        self.model = model
+        self.contrast = InfoNCELoss(
+            symmetric=set(directions) == _BOTH_WAYS,
+            init_logit_scale=scale,
+            max_logit_scale=max(100.0, scale),
+        ).requires_grad_(learnable_scale)
+        self.mini_batch_size, self.mini_batch_num_tokens = mini_batch_size, mini_batch_num_tokens
+        self.gather_across_devices = gather_across_devices
+        self.directions, self.partition_mode = tuple(directions), partition_mode
+        self.learnable_scale = learnable_scale
+        self.memory_budget, self.replay_check = memory_budget, replay_check
+        self._fixed_scale = scale
+
+    def forward(
+        self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None
+    ) -> Tensor:
+        """Loss of a batch, whose backward replays the chunks.
+
+        Args:
+            sentence_features: C columns of b rows each: anchors, positives, and any number of
+                columns of negatives, which are negatives of every anchor.
+            labels: not used; row i of anchors and positives belongs together.
+
+        Raises:
+            ValueError: fewer than two columns, flattened inputs, or processes that are not joined.
+        """
+        columns = [dict(features) for features in sentence_features]
+        _check_columns(columns)
+        given = _merged(columns)
+        cache = GradCache(
+            [self.model] * len(given),
+            partial(self._contrast, columns=len(columns)),
+            chunk_size=self.mini_batch_size,
+            sort_by_length=[self._sorting(features) for features in given],
+            memory_budget=self.memory_budget,
+            strategy=self._strategy(),
+            replay_check=self.replay_check,
+        )
+        loss: Tensor = deferred_step(cache, *({"input": features} for features in given)).loss
+        return loss
+
+    def _contrast(self, *features: Tensor, columns: int) -> Tensor:
+        queries, documents, *negatives = torch.cat(features).chunk(columns)
+        scale = None
+        if not self.learnable_scale:
+            scale = torch.full((), self._fixed_scale, dtype=torch.float64, device=queries.device)
+        hard = torch.cat(negatives) if negatives else None
+        loss: Tensor = self.contrast(queries, documents, hard, scale).loss
+        return loss
+
+    def _sorting(self, features: Features) -> ByLength | None:
+        """By length where rows are padded on the right, or none of them is."""
+        if self.mini_batch_num_tokens is None and not _padded_on_the_right(features):
+            return None
+        return ByLength(max_tokens=self.mini_batch_num_tokens)
+
+    def _strategy(self) -> LocalStrategy:
+        if isinstance(self.model, nn.DataParallel):
+            raise ValueError(
+                "model: expected one process for each GPU, got DataParallel, whose copies draw "
+                "random numbers that nobody can repeat; start the script with torchrun"
+            )
+        ranks, wrapped = world_size(), isinstance(self.model, DistributedDataParallel)
+        if ranks > 1 and not self.gather_across_devices:
+            raise ValueError(
+                f"gather_across_devices: expected True on {ranks} processes, got False; the loss "
+                "is that of the whole batch: pass gather_across_devices=True"
+            )
+        if ranks > 1 and torch.is_grad_enabled() and not wrapped:
+            raise ValueError(
+                f"model: expected DistributedDataParallel on {ranks} processes, got "
+                f"{type(self.model).__name__}; leave fsdp and deepspeed out of the arguments"
+            )
+        return DDPStrategy() if wrapped else LocalStrategy()
+
+    @property
+    def calculate_loss(self) -> Callable[..., Tensor]:
+        """What losses that wrap a cached loss look for; there is none."""
+        raise TypeError(
+            "calculate_loss: expected a loss that is used by itself, got one inside another, such "
+            "as MatryoshkaLoss; use sentence-transformers' cached loss there"
+        )
+
+    @property
+    def scale(self) -> float:
+        """The multiplier of the cosine similarity, as it is now."""
+        return self.contrast.logit_scale.item() if self.learnable_scale else self._fixed_scale
+
+    @property
+    def temperature(self) -> float:
+        """1/scale."""
+        return 1.0 / self.scale
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        return {
+            "scale": self.scale,
+            "similarity_fct": cos_sim.__name__,
+            "mini_batch_size": self.mini_batch_size,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+            "gather_across_devices": self.gather_across_devices,
+            "directions": self.directions,
+            "partition_mode": self.partition_mode,
+            "learnable_scale": self.learnable_scale,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the method, for the model card."""
+        return """
+@misc{gao2021scaling,
+    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    year={2021},
+    eprint={2101.06983},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""
+
+
+def _check_options(
+    similarity_fct: Callable[..., Any], directions: Sequence[str], partition_mode: str
+) -> None:
+    if similarity_fct is not cos_sim:
+        name = getattr(similarity_fct, "__name__", type(similarity_fct).__name__)
+        raise ValueError(
+            f"similarity_fct: expected sentence_transformers.util.cos_sim, got {name}; leave it "
+            "out, and use sentence-transformers' own loss for another similarity"
+        )
+    if partition_mode not in ("joint", "per_direction"):
+        raise ValueError(
+            f"partition_mode: expected 'joint' or 'per_direction', got {partition_mode!r}; leave "
+            "it out for one direction"
+        )
+    both = set(directions) == _BOTH_WAYS and partition_mode == "per_direction"
+    if set(directions) != _ONE_WAY and not both:
+        raise ValueError(
+            "directions: expected ('query_to_doc',), or ('query_to_doc', 'doc_to_query') with "
+            f"partition_mode='per_direction', got {tuple(directions)} with {partition_mode!r}; "
+            "use sentence-transformers' own loss for others"
+        )
+
+
+def _check_columns(columns: Sequence[Features]) -> None:
+    if len(columns) < 2:
+        raise ValueError(
+            f"sentence_features: expected at least 2 columns, anchors and positives, got "
+            f"{len(columns)}; give the dataset a column of positives"
+        )
+    if any("cu_seq_lens_q" in features for features in columns):
+        raise ValueError(
+            "sentence_features: expected padded inputs, got flattened ones, which have no rows to "
+            "cut; set model[0].unpad_inputs = False"
+        )
+
+
+def _merged(columns: list[Features]) -> list[Features]:
+    """All columns as one, below each other, if they are alike and can be trimmed again."""
+    trimmed = all(map(_padded_on_the_right, columns))
+    merged = merge_feature_batches(columns) if trimmed else None
+    return columns if merged is None else [merged]
+
+
+def _padded_on_the_right(features: Features) -> bool:
+    mask = features.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return False
+    kept = mask != 0
+    return not bool((kept[:, 1:] & ~kept[:, :-1]).any())

@@ -1,0 +1,307 @@
+"""The Trainer of transformers over large batches. B pairs of one process, D feature width."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from gradcache_clip.cache import ByLength, GradCache
+from gradcache_clip.cache.deferred import deferred_step
+from gradcache_clip.cache.retained import MemoryBudget
+from gradcache_clip.cache.trunk import call_encoder
+from gradcache_clip.distributed import AllReduceStrategy
+from gradcache_clip.losses import ClipLoss, SigLipLoss
+
+Towers = Callable[[Any, Mapping[str, Any]], Sequence[tuple[Callable[..., Any], Any]]]
+"""Model and batch to one (encoder, inputs of it) for each tower."""
+ModelLoss = Callable[..., Any]
+"""Model and the features of each tower to a scalar, or an object whose `.loss` is one."""
+
+_METHODS = ("get_image_features", "get_text_features")
+_CLIP, _SIGLIP = ClipLoss(), SigLipLoss()
+
+
+class GradCacheTrainer(Trainer):
+    """`Trainer` whose `per_device_train_batch_size` is bounded by `chunk_size`, not by memory.
+
+    Takes every argument of `Trainer`. The loss of a batch, and all gradients, are those of the
+    model's own loss over the whole batch; on several processes over the batches of all of them,
+    which one reduction a step sums up. What follows the loss is the Trainer's: accumulation,
+    mixed precision, clipping, schedules, checkpoints. Logs gain `accuracy`, how often the right
+    partner wins within the batch. Evaluation reports the loss of `per_device_eval_batch_size` pairs
+    on every process, and hands features, (B, D) for each tower, to `compute_metrics`.
+
+    Args:
+        chunk_size: pairs that go through a tower at once, for all towers or one for each.
+        memory_budget: memory for graphs that are kept; see `GradCache`.
+        sort_by_length: `ByLength()` for texts of unequal length, one for each tower; see
+            `GradCache`.
+        towers: from the model and a batch, one (encoder, its inputs) for each tower. An encoder is
+            a part or method of the model, called as those of `GradCache` are.
+        loss: from the model and the features of each tower, a scalar or an object with `.loss`.
+            Parameters of the loss belong into the model, where the optimizer finds them.
+
+    Raises:
+        ValueError: settings of the Trainer under which gradients would be wrong, such as FSDP.
+        TypeError: a loss that is a module outside of the model.
+
+    Example:
+        from transformers import CLIPModel, TrainingArguments
+        from gradcache_clip.integrations.transformers import GradCacheTrainer
+        model = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
+        arguments = TrainingArguments("run", per_device_train_batch_size=4096)
+        trainer = GradCacheTrainer(model, arguments, train_dataset=pairs, chunk_size=64)
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        chunk_size: int | Sequence[int] = 64,
+        memory_budget: MemoryBudget = None,
+        sort_by_length: ByLength | Sequence[ByLength | None] | None = None,
+        towers: Towers | None = None,
+        loss: ModelLoss | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        _refuse_settings(self)
+        _refuse_loss_outside(loss)
+        if loss is None and not hasattr(self.model, "logit_bias"):
+            _refuse_a_single_pair(self)
+        # The loss is a mean over the batch, needs no labels, and evaluation is to compute it.
+        self.model_accepts_loss_kwargs, self.can_return_loss = False, True
+        self.label_names: list[str] = []
+        self.contrast = loss or loss_of_model
+        self.towers = _Towers(self.model, towers or image_and_text)
+        self.cache = GradCache(
+            self.towers,
+            self._contrasted,
+            chunk_size=chunk_size,
+            memory_budget=memory_budget,
+            sort_by_length=sort_by_length,
+            strategy=_OnceAStep(self.accelerator),
+        )
+        self._accuracies: list[Tensor] = []
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, with a model that stays unwrapped on several processes."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = partial(_prepared, self.accelerator.prepare_model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of a batch, whose backward replays the chunks; without gradients just the loss.
+
+        Returns:
+            The loss, 0-dim; with `return_outputs` also (loss, *features).
+        """
+        batches = self.towers.inputs_of(self.accelerator.unwrap_model(model), inputs)
+        with self.accelerator.autocast():
+            output = deferred_step(self.cache, *batches)
+        if output.accuracy is not None and torch.is_grad_enabled():
+            self._accuracies.append(output.accuracy.detach())
+        return (output.loss, (output.loss, *output.features)) if return_outputs else output.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with the mean accuracy of the batches that `loss` stands for."""
+        if "loss" in logs and self._accuracies:
+            logs["accuracy"] = float(torch.stack(self._accuracies).mean())
+            self._accuracies.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _contrasted(self, *features: Tensor) -> _Contrasted:
+        output = self.contrast(self.towers.model, *features)
+        loss = output if isinstance(output, Tensor) else output.loss
+        return _Contrasted(loss, getattr(output, "accuracy", None), features)
+
+
+def image_and_text(
+    model: Any, inputs: Mapping[str, Any]
+) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+    """The two towers of a model with `get_image_features` and `get_text_features`.
+
+    `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel` and others have them. What is in the
+    batch goes to the method that has an argument of this name.
+
+    Raises:
+        TypeError: the model has no such methods.
+        ValueError: something in the batch belongs to neither.
+    """
+    if not all(hasattr(model, name) for name in _METHODS):
+        raise TypeError(
+            f"model: expected {' and '.join(_METHODS)}, got {type(model).__name__} without; pass "
+            "towers=function, which returns one (encoder, inputs) for each tower, such as "
+            'lambda model, batch: [(model.image, batch["images"]), (model.text, batch["texts"])]'
+        )
+    methods = [getattr(model, name) for name in _METHODS]
+    names = [list(inspect.signature(method).parameters) for method in methods]
+    # `return_loss` is for the model's own forward, which nothing here calls.
+    unknown = sorted(inputs.keys() - {*chain.from_iterable(names)} - {"return_loss"})
+    if unknown:
+        raise ValueError(
+            f"batch: expected arguments of {' and '.join(_METHODS)}, got {', '.join(unknown)}; "
+            "leave it out in the data collator, or pass towers=function"
+        )
+    return [
+        (method, {name: inputs[name] for name in wanted if name in inputs})
+        for method, wanted in zip(methods, names, strict=True)
+    ]
+
+
+def loss_of_model(model: Any, image_features: Tensor, text_features: Tensor) -> Any:
+    """The loss that the model itself computes over a batch: with a `logit_bias` that of SigLIP.
+
+    The scale is exp(model.logit_scale), as transformers has it, and is not held below a bound.
+
+    Args:
+        model: has the parameter `logit_scale`.
+        image_features, text_features: (B, D), not normalised.
+    """
+    if not hasattr(model, "logit_scale"):
+        raise TypeError(
+            f"model: expected a parameter logit_scale, got {type(model).__name__} without; pass "
+            "loss=function, such as lambda model, *features: model.loss(*features)"
+        )
+    scale = model.logit_scale.exp()
+    if hasattr(model, "logit_bias"):
+        return _SIGLIP(image_features, text_features, scale, model.logit_bias)
+    return _CLIP(image_features, text_features, scale)
+
+
+class _Contrasted(NamedTuple):
+    loss: Tensor
+    accuracy: Tensor | None
+    features: tuple[Any, ...]
+
+
+class _Towers(nn.Module):
+    """A model whose towers are called by number."""
+
+    def __init__(self, model: nn.Module, split: Towers) -> None:
+        super().__init__()
+        self.model, self.split = model, split
+        self.encoders: list[Callable[..., Any]] = []
+
+    def inputs_of(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Any]:
+        """What each tower of the model gets of a batch."""
+        self.model = model
+        pairs = self.split(model, batch)
+        self.encoders = [encoder for encoder, _ in pairs]
+        return [inputs for _, inputs in pairs]
+
+    def forward(self, tower: int, inputs: Any) -> Any:
+        return call_encoder(self.encoders[tower], inputs)
+
+
+class _OnceAStep(AllReduceStrategy):
+    """Reduces gradients in the last of the batches that accumulate."""
+
+    def __init__(self, accelerator: Any) -> None:
+        super().__init__()
+        self.accelerator = accelerator
+
+    @contextmanager
+    def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        with super().stepping(modules) if self.accelerator.sync_gradients else nullcontext():
+            yield
+
+
+def _prepared(prepare_model: Callable[..., Any], model: nn.Module, **options: Any) -> Any:
+    """The model on its device with the weights of the first process, without a wrapper.
+
+    DistributedDataParallel would wait for a backward through `logit_scale` in every replay, and
+    keep a second copy of all gradients.
+    """
+    prepared = prepare_model(model, **{**options, "evaluation_mode": True})
+    if not options.get("evaluation_mode") and dist.is_initialized():
+        with torch.no_grad():
+            for tensor in chain(prepared.parameters(), prepared.buffers()):
+                dist.broadcast(tensor, src=0)
+    return prepared
+
+
+def _refuse_settings(trainer: Any) -> None:
+    """Raise for settings that would leave gradients wrong, or have no effect."""
+    args, engine = trainer.args, trainer.accelerator.distributed_type.value
+    for refused, message in (
+        (
+            engine != "NO" and not engine.startswith("MULTI_"),
+            f"distributed_type: expected one process, or data parallelism over several, got "
+            f"{engine}; leave fsdp and deepspeed out. Sharded training is `gradcache-clip launch "
+            "--engine`, or GradCache with FSDPStrategy or DeepSpeedStrategy in a loop of your own",
+        ),
+        (
+            trainer.is_distributed_loading_by_transformers or args.parallelism_config is not None,
+            "model: expected whole weights on every process, got distributed_config or "
+            "parallelism_config; leave them out",
+        ),
+        (
+            args.n_gpu > 1,
+            f"n_gpu: expected one GPU for each process, got {args.n_gpu}; start with torchrun "
+            "--nproc-per-node, or set CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            args.torch_compile,
+            "torch_compile: expected False, for a wrapper around the model is not what runs, got "
+            "True; compile its parts in place, such as model.vision_model.compile()",
+        ),
+        (
+            str(args.optim).lower().endswith("lomo"),
+            f"optim: expected an optimizer that steps after the backward, got {args.optim}; take "
+            "another, such as adamw_torch",
+        ),
+        (
+            args.label_smoothing_factor != 0,
+            f"label_smoothing_factor: expected 0, got {args.label_smoothing_factor}; pass "
+            "loss=lambda model, *features: smoothed(*features, model.logit_scale.exp()) with "
+            "smoothed = ClipLoss(label_smoothing=...)",
+        ),
+        (
+            trainer.compute_loss_func is not None,
+            "compute_loss_func: expected None, got a function; pass loss=, a function of the model "
+            "and its features",
+        ),
+    ):
+        if refused:
+            raise ValueError(message)
+
+
+def _refuse_loss_outside(loss: Any) -> None:
+    if isinstance(loss, nn.Module):
+        raise TypeError(
+            f"loss: expected a function of model and features, got {type(loss).__name__}, whose "
+            "parameters the optimizer would not find; make it a part of the model and pass "
+            "loss=lambda model, *features: model.loss(*features)"
+        )
+
+
+def _refuse_a_single_pair(trainer: Any) -> None:
+    """A softmax over one pair is no loss; better said now than at the end of the first epoch."""
+    args, evaluated = trainer.args, trainer.eval_dataset
+    several = evaluated if isinstance(evaluated, Mapping) else {"eval_dataset": evaluated}
+    sizes = [("train_dataset", trainer.train_dataset, args.train_batch_size)]
+    sizes += [(name, dataset, args.eval_batch_size) for name, dataset in several.items()]
+    for name, dataset, size in sizes:
+        alone = has_length(dataset) and args.world_size == 1 and len(dataset) % size == 1
+        if alone and not args.dataloader_drop_last:
+            raise ValueError(
+                f"{name}: expected batches of two pairs or more, got {len(dataset)} pairs in "
+                f"batches of {size}, whose last is a single pair without negatives; set "
+                "dataloader_drop_last=True, or another batch size"
+            )

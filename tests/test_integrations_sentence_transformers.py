@@ -1,0 +1,293 @@
+"""The loss for sentence-transformers' trainer beside the library's own, cached and not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from losses_over_ranks import Place
+from one_shot import gradient_errors, worst
+from rank_processes import Check, failures
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+pytest.importorskip("sentence_transformers")
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses as theirs
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.util import dot_score
+from tiny_sentences import columns, tiny_model
+
+from gradcache_clip.integrations.sentence_transformers import CachedMultipleNegativesRankingLoss
+
+ROWS = 11
+BOTH_WAYS: dict[str, Any] = {
+    "directions": ("query_to_doc", "doc_to_query"),
+    "partition_mode": "per_direction",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny_sentences")
+
+
+def tokenized(model: Any, count: int = 2, rows: int = ROWS) -> list[dict[str, Tensor]]:
+    return [model.preprocess(texts) for texts in columns(rows, count).values()]
+
+
+def gradients(loss: Any, features: list[dict[str, Tensor]], factor: float = 1.0) -> Tensor:
+    """Fill `.grad`; the loss."""
+    value = loss([dict(each) for each in features], torch.empty(0))
+    (factor * value).backward()
+    return value.detach()
+
+
+def worst_error(model: nn.Module, truth: nn.Module) -> tuple[str, float]:
+    """A key bias moves no softmax: its gradient is zero but for rounding, which has no error."""
+    for name, parameter in model.named_parameters():
+        assert not name.endswith("key.bias") or parameter.grad.abs().max() < 1e-7
+    errors = gradient_errors([model], [truth]).items()
+    return worst({name: error for name, error in errors if not name.endswith("key.bias")})
+
+
+@pytest.mark.parametrize("count", [2, 3, 4], ids=["pairs", "triplets", "two negatives"])
+@pytest.mark.parametrize("options", [{}, BOTH_WAYS], ids=["one way", "both ways"])
+@pytest.mark.parametrize("mini_batch_size", [3, 100])
+def test_gradients_are_those_of_the_library(
+    folder: Path, count: int, options: dict[str, Any], mini_batch_size: int
+) -> None:
+    """Of its loss without caching, in fp64; and its cached loss agrees."""
+    ours, plain, cached = (tiny_model(folder).double() for _ in range(3))
+    features = tokenized(ours, count)
+    mine = CachedMultipleNegativesRankingLoss(ours, mini_batch_size=mini_batch_size, **options)
+    got = gradients(mine, features, 0.25)
+    expected = gradients(theirs.MultipleNegativesRankingLoss(plain, **options), features, 0.25)
+    loss = theirs.CachedMultipleNegativesRankingLoss(cached, mini_batch_size=3, **options)
+    gradients(loss, features, 0.25)
+    torch.testing.assert_close(got, expected)
+    assert worst_error(ours, plain)[1] < 1e-10
+    assert worst_error(cached, plain)[1] < 1e-10
+
+
+def test_in_single_precision(folder: Path) -> None:
+    ours, plain = tiny_model(folder), tiny_model(folder)
+    features = tokenized(ours)
+    gradients(CachedMultipleNegativesRankingLoss(ours, mini_batch_size=4), features)
+    gradients(theirs.MultipleNegativesRankingLoss(plain), features)
+    assert worst_error(ours, plain)[1] < 1e-5
+
+
+def test_a_learned_scale_gets_the_gradient_of_the_loss_times_any_factor(folder: Path) -> None:
+    """In the library's cached loss the factor does not reach a scale that is learned."""
+    ours, plain, cached = (tiny_model(folder).double() for _ in range(3))
+    features = tokenized(ours)
+    mine = CachedMultipleNegativesRankingLoss(ours, 5.0, mini_batch_size=4, learnable_scale=True)
+    gradients(mine.double(), features, 0.25)
+    (log_scale,) = (p for name, p in mine.named_parameters() if name.startswith("contrast"))
+    scales = [nn.Parameter(log_scale.detach().exp()) for _ in range(2)]
+    gradients(theirs.MultipleNegativesRankingLoss(plain, scales[0]), features, 0.25)
+    loss = theirs.CachedMultipleNegativesRankingLoss(cached, scales[1], mini_batch_size=4)
+    gradients(loss, features, 0.25)
+    truth = scales[0].grad
+    assert log_scale.grad.item() == pytest.approx((truth * scales[0]).item(), rel=1e-10)
+    assert scales[1].grad.item() == pytest.approx(4 * truth.item(), rel=1e-10)
+    assert worst_error(ours, plain)[1] < 1e-10
+
+
+def test_a_fixed_scale_is_no_parameter_that_trains(folder: Path) -> None:
+    loss = CachedMultipleNegativesRankingLoss(tiny_model(folder), 14.2857)
+    assert loss.scale == 14.2857 and loss.temperature == pytest.approx(1 / 14.2857)
+    trained = [name for name, p in loss.named_parameters() if p.requires_grad]
+    assert all(name.startswith("model.") for name in trained)
+
+
+def test_dropout_is_replayed(folder: Path) -> None:
+    """With room for all graphs nothing is replayed: that is one graph over the same chunks."""
+    found = []
+    for memory_budget in (None, 10**9):
+        model = tiny_model(folder, dropout=0.3).double().train()
+        features = tokenized(model)
+        torch.manual_seed(1)
+        loss = CachedMultipleNegativesRankingLoss(
+            model, mini_batch_size=4, memory_budget=memory_budget
+        )
+        found.append((gradients(loss, features), model))
+    (one, replayed), (other, kept) = found
+    torch.testing.assert_close(one, other)
+    assert worst_error(replayed, kept)[1] < 1e-10
+
+
+def widths(model: Any) -> list[tuple[int, ...]]:
+    """Shapes of what the transformer is given from here on."""
+    seen: list[tuple[int, ...]] = []
+    model[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]["input_ids"].shape))
+    return seen
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_rows_of_similar_length_share_a_chunk(folder: Path, count: int) -> None:
+    ours, cached = tiny_model(folder), tiny_model(folder)
+    features = tokenized(ours, count, 64)
+    tokens = sum(int(each["attention_mask"].sum()) for each in features)
+    mine, their = widths(ours), widths(cached)
+    gradients(CachedMultipleNegativesRankingLoss(ours, mini_batch_size=8), features)
+    loss = theirs.CachedMultipleNegativesRankingLoss(cached, mini_batch_size=8)
+    gradients(loss, features)
+    # One pass over all chunks, and a replay of all but the last, whose graph was kept.
+    assert len(mine) == 2 * 8 * count - 1
+    embedded = [sum(rows * width for rows, width in seen) / 2 for seen in (mine, their)]
+    assert embedded[0] < 1.2 * tokens < embedded[1]
+
+
+def test_a_chunk_may_be_measured_in_tokens(folder: Path) -> None:
+    ours, plain = tiny_model(folder).double(), tiny_model(folder).double()
+    features, seen = tokenized(ours, rows=40), widths(ours)
+    gradients(CachedMultipleNegativesRankingLoss(ours, mini_batch_num_tokens=100), features)
+    gradients(theirs.MultipleNegativesRankingLoss(plain), features)
+    assert max(rows * width for rows, width in seen) <= 100 and len(seen) > 8
+    assert worst_error(ours, plain)[1] < 1e-10
+
+
+def test_rows_padded_on_the_left_stay_in_their_order(folder: Path) -> None:
+    ours, plain = (tiny_model(folder, padding_side="left").double() for _ in range(2))
+    features = tokenized(ours)
+    assert not features[1]["attention_mask"][:, 0].all()
+    gradients(CachedMultipleNegativesRankingLoss(ours, mini_batch_size=4), features)
+    gradients(theirs.MultipleNegativesRankingLoss(plain), features)
+    assert worst_error(ours, plain)[1] < 1e-10
+
+
+def test_columns_that_differ_are_embedded_one_by_one(folder: Path) -> None:
+    ours, plain = tiny_model(folder).double(), tiny_model(folder).double()
+    features = tokenized(ours)
+    features[0]["prompt_length"] = 1
+    gradients(CachedMultipleNegativesRankingLoss(ours, mini_batch_size=4), features)
+    gradients(theirs.MultipleNegativesRankingLoss(plain), features)
+    assert worst_error(ours, plain)[1] < 1e-10
+
+
+def test_what_it_refuses(folder: Path) -> None:
+    model = tiny_model(folder)
+    build = partial(CachedMultipleNegativesRankingLoss, model)
+    with pytest.raises(ValueError, match="similarity_fct: expected .*cos_sim, got dot_score"):
+        build(similarity_fct=dot_score)
+    with pytest.raises(ValueError, match=r"directions: .* got \('query_to_doc', 'doc_to_query'\)"):
+        build(directions=("query_to_doc", "doc_to_query"))
+    with pytest.raises(ValueError, match="directions: expected .*use sentence-transformers' own"):
+        build(directions=("query_to_doc", "query_to_query"))
+    with pytest.raises(ValueError, match="partition_mode: expected .* got 'both'"):
+        build(partition_mode="both")
+    with pytest.raises(ValueError, match="init_logit_scale: expected 0 <"):
+        build(scale=0.0)
+    with pytest.raises(ValueError, match="chunk_size: expected a positive integer"):
+        build(mini_batch_size=0)(tokenized(model))
+    with pytest.raises(ValueError, match="at least 2 columns, anchors and positives, got 1"):
+        build()(tokenized(model)[:1])
+    flattened = [{"cu_seq_lens_q": torch.tensor([0, 3])}] * 2
+    with pytest.raises(ValueError, match=r"flattened ones.*unpad_inputs = False"):
+        build()(flattened)
+    with pytest.raises(ValueError, match="one process for each GPU, got DataParallel"):
+        wrapped(build(), nn.DataParallel(model))(tokenized(model))
+    with pytest.raises(TypeError, match="got one inside another, such as MatryoshkaLoss"):
+        theirs.MatryoshkaLoss(model, build(), [32, 16])
+
+
+def wrapped(loss: Any, model: nn.Module) -> Any:
+    """As the trainer does it once the model is prepared."""
+    loss.model = model
+    return loss
+
+
+def test_a_static_embedding_is_refused(folder: Path) -> None:
+    tokenizer = tiny_model(folder).tokenizer.backend_tokenizer
+    static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)])
+    with pytest.raises(ValueError, match="model: .* got a StaticEmbedding"):
+        CachedMultipleNegativesRankingLoss(static)
+
+
+def share_of(place: Place, features: dict[str, Any]) -> dict[str, Any]:
+    """This process's rows of a column."""
+    rows = {name: each for name, each in features.items() if isinstance(each, Tensor)}
+    return {**features, **place.share(rows)}
+
+
+def over_ranks(folder: Path, options: dict[str, Any], unused: bool) -> None:
+    """A wrapped model on every rank, as in one process over the whole batch."""
+    place = Place.in_group(None)
+    ours, their, alone = (tiny_model(folder).double() for _ in range(3))
+    if not unused:
+        # Of the pooler, which mean pooling does not use, DDP would wait for the gradient.
+        for model in (ours, their):
+            model[0].auto_model.pooler.requires_grad_(False)
+    whole = tokenized(ours, 3, 6 * place.world)
+    share = [share_of(place, features) for features in whole]
+    settings = {"mini_batch_size": 4, "gather_across_devices": True, **options}
+    losses = []
+    for loss_class, model in (
+        (CachedMultipleNegativesRankingLoss, ours),
+        (theirs.CachedMultipleNegativesRankingLoss, their),
+    ):
+        ddp = DistributedDataParallel(model, find_unused_parameters=unused)
+        losses.append(gradients(wrapped(loss_class(model, **settings), ddp), share, 2.0))
+    value = gradients(theirs.MultipleNegativesRankingLoss(alone, **options), whole, 2.0)
+    mean = losses[1].clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(losses[0], value)
+    torch.testing.assert_close(mean / place.world, value)
+    for model in (ours, their):
+        name, error = worst_error(model, alone)
+        assert error < 1e-9, f"{name}: {error:.1e}"
+
+
+def refusals(folder: Path) -> None:
+    model = tiny_model(folder)
+    features = tokenized(model)
+    with pytest.raises(ValueError, match="gather_across_devices: expected True on 2 processes"):
+        CachedMultipleNegativesRankingLoss(model)(features)
+    with pytest.raises(ValueError, match="model: expected DistributedDataParallel on 2 processes"):
+        CachedMultipleNegativesRankingLoss(model, gather_across_devices=True)(features)
+
+
+def evaluation(folder: Path) -> None:
+    """Without gradients no wrapper is asked for."""
+    place, model = Place.in_group(None), tiny_model(folder)
+    whole = tokenized(model, 2, 6 * place.world)
+    share = [share_of(place, features) for features in whole]
+    loss = CachedMultipleNegativesRankingLoss(model, gather_across_devices=True)
+    with torch.no_grad():
+        expected = theirs.MultipleNegativesRankingLoss(model)(whole, torch.empty(0))
+        torch.testing.assert_close(loss(share), expected)
+
+
+def in_two(folder: Path) -> Iterator[tuple[str, Check]]:
+    for name, options in (("one way", {}), ("both ways", BOTH_WAYS)):
+        for unused in (True, False):
+            check = partial(over_ranks, folder, options, unused)
+            yield f"{name}, find_unused_parameters={unused}", check
+    yield "refusals", partial(refusals, folder)
+    yield "evaluation", partial(evaluation, folder)
+
+
+class InTwo:
+    """The checks over the saved model, which a process receives by pickle."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self) -> Iterator[tuple[str, Check]]:
+        return in_two(self.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_in_two_processes(folder: Path, tmp_path: Path) -> None:
+    tiny_model(folder)
+    found = failures(InTwo(folder), 2, tmp_path)
+    assert not found, "\n".join(found)

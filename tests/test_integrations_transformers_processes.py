@@ -1,0 +1,91 @@
+"""`GradCacheTrainer` in two processes beside one that has the batches of both."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from strategy_processes import result_of, run_cases
+from tiny_trainer import BATCH, STEPS, FirstGradients, clip, pairs, trainer
+
+from gradcache_clip.distributed import strategy_all_reduce
+from gradcache_clip.integrations.transformers import GradCacheTrainer
+
+
+def on_each_rank(folder: Path, accumulated: int) -> dict[str, Any]:
+    """Half of every batch; the weights of rank 1 start out wrong."""
+    # All ranks are on this machine, which a launcher would say.
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
+    model, counted = clip(torch.float64), count_reductions()
+    if dist.get_rank() == 1:
+        for parameter in model.parameters():
+            parameter.data.add_(0.5)
+    data = pairs(torch.float64, BATCH * STEPS * accumulated)
+    seen = FirstGradients()
+    ours = trainer(
+        GradCacheTrainer,
+        model,
+        folder,
+        data,
+        chunk_size=4,
+        per_device_train_batch_size=BATCH // 2,
+        per_device_eval_batch_size=BATCH // 2,
+        gradient_accumulation_steps=accumulated,
+        eval_dataset=data,
+        ddp_backend="gloo",
+        callbacks=[seen],
+    )
+    ours.train()
+    return {
+        "kind": ours.accelerator.distributed_type.value,
+        "reductions": len(counted),
+        "weights": {name: value.tolist() for name, value in model.state_dict().items()},
+        "gradient": {name: value.norm().item() for name, value in seen.gradients.items()},
+        "eval_loss": ours.evaluate()["eval_loss"],
+    }
+
+
+def count_reductions() -> list[int]:
+    """Numbers of parameters in each bucket that is reduced from here on."""
+    counted, average = [], strategy_all_reduce._average
+
+    def counting(bucket):
+        counted.append(len(bucket))
+        average(bucket)
+
+    strategy_all_reduce._average = counting
+    return counted
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_equal_one(tmp_path: Path):
+    cases = {
+        f"accumulated-{n}": functools.partial(on_each_rank, tmp_path / "out", n) for n in (1, 2)
+    }
+    results = run_cases(cases, 2, tmp_path)
+    for accumulated in (1, 2):
+        found = result_of(results, f"accumulated-{accumulated}")
+        assert (found["kind"], found["reductions"]) == ("MULTI_CPU", STEPS)
+        data, model = pairs(torch.float64, BATCH * STEPS * accumulated), clip(torch.float64)
+        alone = trainer(
+            GradCacheTrainer,
+            model,
+            tmp_path,
+            data,
+            chunk_size=4,
+            gradient_accumulation_steps=accumulated,
+            per_device_eval_batch_size=BATCH,
+            eval_dataset=data,
+        )
+        alone.train()
+        for name, expected in model.state_dict().items():
+            got = torch.tensor(found["weights"][name], dtype=expected.dtype)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6, msg=name)
+        assert math.isclose(found["eval_loss"], alone.evaluate()["eval_loss"], rel_tol=1e-5)
