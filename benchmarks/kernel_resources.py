@@ -4,22 +4,26 @@
 
 Prints, for each architecture, dtype, variant and kernel of the softmax family: registers a thread,
 bytes spilled, shared memory a block and its limit, the matrix instructions found, and how many
-blocks fit a multiprocessor.
+blocks fit a multiprocessor. `--results FOLDER` writes kernel_resources.csv there; `--json` prints
+one list and no table.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from fresh_process import provenance
 from machine_code import compile_kernel
 from rich.console import Console
 from rich.progress import track
@@ -206,6 +210,7 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON list, no table")
+    parser.add_argument("--results", type=Path, help="folder for kernel_resources.csv (none)")
     options = parser.parse_args()
     todo = [
         case
@@ -218,6 +223,26 @@ def main() -> None:
             return
         measured = list(track(pool.map(measure, todo), "compiling", total=len(todo)))
     Console(width=140).print(_table(measured))
+    if options.results:
+        options.results.mkdir(parents=True, exist_ok=True)
+        print(_write(measured, options.results / "kernel_resources.csv"))
+
+
+def _write(measured: list[Resources], path: Path) -> Path:
+    """One line a kernel, with where it comes from."""
+    origin = {"triton": triton.__version__, **provenance()}
+    rows = [{**_flat(each), **origin} for each in measured]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _flat(each: Resources) -> dict[str, Any]:
+    row = asdict(each)
+    case = row.pop("case")
+    return {**case, **row, "matrix_instructions": " ".join(each.matrix_instructions)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Memory of a training step on named GPUs against the batch size, predicted: no GPU is used.
 
     python benchmarks/memory_predicted.py            # ViT-B/16 + BERT-base, 32 to 1,048,576 pairs
-    python benchmarks/memory_predicted.py --quick    # small models and one card, a few seconds
+    python benchmarks/memory_predicted.py --quick    # small models and one card, half a minute
     python benchmarks/memory_predicted.py --cards "RTX 3090" 24GB "H100 SXM" --chunk-size 128
 
 `gradcache_clip.plan` traces both models on the meta device and plays the steps through: a plain
@@ -67,9 +67,7 @@ def _predict(options: argparse.Namespace) -> list[Predicted]:
     )
     asked = [(card, place) for card in options.cards for place in ("device", "host")]
     rows: list[Predicted] = []
-    for card, place in track(
-        asked, "planning", console=Console(stderr=True), transient=True
-    ):
+    for card, place in track(asked, "planning", console=Console(stderr=True), transient=True):
         found = gradcache_clip.plan(options.image, options.text, card, replace(given, inputs=place))
         rows += _rows_of(found, options.largest)
     batches = sorted({row.batch_size for row in rows})
@@ -146,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chunk-size", type=int, default=64, help="pairs of a chunk (64)")
     add("--largest", type=int, default=2**20, help="largest batch size (1048576)")
     add("--results", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    add("--quick", action="store_true", help="small models and one card, a few seconds")
+    add("--quick", action="store_true", help="small models and one card, half a minute")
     return parser
 
 

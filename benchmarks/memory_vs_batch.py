@@ -1,7 +1,7 @@
 """Peak memory and time of a training step against the batch size, for each way to train.
 
     python benchmarks/memory_vs_batch.py            # 32 to 65,536 pairs; 40 minutes on two cores
-    python benchmarks/memory_vs_batch.py --quick    # two batch sizes; under a minute
+    python benchmarks/memory_vs_batch.py --quick    # two batch sizes; under two minutes
     python benchmarks/memory_vs_batch.py --redraw   # the tables and picture of the last CSV
     python benchmarks/memory_vs_batch.py --methods plain cached --smallest 64 --largest 4096 \\
         --plain-up-to 2048
@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=1800.0, help="seconds until a process is ended (1800)")
     add("--threads", type=int, help="threads of a step (as torch chooses)")
     add("--results", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    add("--quick", action="store_true", help="two batch sizes, under a minute")
+    add("--quick", action="store_true", help="two batch sizes, under two minutes")
     add("--fresh", action="store_true", help="measure again what the CSV has already")
     add("--redraw", action="store_true", help="measure nothing; show the CSV of --results again")
     return parser

@@ -1,6 +1,6 @@
 """What large batches buy: held-out retrieval against the number of pairs that compete.
 
-    python benchmarks/negatives.py           # two data sets, 24 runs; about 20 minutes on two cores
+    python benchmarks/negatives.py           # two data sets, 24 runs; half an hour on two cores
     python benchmarks/negatives.py --quick   # drawn characters, no download; under a minute
     python benchmarks/negatives.py --redraw  # the table and picture of the last CSV
 

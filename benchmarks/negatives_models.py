@@ -27,7 +27,7 @@ class BagOfWords(nn.Module):
 
 
 class SmallConvNet(nn.Module):
-    """Three convolutions of stride two over uint8 images; no batch norm, so chunks do not matter."""
+    """Three convolutions of stride two over uint8 images; no batch norm, so chunks matter not."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
         super().__init__()

@@ -121,7 +121,7 @@ def _label_axes(axes: Axes, panel: Panel, experiment: Experiment) -> None:
     axes.minorticks_off()
     axes.set_xlim(blocks[0] / 1.4, blocks[-1] * 1.4)
     top = max(each.mean(way) + each.deviation(way) for each in panel for way in _COLORS)
-    axes.set_ylim(0, 118 * top)
+    axes.set_ylim(0, min(118 * top, 103))
     axes.set_ylabel("right at the first place (R@1), %")
     axes.set_xlabel("pairs that compete in one softmax")
     axes.set_title(f"{experiment.title}: {experiment.held_out}\n{finding(panel)}", **_panel_title())

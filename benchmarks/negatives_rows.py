@@ -137,7 +137,7 @@ def results_table(found: Sequence[Summary], title: str, sides: tuple[str, str]) 
         table.add_row(*_cells(each))
     one = found[0].first
     chances = (one.forward_chance, one.backward_chance)
-    table.add_row("chance", "", *(f"{100 * chance:.1f}" for chance in chances))
+    table.add_row("chance", "", *(f"{100 * chance:.2g}" for chance in chances))
     return table
 
 

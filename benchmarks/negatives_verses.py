@@ -75,7 +75,10 @@ def module_keys(found: Mapping[str, Mapping[str, str]], sword: Path) -> list[str
 
 def _read(bible: Any) -> Iterator[tuple[tuple[str, int, int], str]]:
     """Place and text of every verse; a place that this Bible leaves out has none."""
-    for book in (*bible.get_structure().get_books()["ot"], *bible.get_structure().get_books()["nt"]):
+    for book in (
+        *bible.get_structure().get_books()["ot"],
+        *bible.get_structure().get_books()["nt"],
+    ):
         for chapter, verses in enumerate(book.chapter_lengths, start=1):
             for verse in range(1, verses + 1):
                 text = bible.get(books=[book.name], chapters=[chapter], verses=[verse])

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fresh_process import provenance
 from memory_rows import bytes_text
 from rich.box import SIMPLE
 from rich.console import Console
@@ -151,6 +152,9 @@ def _row(given: Setting, options: argparse.Namespace) -> dict[str, float | int |
     return {
         **asdict(given),
         **asdict(found),
+        "encoder_gflops": options.encoder_gflops,
+        "tflops": options.tflops,
+        "gigabytes_per_s": options.gigabytes_per_s,
         "compute_ms": 1e3 * compute,
         "exchange_ms": 1e3 * exchange,
         "exchange_share": exchange / (exchange + compute),
@@ -197,10 +201,11 @@ def _cells(row: dict[str, float | int | str]) -> list[str]:
 
 
 def _write(rows: list[dict[str, float | int | str]], path: Path) -> None:
+    origin = provenance()
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, [*rows[0], *origin], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({**row, **origin} for row in rows)
 
 
 def _draw(rows: list[dict[str, float | int | str]], stem: Path) -> list[Path]:

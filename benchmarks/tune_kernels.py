@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from fresh_process import provenance
 from rich.console import Console
 from rich.table import Table
 
@@ -135,11 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(rows[-1])
     options.results.mkdir(parents=True, exist_ok=True)
     with (options.results / "tune_kernels.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["gpu", "dtype", "batch", "width", *asdict(rows[0])])
-        writer.writeheader()
         where = {"gpu": torch.cuda.get_device_name(), "dtype": options.dtype}
         where |= {"batch": options.batch, "width": options.width}
-        writer.writerows({**where, **asdict(row)} for row in rows)
+        origin = provenance()
+        writer = csv.DictWriter(file, [*where, *asdict(rows[0]), *origin])
+        writer.writeheader()
+        writer.writerows({**where, **asdict(row), **origin} for row in rows)
     show(rows, console)
     return 0
 

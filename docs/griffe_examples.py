@@ -1,4 +1,4 @@
-"""Reads `Example:` of a docstring as the section that Griffe calls `Examples:`, code and not text."""
+"""Reads `Example:` of a docstring as the section that Griffe calls `Examples:`: code, not text."""
 
 from __future__ import annotations
 

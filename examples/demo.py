@@ -8,10 +8,11 @@ the chunk. Then draws both and prints a table.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -54,7 +55,7 @@ def main() -> int:
         status = train(shards, folder, negatives, options.overrides, console)
         if status:
             return status
-    report(cached, accumulated, console)
+    report(cached, accumulated, console, options.results)
     return 0
 
 
@@ -63,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", choices=MAKERS, default="emoji")
     parser.add_argument("--output", type=Path, help="runs/demo, or runs/demo-glyphs for glyphs")
     parser.add_argument("--fresh", action="store_true", help="remove an earlier demo run first")
+    parser.add_argument("--results", type=Path, help="folder for demo.json, the table as figures")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     return parser.parse_args()
 
@@ -92,7 +94,7 @@ def train(
     return subprocess.call([*command, *settings, *resume])
 
 
-def report(cached: Path, accumulated: Path, console: Console) -> None:
+def report(cached: Path, accumulated: Path, console: Console, results: Path | None = None) -> None:
     runs = [existing_run(path) for path in (cached, accumulated)]
     curves = [run_curve(run, config) for run, config in runs]
     picture = draw_curves(curves, cached / "pictures" / "curves.png")
@@ -109,6 +111,20 @@ def report(cached: Path, accumulated: Path, console: Console) -> None:
     )
     (cached / "table.md").write_text(to_markdown(figures), encoding="utf-8")
     console.print(f"Pictures: {picture.parent}    table: {cached / 'table.md'}")
+    if results is not None:
+        console.print(f"Figures: {save(figures, results)}")
+
+
+def save(figures: list[RunFigures], results: Path) -> Path:
+    """Write demo.json, which benchmarks/report.py reads, with machine, versions and commit."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    from fresh_process import provenance
+
+    record = {"origin": provenance(), "figures": [asdict(each) for each in figures]}
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / "demo.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def column(

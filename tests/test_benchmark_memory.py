@@ -1,4 +1,4 @@
-"""Memory against the batch size: what is counted, run, taken over, written and drawn."""
+"""Memory against the batch size: what is run, taken over, written and drawn."""
 
 from __future__ import annotations
 
@@ -14,26 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT / "benchmarks"))
 
 import memory_axes  # noqa: E402
 import memory_methods  # noqa: E402
-import memory_predicted  # noqa: E402
 import memory_vs_batch  # noqa: E402
-from engine_models import Workload  # noqa: E402
 from fresh_process import Limits, Outcome, provenance  # noqa: E402
 from memory_axes import spread  # noqa: E402
-from memory_count import _held, count_pair_flops, count_step  # noqa: E402
+from memory_count import count_pair_flops  # noqa: E402
 from memory_methods import METHODS, step_flops  # noqa: E402
-from memory_models import FEATURES, SIZES, build_encoders, make_inputs  # noqa: E402
+from memory_models import SIZES  # noqa: E402
 from memory_plot import draw, finding  # noqa: E402
-from memory_points import make_steps  # noqa: E402
 from memory_rows import (  # noqa: E402
     Row,
     bytes_text,
@@ -44,97 +39,10 @@ from memory_rows import (  # noqa: E402
 )
 from rich.console import Console  # noqa: E402
 
-from gradcache_clip.memory import LiveBytes  # noqa: E402
-
 _GIB, _MLP = 2**30, SIZES["mlp"]
-_BATCH, _CHUNK = 24, 4
 
 
-def _work(method: str) -> Workload:
-    torch.manual_seed(0)
-    encoders = build_encoders(_MLP, checkpointed=METHODS[method].checkpointed)
-    return Workload(encoders, make_inputs(_MLP, _BATCH))
-
-
-def _gradients(method: str) -> list[torch.Tensor]:
-    work = _work(method)
-    METHODS[method].make(work, _CHUNK)()
-    return [p.grad for encoder in work.encoders for p in encoder.parameters()]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_the_gradients_of_the_plain_step(method):
-    for got, expected in zip(_gradients(method), _gradients("plain"), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_moves_the_weights_and_leaves_no_gradients(method, monkeypatch):
-    built = []
-    monkeypatch.setattr(
-        "memory_points.build_encoders",
-        lambda *args, **options: built.append(build_encoders(*args, **options)) or built[-1],
-    )
-    (step,) = make_steps([method], _MLP, _BATCH, _CHUNK)
-    parameters = [p for encoder in built[0] for p in encoder.parameters()]
-    before = [p.detach().clone() for p in parameters]
-    step()
-    moved = [not torch.equal(p, old) for p, old in zip(parameters, before, strict=True)]
-    assert all(moved) and all(p.grad is None for p in parameters)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_counted_bytes_are_those_of_a_real_step(method):
-    chunk = _CHUNK if METHODS[method].chunked else _BATCH
-    work = _work(method)
-    step = METHODS[method].make(work, chunk)
-    held = _held(work.encoders, work.inputs)
-    live = LiveBytes(start=held)
-    with live:
-        step()
-    assert live.current_bytes >= live.start_bytes, "what is held lives to the end"
-    counted = count_step(method, _MLP, _BATCH, chunk)
-    # Of a cached step, the scale of the loss and its two states are counted as well.
-    assert counted.floor_bytes - live.start_bytes == (12 if method == "cached" else 0)
-    tolerance = 0.02 if method == "cached" else 1e-4
-    assert counted.peak_bytes == pytest.approx(live.peak_bytes, rel=tolerance)
-
-
-def test_what_must_live_is_counted_at_any_batch():
-    batch, matrix, features = 8192, 4 * 8192**2, 4 * 8192 * FEATURES
-    counted = {name: count_step(name, _MLP, batch, 64) for name in METHODS}
-    above = {name: found.peak_bytes - found.floor_bytes for name, found in counted.items()}
-    floor = counted["plain"].floor_bytes
-    assert {found.floor_bytes for found in counted.values()} == {floor, floor + 12}
-    for name in ("plain", "checkpointed", "accumulated", "published"):
-        assert above[name] > 2 * matrix
-    # Of both sides: features, unit features, and the gradients of each.
-    assert 4 * features < above["cached"] < 8.1 * features < matrix
-    assert above["checkpointed"] < above["plain"]
-
-
-@pytest.mark.parametrize("method", ["plain", "published", "accumulated"])
-def test_the_losses_of_a_step_are_estimated_as_they_are_counted(method):
-    def real(batch: int) -> float:
-        work = Workload(build_encoders(_MLP), make_inputs(_MLP, batch))
-        with FlopCounterMode(display=False) as flops:
-            METHODS[method].make(work, _CHUNK)()
-        return flops.get_total_flops()
-
-    def estimated(batch: int) -> float:
-        return step_flops(method, batch, _CHUNK, count_pair_flops(_MLP))
-
-    # What grows faster than the batch is the loss.
-    assert real(32) - 2 * real(16) == pytest.approx(estimated(32) - 2 * estimated(16), rel=1e-6)
-    # The first layers need no gradient of their inputs, so backwards are no more than two forwards.
-    assert 0.7 * estimated(32) < real(32) <= estimated(32)
-
-
-def test_operations_of_a_pair():
-    pixels, tokens = 3 * _MLP.image_size**2, _MLP.tokens
-    image = pixels * 256 + 256 * FEATURES
-    text = tokens * (64 * 64 + 64 * FEATURES)
-    assert count_pair_flops(_MLP) == 2 * (image + text)
+_OPTIONS = "--size mlp --smallest 8 --largest 100 --chunk-size 16 --cap-gib 0.1"
 
 
 def _rows() -> list[Row]:
@@ -248,9 +156,6 @@ def test_examples_in_docstrings(module):
     assert found.attempted and not found.failed
 
 
-_OPTIONS = "--size mlp --smallest 8 --largest 100 --chunk-size 16 --cap-gib 0.1"
-
-
 class _Machine:
     """Stands for the fresh processes: what they would return, and which were asked for."""
 
@@ -352,60 +257,6 @@ def test_methods_can_be_chosen(tmp_path, machine):
     assert not rows["published"] and {name for name, _ in machine.asked} == {"plain", "cached"}
     with pytest.raises(SystemExit):
         memory_vs_batch.main(["--methods", "unknown"])
-
-
-@pytest.fixture(scope="module")
-def predicted(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("predicted")
-    memory_predicted.main(["--quick", "--results", str(folder)])
-    return folder
-
-
-def _lines(folder: Path, method: str) -> list[dict[str, str]]:
-    with (folder / "memory_predicted.csv").open(newline="") as file:
-        return [line for line in csv.DictReader(file) if line["method"] == method]
-
-
-def test_predictions_are_those_of_the_planner(predicted):
-    from gradcache_clip import PlanOptions, plan
-
-    options = PlanOptions(batch_size=32768, chunk_size=64, image_size=32)
-    found = plan("convnext_atto", "bert-tiny", "RTX 4090", options)
-    cached = next(method for method in found.methods if method.name == "gradient caching")
-    lines = _lines(predicted, "cached")
-    got = [(int(line["batch_size"]), int(line["predicted_bytes"])) for line in lines]
-    assert got == list(cached.curve) and got[-1][0] == 65536
-    assert {int(line["largest_batch"]) for line in lines} == {cached.largest_batch}
-    assert {line["card"] for line in lines} == {"RTX 4090"} and lines[0]["commit"]
-
-
-def test_what_fits_is_what_lies_under_the_card(predicted):
-    largest = {}
-    for method in memory_predicted.METHODS:
-        for line in _lines(predicted, method):
-            if int(line["batch_size"]) <= int(line["largest_batch"]):
-                assert int(line["predicted_bytes"]) <= int(line["card_bytes"])
-        largest[method] = int(line["largest_batch"])
-    plain, checkpointed, accumulated, on_card, on_host = largest.values()
-    assert 0 < plain < checkpointed < on_card < on_host and accumulated < on_card
-
-
-def test_losses_alone_grow_with_the_batch_or_with_its_square(predicted):
-    matrix, tiles = (
-        [int(x["predicted_bytes"]) for x in _lines(predicted, name)]
-        for name in ("loss, B x B matrix", "loss, tiles")
-    )
-    assert matrix[-1] / matrix[-2] == pytest.approx(4, rel=0.05)
-    assert matrix[-1] > 2 * 4 * 65536**2
-    # Features and their gradients in bf16, and fp32 accumulators; all else is bounded.
-    assert 4 * 2 * 65536 * 512 < tiles[-1] < 2**30
-    assert tiles[-1] / tiles[-2] < 2.05
-
-
-def test_predicted_pictures_say_that_nothing_was_measured(predicted):
-    svg = (predicted / "memory_predicted.svg").read_text()
-    assert "Predicted, not measured: no GPU was used." in svg and "RTX 4090: 24.0 GiB" in svg
-    assert (predicted / "memory_predicted.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -1,0 +1,266 @@
+"""The sections of docs/benchmarks.md: for each benchmark its results in full, as Markdown.
+
+Each function takes the folder of the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loss_rows import read_origin, read_results
+from loss_run import TITLES
+from memory_rows import bytes_text
+from report_blocks import (
+    engine_error,
+    engine_image_text,
+    engine_lemma_gloss,
+    engine_overhead,
+    memory_table,
+    scaling_setting,
+)
+from report_loss import absent, contestants
+from report_tables import paragraph, read_csv, read_json, table
+
+if TYPE_CHECKING:
+    from negatives_rows import Summary
+
+FOLDER = "../benchmarks/results"
+"""Of the results, from the page."""
+_PREDICTED_LOSSES = {"loss, B x B matrix": "with the B x B matrix", "loss, tiles": "in tiles"}
+_PREDICTED_BATCHES = ("1024", "32768", "1048576")
+_LOSS_LEGEND = (
+    "Forward and backward with {threads} threads. Time: median of rounds in which all take turns, "
+    "and over ours with its lowest and highest ratio. Rate: operations over time (whatever a "
+    "contestant really does), over the rate of a matrix product in the same rounds. Memory: growth "
+    "of the peak over the inputs in a fresh process. Error: the worst of loss and gradients "
+    "against fp64, largest difference over largest entry. Bold: fastest, and least memory."
+)
+
+
+def memory(results: Path) -> str:
+    """Every batch size and every way to train."""
+    rows = read_csv(results, "memory_vs_batch.csv")
+    text = (
+        f"One training step of {rows[0]['encoders']}: how far the peak resident memory of a fresh "
+        "process rises. Of steps that were not run stands what their tensors would take, counted. "
+        "Time: gradient caching over the plain step, median ratio of steps that take turns."
+    )
+    return f"{paragraph(text)}\n\n{memory_table(rows)}"
+
+
+def predicted(results: Path) -> str:
+    """The largest batch of every way to train on every card, and the loss alone."""
+    rows = read_csv(results, "memory_predicted.csv")
+    cards = {row["card"]: int(row["card_bytes"]) for row in rows if row["card"]}
+    largest = {(row["method"], row["card"]): _largest_batch(row) for row in rows if row["card"]}
+    lines = [
+        [_planned(method), *(largest.get((method, card), "") for card in cards)]
+        for method in dict.fromkeys(method for method, _ in largest)
+    ]
+    head = ["", *(f"{card}, {bytes_text(held)}" for card, held in cards.items())]
+    text = (
+        f"Predicted from traces of the models, not measured: {rows[0]['setting']}. Largest batch:"
+    )
+    alone = "The loss alone, forward and backward, with the features and their gradients:"
+    return f"{paragraph(text)}\n\n{table(head, lines)}\n\n{alone}\n\n{_predicted_losses(rows)}"
+
+
+def _planned(method: str) -> str:
+    from memory_predicted_plot import METHODS
+
+    return METHODS[method].label.replace("\n", " ") if method in METHODS else method
+
+
+def _largest_batch(row: Mapping[str, str]) -> str:
+    batch = int(row["largest_batch"])
+    over = "over " if row["at_least"] == "True" else ""
+    return f"{over}{batch:,}" if batch else "none"
+
+
+def _predicted_losses(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows are batch sizes, columns the two ways to evaluate it."""
+    held = {(row["method"], row["batch_size"]): float(row["predicted_bytes"]) for row in rows}
+    batches = [each for each in _PREDICTED_BATCHES if ("loss, tiles", each) in held]
+    lines = [
+        [f"{int(each):,}", *(bytes_text(held[name, each]) for name in _PREDICTED_LOSSES)]
+        for each in batches
+    ]
+    return table(["pairs", *_PREDICTED_LOSSES.values()], lines, "rrr")
+
+
+def engine(results: Path) -> str:
+    """Both workloads, and what more memory buys."""
+    record = read_json(results, "engine.json")
+    tables = [engine_image_text(results)]
+    tables += [engine_lemma_gloss(results)] if "lemma-gloss" in record else []
+    text = paragraph(
+        "Memory: growth of the peak of a fresh process. Time: median ratio of steps that take "
+        f"turns. Every gradient equals that of the first row to within {engine_error(results)}, "
+        f"and the engine itself takes {engine_overhead(results)} a chunk."
+    )
+    return "\n\n".join([*tables, text, _budget(record["budget"])])
+
+
+def _budget(budget: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
+        [
+            f"{100 * float(share):.0f} %",
+            bytes_text(each["budget_bytes"]),
+            f"{each['time_ratio']:.2f}",
+        ]
+        for share, each in budget.items()
+    ]
+    head = ("`memory_budget`, share of all graphs", "`memory_budget`", "time over the plain step")
+    return table(head, lines, "rrr")
+
+
+def loss(device: str, dtype: str) -> Callable[[Path], str]:
+    """The section of one device and dtype: all contestants of every loss."""
+
+    def section(results: Path) -> str:
+        stem = results / f"loss_{device}_{dtype}"
+        found, threads = read_results(stem), read_origin(stem)["used_threads"]
+        parts = [paragraph(_LOSS_LEGEND.format(threads=threads))]
+        for name, title in TITLES.items():
+            if (own := found.of(name)).memory:
+                parts += [f"### {title}", f"![{title}]({FOLDER}/{stem.name}_{name}.png)"]
+                parts += [contestants(name, own, device), absent(own)]
+        return "\n\n".join(filter(None, parts))
+
+    return section
+
+
+def negatives(results: Path) -> str:
+    """Recall by the number of pairs that compete, a table a data set."""
+    from negatives_rows import read_rows, summaries
+
+    found = summaries(read_rows(results / "negatives.csv"))
+    groups = groupby(found, key=lambda each: each.first.data)
+    return "\n\n".join(_negatives_of(name, list(group)) for name, group in groups)
+
+
+def _negatives_of(name: str, found: Sequence[Summary]) -> str:
+    from negatives_experiments import EXPERIMENTS
+
+    experiment, one = EXPERIMENTS[name], found[0].first
+    first, second = experiment.sides
+    head = (
+        *("pairs that compete", "learning rate", f"R@1, %, {first} → {second}"),
+        *(f"R@1, %, {second} → {first}", "seeds", "tensors of this step"),
+        "of a plain step over as many pairs",
+    )
+    words = (
+        f"Held out: {experiment.held_out}. Towers: {one.towers}. {one.steps:,} steps of "
+        f"{one.batch_size:,} pairs. Mean and standard deviation over the seeds; chance "
+        f"{100 * one.forward_chance:.2g} % and {100 * one.backward_chance:.2g} %."
+    )
+    lines = table(head, map(_negatives_line, found), "r" * len(head))
+    return f"### {experiment.title}\n\n{paragraph(words)}\n\n{lines}"
+
+
+def _negatives_line(each: Summary) -> list[str]:
+    recalls = [
+        f"{100 * each.mean(way):.1f} ± {100 * each.deviation(way):.1f}"
+        for way in ("forward", "backward")
+    ]
+    held = bytes_text(each.first.cached_step_bytes), bytes_text(each.first.plain_step_bytes)
+    setting = f"{each.first.block_size:,}", f"{each.first.learning_rate:g}"
+    return [*setting, *recalls, str(len(each.rows)), *held]
+
+
+def integrations(results: Path) -> str:
+    """Each drop-in beside what the library itself offers."""
+    from report_integrations import integrations as drop_ins
+
+    text = (
+        "Both sides of a case have equal weights and inputs. Time: median ratio of steps that take "
+        "turns in one process. Memory: growth of the peak of a fresh process."
+    )
+    return f"{paragraph(text)}\n\n{drop_ins(results)}"
+
+
+def distributed(results: Path) -> str:
+    """What is exchanged, how long it takes, and how exact it is."""
+    head = ("", "", "processes", "collectives", "received", "time", "gradient error")
+    text = (
+        "Collectives and bytes are counted in one step. Times are median ratios to the first way "
+        "of a part, over gloo on cores that all processes share: they tell of work, not of a "
+        "network. Gradients are compared with one process that has the whole batch."
+    )
+    lines = map(_distributed_line, read_csv(results, "distributed.csv"))
+    return f"{paragraph(text)}\n\n{table(head, lines, 'llrrrrr')}"
+
+
+def _distributed_line(row: Mapping[str, str]) -> list[str]:
+    return [
+        *(row[name] for name in ("part", "contestant", "world", "collectives")),
+        bytes_text(float(row["bytes_received"])),
+        f"{float(row['time_ratio']):.2f}",
+        f"{float(row['error']):.0e}" if float(row["error"]) else "0",
+    ]
+
+
+def scaling(results: Path) -> str:
+    """Every number of processes, exchange and ZeRO stage."""
+    head = (
+        *("processes", "exchange", "ZeRO", "features received", "parameters received"),
+        *("held for the loss", "held of the model", "exchange, share of a step at most"),
+    )
+    text = f"Counted for each process, not measured. {scaling_setting(results)}"
+    lines = map(_scaling_line, read_csv(results, "scaling.csv"))
+    return f"{paragraph(text)}\n\n{table(head, lines, 'rlrrrrrr')}"
+
+
+def _scaling_line(row: Mapping[str, str]) -> list[str]:
+    received = ("feature_bytes_received", "parameter_bytes_received")
+    held = ("loss_memory_bytes", "state_memory_bytes")
+    return [
+        f"{int(row['world']):,}",
+        row["exchange"],
+        row["zero"],
+        *(bytes_text(float(row[name])) for name in (*received, *held)),
+        f"{100 * float(row['exchange_share']):.1f} %",
+    ]
+
+
+def kernels(results: Path) -> str:
+    """The worst kernel of each architecture and dtype."""
+    rows = read_csv(results, "kernel_resources.csv")
+    rows.sort(key=_machine)
+    lines = [_kernel_line(list(group)) for _, group in groupby(rows, key=_machine)]
+    head = (
+        *("sm", "dtype", "kernels", "most registers", "bytes spilled", "most shared memory"),
+        "matrix units",
+    )
+    text = f"Compiled to machine code with Triton {rows[0]['triton']}, without a GPU."
+    return f"{text}\n\n{table(head, lines, 'rlrrrrl')}"
+
+
+def _machine(row: Mapping[str, str]) -> tuple[int, str]:
+    return int(row["architecture"]), row["dtype"]
+
+
+def _kernel_line(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    limit = int(rows[0]["shared_limit_bytes"]) // 1024
+    units = sorted({unit for row in rows for unit in row["matrix_instructions"].split()})
+    return [
+        rows[0]["architecture"],
+        rows[0]["dtype"],
+        str(len(rows)),
+        str(max(int(row["registers"]) for row in rows)),
+        str(sum(int(row["spilled_bytes"]) for row in rows)),
+        f"{max(int(row['shared_bytes']) for row in rows) // 1024} of {limit} KiB",
+        " ".join(units),
+    ]
+
+
+def gpu(results: Path) -> str:
+    """What became of each section of the suite."""
+    lines = [
+        [each["name"], each["outcome"], f"{each['seconds']:.0f}"]
+        for each in read_json(results, "gpu_suite.json")["sections"]
+    ]
+    return table(["section", "outcome", "seconds"], lines, "llr")

@@ -1,0 +1,242 @@
+"""All benchmarks with one command; what is already measured is not measured again.
+
+    python benchmarks/run_all.py                     # everything; about three hours on two cores
+    python benchmarks/run_all.py --quick             # small versions of all, under ten minutes
+    python benchmarks/run_all.py --only loss engine  # these
+    python benchmarks/run_all.py --list              # what there is, and how long it takes
+
+A benchmark is finished when its results are there for the present code, machine and libraries; an
+interrupted run goes on with the next one, --fresh begins again. One that fails does not stop the
+others. Full results go to benchmarks/results, quick ones to runs/benchmarks-quick; beside them lie
+run_all.json, which says what was run, and logs/, with the output of each benchmark. Afterwards
+`python benchmarks/report.py` puts the new figures into the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from catalogue import BENCHMARKS, WORDNET, Benchmark, find
+from fresh_process import provenance
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from run_state import KEPT, MEASURED, Finished, State
+from watched_process import run_watched
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL, QUICK = ROOT / "benchmarks" / "results", ROOT / "runs" / "benchmarks-quick"
+INTERRUPTED = 130
+_SOURCES = ("benchmarks", "gradcache_clip", "kernels")
+_NO_GPU = "needs an NVIDIA GPU"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is not finished; 0 if all is there, 1 if something failed, 130 after Ctrl-C."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        chosen = [find(name) for name in options.only] if options.only else list(BENCHMARKS)
+    except ValueError as error:
+        parser.error(f"--only: {error}")
+    if options.list:
+        Console().print(_listing(chosen))
+        return 0
+    options.results = (options.results or (QUICK if options.quick else FULL)).resolve()
+    options.wordnet = options.wordnet.absolute()
+    if options.quick and options.results == FULL:
+        parser.error(f"--results: expected another folder than {FULL} with --quick, got that one")
+    options.results.joinpath("logs").mkdir(parents=True, exist_ok=True)
+    try:
+        state = State(options.results)
+    except ValueError as error:
+        parser.error(str(error))
+    return _run_all(chosen, state, options)
+
+
+def _run_all(chosen: Sequence[Benchmark], state: State, options: argparse.Namespace) -> int:
+    """Run one after the other, save after each, and print what came of them."""
+    done, status = dict[str, Finished](), 0
+    try:
+        with _progress() as progress:
+            bar = _Bar(progress, chosen, options.quick)
+            for one in chosen:
+                done[one.name] = _finished(one, state, bar, options)
+                bar.next(one)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    Console().print(_table(chosen, done))
+    failed = [one for one in done.values() if one.status not in (MEASURED, KEPT, _NO_GPU)]
+    return status or int(bool(failed))
+
+
+def _finished(one: Benchmark, state: State, bar: _Bar, options: argparse.Namespace) -> Finished:
+    """What the state says if that is up to date, else what a run comes to."""
+    wanted = origin(one.arguments(quick=options.quick, wordnet=options.wordnet), one.peers)
+    if one.needs_gpu and not _has_gpu():
+        return Finished(_NO_GPU)
+    before = state.of(one, wanted)
+    if before and not options.fresh:
+        return replace(before, status=KEPT)
+    if one.keeps_rows and (options.fresh or state.last_origin(one) != wanted):
+        _set_aside(one, options.results)
+    state.save(one, Finished("interrupted", origin=wanted))
+    finished = _run(one, bar, options, wanted)
+    state.save(one, finished)
+    return finished
+
+
+def _set_aside(one: Benchmark, results: Path) -> None:
+    """Rows that another origin left behind must not pass for those of this run."""
+    for path in (results / name for name in one.writes):
+        if path.exists():
+            path.replace(results / "logs" / f"{path.name}.before")
+
+
+def _run(
+    one: Benchmark, bar: _Bar, options: argparse.Namespace, wanted: dict[str, str]
+) -> Finished:
+    """Run the script; its output goes to its log."""
+    arguments = one.arguments(quick=options.quick, wordnet=options.wordnet)
+    script = ROOT / "benchmarks" / one.script
+    command = [sys.executable, str(script), *arguments, "--results", str(options.results)]
+    log, start = options.results / "logs" / f"{one.name}.log", time.monotonic()
+    before = _files(options.results)
+    code = run_watched(command, log, ROOT, lambda: bar.show(one, time.monotonic() - start))
+    changed = _files(options.results).items() - before.items()
+    files = tuple(sorted(name for name, _ in changed))
+    status = _status(code, [name for name in one.writes if not (options.results / name).exists()])
+    return Finished(status, (time.monotonic() - start) / 60, files, wanted)
+
+
+def _status(code: int, missing: Sequence[str]) -> str:
+    if code:
+        return f"exit {code}, see its log"
+    return f"did not write {', '.join(missing)}" if missing else MEASURED
+
+
+def origin(arguments: Sequence[str], peers: Sequence[str] = ()) -> dict[str, str]:
+    """What a result depends on: arguments, code, machine and versions; not the day."""
+    installed = " ".join(f"{name}={_version(name)}" for name in peers)
+    own = {"arguments": " ".join(arguments), "code": fingerprint(), "peers": installed}
+    where = {name: text for name, text in provenance().items() if name not in ("commit", "date")}
+    return {**own, **where}
+
+
+@cache
+def fingerprint() -> str:
+    """Of the sources, so that a commit of text or figures repeats nothing."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in _SOURCES for path in (ROOT / room).rglob("*")):
+        name = path.relative_to(ROOT).as_posix()
+        if path.suffix in (".py", ".json") and not name.startswith("benchmarks/results/"):
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Names, and times of the last change."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+@cache
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+class _Bar:
+    """Which benchmark runs, and about how long the rest takes."""
+
+    def __init__(self, progress: Progress, chosen: Sequence[Benchmark], quick: bool) -> None:
+        self.expected = {
+            each.name: each.quick_minutes if quick else each.minutes for each in chosen
+        }
+        self.names, self.behind, self.progress = list(self.expected), 0.0, progress
+        self.task = progress.add_task("", total=sum(self.expected.values()), left="")
+
+    def show(self, one: Benchmark, seconds: float) -> None:
+        place = f"{self.names.index(one.name) + 1} of {len(self.names)}"
+        # One that takes longer than expected holds the bar where it should have ended.
+        now = self.behind + min(seconds / 60, self.expected[one.name])
+        left = f"about {sum(self.expected.values()) - now:.0f} min left"
+        description = f"{one.name} ({place}), {seconds / 60:.1f} min"
+        self.progress.update(self.task, completed=now, description=description, left=left)
+
+    def next(self, one: Benchmark) -> None:
+        self.behind += self.expected[one.name]
+        self.progress.update(self.task, completed=self.behind)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<32}"),
+        BarColumn(),
+        TextColumn("{task.fields[left]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _table(chosen: Sequence[Benchmark], done: dict[str, Finished]) -> Table:
+    files = Column("files", overflow="fold")
+    table = Table("benchmark", "status", "minutes", files, "remark", box=SIMPLE)
+    for one in chosen:
+        each = done.get(one.name, Finished("not run"))
+        minutes = f"{each.minutes:.1f}" if each.minutes else ""
+        table.add_row(one.name, each.status, minutes, " ".join(each.files), _remark(one))
+    return table
+
+
+def _listing(chosen: Sequence[Benchmark]) -> Table:
+    table = Table("benchmark", "minutes", "quick", "command", "writes", "needs", box=SIMPLE)
+    for one in chosen:
+        minutes = f"{one.minutes:g}", f"{one.quick_minutes:g}"
+        needs = _NO_GPU if one.needs_gpu else _remark(one)
+        table.add_row(one.name, *minutes, one.command(), " ".join(one.writes), needs)
+    return table
+
+
+def _remark(one: Benchmark) -> str:
+    """What it does without on this machine."""
+    absent = [name for name in one.peers if not _version(name)]
+    absent += ["WordNet (--wordnet)"] if one.needs_wordnet and not WORDNET.exists() else []
+    return f"without {', '.join(absent)}" if absent else ""
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small versions, under ten minutes in all")
+    add("--only", nargs="+", metavar="NAME", help="these alone, in this order; see --list")
+    add("--list", action="store_true", help="show what there is and run nothing")
+    add("--fresh", action="store_true", help="run again what is finished, too")
+    add("--wordnet", type=Path, default=WORDNET, help="WordNet 3.0's files (%(default)s)")
+    add("--results", type=Path, help=f"{FULL.relative_to(ROOT)}, {QUICK.relative_to(ROOT)}")
+    return parser
+
+
+if __name__ == "__main__":
+    # So that a process that is told to end takes its benchmark along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
