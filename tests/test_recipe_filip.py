@@ -21,7 +21,7 @@ from gradcache_clip.train.towers import ImageTower
 SMALL = (
     "model.image_kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}",
     "model.text_kwargs={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,"
-    " intermediate_size: 32, hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}",
+    " intermediate_size: 32}",
     "model.feature_dim=8",
 )
 CONVNEXT = (
