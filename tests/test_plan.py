@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from gradcache_clip.memory.plan_work import Traced, trace_all
 from gradcache_clip.memory.schedules import accumulated_step, cached_step, kept_bytes, plain_step
 from gradcache_clip.train.config import Config
 
+ROOT = Path(__file__).parent.parent
 _SMALL = PlanOptions(batch_size=4096, chunk_size=16, image_size=32, context_length=16)
 _PAIR = ("convnext_atto", "bert-tiny", "RTX 4090")
 
@@ -266,6 +268,10 @@ def test_the_command_plans_a_configuration(tmp_path, capsys):
     assert found["options"]["chunk_size"] == 32 and found["least_step_ms"] is None
     assert main([*arguments[:1], str(path), "--gpu", "0.65GB", "--json"]) == 1
     assert not json.loads(capsys.readouterr().out)["fits"]
+    assert main(["plan", str(path), "model.freeze=text", *arguments[2:]]) == 0
+    frozen = json.loads(capsys.readouterr().out)
+    assert frozen["options"]["text_trainable"] == 0
+    assert frozen["optimizer_bytes"] < found["optimizer_bytes"] / 2
 
 
 @pytest.mark.parametrize(
@@ -274,9 +280,13 @@ def test_the_command_plans_a_configuration(tmp_path, capsys):
         (["--gpu", "24GB"], "plan: expected either a configuration or both --image and --text"),
         (["c.yaml", "--image", "a", "--text", "b", "--gpu", "24GB"], "got both"),
         (["c.yaml", "--gpu", "24GB", "--image-size", "32"], "pass data.image_size=32"),
+        (["recipes/filip.yaml", "--gpu", "24GB"], "expected clip or siglip, which compare one"),
+        (["recipes/simclr.yaml", "--gpu", "24GB"], "got nt_xent: views, queues and features of"),
+        (["recipes/moco.yaml", "--gpu", "24GB"], "plan the same towers with loss.name=clip"),
     ],
 )
-def test_mistakes_end_with_one_line(arguments, message, capsys):
+def test_mistakes_end_with_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
 

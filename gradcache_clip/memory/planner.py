@@ -21,7 +21,7 @@ from gradcache_clip.memory.plan_models import (
 )
 from gradcache_clip.memory.plan_options import Plan, PlanOptions
 from gradcache_clip.memory.plan_work import trace_all
-from gradcache_clip.train.config import Config, ModelConfig
+from gradcache_clip.train.config import Config, ConfigError, ModelConfig
 
 
 def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) -> Plan:
@@ -59,7 +59,12 @@ def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) ->
 
 
 def plan_config(config: Config, gpu: str, options: PlanOptions | None = None) -> Plan:
-    """The same for a configuration of the training command; see `options_of` for its options."""
+    """The same for a configuration of the training command; see `options_of` for its options.
+
+    Raises:
+        ConfigError: a loss over something else than one feature for each image and text, too.
+    """
+    _check_pooled(config)
     model, sizes = configured_pair(config)
     dual = config.model.architecture == "dual"
     names = (config.model.image, config.model.text) if dual else (config.model.architecture,) * 2
@@ -78,7 +83,19 @@ def options_of(config: Config) -> PlanOptions:
         image_size=config.data.image_size,
         context_length=config.data.context_length,
         feature_dim=config.model.feature_dim,
+        image_trainable=float(config.model.freeze != "image"),
+        text_trainable=float(config.model.freeze != "text"),
     )
+
+
+def _check_pooled(config: Config) -> None:
+    name = config.loss.name
+    if name not in ("clip", "siglip"):
+        raise ConfigError(
+            f"loss.name: expected clip or siglip, which compare one feature of an image with one "
+            f"of a text, got {name}: views, queues and features of tokens are not counted; plan "
+            "the same towers with loss.name=clip data.views=1 loss.learn_logit_scale=true"
+        )
 
 
 def _planned(
