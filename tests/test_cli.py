@@ -139,8 +139,8 @@ def test_the_device_of_an_evaluation_may_be_chosen(
     assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 0
     assert main(["evaluate", str(tmp_path), "--data", "x", "--zero-shot", "a {}"]) == 0
     assert calls == [
-        (tmp_path, {"data": None, "templates": (), "device": "cpu"}),
-        (tmp_path, {"data": "x", "templates": ("a {}",), "device": None}),
+        (tmp_path, {"data": None, "templates": (), "device": "cpu", "folds": None}),
+        (tmp_path, {"data": "x", "templates": ("a {}",), "device": None, "folds": None}),
     ]
 
 

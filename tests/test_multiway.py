@@ -100,9 +100,9 @@ def test_values_and_experts_start_larger_in_deeper_transformers():
         block, gain = transformer.blocks[0], math.sqrt(math.log(2 * depth))
         q, k, v = block.qkv.weight.detach().chunk(3)
         for weight, expected in ((q, 1), (k, 1), (v, gain), (block.out.weight, gain)):
-            assert float(weight.std()) == pytest.approx(expected * 64**-0.5, rel=0.1)
+            assert weight.std().item() == pytest.approx(expected * 64**-0.5, rel=0.1)
         fc1 = block.experts[1].mlp.fc1.weight
-        assert float(fc1.std()) == pytest.approx(gain * (2 / (64 + 96)) ** 0.5, rel=0.1)
+        assert fc1.std().item() == pytest.approx(gain * (2 / (64 + 96)) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -128,11 +128,11 @@ class Trace:
     exactly: no sum or peak is.
     """
 
-    segments: dict[str, numpy.ndarray]
-    kinds: Sequence[str]
+    segments: dict[str, numpy.ndarray] = field(repr=False)
+    kinds: Sequence[str] = field(repr=False)
     first_rows: int
     step: int
-    differences: Sequence[numpy.ndarray]
+    differences: Sequence[numpy.ndarray] = field(repr=False)
     """Forward differences of the sizes in bytes, of order 0, 1 (and 2)."""
     flop_differences: dict[str, Sequence[float]]
     """The same of the flops of each segment."""

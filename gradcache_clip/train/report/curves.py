@@ -146,7 +146,7 @@ def _draw_held_out(axes: Axes, runs: Sequence[RunCurve]) -> str:
         axes.text(0.5, 0.5, "no held-out evaluation in the log", transform=axes.transAxes,
                   ha="center", color=PALE)  # fmt: skip
         return "Training curves"
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    axes.legend(loc="best", frameon=False, fontsize=9)
     shown = {name: values[: panel.averaged] for name, values in last.items()}
     means = [f"{sum(values) / len(values):.1f} % ({name})" for name, values in shown.items()]
     return f"{panel.headline}: " + " against ".join(means)
