@@ -62,7 +62,7 @@ def record_worst(results: Mapping[str, Any], world: int, record: Record) -> None
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_of_one_process(world, tmp_path, record_property):
     results = finished(plain_cases(world), world, tmp_path)
     for name, result in results.items():
@@ -85,7 +85,7 @@ def test_modules_that_would_get_wrong_gradients(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_under_deepspeed(world, tmp_path, record_property, monkeypatch):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install 'gradcache-clip[deepspeed]'")

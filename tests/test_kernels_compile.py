@@ -40,7 +40,13 @@ def check(each: dict[str, Any]) -> None:
     assert each["blocks_per_multiprocessor"] >= 1, case
 
 
-@pytest.mark.parametrize("architecture", sorted(TENSOR_CORES))
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(each, marks=[] if each in (80, 90) else pytest.mark.slow)
+        for each in sorted(TENSOR_CORES)
+    ],
+)
 def test_the_plain_contrast_fits_and_uses_the_matrix_units(architecture: int) -> None:
     pytest.importorskip("triton")
     dtypes = ["bfloat16", "float16", "float32"]

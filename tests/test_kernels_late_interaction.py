@@ -44,7 +44,10 @@ def test_on_the_gpu() -> None:
     run_cases(CASES, interpreted=False)
 
 
-@pytest.mark.parametrize("architecture", [86, 90, 100])
+@pytest.mark.parametrize(
+    "architecture",
+    [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (86, 100))],
+)
 def test_fits_and_uses_the_matrix_units(architecture: int) -> None:
     pytest.importorskip("triton")
     kernels = printed(Path(__file__), str(architecture))

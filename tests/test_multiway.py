@@ -238,7 +238,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_run_in_two_processes(data, tmp_path, engine):
     more = (*MULTIWAY, "train.steps=3")
     one = alone(data, tmp_path / "one", *more)

@@ -45,11 +45,16 @@ def _with(**changes) -> Plan:
     return gradcache_clip.plan(*_PAIR, dataclasses.replace(_SMALL, **changes))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(2, 5000), st.integers(0, 3000), st.sampled_from([1, 16, 100]))
-def test_a_larger_batch_never_needs_less(work, rows, more, chunk):
-    for step in (plain_step, accumulated_step, cached_step):
-        assert step(work, rows, chunk).peak().nbytes <= step(work, rows + more, chunk).peak().nbytes
+def test_a_larger_batch_never_needs_less(work):
+    # Hypothesis would print a work, which is long, with every example.
+    @settings(max_examples=30, deadline=None)
+    @given(st.integers(2, 5000), st.integers(0, 3000), st.sampled_from([1, 16, 100]))
+    def law(rows, more, chunk):
+        for step in (plain_step, accumulated_step, cached_step):
+            less, most = (step(work, n, chunk).peak().nbytes for n in (rows, rows + more))
+            assert less <= most
+
+    law()
 
 
 def test_a_larger_chunk_never_needs_less(work):

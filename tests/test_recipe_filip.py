@@ -195,7 +195,7 @@ def test_verify_says_that_it_is_exact(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("exchange", ["ring", pytest.param("gather", marks=pytest.mark.slow)])
 def test_two_processes_give_the_weights_of_one(data: Path, tmp_path: Path, exchange: str) -> None:
     more = ("loss.name=late_interaction", f"train.exchange={exchange}", "train.steps=4")
     one = alone(data, tmp_path / "one", *more)

@@ -185,7 +185,7 @@ def test_chunks_alone_may_have_a_locked_tower(data, file, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("freeze", ["image", "text"])
+@pytest.mark.parametrize("freeze", ["image", pytest.param("text", marks=pytest.mark.slow)])
 def test_two_processes_have_the_run_of_one(data, tmp_path, freeze):
     more = (f"model.freeze={freeze}", "train.steps=3")
     one = alone(data, tmp_path / "one", *more)

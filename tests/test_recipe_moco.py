@@ -134,7 +134,7 @@ def test_verify_says_that_it_is_exact(data, tmp_path, capsys, name):
 
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("views", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_are_one(data, tmp_path, views):
     more = PLAIN_VIEWS if views == 2 else ("loss.learn_logit_scale=true",)
     more = [*more, "loss.name=moco", "loss.queue_size=128", "loss.momentum=0.9", "train.steps=4"]
