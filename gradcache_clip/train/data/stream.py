@@ -45,7 +45,7 @@ class DecodedSample:
         captions: all captions, the main one first.
         key: its name in the shard.
         group: samples of equal group match each other.
-        label: its class, if the shard tells.
+        label: its class, if the shard tells and captions are not required.
     """
 
     image: Tensor
@@ -169,7 +169,8 @@ def decode_sample(
     """The image and all captions of a raw sample, or why it cannot be used."""
     try:
         texts, group = captions_and_group(raw, required=captions)
-        label = label_of(raw)
+        # Of captioned images nobody asks for it, and their metadata is read once.
+        label = "" if captions else label_of(raw)
         image = transform(image_bytes(raw), draw)
     except BrokenSample as error:
         return BrokenReport(str(error), raw["__url__"], raw["__key__"])

@@ -13,7 +13,7 @@ from rich.table import Table
 from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.evaluation.features import TokenFeatures, features_of
 from gradcache_clip.train.evaluation.held_out import HeldOut, embed_held_out
-from gradcache_clip.train.evaluation.labelled import LabelMetrics, embed_labelled
+from gradcache_clip.train.evaluation.labelled import LabelMetrics, check_labels, embed_labelled
 from gradcache_clip.train.evaluation.recall import RetrievalMetrics, embed_dataset
 from gradcache_clip.train.evaluation.zero_shot import (
     prompts_of,
@@ -68,6 +68,8 @@ def evaluate_run(
             f"templates: expected none for {run.path}, whose run has learned no texts, got "
             f"{len(templates)}; leave them out"
         )
+    if config.data.views == 2:
+        check_labels(config)
     encoder, tokenizer, step = load_trained(config, run)
     console = console or Console()
     if tokenizer is None:

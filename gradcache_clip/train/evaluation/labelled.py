@@ -92,9 +92,9 @@ def embed_labelled(
         The held-out images, on the first process; None on the others.
 
     Raises:
-        FileNotFoundError, ValueError: a set is missing, empty, broken, or has no labels.
+        FileNotFoundError, ValueError: a set is missing, empty or broken. That it has labels is for
+            `check_labels` to say, once and before anything is trained.
     """
-    check_labels(config)
     peers, data = peers or Peers(), config.data
     held_out, known = (
         _embed(encoder, source, config, peers) for source in (data.validation, data.train)
