@@ -82,8 +82,8 @@ def test_what_must_live_is_counted_at_any_batch():
     assert {found.floor_bytes for found in counted.values()} == {floor, floor + 12}
     for name in ("plain", "checkpointed", "accumulated", "published"):
         assert above[name] > 2 * matrix
-    # Of both sides: features, unit features, and the gradients of each.
-    assert 4 * features < above["cached"] < 8.1 * features < matrix
+    # Of both sides features and unit features at least, and no matrix of all pairs.
+    assert 4 * features < above["cached"] < matrix
     assert above["checkpointed"] < above["plain"]
 
 
