@@ -31,8 +31,10 @@ from gradcache_clip.train.config_file import load_config
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("clip", "siglip", "filip", "beit3", "lit", "coco_drawn"),
-    *("moco", "moco_image", "simclr"),
+    *("moco", "moco_image", "simclr", "text_embedding"),
 )
+# Recipes that another library's trainer runs.
+_SCRIPTS = {"text_embedding": Path("examples") / "text_embedding.py"}
 # What the settings of the file are, and what the run came to.
 _SETTINGS = ("batch_size", "chunk_size", "steps")
 
@@ -59,20 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _record(name: str, records: dict[str, Any], options: argparse.Namespace) -> bool:
     """Train one recipe unless its result is known; whether there is one now."""
-    config = load_config(ROOT / "recipes" / f"{name}.yaml")
-    settings = {key: getattr(config.train, key) for key in _SETTINGS}
-    run = Path(config.train.output)
+    command, run, settings = _work(name)
     known = records.get(name)
     if known and all(known[key] == value for key, value in settings.items()):
         return True
     before = _cpu_seconds()
-    command = [sys.executable, "-m", "gradcache_clip.cli", "train", f"recipes/{name}.yaml"]
-    resume = [f"train.resume={str(run.exists()).lower()}"]
-    if run_watched([*command, *resume], _log(name, options), ROOT, lambda: None):
+    if run_watched([sys.executable, *command], _log(name, options), ROOT, lambda: None):
         return False
     summary = json.loads((ROOT / run / "summary.json").read_text())
     records[name] = {
         **settings,
+        **{key: summary[key] for key in _SETTINGS if key in summary},
         "cpu_minutes": (_cpu_seconds() - before) / 60,
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         **{key: summary[key] for key in ("loss", "peak_memory_bytes", "metrics")},
@@ -81,6 +80,17 @@ def _record(name: str, records: dict[str, Any], options: argparse.Namespace) -> 
     (options.results / "recipes.json").write_text(json.dumps(records, indent=2) + "\n")
     shutil.copy(ROOT / run / "pictures" / "curves.png", options.images / f"recipe_{name}.png")
     return True
+
+
+def _work(name: str) -> tuple[list[str], Path, dict[str, Any]]:
+    """What Python runs, the folder of the run, and the settings that its result must have."""
+    if name in _SCRIPTS:
+        return [str(_SCRIPTS[name]), "--output", f"runs/{name}"], Path("runs") / name, {}
+    config = load_config(ROOT / "recipes" / f"{name}.yaml")
+    run = Path(config.train.output)
+    resume = f"train.resume={str(run.exists()).lower()}"
+    command = ["-m", "gradcache_clip.cli", "train", f"recipes/{name}.yaml", resume]
+    return command, run, {key: getattr(config.train, key) for key in _SETTINGS}
 
 
 def _log(name: str, options: argparse.Namespace) -> Path:

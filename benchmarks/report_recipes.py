@@ -13,7 +13,7 @@ from report_tables import UNMEASURED, paragraph, read_json, table
 
 FILE = "recipes.json"
 _SETTINGS = Path(__file__).resolve().parents[1] / "recipes"
-_RECALL = re.compile(r"(\w+)_to_(\w+)_recall_at_(\d+)")
+_RECALL = re.compile(r"([a-z]+)_to_([a-z]+)_recall_at_(\d+)(?:_of_(\d+)_numbers)?")
 _LABELS = {
     "knn_accuracy": "named by the 20 nearest training images",
     "probe_accuracy": "named by a linear classifier",
@@ -27,14 +27,15 @@ def recipe(results: Path, name: str) -> str:
         return UNMEASURED
     metrics = record["metrics"]
     shares = [key for key in metrics if _label(key)]
-    lines = [[_label(key), _percent(metrics[key]), _chance(metrics, key)] for key in shares]
+    lines = [[_label(key), *_figures(metrics, key)] for key in shares]
+    head = ["held out", *(["before"] if _has_before(metrics) else []), "right", "chance"]
     took = (
         f"{record['steps']:,} steps of {record['batch_size']:,} pairs in chunks of "
         f"{record['chunk_size']:,}; {record['cpu_minutes']:.0f} CPU minutes, peak memory of the "
         f"process {bytes_text(record['peak_memory_bytes'])} ({record['machine']}; torch "
         f"{record['torch']}, commit {record['commit']}, {record['date']}; one seed)."
     )
-    return f"{table(['held out', 'right', 'chance'], lines)}\n\n{paragraph(took)}"
+    return f"{table(head, lines)}\n\n{paragraph(took)}"
 
 
 def all_recipes(results: Path) -> str:
@@ -48,7 +49,7 @@ def all_recipes(results: Path) -> str:
 def _line(name: str, record: Mapping[str, Any]) -> list[str]:
     """With the first of its shares at rank 1."""
     metrics = record["metrics"]
-    first = next(key for key in metrics if key.endswith(("_at_1", "_accuracy")))
+    first = next(key for key in metrics if _label(key))
     return [
         f"`{name}`",
         *(f"{record[key]:,}" for key in ("batch_size", "steps")),
@@ -66,9 +67,20 @@ def _label(key: str) -> str:
         ('R@5 image → text', '')
     """
     if found := _RECALL.fullmatch(key):
-        first, second, k = found.groups()
-        return f"R@{k} {first} → {second}"
+        first, second, k, width = found.groups()
+        return f"R@{k} {first} → {second}" + (f", {width} numbers" if width else "")
     return _LABELS.get(key, "")
+
+
+def _figures(metrics: Mapping[str, float], key: str) -> list[str]:
+    """After training and by chance, and before training if any share has that."""
+    before = metrics.get(f"{key}_before")
+    first = ([_percent(before)] if before is not None else [""]) if _has_before(metrics) else []
+    return [*first, _percent(metrics[key]), _chance(metrics, key)]
+
+
+def _has_before(metrics: Mapping[str, float]) -> bool:
+    return any(key.endswith("_before") for key in metrics)
 
 
 def _chance(metrics: Mapping[str, float], key: str) -> str:
@@ -87,7 +99,7 @@ def _records(results: Path) -> dict[str, Any]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "recipes": all_recipes,
     **{
-        f"recipe-{path.stem}": partial(recipe, name=path.stem)
-        for path in sorted(_SETTINGS.glob("*.yaml"))
+        f"recipe-{name}": partial(recipe, name=name)
+        for name in (*sorted(path.stem for path in _SETTINGS.glob("*.yaml")), "text_embedding")
     },
 }

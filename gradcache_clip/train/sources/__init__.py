@@ -1,4 +1,4 @@
-"""Makers of webdataset shards: emoji, glyphs, a folder or table of images, COCO captions."""
+"""Makers of shards of images and captions, and of triplets of texts."""
 
 from gradcache_clip.train.sources.coco import CocoSplits, make_coco
 from gradcache_clip.train.sources.emoji import make_emoji
@@ -13,6 +13,7 @@ from gradcache_clip.train.sources.shards import (
 )
 from gradcache_clip.train.sources.splits import DataSummary
 from gradcache_clip.train.sources.table import TableColumns, make_table
+from gradcache_clip.train.sources.wordnet import TripletSummary, make_wordnet
 
 __all__ = [
     "CocoSplits",
@@ -20,11 +21,13 @@ __all__ = [
     "Manifest",
     "Sample",
     "TableColumns",
+    "TripletSummary",
     "make_coco",
     "make_emoji",
     "make_folder",
     "make_glyphs",
     "make_table",
+    "make_wordnet",
     "read_manifest",
     "verify_manifest",
     "write_shards",

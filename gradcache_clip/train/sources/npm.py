@@ -112,7 +112,7 @@ def _npm_pack(package: NpmPackage, folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError(
-            "npm: expected it on the PATH to fetch the emoji, got none; install Node.js, "
+            "npm: expected it on the PATH to fetch the data, got none; install Node.js, "
             f"{_WITHOUT_DOWNLOAD}"
         )
     command = [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--silent"]
