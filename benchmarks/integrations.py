@@ -152,19 +152,18 @@ def _read(path: Path) -> list[Row]:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="drop-ins beside the libraries' own", box=SIMPLE)
-    errors, measures = ("loss\nequal to", "gradients\nequal to"), ("memory", "theirs")
+    errors = ("loss\ndiffers by", "gradients\ndiffer by")
     table.add_column("drop-in\nbeside", overflow="fold")
-    for heading in ("pairs", *errors, "their time\nover ours", *measures):
-        table.add_column(heading, justify="right")
+    for heading in ("pairs", *errors, "their time\nover ours", "memory\ntheirs"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            f"{row.drop_in}\n{row.beside}",
+            f"{row.drop_in.split('.', 1)[1]}\n{row.beside}",
             f"{row.pairs:,}",
             f"{row.loss_error:.0e}",
             f"{row.gradient_error:.0e}",
             f"{row.time_ratio:.2f}",
-            bytes_text(row.peak_growth_bytes),
-            bytes_text(row.their_peak_growth_bytes),
+            f"{bytes_text(row.peak_growth_bytes)}\n{bytes_text(row.their_peak_growth_bytes)}",
         )
     return table
 

@@ -12,7 +12,7 @@ from report_tables import read_csv, table
 FILE = "integrations.csv"
 LIBRARIES = ("open_clip", "sentence_transformers", "transformers", "lightning")
 _HEAD = (
-    *("drop-in", "beside", "pairs", "loss equal to", "gradients equal to"),
+    *("drop-in", "beside", "pairs", "loss differs by", "gradients differ by"),
     *("their time over ours", "memory", "theirs"),
 )
 
