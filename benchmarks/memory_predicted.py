@@ -93,7 +93,7 @@ def _rows_of(found: Plan, largest: int) -> Iterator[Predicted]:
 def _losses(batches: Sequence[int], width: int) -> Iterator[Predicted]:
     """The loss alone, forward and backward: features, their gradients and workspaces."""
     for name, loss in zip(LOSSES, (full_matrix_loss(), tiled_loss()), strict=True):
-        trace = trace_loss(loss, width, features=_FEATURE, dtype=_FEATURE)
+        trace = trace_loss(loss, [(width,)] * 2, features=_FEATURE, dtype=_FEATURE)
         for rows in batches:
             inside = workspaces(rows, rows, width, _FEATURE.itemsize, large=True)
             timeline = Timeline(tags=inside)

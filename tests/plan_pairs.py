@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcache_clip import ClipLoss, GradCache
+from gradcache_clip import ClipLoss, GradCache, LateInteractionLoss
 from gradcache_clip.cache.nested import take_rows
 from gradcache_clip.memory import LiveBytes
 from gradcache_clip.memory.cards import Card
-from gradcache_clip.memory.loss_trace import FullMatrixLoss
+from gradcache_clip.memory.loss_trace import FullMatrixLoss, FullTokenLoss
 from gradcache_clip.memory.plan_models import Sizes, build_on_meta, checkpoint_blocks
 from gradcache_clip.memory.plan_options import PlanOptions
 from gradcache_clip.memory.plan_work import work_of
 from gradcache_clip.memory.schedules import Work
 from gradcache_clip.train.config import ModelConfig
+from gradcache_clip.train.token_towers import TokenEncoder, TokenLoss
 from gradcache_clip.train.towers import DualEncoder, build_towers
 
 SIZES = Sizes(image_size=32, context_length=12, vocab_size=100)
@@ -45,11 +46,21 @@ def model_config(image: str, dropout: float = 0.1) -> ModelConfig:
     return ModelConfig(**_IMAGES[image], text="bert", text_kwargs=text, feature_dim=24)
 
 
-def traced(model: ModelConfig, *, world: Any = "cpu", checkpointed: bool = False, **more: Any):
+def traced(
+    model: ModelConfig,
+    *,
+    world: Any = "cpu",
+    checkpointed: bool = False,
+    tokens: bool = False,
+    **more: Any,
+):
     """Its work, with the kernels of a device; tensors are not rounded."""
     import dataclasses
 
     encoder = build_on_meta(model, SIZES)
+    if tokens:
+        with torch.device("meta"):
+            encoder = TokenEncoder(encoder, SIZES.context_length)
     if checkpointed:
         checkpoint_blocks(encoder)
     options = PlanOptions(**({"precision": "fp32", "optimizer": "sgd"} | more))
@@ -60,15 +71,16 @@ def traced(model: ModelConfig, *, world: Any = "cpu", checkpointed: bool = False
     )
 
 
-def real(model: ModelConfig) -> DualEncoder:
+def real(model: ModelConfig, *, tokens: bool = False) -> DualEncoder:
     """The same pair with weights."""
-    return build_towers(
+    pair = build_towers(
         model,
         image_size=SIZES.image_size,
         context_length=SIZES.context_length,
         vocab_size=SIZES.vocab_size,
         pad_token_id=0,
     )
+    return TokenEncoder(pair, SIZES.context_length) if tokens else pair
 
 
 def batch(rows: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,17 +97,20 @@ def measured(encoder: DualEncoder, kind: str, rows: int, chunk: int, *, autocast
     images, texts = batch(rows)
     start = [*encoder.parameters(), *encoder.buffers(), images, *texts.values()]
     amp = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=autocast)
+    tokens = isinstance(encoder, TokenEncoder)
     with LiveBytes(start=start) as live:
         if kind == "plain":
             with amp():
-                loss = FullMatrixLoss()(encoder(0, images), encoder(1, texts))
+                full = FullTokenLoss() if tokens else FullMatrixLoss()
+                loss = full(encoder(0, images), encoder(1, texts))
             loss.backward()
         elif kind == "accumulated":
             _accumulate(encoder, images, texts, chunk, amp)
         else:
             budget = 2**40 if kind == "all kept" else None
             with amp():
-                cache = GradCache(encoder, ClipLoss(), chunk_size=chunk, memory_budget=budget)
+                tiled = TokenLoss(LateInteractionLoss()) if tokens else ClipLoss()
+                cache = GradCache(encoder, tiled, chunk_size=chunk, memory_budget=budget)
                 cache(images, texts)
     for parameter in encoder.parameters():
         parameter.grad = None

@@ -211,7 +211,7 @@ def test_a_step_over_the_cap_or_the_budget_is_not_run(tmp_path, machine):
     minutes = 3 * step_flops("cached", 64, 16, pair) / step_flops("cached", 32, 16, pair)
     assert minutes < 20 and rows["cached"][-1].measured
     assert rows["plain"][2].status == "not run: above --plain-up-to 16"
-    rows = _run(tmp_path / "short", "--minutes", "5")
+    rows = _run(tmp_path / "short", "--cached-minutes", "5")
     minutes = 3 * step_flops("cached", 64, 16, pair) / step_flops("cached", 8, 8, pair)
     assert rows["cached"][-1].status == f"not run: would take about {minutes:.0f} minutes"
     assert rows["cached"][-1].counted_bytes > 0

@@ -66,7 +66,7 @@ def test_a_larger_chunk_never_needs_less(work):
 def test_a_cached_step_grows_by_features_inputs_and_statistics_alone(work, rows):
     before, after = (cached_step(work, count, 16).peak_of("replay") for count in (rows, 2 * rows))
     inputs = sum(tower.input_bytes for tower in work.towers) * rows
-    features = 4 * work.feature_row_bytes * rows
+    features = 2 * sum(tower.feature_bytes for tower in work.towers) * rows
     assert after.nbytes - before.nbytes == pytest.approx(inputs + features, abs=4096)
     on_host = dataclasses.replace(work, inputs_on_device=False)
     grown = [cached_step(on_host, count, 16).peak_of("replay").nbytes for count in (rows, 2 * rows)]
@@ -127,7 +127,7 @@ def test_processes_gather_features_and_replay_both_towers_at_once(work):
     options = dataclasses.replace(_SMALL, batch_size=4 * 4096, world=4)
     alone = memory_of(work, dataclasses.replace(_SMALL, batch_size=4096), 2**34)
     several = memory_of(dataclasses.replace(work, world=4), options, 2**34)
-    gathered = 2 * 3 * 4096 * work.feature_row_bytes
+    gathered = 3 * 4096 * sum(tower.feature_bytes for tower in work.towers)
     assert several["kinds_by_phase"]["loss"]["feature"] >= gathered
     graphs = alone["image_graph_bytes"] + alone["text_graph_bytes"]
     assert several["kinds_by_phase"]["replay"]["activation"] > 0.8 * graphs
@@ -279,14 +279,35 @@ def test_the_command_plans_a_configuration(tmp_path, capsys):
     assert frozen["optimizer_bytes"] < found["optimizer_bytes"] / 2
 
 
+def test_vectors_of_patches_and_words_are_counted(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    arguments = ["plan", "recipes/filip.yaml", "--gpu", "24GB", "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    # 16 patches and 16 words of 64 fp32 numbers, and their gradients.
+    features = 2 * 1024 * (16 + 16) * 64 * 4
+    assert found["feature_bytes"] == features
+    assert found["kinds_by_phase"]["replay"]["feature"] >= features
+    assert found["loss_bytes"] > features / 2, "unit vectors"
+    # As 16 x 16 times as many similarities want, of a text tower and an image tower as small.
+    assert main([*arguments[:2], "loss.name=clip", *arguments[2:]]) == 0
+    pooled = json.loads(capsys.readouterr().out)
+    loss_flops = 8 * 1024**2 * 64 * (16 * 16 - 1)
+    assert found["flops"] - pooled["flops"] == pytest.approx(loss_flops, rel=0.05)
+    plain, caching = (
+        next(method["largest_batch"] for method in found["methods"] if method["name"] == name)
+        for name in ("plain", "gradient caching")
+    )
+    assert plain < caching / 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--gpu", "24GB"], "plan: expected either a configuration or both --image and --text"),
         (["c.yaml", "--image", "a", "--text", "b", "--gpu", "24GB"], "got both"),
         (["c.yaml", "--gpu", "24GB", "--image-size", "32"], "pass data.image_size=32"),
-        (["recipes/filip.yaml", "--gpu", "24GB"], "expected clip or siglip, which compare one"),
-        (["recipes/simclr.yaml", "--gpu", "24GB"], "got nt_xent: views, queues and features of"),
+        (["recipes/simclr.yaml", "--gpu", "24GB"], "got nt_xent: views and queues are not counted"),
         (["recipes/moco.yaml", "--gpu", "24GB"], "plan the same towers with loss.name=clip"),
     ],
 )

@@ -45,6 +45,20 @@ def test_steps_are_predicted_within_two_percent(image, autocast):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("image", ["vit", "convnext"])
+def test_steps_over_tokens_are_predicted_within_two_percent(image, autocast):
+    model = model_config(image)
+    encoder = real(model, tokens=True)
+    work = traced(model, tokens=True, precision="bf16" if autocast else "fp32")
+    for rows in (4, 18, 96):
+        for kind in ("plain", "cached", "all kept"):
+            found = measured(encoder, kind, rows, 4, autocast=autocast)
+            within = 0.08 if autocast and kind == "all kept" else 0.02
+            predicted = _STEPS[kind](work, rows, 4).peak().nbytes
+            assert predicted == pytest.approx(found, rel=within), (kind, rows)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
 def test_checkpointed_steps_are_predicted_within_two_percent(autocast):
     model = model_config("convnext")
     encoder = real(model)
@@ -84,7 +98,8 @@ def test_flops_of_a_linear_tower_by_hand():
 
 def test_a_matrix_of_all_pairs_grows_with_its_square():
     full, tiled = (
-        trace_loss(loss, 8, features=torch.float32) for loss in (full_matrix_loss(), tiled_loss())
+        trace_loss(loss, [(8,), (8,)], features=torch.float32)
+        for loss in (full_matrix_loss(), tiled_loss())
     )
     assert full.sizes(10_000).max() == 4 * 10_000**2
     assert tiled.sizes(10_000).max() < 100 * 10_000

@@ -116,7 +116,7 @@ def speed_of(work: Work, options: PlanOptions, card: Card, capacity: int) -> dic
         spared = chunks * options.chunk_size + in_any_case
         again += forward * (1 - min(1.0, spared / options.rows))
     loss = (8 if options.world == 1 else 10) * options.rows * options.batch_size
-    once += loss * options.feature_dim
+    once += loss * work.pair_flops
     rate = card.rate(options.precision)
     return {
         "flops": once + again,
@@ -159,7 +159,7 @@ def _beside_features(loss: Peak, step: Timeline, gradients: int) -> int:
 
 def _features_of(work: Work, options: PlanOptions) -> int:
     """Features of both towers and their gradients."""
-    return 4 * options.rows * work.feature_row_bytes
+    return 2 * options.rows * sum(tower.feature_bytes for tower in work.towers)
 
 
 def _numbers(modules: Iterable[nn.Module] | Sequence[nn.Module]) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradcache_clip.memory.cards import Card
-from gradcache_clip.memory.device_rules import World
+from gradcache_clip.memory.device_rules import DeviceRules, World
 from gradcache_clip.memory.loss_trace import (
-    feature_dtype,
     full_matrix_loss,
     tiled_loss,
+    token_workspaces,
     trace_loss,
     workspaces,
 )
@@ -20,6 +23,7 @@ from gradcache_clip.memory.plan_models import Sizes, checkpoint_blocks
 from gradcache_clip.memory.plan_options import OPTIMIZER_STATES, PlanOptions
 from gradcache_clip.memory.schedules import TowerWork, Work
 from gradcache_clip.memory.tower_trace import Pass, trace_tower
+from gradcache_clip.train.token_towers import TokenEncoder, Tokens
 from gradcache_clip.train.towers import DualEncoder
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,20 +78,25 @@ def work_of(
     world: World = "cuda",
 ) -> Work:
     """Trace everything that a step is made of; the layers run for two numbers of rows."""
-    dtype = _AUTOCAST.get(options.precision)
-    features = feature_dtype(lambda: encoder.encode_text(sizes.texts(2)), world, dtype)
-    width = encoder.image_projection.out_features
+    dtype, tokens = _AUTOCAST.get(options.precision), isinstance(encoder, TokenEncoder)
+    with DeviceRules(world, dtype), torch.no_grad():
+        features = [encode(inputs(2)) for encode, inputs, _ in _passes(encoder, sizes)]
+    shapes, numbers = [tuple(each.shape[1:]) for each in features], features[0].dtype
     losses = [
-        trace_loss(loss, width, features=features, world=world, dtype=dtype)
-        for loss in (tiled_loss(), full_matrix_loss())
+        trace_loss(loss, shapes, features=numbers, world=world, dtype=dtype)
+        for loss in (tiled_loss(tokens=tokens), full_matrix_loss(tokens=tokens))
     ]
     trained = [p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad]
     every = [t.numel() * t.element_size() for t in [*encoder.parameters(), *encoder.buffers()]]
     states = [n for n in trained for _ in range(OPTIMIZER_STATES[options.optimizer])]
-    large, processes = card.large_workspace, options.world
+    *lengths, width = (*(shape[0] for shape in shapes if tokens), shapes[0][-1])
 
     def open_sizes(rows: int) -> dict[str, int]:
-        return workspaces(rows, rows * processes, width, features.itemsize, large=large)
+        sides, large = (rows, rows * options.world), card.large_workspace
+        if tokens:
+            pair = lengths[0], lengths[1]
+            return token_workspaces(*sides, pair, width, numbers.itemsize, large=large)
+        return workspaces(*sides, width, numbers.itemsize, large=large)
 
     return Work(
         towers=towers_of(encoder, sizes, options, passes, world=world),
@@ -96,10 +105,10 @@ def work_of(
         parameter_bytes=tuple(every),
         optimizer_bytes=(*states, *(every if options.ema else ())),
         gradient_bytes=sum(trained),
-        feature_row_bytes=width * features.itemsize,
+        pair_flops=width * math.prod(lengths),
         workspaces=open_sizes,
         shares=_shares(options),
-        world=processes,
+        world=options.world,
         reserved_bytes=_reserved(encoder, options, card, trained),
         inputs_on_device=options.inputs == "device",
     )
@@ -115,19 +124,30 @@ def towers_of(
 ) -> tuple[TowerWork, TowerWork]:
     """Both towers, traced."""
     dtype = _AUTOCAST.get(options.precision)
-    towers = (
+    towers = []
+    for encode, inputs, nbytes in _passes(encoder, sizes):
+        trace = trace_tower(encode, encoder, inputs, world=world, dtype=dtype, passes=passes)
+        with DeviceRules(world, dtype), torch.no_grad():
+            feature = encode(inputs(1))
+        row = feature.numel() * feature.itemsize
+        towers.append(TowerWork(trace, trainable=True, input_bytes=nbytes, feature_bytes=row))
+    return towers[0], towers[1]
+
+
+def _passes(
+    encoder: DualEncoder, sizes: Sizes
+) -> list[tuple[Callable[[Any], Tensor], Callable[[int], Any], int]]:
+    """Of each tower: inputs to features, inputs of so many rows, and bytes of a row of them."""
+
+    def encode_text(texts: Any) -> Tensor:
+        found: Any = encoder.encode_text(texts)
+        vectors: Tensor = found.vectors if isinstance(found, Tokens) else found
+        return vectors
+
+    return [
         (encoder.encode_image, sizes.images, sizes.image_bytes),
-        (encoder.encode_text, sizes.texts, sizes.text_bytes),
-    )
-    image, text = (
-        TowerWork(
-            trace_tower(encode, encoder, inputs, world=world, dtype=dtype, passes=passes),
-            trainable=True,
-            input_bytes=nbytes,
-        )
-        for encode, inputs, nbytes in towers
-    )
-    return image, text
+        (encode_text, sizes.texts, sizes.text_bytes),
+    ]
 
 
 def _shares(options: PlanOptions) -> dict[str, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from gradcache_clip.memory.cards import Card, find_card
 from gradcache_clip.memory.plan_answer import (
     largest_chunk,
@@ -21,7 +23,9 @@ from gradcache_clip.memory.plan_models import (
 )
 from gradcache_clip.memory.plan_options import Plan, PlanOptions
 from gradcache_clip.memory.plan_work import trace_all
-from gradcache_clip.train.config import Config, ConfigError, ModelConfig
+from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.token_towers import TokenEncoder
+from gradcache_clip.train.towers import DualEncoder
 
 
 def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) -> Plan:
@@ -55,20 +59,24 @@ def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) ->
         context_length=options.context_length,
         feature_dim=options.feature_dim,
     )
-    return _planned((image, text), model, sizes, gpu, options)
+    return _planned((image, text), build_on_meta(model, sizes), sizes, gpu, options)
 
 
 def plan_config(config: Config, gpu: str, options: PlanOptions | None = None) -> Plan:
     """The same for a configuration of the training command; see `options_of` for its options.
 
     Raises:
-        ConfigError: a loss over something else than one feature for each image and text, too.
+        ConfigError: a loss over views or a queue, too, which are not counted.
     """
-    _check_pooled(config)
+    _check_counted(config)
     model, sizes = configured_pair(config)
+    encoder = build_on_meta(model, sizes)
+    if config.loss.name == "late_interaction":
+        with torch.device("meta"):
+            encoder = TokenEncoder(encoder, sizes.context_length)
     dual = config.model.architecture == "dual"
     names = (config.model.image, config.model.text) if dual else (config.model.architecture,) * 2
-    return _planned(names, model, sizes, gpu, options or options_of(config))
+    return _planned(names, encoder, sizes, gpu, options or options_of(config))
 
 
 def options_of(config: Config) -> PlanOptions:
@@ -88,22 +96,21 @@ def options_of(config: Config) -> PlanOptions:
     )
 
 
-def _check_pooled(config: Config) -> None:
+def _check_counted(config: Config) -> None:
     name = config.loss.name
-    if name not in ("clip", "siglip"):
+    if name not in ("clip", "siglip", "late_interaction"):
         raise ConfigError(
-            f"loss.name: expected clip or siglip, which compare one feature of an image with one "
-            f"of a text, got {name}: views, queues and features of tokens are not counted; plan "
-            "the same towers with loss.name=clip data.views=1 loss.learn_logit_scale=true"
+            f"loss.name: expected clip, siglip or late_interaction, which compare an image with a "
+            f"text, got {name}: views and queues are not counted; plan the same towers with "
+            "loss.name=clip data.views=1 loss.learn_logit_scale=true"
         )
 
 
 def _planned(
-    names: tuple[str, str], model: ModelConfig, sizes: Sizes, gpu: str, options: PlanOptions
+    names: tuple[str, str], encoder: DualEncoder, sizes: Sizes, gpu: str, options: PlanOptions
 ) -> Plan:
     started, card = time.perf_counter(), find_card(gpu)
     capacity = _capacity(card, options)
-    encoder = build_on_meta(model, sizes)
     train_last(encoder.image_tower.backbone, options.image_trainable)
     train_last(encoder.text_tower.backbone, options.text_trainable)
     traced = trace_all(encoder, sizes, options, card)

@@ -29,6 +29,8 @@ class TowerWork:
     """Whether anything in it gets a gradient; if not it is never replayed."""
     input_bytes: int
     """Of one row of its input."""
+    feature_bytes: int
+    """Of one row of its feature: a vector, or one for each token."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Work:
     """Of each state of the optimizer, and of an average of the weights."""
     gradient_bytes: int
     """Of all parameters that are trained."""
-    feature_row_bytes: int
-    """Of one row of one feature."""
+    pair_flops: int
+    """Multiplications of the similarity of one image and one text."""
     workspaces: Callable[[int], dict[str, int]]
     """Bytes inside the tiled loss, by tag, from B."""
     shares: dict[str, float]
@@ -88,13 +90,13 @@ def accumulated_step(work: Work, rows: int, chunk: int) -> Timeline:
     timeline.enter("embed")
     for tower in work.towers:
         timeline.run(tower.trace, "embed", "embed end", rows=chunk)
-        timeline.hold([rows * work.feature_row_bytes], "feature")
+        timeline.hold([rows * tower.feature_bytes], "feature")
     everyone = rows * work.world
     for number in range(1 + (chunk < rows)):
         timeline.enter(f"chunk {number}")
         for tower in work.towers:
             timeline.run(tower.trace, "forward plain", rows=chunk, again=number)
-        joined = timeline.hold([everyone * work.feature_row_bytes] * 2, "feature")
+        joined = timeline.hold([everyone * each.feature_bytes for each in work.towers], "feature")
         timeline.run(work.full_loss, "forward", "backward", rows=everyone, again=number)
         for tower in reversed(work.towers):
             backward = f"backward plain{_ADDED * number}"
@@ -113,7 +115,7 @@ def cached_step(work: Work, rows: int, chunk: int, *, kept: Kept = (0, 0)) -> Ti
     timeline.enter("embed")
     for tower in work.towers:
         timeline.run(tower.trace, "embed", rows=chunk)
-        timeline.hold([rows * work.feature_row_bytes], "feature")
+        timeline.hold([rows * tower.feature_bytes], "feature")
     for tower in work.towers:
         timeline.run(tower.trace, "embed end", rows=chunk)
     replays.keep(kept)
@@ -247,5 +249,5 @@ def _started(work: Work, rows: int, chunk: int) -> Timeline:
 
 def _gathered(work: Work, rows: int) -> list[int]:
     """Features of the other processes, of both towers."""
-    others = (work.world - 1) * rows * work.feature_row_bytes
-    return [others, others] if others else []
+    others = (work.world - 1) * rows
+    return [others * tower.feature_bytes for tower in work.towers] if others else []

@@ -116,6 +116,8 @@ def _freed(recorder: weakref.ref[Recorder], key: int, _: weakref.ref[Any]) -> No
 _TAGGED = {
     "contrast_statistics": "statistics workspace",
     "contrast_gradient": "gradient workspace",
+    "late_interaction": "statistics workspace",
+    "late_interaction_gradient": "gradient workspace",
 }
 
 

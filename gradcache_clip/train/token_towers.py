@@ -41,12 +41,8 @@ class PatchTower(ImageTower):
 
     def __init__(self, tower: ImageTower) -> None:
         backbone = _without_pooling(tower.backbone)
-        super().__init__(
-            backbone,
-            width=backbone.head_hidden_size,
-            mean=tower.mean.flatten().tolist(),
-            std=tower.std.flatten().tolist(),
-        )
+        super().__init__(backbone, width=backbone.head_hidden_size, mean=(), std=())
+        self.mean, self.std = tower.mean, tower.std
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), uint8 or normalised float, to (B, P, C)."""
