@@ -15,7 +15,7 @@ _HEAD = """# Benchmarks
 {about}
 
     python benchmarks/run_all.py           # measures all of it again; hours
-    python benchmarks/run_all.py --quick   # small versions, about ten minutes
+    python benchmarks/run_all.py --quick   # small versions, about five minutes
     python benchmarks/report.py            # writes the figures into this page and the others
 """
 _ABOUT = (
