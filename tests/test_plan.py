@@ -273,6 +273,9 @@ def test_the_command_plans_a_configuration(tmp_path, capsys):
     assert found["options"]["chunk_size"] == 32 and found["least_step_ms"] is None
     assert main([*arguments[:1], str(path), "--gpu", "0.65GB", "--json"]) == 1
     assert not json.loads(capsys.readouterr().out)["fits"]
+    assert main(["plan", str(path), "train.inputs=host", *arguments[2:]]) == 0
+    on_host = json.loads(capsys.readouterr().out)
+    assert on_host["input_bytes"] == pytest.approx(found["input_bytes"] * 2 * 32 / 4096, rel=0.01)
     assert main(["plan", str(path), "model.freeze=text", *arguments[2:]]) == 0
     frozen = json.loads(capsys.readouterr().out)
     assert frozen["options"]["text_trainable"] == 0

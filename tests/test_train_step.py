@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_run import make_data, overrides
 from torch import Tensor, nn
+from trainer_step import session_of
 
 from gradcache_clip import ClipLoss
+from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.distributed import LocalStrategy
-from gradcache_clip.train.config import ConfigError, TrainConfig
+from gradcache_clip.train.config import Config, ConfigError, DistributedConfig, TrainConfig
 from gradcache_clip.train.step import make_backward
 
 ROWS = 12
@@ -63,10 +68,34 @@ def test_sorted_captions_are_trimmed_to_the_longest_of_a_chunk():
     assert sorted(set(gradients(sort_by_length=True)[0].widths)) == [2, 3, 6, 9]
 
 
+@pytest.mark.parametrize(("place", "found"), [("host", "cpu"), ("device", "meta")])
+def test_a_batch_waits_where_it_is_told_to(tmp_path: Path, place: str, found: str):
+    more = (f"train.inputs={place}", "loss.positives=group")
+    settings = overrides(make_data(tmp_path / "data"), tmp_path / "run", *more)
+    session = session_of(None, settings, tmp_path / "run")
+    session.device = torch.device("meta")
+    inputs, loss_kwargs = session.inputs_of(next(iter(session.batches())))
+    assert {tensor.device.type for tensor in tensors_in(inputs)} == {found}
+    # The loss takes the features of all, which are on the device in any case.
+    assert loss_kwargs["labels"].device.type == "meta"
+
+
+def test_deepspeed_has_its_inputs_on_the_device():
+    train, deepspeed = TrainConfig(inputs="host"), DistributedConfig(engine="deepspeed")
+    with pytest.raises(ConfigError, match="train.inputs: expected device with distributed.engine"):
+        Config(train=train, distributed=deepspeed)
+    assert Config(train=train).train.inputs == "host"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"exchange": "broadcast"}, "train.exchange: expected one of gather, ring, got"),
+        ({"inputs": "disk"}, "train.inputs: expected one of device, host, got"),
+        (
+            {"inputs": "host", "negatives": "chunk"},
+            "train.inputs: expected device with train.negatives=chunk, got 'host'",
+        ),
         ({"memory_budget_gib": -1.0}, "train.memory_budget_gib: expected at least 0, got -1"),
     ],
 )

@@ -87,6 +87,7 @@ def options_of(config: Config) -> PlanOptions:
         chunk_size=train.chunk_size,
         precision=train.precision,
         ema=train.ema_decay > 0,
+        inputs=train.inputs,
         zero={"deepspeed": config.distributed.zero, "fsdp": 3}.get(engine, 0),
         image_size=config.data.image_size,
         context_length=config.data.context_length,

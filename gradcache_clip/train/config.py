@@ -142,6 +142,10 @@ class TrainConfig:
     sort_by_length: bool = False
     """Chunks of captions of similar length, each trimmed to its longest."""
 
+    inputs: str = "device"
+    """Where a batch waits: on the `device`, or on the `host`, which two chunks of it leave at a
+    time; then memory does not grow with its images."""
+
     exchange: str = "gather"
     """How features of other processes arrive: `gather`, all at once, or `ring`, one by one."""
 
@@ -191,6 +195,7 @@ class TrainConfig:
         one_of(("fp32", "bf16", "fp16"), "train", self, "precision")
         one_of(("auto", "reference", "tiled", "triton"), "train", self, "impl")
         one_of(("gather", "ring"), "train", self, "exchange")
+        one_of(("device", "host"), "train", self, "inputs")
         at_least(0, "train", self, "memory_budget_gib")
         in_range("[0, 1)", "train", self, "ema_decay")
         if self.negatives == "chunk":
@@ -198,6 +203,7 @@ class TrainConfig:
 
     def _check_chunks(self) -> None:
         """With `negatives: chunk`, a chunk of one pair has nothing to learn from."""
+        check(self.inputs == "device", "train", self, "inputs", "device with train.negatives=chunk")
         if self.chunk_size == 1:
             raise ConfigError(
                 "train.chunk_size: expected at least 2 with train.negatives=chunk, got 1; "
@@ -293,6 +299,9 @@ class Config:
         check_widths(self.model, self.loss)
         check_tokens(self.model, self.loss)
         check_contrast(self)
+        # Whose parameters may lie elsewhere than they are used, as ZeRO-3 offloads them.
+        there = self.distributed.engine != "deepspeed" or self.train.inputs == "device"
+        check(there, "train", self.train, "inputs", "device with distributed.engine=deepspeed")
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
         if warmup >= steps:
             raise ConfigError(

@@ -67,12 +67,14 @@ class Session:
         yield from self.loader
 
     def inputs_of(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """On the device: what each tower takes, and what the loss is told beside the features."""
+        """What each tower takes, where `train.inputs` says, and what the loss is told beside the
+        features, on the device."""
         texts: Mapping[str, Tensor] = {}
         if self.tokenizer is not None:
             texts = self.tokenizer(batch.captions, pad_to_context=self.config.train.compile)
+        place = "cpu" if self.config.train.inputs == "host" else self.device
         images, *tensors = (
-            tensor.to(self.device, non_blocking=True) for tensor in (batch.images, *texts.values())
+            tensor.to(place, non_blocking=True) for tensor in (batch.images, *texts.values())
         )
         inputs = self.objective.inputs(images, dict(zip(texts, tensors, strict=True)))
         return inputs, self.objective.loss_kwargs(batch.groups, self.device)
