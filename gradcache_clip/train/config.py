@@ -16,6 +16,7 @@ from gradcache_clip.train.config_checks import (
 from gradcache_clip.train.config_model import (
     LossConfig,
     ModelConfig,
+    check_frozen_features,
     check_tokens,
     check_widths,
 )
@@ -299,6 +300,7 @@ class Config:
         check_widths(self.model, self.loss)
         check_tokens(self.model, self.loss)
         check_contrast(self)
+        check_frozen_features(self)
         # Whose parameters may lie elsewhere than they are used, as ZeRO-3 offloads them.
         there = self.distributed.engine != "deepspeed" or self.train.inputs == "device"
         check(there, "train", self.train, "inputs", "device with distributed.engine=deepspeed")

@@ -65,6 +65,10 @@ class ModelConfig:
     """`image` or `text`: that backbone keeps its weights, runs once a step and is never replayed;
     its projection is trained."""
 
+    frozen_features: str = ""
+    """Folder of what a frozen image tower says of each training image, computed once and read in
+    later epochs and runs; empty: it is computed in every step."""
+
     architecture: str = "dual"
     """`dual`: a tower each. `multiway`: one Transformer for both, with shared attention and a
     feed-forward network for each (BEiT-3), in the place of `image` and `text`."""
@@ -80,6 +84,9 @@ class ModelConfig:
         one_of(("cls", "mean"), "model", self, "text_pool")
         one_of(("", "image", "text"), "model", self, "freeze")
         one_of(("dual", "multiway"), "model", self, "architecture")
+        if self.frozen_features:
+            expected = "image with model.frozen_features"
+            check(self.freeze == "image", "model", self, "freeze", expected)
         if self.image_weights:
             self._check_weights()
         if self.architecture == "multiway":
@@ -182,6 +189,21 @@ def check_widths(model: ModelConfig, loss: LossConfig) -> None:
             f"{model.feature_dim}, got {widths}; use e.g. "
             f"[{model.feature_dim // 4}, {model.feature_dim // 2}, {model.feature_dim}]"
         )
+
+
+def check_frozen_features(config: Any) -> None:
+    """Raise unless every epoch shows the same images to one frozen tower that pools them."""
+    if not config.model.frozen_features:
+        return
+    with_it = "with model.frozen_features"
+    for section, name, allowed in (
+        ("loss", "name", ("clip", "siglip")),
+        ("data", "random_crop", (1.0,)),
+        ("distributed", "engine", ("ddp",)),
+    ):
+        part = getattr(config, section)
+        expected = f"{' or '.join(map(str, allowed))} {with_it}"
+        check(getattr(part, name) in allowed, section, part, name, expected)
 
 
 def check_tokens(model: ModelConfig, loss: LossConfig) -> None:

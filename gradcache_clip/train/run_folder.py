@@ -20,7 +20,7 @@ _MAY_CHANGE = {
     "evaluation.gallery", "evaluation.neighbours",
     "train.output", "train.resume", "train.steps", "train.log_every", "train.evaluate_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.compile", "train.device",
-    "train.exchange", "train.memory_budget_gib", "train.inputs",
+    "train.exchange", "train.memory_budget_gib", "train.inputs", "model.frozen_features",
     "data.max_broken_share",
     # What is left of an epoch is shared out among however many read it.
     "data.workers", "distributed.engine", "distributed.zero", "distributed.deepspeed_config",

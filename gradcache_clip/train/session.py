@@ -32,6 +32,7 @@ from gradcache_clip.train.data.shard_urls import find_shards
 from gradcache_clip.train.ema import Ema
 from gradcache_clip.train.engine import Engine, build_engine, rows_of_a_process
 from gradcache_clip.train.evaluation.labelled import check_labels
+from gradcache_clip.train.frozen_features import FrozenFeatures, frozen_features
 from gradcache_clip.train.objective import Objective, build_loss, build_objective
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.place import choose_device
@@ -59,6 +60,8 @@ class Session:
     objective: Objective
     ema: Ema | None
     loader: ImageCaptionLoader
+    features: FrozenFeatures | None = None
+    """Of a frozen image tower, in the place of images."""
     step: int = 0
     saved_step: int = 0
 
@@ -72,9 +75,10 @@ class Session:
         texts: Mapping[str, Tensor] = {}
         if self.tokenizer is not None:
             texts = self.tokenizer(batch.captions, pad_to_context=self.config.train.compile)
+        images = batch.images if self.features is None else self.features.of(batch.images)
         place = "cpu" if self.config.train.inputs == "host" else self.device
         images, *tensors = (
-            tensor.to(place, non_blocking=True) for tensor in (batch.images, *texts.values())
+            tensor.to(place, non_blocking=True) for tensor in (images, *texts.values())
         )
         inputs = self.objective.inputs(images, dict(zip(texts, tensors, strict=True)))
         return inputs, self.objective.loss_kwargs(batch.groups, self.device)
@@ -90,6 +94,8 @@ class Session:
         weights, state = self.engine.weights(), self.engine.state()
         loaders = self.peers.collect(self.loader.state_dict())
         generators = self.peers.collect(capture_rng())
+        if self.features is not None:
+            self.features.save()
         if self.peers.is_first:
             data = {"loader": join_states(loaders), "rng": generators}
             self._write(weights, {**state, **data})
@@ -193,6 +199,9 @@ def start_session(config: Config, run: RunFolder, peers: Peers | None = None) ->
     checkpoint = _checkpoint(run, peers) if config.train.resume else None
     if checkpoint is not None:
         session.restore(checkpoint)
+    if config.model.frozen_features:
+        tower = session.encoder.image_tower
+        session.features = frozen_features(config, tower, peers.rank, session.engine.autocast)
     return session
 
 

@@ -43,7 +43,12 @@ class ImageTower(nn.Module):
         self.register_buffer("std", torch.tensor([*std]).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C): uint8 is scaled and normalised, floats are taken as they are."""
+        """(B, 3, H, W) to (B, C): uint8 is scaled and normalised, floats are taken as they are.
+
+        Its own features (B, C), computed before, are handed through.
+        """
+        if images.ndim == 2:
+            return images
         # Bytes travel and wait in a quarter of the memory; only one chunk is ever float.
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
