@@ -50,8 +50,9 @@ def test_the_loss_is_that_of_the_page(tmp_path: Path) -> None:
     assert worst({name: e for name, e in errors if not name.endswith("key.bias")})[1] < 1e-10
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [3, 2], ids=["triplets", "pairs"])
+@pytest.mark.parametrize(
+    "count", [3, pytest.param(2, marks=pytest.mark.slow)], ids=["triplets", "pairs"]
+)
 def test_the_example_in_small(tmp_path: Path, count: int) -> None:
     tiny_model(tmp_path / "model")
     for split, rows in (("train", 48), ("validation", 10)):
