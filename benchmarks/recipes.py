@@ -71,7 +71,7 @@ def _record(name: str, records: dict[str, Any], options: argparse.Namespace) -> 
     summary = json.loads((ROOT / run / "summary.json").read_text())
     records[name] = {
         **settings,
-        **{key: summary[key] for key in _SETTINGS if key in summary},
+        **{key: summary[key] for key in (*_SETTINGS, "rows", "chunk_of") if key in summary},
         "cpu_minutes": (_cpu_seconds() - before) / 60,
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         **{key: summary[key] for key in ("loss", "peak_memory_bytes", "metrics")},

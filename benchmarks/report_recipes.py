@@ -29,11 +29,13 @@ def recipe(results: Path, name: str) -> str:
     shares = [key for key in metrics if _label(key)]
     lines = [[_label(key), *_figures(metrics, key)] for key in shares]
     head = ["held out", *(["before"] if _has_before(metrics) else []), "right", "chance"]
+    rows, unit = record.get("rows", "pairs"), record.get("chunk_of", "")
     took = (
-        f"{record['steps']:,} steps of {record['batch_size']:,} pairs in chunks of "
-        f"{record['chunk_size']:,}; {record['cpu_minutes']:.0f} CPU minutes, peak memory of the "
-        f"process {bytes_text(record['peak_memory_bytes'])} ({record['machine']}; torch "
-        f"{record['torch']}, commit {record['commit']}, {record['date']}; one seed)."
+        f"{record['steps']:,} steps of {record['batch_size']:,} {rows} in chunks of "
+        f"{record['chunk_size']:,}{unit and f' {unit}'}; {record['cpu_minutes']:.0f} CPU minutes, "
+        f"peak memory of the process {bytes_text(record['peak_memory_bytes'])} "
+        f"({record['machine']}; torch {record['torch']}, commit {record['commit']}, "
+        f"{record['date']}; one seed)."
     )
     return f"{table(head, lines)}\n\n{paragraph(took)}"
 

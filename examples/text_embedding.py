@@ -43,7 +43,7 @@ def main() -> None:
     )
     before = recalls(model, held_out, options.widths)
     loss = CachedMultipleNegativesRankingLoss(
-        model, mini_batch_size=options.chunk_size, matryoshka_dims=options.widths
+        model, mini_batch_num_tokens=options.chunk_tokens, matryoshka_dims=options.widths
     )
     trainer = SentenceTransformerTrainer(model, arguments(options), train_dataset=train, loss=loss)
     trainer.train()
@@ -107,7 +107,8 @@ def report(
     losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     summary = {
-        **{name: getattr(options, name) for name in ("batch_size", "chunk_size", "steps")},
+        **{"batch_size": options.batch_size, "rows": "triplets", "steps": options.steps},
+        **{"chunk_size": options.chunk_tokens, "chunk_of": "tokens"},
         "loss": losses[max(losses)],
         "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
         "metrics": {
@@ -158,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="name or folder for SentenceTransformer (the package's MiniLM)")
     add("--output", type=Path, default=Path("runs/text_embedding"), help="(%(default)s)")
     add("--batch-size", type=int, default=1024, help="triplets a step (%(default)s)")
-    add("--chunk-size", type=int, default=64, help="texts at once in memory (%(default)s)")
+    add("--chunk-tokens", type=int, default=2048, help="tokens at once in memory (%(default)s)")
     add("--steps", type=int, default=40, help="(%(default)s)")
     add("--learning-rate", type=float, default=1e-4, help="(%(default)s)")
     add("--widths", type=int, nargs="+", default=[384, 192, 96, 48], help="(384 192 96 48)")

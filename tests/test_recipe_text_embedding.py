@@ -62,7 +62,7 @@ def test_the_example_in_small(tmp_path: Path, count: int) -> None:
         (tmp_path / f"{split}.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines))
     options = {
         "--model": tmp_path / "model", "--output": tmp_path / "run", "--batch-size": 16,
-        "--chunk-size": 4, "--steps": 24, "--learning-rate": 0.003,
+        "--chunk-tokens": 60, "--steps": 24, "--learning-rate": 0.003,
     }  # fmt: skip
     given = [str(each) for option in options.items() for each in option]
     command = [sys.executable, str(EXAMPLE), str(tmp_path), *given, "--widths", "32", "8"]
@@ -70,7 +70,7 @@ def test_the_example_in_small(tmp_path: Path, count: int) -> None:
     assert result.returncode == 0, result.stderr
     assert "R@1 of   32 numbers:" in result.stdout and "R@1 of    8 numbers:" in result.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["batch_size"], summary["chunk_size"], summary["steps"]) == (16, 4, 24)
+    assert (summary["batch_size"], summary["chunk_size"], summary["steps"]) == (16, 60, 24)
     metrics = summary["metrics"]
     for width in (32, 8):
         name = f"definition_to_word_recall_at_10_of_{width}_numbers"
