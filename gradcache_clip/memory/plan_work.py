@@ -63,7 +63,8 @@ def trace_all(encoder: DualEncoder, sizes: Sizes, options: PlanOptions, card: Ca
         if asked:
             raise
         return Traced(plain, plain, None, str(error))
-    towers = towers_of(encoder, sizes, options, _ALL if asked else _PLAIN)
+    rows = [tower.feature_bytes for tower in plain.towers]
+    towers = towers_of(encoder, sizes, rows, options, _ALL if asked else _PLAIN)
     checkpointed = replace(plain, towers=towers)
     return Traced(checkpointed if asked else plain, plain, checkpointed)
 
@@ -82,6 +83,7 @@ def work_of(
     with DeviceRules(world, dtype), torch.no_grad():
         features = [encode(inputs(2)) for encode, inputs, _ in _passes(encoder, sizes)]
     shapes, numbers = [tuple(each.shape[1:]) for each in features], features[0].dtype
+    row_bytes = [math.prod(shape) * numbers.itemsize for shape in shapes]
     losses = [
         trace_loss(loss, shapes, features=numbers, world=world, dtype=dtype)
         for loss in (tiled_loss(tokens=tokens), full_matrix_loss(tokens=tokens))
@@ -99,7 +101,7 @@ def work_of(
         return workspaces(*sides, width, numbers.itemsize, large=large)
 
     return Work(
-        towers=towers_of(encoder, sizes, options, passes, world=world),
+        towers=towers_of(encoder, sizes, row_bytes, options, passes, world=world),
         loss=losses[0],
         full_loss=losses[1],
         parameter_bytes=tuple(every),
@@ -117,19 +119,18 @@ def work_of(
 def towers_of(
     encoder: DualEncoder,
     sizes: Sizes,
+    feature_bytes: Sequence[int],
     options: PlanOptions,
     passes: Sequence[Pass],
     *,
     world: World = "cuda",
 ) -> tuple[TowerWork, TowerWork]:
-    """Both towers, traced."""
+    """Both towers, traced; `feature_bytes` are those of a row of the feature of each."""
     dtype = _AUTOCAST.get(options.precision)
     towers = []
-    for encode, inputs, nbytes in _passes(encoder, sizes):
+    passed = zip(_passes(encoder, sizes), feature_bytes, strict=True)
+    for (encode, inputs, nbytes), row in passed:
         trace = trace_tower(encode, encoder, inputs, world=world, dtype=dtype, passes=passes)
-        with DeviceRules(world, dtype), torch.no_grad():
-            feature = encode(inputs(1))
-        row = feature.numel() * feature.itemsize
         towers.append(TowerWork(trace, trainable=True, input_bytes=nbytes, feature_bytes=row))
     return towers[0], towers[1]
 
