@@ -58,9 +58,11 @@ if __name__ == "__main__":
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     captions = read_captions(f"{folder}/train")
     tokenizer = train_tokenizer(captions, vocab_size=2000, context_length=24)
+    # First weights as wide as the width asks: the default, 0.02, is for wider models.
     image_encoder = timm.create_model(
-        "vit_tiny_patch16_224", img_size=64, embed_dim=128, depth=4, num_heads=4, num_classes=0
-    )
+        "vit_tiny_patch16_224", img_size=64, embed_dim=128, depth=4, num_heads=4, num_classes=0,
+        weight_init="jax",
+    )  # fmt: skip
     text_encoder = BertModel(
         BertConfig(
             vocab_size=tokenizer.vocab_size,
@@ -68,6 +70,7 @@ if __name__ == "__main__":
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=512,
+            initializer_range=128**-0.5,
         )
     )
     # On several GPUs: Trainer(strategy="ddp", devices=8, ...); the batch is that of all of them.

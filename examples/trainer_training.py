@@ -50,6 +50,8 @@ def recall(prediction) -> dict[str, float]:
 
 
 width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+# The default, 0.02, is for wider models: these would hardly learn in so few steps.
+width["initializer_range"] = 128**-0.5
 model = VisionTextDualEncoderModel(
     vision_model=ViTModel(ViTConfig(**width, image_size=64, patch_size=16, num_hidden_layers=4)),
     text_model=BertModel(BertConfig(**width, vocab_size=tokenizer.vocab_size, num_hidden_layers=2)),

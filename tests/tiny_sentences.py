@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from one_shot import gradient_errors, worst
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from gradcache_clip.train.tokenizer import CLS, PAD, SEP, train_tokenizer
@@ -18,6 +20,11 @@ _TEXT = (
     "below left right open closed double single heavy light with and of the sign mark arrow"
 )
 _WORDS = _TEXT.split()
+
+BOTH_WAYS: dict[str, Any] = {
+    "directions": ("query_to_doc", "doc_to_query"),
+    "partition_mode": "per_direction",
+}
 
 
 def sentences(count: int, longest: int, seed: int) -> list[str]:
@@ -49,6 +56,31 @@ def tiny_model(folder: Path, *, dropout: float = 0.0, padding_side: str = "right
     )
     pooling = Pooling(transformer.get_embedding_dimension(), "mean")
     return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+
+
+def tokenized(model: Any, count: int = 2, rows: int = 11) -> list[dict[str, Tensor]]:
+    return [model.preprocess(texts) for texts in columns(rows, count).values()]
+
+
+def gradients(loss: Any, features: list[dict[str, Tensor]], factor: float = 1.0) -> Tensor:
+    """Fill `.grad`; the loss."""
+    value = loss([dict(each) for each in features], torch.empty(0))
+    (factor * value).backward()
+    return value.detach()
+
+
+def worst_error(model: nn.Module, truth: nn.Module) -> tuple[str, float]:
+    """A key bias moves no softmax: its gradient is zero but for rounding, which has no error."""
+    for name, parameter in model.named_parameters():
+        assert not name.endswith("key.bias") or parameter.grad.abs().max() < 1e-7
+    errors = gradient_errors([model], [truth]).items()
+    return worst({name: error for name, error in errors if not name.endswith("key.bias")})
+
+
+def wrapped(loss: Any, model: nn.Module) -> Any:
+    """As the trainer does it once the model is prepared."""
+    loss.model = model
+    return loss
 
 
 def _save(folder: Path) -> None:
