@@ -116,7 +116,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_run_learns_the_same(data, weights, tmp_path, monkeypatch, precision) -> None:
     """Two epochs and more; the second run of the same tower embeds no image."""
     more = (*SMALL, f"model.image_weights={weights}", f"train.precision={precision}")

@@ -44,13 +44,12 @@ def test_steps_are_predicted_within_two_percent(image, autocast):
             assert predicted == pytest.approx(found, rel=within), (kind, rows)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("image", ["vit", "convnext"])
+@pytest.mark.parametrize(("image", "autocast"), [("vit", False), ("convnext", True)])
 def test_steps_over_tokens_are_predicted_within_two_percent(image, autocast):
     model = model_config(image)
     encoder = real(model, tokens=True)
     work = traced(model, tokens=True, precision="bf16" if autocast else "fp32")
-    for rows in (4, 18, 96):
+    for rows in (4, 96):
         for kind in ("plain", "cached", "all kept"):
             found = measured(encoder, kind, rows, 4, autocast=autocast)
             within = 0.08 if autocast and kind == "all kept" else 0.02
