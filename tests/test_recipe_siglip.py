@@ -16,6 +16,7 @@ from trainer_step import assert_step_equals, session_of
 from gradcache_clip.cli import main
 from gradcache_clip.train.config import ConfigError
 from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.objective import build_objective
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,11 @@ def test_what_the_loss_has_no_use_for_is_refused(data, tmp_path, setting, messag
     with pytest.raises(ConfigError, match=message):
         run_recipe("siglip", data, tmp_path / "run", setting)
     assert not (tmp_path / "run").exists()
+
+
+def test_guessing_is_the_best_logit_for_all_pairs():
+    objective = build_objective(load_config(recipe("siglip")))
+    logit = torch.linspace(-12, 0, 100_001, dtype=torch.float64)
+    losses = F.softplus(-logit) + 1023 * F.softplus(logit)
+    assert objective.guess == pytest.approx(losses.min().item(), rel=1e-6)
+    assert build_objective(load_config(recipe("clip"))).guess is None, "log of the candidates"

@@ -313,6 +313,14 @@ class TestCurves:
             assert axes.get_xlabel() == "optimizer step"
             assert axes.get_ylabel()
 
+    def test_a_loss_that_is_no_softmax_has_a_level_of_its_own(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        figure = self.figure_of(monkeypatch, [RunCurve("a", rows_of_a_run(9, 64), 64, guess=5.15)])
+        loss = figure.axes[0]
+        assert 5.15 in {float(line.get_ydata()[0]) for line in loss.lines}
+        assert "dotted: guessing, 5.15" in {text.get_text() for text in loss.texts}
+
     def test_gaps_and_one_point_and_no_evaluation(self, tmp_path: Path) -> None:
         rows = [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}, {"step": 3, "loss": math.nan}]
         path = draw_curves([RunCurve("a", rows, 2)], tmp_path / "c.png")

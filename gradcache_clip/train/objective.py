@@ -83,12 +83,25 @@ class Objective:
         train = self.config.train
         return train.batch_size if train.negatives == "batch" else train.chunk_size
 
+    @property
+    def guess(self) -> float | None:
+        """Loss without any knowledge of the pairs; None for that of one softmax over all."""
+        widths = len(self.config.loss.matryoshka)
+        return widths * math.log(self.candidates) if widths else None
+
 
 class SigLip(Objective):
     """Each pair a decision of its own."""
 
     def loss(self) -> nn.Module:
         return SigLipLoss(init_logit_bias=self.config.loss.init_logit_bias, **self.shared())
+
+    @property
+    def guess(self) -> float:
+        """With the best logit that all pairs could share, whose sigmoid is 1 / candidates."""
+        count = self.candidates
+        alone = math.log(count) - (count - 1) * math.log1p(-1 / count)
+        return max(1, len(self.config.loss.matryoshka)) * alone
 
 
 class LateInteraction(Objective):

@@ -27,7 +27,14 @@ class RunCurve:
     """Lines of its log, as `read_log` returns them: step, loss, accuracy, ..._recall_at_1."""
     candidates: int
     """How many candidates each row is compared with in training: the batch, or the chunk where the
-    softmax is limited to it. Sets the level of guessing: loss log(candidates)."""
+    softmax is limited to it."""
+    guess: float | None = None
+    """Loss of guessing; log(candidates), as of a softmax, where None."""
+
+    @property
+    def guessed_loss(self) -> float:
+        """That of a run that has learned nothing of the pairs."""
+        return math.log(self.candidates) if self.guess is None else self.guess
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,9 @@ _CLASSES = _HeldOut(
 def draw_curves(runs: Sequence[RunCurve], path: str | Path) -> Path:
     """Three panels over the optimizer steps, the first run in blue.
 
-    The loss of guessing is log(candidates), so losses of softmaxes of different width are not to be
-    compared; dotted lines show guessing for each. Held-out recall@1, or for runs over views the
-    share of images whose class is named rightly, is the same task for all runs.
+    The loss of guessing grows with the candidates, so losses of softmaxes of different width are
+    not to be compared; dotted lines show guessing for each. Held-out recall@1, or for runs over
+    views the share of images whose class is named rightly, is the same task for all runs.
 
     Args:
         runs: the run to show and those to compare it with.
@@ -105,8 +112,8 @@ def draw_curves(runs: Sequence[RunCurve], path: str | Path) -> Path:
 def _draw_loss(axes: Axes, runs: Sequence[RunCurve]) -> None:
     for run, color in _coloured(runs):
         _draw_line(axes, run, "loss", color)
-        _draw_chance(axes, math.log(run.candidates), color)
-    _finish(axes, "Training loss", f"dotted: guessing, {_guesses(runs, 'log {0} = {1:.2f}')}", runs)
+        _draw_chance(axes, run.guessed_loss, color)
+    _finish(axes, "Training loss", f"dotted: guessing, {_guesses(runs)}", runs)
     axes.set_ylabel("loss (nats)")
     axes.set_ylim(bottom=0)
 
@@ -185,8 +192,14 @@ def _widths(runs: Sequence[RunCurve]) -> list[int]:
     return list(dict.fromkeys(run.candidates for run in runs))
 
 
-def _guesses(runs: Sequence[RunCurve], form: str) -> str:
-    return ", ".join(form.format(f"{width:,}", math.log(width)) for width in _widths(runs))
+def _guesses(runs: Sequence[RunCurve]) -> str:
+    levels = (
+        f"log {run.candidates:,} = {run.guessed_loss:.2f}"
+        if run.guess is None
+        else f"{run.guess:.2f}"
+        for run in runs
+    )
+    return ", ".join(dict.fromkeys(levels))
 
 
 def _points(run: RunCurve, name: str, *, scale: float = 1) -> tuple[list[int], list[float]]:

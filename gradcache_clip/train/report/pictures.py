@@ -93,7 +93,8 @@ def run_curve(run: RunFolder, config: Config, name: str | None = None) -> RunCur
         if train.negatives == "batch"
         else f"accumulated, chunks of {train.chunk_size:,}"
     )
-    return RunCurve(name, read_log(run.path), build_objective(config).candidates)
+    objective = build_objective(config)
+    return RunCurve(name, read_log(run.path), objective.candidates, objective.guess)
 
 
 def _images_of_different_groups(held_out: HeldOut) -> list[int]:
