@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -111,7 +112,7 @@ def _table(records: dict[str, Any]) -> Table:
         shown = {
             key: share
             for key, share in record["metrics"].items()
-            if key.endswith(("_at_1", "accuracy"))
+            if key.endswith(("_at_1", "accuracy")) or re.search(r"_at_1_of_\d+_numbers$", key)
         }
         figures = ", ".join(f"{key} {share:.1%}" for key, share in shown.items())
         counts = f"{record['batch_size']:,}", str(record["steps"])
