@@ -110,7 +110,7 @@ def _labels(rows: Sequence[Row]) -> list[EndLabel]:
 def _label(row: Row) -> str:
     method = METHODS[row.method]
     chunks = f", chunks of {row.chunk_size}" if row.method == "cached" else ""
-    return f"{method.label}{chunks}\n{bytes_text(row.counted_bytes)}"
+    return f"{method.label}{chunks}\n{bytes_text(_best(row))}"
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
