@@ -51,7 +51,7 @@ def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) ->
         >>> found.fits, found.largest_chunk >= 32
         (True, True)
     """
-    options = options or PlanOptions()
+    started, options = time.perf_counter(), options or PlanOptions()
     model, sizes = named_pair(
         image,
         text,
@@ -59,7 +59,8 @@ def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) ->
         context_length=options.context_length,
         feature_dim=options.feature_dim,
     )
-    return _planned((image, text), build_on_meta(model, sizes), sizes, gpu, options)
+    encoder = build_on_meta(model, sizes)
+    return _planned((image, text), encoder, sizes, gpu, options, started)
 
 
 def plan_config(config: Config, gpu: str, options: PlanOptions | None = None) -> Plan:
@@ -68,6 +69,7 @@ def plan_config(config: Config, gpu: str, options: PlanOptions | None = None) ->
     Raises:
         ConfigError: a loss over views or a queue, too, which are not counted.
     """
+    started = time.perf_counter()
     _check_counted(config)
     model, sizes = configured_pair(config)
     encoder = build_on_meta(model, sizes)
@@ -76,7 +78,7 @@ def plan_config(config: Config, gpu: str, options: PlanOptions | None = None) ->
             encoder = TokenEncoder(encoder, sizes.context_length)
     dual = config.model.architecture == "dual"
     names = (config.model.image, config.model.text) if dual else (config.model.architecture,) * 2
-    return _planned(names, encoder, sizes, gpu, options or options_of(config))
+    return _planned(names, encoder, sizes, gpu, options or options_of(config), started)
 
 
 def options_of(config: Config) -> PlanOptions:
@@ -108,9 +110,14 @@ def _check_counted(config: Config) -> None:
 
 
 def _planned(
-    names: tuple[str, str], encoder: DualEncoder, sizes: Sizes, gpu: str, options: PlanOptions
+    names: tuple[str, str],
+    encoder: DualEncoder,
+    sizes: Sizes,
+    gpu: str,
+    options: PlanOptions,
+    started: float,
 ) -> Plan:
-    started, card = time.perf_counter(), find_card(gpu)
+    card = find_card(gpu)
     capacity = _capacity(card, options)
     train_last(encoder.image_tower.backbone, options.image_trainable)
     train_last(encoder.text_tower.backbone, options.text_trainable)
