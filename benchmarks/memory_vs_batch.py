@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cached-minutes", type=float, default=40.0, help="the same of gradcache-clip (40)")
     add("--steps", type=int, default=3, help="timed steps a point, median reported (3)")
     add("--seconds", type=float, default=20.0, help="no further step of a point after this (20)")
-    add("--timeout", type=float, default=1800.0, help="seconds until a process is ended (1800)")
+    add("--timeout", type=float, default=3600.0, help="seconds until a process is ended (3600)")
     add("--threads", type=int, help="threads of a step (as torch chooses)")
     add("--results", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     add("--quick", action="store_true", help="two batch sizes, under two minutes")
