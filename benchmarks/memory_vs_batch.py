@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from fresh_process import Limits, available_bytes, call_in_fresh_process, provenance
 from memory_count import count_pair_flops, count_step
 from memory_methods import METHODS, step_flops
@@ -199,7 +200,8 @@ def _point(row: Row, options: argparse.Namespace) -> dict[str, object]:
 
 
 def _origin(options: argparse.Namespace) -> dict[str, str]:
-    threads = options.threads or "all"
+    # As the environment has it, too; a process of a step inherits that.
+    threads = options.threads or torch.get_num_threads()
     settings = f"{options.steps} steps, {options.seconds:g} s, {threads} threads"
     return {**provenance(), "settings": settings, "code": _fingerprint()}
 
