@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"--only: {error}")
     if options.list:
-        Console().print(_listing(chosen))
+        Console().print(_listing(chosen, options.wordnet))
         return 0
     options.results = (options.results or (QUICK if options.quick else FULL)).resolve()
     options.wordnet = options.wordnet.absolute()
@@ -75,7 +75,7 @@ def _run_all(chosen: Sequence[Benchmark], state: State, options: argparse.Namesp
                 bar.next(one)
     except KeyboardInterrupt:
         status = INTERRUPTED
-    Console().print(_table(chosen, done))
+    Console().print(_table(chosen, done, options.wordnet))
     failed = [one for one in done.values() if one.status not in (MEASURED, KEPT, _NO_GPU)]
     return status or int(bool(failed))
 
@@ -189,29 +189,29 @@ def _progress() -> Progress:
     )
 
 
-def _table(chosen: Sequence[Benchmark], done: dict[str, Finished]) -> Table:
+def _table(chosen: Sequence[Benchmark], done: dict[str, Finished], wordnet: Path) -> Table:
     files = Column("files", overflow="fold")
     table = Table("benchmark", "status", "minutes", files, "remark", box=SIMPLE)
     for one in chosen:
         each = done.get(one.name, Finished("not run"))
         minutes = f"{each.minutes:.1f}" if each.minutes else ""
-        table.add_row(one.name, each.status, minutes, " ".join(each.files), _remark(one))
+        table.add_row(one.name, each.status, minutes, " ".join(each.files), _remark(one, wordnet))
     return table
 
 
-def _listing(chosen: Sequence[Benchmark]) -> Table:
+def _listing(chosen: Sequence[Benchmark], wordnet: Path) -> Table:
     table = Table("benchmark", "minutes", "quick", "command", "writes", "needs", box=SIMPLE)
     for one in chosen:
         minutes = f"{one.minutes:g}", f"{one.quick_minutes:g}"
-        needs = _NO_GPU if one.needs_gpu else _remark(one)
+        needs = _NO_GPU if one.needs_gpu else _remark(one, wordnet)
         table.add_row(one.name, *minutes, one.command(), " ".join(one.writes), needs)
     return table
 
 
-def _remark(one: Benchmark) -> str:
+def _remark(one: Benchmark, wordnet: Path) -> str:
     """What it does without on this machine."""
     absent = [name for name in one.peers if not _version(name)]
-    absent += ["WordNet (--wordnet)"] if one.needs_wordnet and not WORDNET.exists() else []
+    absent += ["WordNet (--wordnet)"] if one.needs_wordnet and not wordnet.exists() else []
     return f"without {', '.join(absent)}" if absent else ""
 
 

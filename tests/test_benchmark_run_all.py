@@ -307,3 +307,9 @@ def test_the_fingerprint_follows_the_sources_alone(tmp_path: Path, monkeypatch):
         change()
         found.append(run_all.fingerprint.__wrapped__())
     assert len(set(found)) == 3
+
+
+def test_wordnet_is_missed_only_where_it_is_not(capsys, tmp_path: Path):
+    for folder, missed in ((tmp_path, False), (tmp_path / "none", True)):
+        assert run_all.main(["--list", "--only", "engine", "--wordnet", str(folder)]) == 0
+        assert ("WordNet" in " ".join(capsys.readouterr().out.split())) is missed
