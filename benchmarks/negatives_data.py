@@ -121,7 +121,7 @@ def read_captioned(
         encode: called with uint8 (n, 3, image_size, image_size).
     """
     from gradcache_clip.train.data import LoaderOptions, read_all
-    from gradcache_clip.train.evaluation.recall import embed_dataset
+    from gradcache_clip.train.evaluation.embed import embed_dataset
     from gradcache_clip.train.sources import read_manifest
 
     samples = read_all(folder, options=LoaderOptions(image_size=image_size))

@@ -28,14 +28,13 @@ from rich.table import Table
 from watched_process import run_watched
 
 from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.report.metrics_log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("clip", "siglip", "filip", "beit3", "lit", "coco_drawn"),
     *("moco", "moco_image", "simclr", "text_embedding"),
 )
-# Recipes that another library's trainer runs.
-_SCRIPTS = {"text_embedding": Path("examples") / "text_embedding.py"}
 # What the settings of the file are, and what the run came to.
 _SETTINGS = ("batch_size", "chunk_size", "steps")
 
@@ -64,7 +63,7 @@ def _record(name: str, records: dict[str, Any], options: argparse.Namespace) -> 
     """Train one recipe unless its result is known; whether there is one now."""
     command, run, settings = _work(name)
     known = records.get(name)
-    if known and all(known[key] == value for key, value in settings.items()):
+    if known and all(known.get(key) == value for key, value in settings.items()):
         return True
     before = _cpu_seconds()
     if run_watched([sys.executable, *command], _log(name, options), ROOT, lambda: None):
@@ -72,10 +71,10 @@ def _record(name: str, records: dict[str, Any], options: argparse.Namespace) -> 
     summary = json.loads((ROOT / run / "summary.json").read_text())
     records[name] = {
         **settings,
-        **{key: summary[key] for key in (*_SETTINGS, "rows", "chunk_of") if key in summary},
         "cpu_minutes": (_cpu_seconds() - before) / 60,
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
-        **{key: summary[key] for key in ("loss", "peak_memory_bytes", "metrics")},
+        **{key: summary[key] for key in ("loss", "peak_memory_bytes")},
+        "metrics": {**summary["metrics"], **_before(run)},
         **provenance(),
     }
     (options.results / "recipes.json").write_text(json.dumps(records, indent=2) + "\n")
@@ -85,13 +84,23 @@ def _record(name: str, records: dict[str, Any], options: argparse.Namespace) -> 
 
 def _work(name: str) -> tuple[list[str], Path, dict[str, Any]]:
     """What Python runs, the folder of the run, and the settings that its result must have."""
-    if name in _SCRIPTS:
-        return [str(_SCRIPTS[name]), "--output", f"runs/{name}"], Path("runs") / name, {}
     config = load_config(ROOT / "recipes" / f"{name}.yaml")
     run = Path(config.train.output)
     resume = f"train.resume={str(run.exists()).lower()}"
     command = ["-m", "gradcache_clip.cli", "train", f"recipes/{name}.yaml", resume]
-    return command, run, {key: getattr(config.train, key) for key in _SETTINGS}
+    settings = {key: getattr(config.train, key) for key in _SETTINGS}
+    if config.data.text_fields:
+        settings["rows"] = "pairs" if len(config.data.text_fields) == 2 else "triplets"
+    if config.train.chunk_tokens:
+        settings.update(chunk_size=config.train.chunk_tokens, chunk_of="tokens")
+    return command, run, settings
+
+
+def _before(run: Path) -> dict[str, float]:
+    """Held-out shares before the first step, where the run has looked."""
+    rows = [row for row in read_log(ROOT / run) if row["step"] == 0]
+    shares = {key: share for row in rows for key, share in row.items() if "_recall_at_" in key}
+    return {f"{key}_before": s for key, s in shares.items() if not key.endswith("_chance")}
 
 
 def _log(name: str, options: argparse.Namespace) -> Path:

@@ -86,7 +86,9 @@ def _has_before(metrics: Mapping[str, float]) -> bool:
 
 
 def _chance(metrics: Mapping[str, float], key: str) -> str:
-    own = metrics.get(f"{key}_chance", metrics.get("label_chance"))
+    # That of all widths is the same.
+    whole = key.split("_of_")[0]
+    own = metrics.get(f"{whole}_chance", metrics.get("label_chance"))
     return "" if own is None else _percent(own)
 
 
@@ -102,6 +104,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "recipes": all_recipes,
     **{
         f"recipe-{name}": partial(recipe, name=name)
-        for name in (*sorted(path.stem for path in _SETTINGS.glob("*.yaml")), "text_embedding")
+        for name in sorted(path.stem for path in _SETTINGS.glob("*.yaml"))
     },
 }

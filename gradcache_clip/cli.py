@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gradcache-clip {__version__}")
     add_traceback_option(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_train_arguments(commands.add_parser("train", help="train a CLIP model from shards"))
+    add_train_arguments(
+        commands.add_parser("train", help="train a model from shards, or from lines of text")
+    )
     launch = commands.add_parser(
         "launch",
         help="train on several processes",
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_arguments(plan)
     add_traceback_option(plan)
     _add_verify(commands)
+    _add_export(commands)
     _add_data(commands)
     return parser
 
@@ -93,6 +96,19 @@ def _add_verify(commands: Any) -> None:
     verify.add_argument("--rows", type=int, default=64, help="pairs in the batch (default 64)")
     add_traceback_option(verify)
     verify.set_defaults(run=_verify)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="a trained text encoder for sentence-transformers",
+        description="Write the text encoder of a run over texts as a folder that "
+        "SentenceTransformer(OUT) loads.",
+    )
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="train.output of the run")
+    export.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    add_traceback_option(export)
+    export.set_defaults(run=_export)
 
 
 def _add_data(commands: Any) -> None:
@@ -150,6 +166,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     report = verify_run(arguments.config, arguments.overrides, rows=arguments.rows)
     return 0 if report.exact else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from gradcache_clip.train.export import export_run
+
+    print(export_run(arguments.run_folder, arguments.out))
+    return 0
 
 
 def _data(arguments: argparse.Namespace) -> int:

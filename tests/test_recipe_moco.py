@@ -100,9 +100,8 @@ def test_five_steps_are_algorithm_1(data, tmp_path):
     assert t == pytest.approx(0.2)
     losses, queue = algorithm_1(f_q, f_k, queue, pairs, optimizer, rates, m=0.9, t=t)
 
-    backward = make_backward(
-        session.engine.module, session.loss, config.train, session.engine.strategy
-    )
+    module, strategy = session.engine.module, session.engine.strategy
+    backward = make_backward(module, session.loss, session.objective, strategy)
     got = [float(loop._train_one(session, backward, batch).loss) for batch in batches]
     assert got == pytest.approx(losses, abs=1e-10)
     for ours, truth in ((session.encoder.query, f_q), (session.encoder.key, f_k)):
@@ -179,7 +178,7 @@ def test_batch_norm_meets_keys_of_other_chunks():
         assert len(chunks) >= min(5, 22 - start) - 1
     loss = objective.loss().double()
     with pytest.warns(UserWarning, match="batch norm in train mode"):
-        output = make_backward(encoder, loss, config.train, None)(
+        output = make_backward(encoder, loss, objective, None)(
             queries, keys, loss_kwargs={"order": order}
         )
     tau = 1 / float(loss.logit_scale.detach())

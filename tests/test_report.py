@@ -175,7 +175,7 @@ class TestGallery:
         queries, candidates = torch.eye(4), torch.eye(4)[[1, 0, 2, 3]]
         ids = torch.arange(4)
         generator = torch.Generator().manual_seed(0)
-        answers = gallery._answers(
+        answers = gallery.best_answers(
             queries, ids, candidates, ids, rows=9, depth=2, generator=generator
         )
         assert sorted(answer.query for answer in answers) == [0, 1, 2, 3]

@@ -14,6 +14,7 @@ from gradcache_clip import ClipLoss
 from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.train.config import Config, ConfigError, DistributedConfig, TrainConfig
+from gradcache_clip.train.objective import Objective
 from gradcache_clip.train.step import make_backward
 
 ROWS = 12
@@ -45,8 +46,8 @@ def gradients(**options: object) -> tuple[TwoTowers, list[Tensor]]:
         "attention_mask": (torch.arange(9) < lengths[:, None]).long(),
     }
     images = torch.randn(ROWS, 6, dtype=torch.float64)
-    config = TrainConfig(batch_size=ROWS, chunk_size=3, **options)
-    make_backward(model, loss, config, LocalStrategy())(images, texts)
+    config = Config(train=TrainConfig(batch_size=ROWS, chunk_size=3, **options))
+    make_backward(model, loss, Objective(config), LocalStrategy())(images, texts)
     return model, [p.grad for p in (*model.parameters(), *loss.parameters())]
 
 

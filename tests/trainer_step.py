@@ -47,8 +47,8 @@ def assert_step_equals(
         batch.groups[:] = map(groups, range(len(batch.groups)))
     inputs, loss_kwargs = session.inputs_of(batch)
     encoder, loss = copy.deepcopy((session.encoder, session.loss))
-    train = session.config.train
-    backward = make_backward(session.engine.module, session.loss, train, session.engine.strategy)
+    module, strategy = session.engine.module, session.engine.strategy
+    backward = make_backward(module, session.loss, session.objective, strategy)
     output = backward(*inputs, loss_kwargs=loss_kwargs)
     features = [encoder(tower, given) for tower, given in enumerate(inputs)]
     expected = formula(*features, loss, batch.groups)

@@ -101,6 +101,12 @@ def options_of(config: Config) -> PlanOptions:
 
 def _check_counted(config: Config) -> None:
     name = config.loss.name
+    if config.data.text_fields:
+        raise ConfigError(
+            "data.text_fields: expected none, since plan counts an image and a text tower, got "
+            f"{config.data.text_fields}; texts alone need the graph of train.chunk_tokens tokens "
+            "at a time: lower that where a step does not fit"
+        )
     if name not in ("clip", "siglip", "late_interaction"):
         raise ConfigError(
             f"loss.name: expected clip, siglip or late_interaction, which compare an image with a "

@@ -13,6 +13,7 @@ from gradcache_clip.train.config_checks import (
     not_empty,
     one_of,
 )
+from gradcache_clip.train.config_data import SMALLEST_VOCABULARY, DataConfig
 from gradcache_clip.train.config_model import (
     LossConfig,
     ModelConfig,
@@ -23,6 +24,7 @@ from gradcache_clip.train.config_model import (
 from gradcache_clip.train.config_views import AugmentConfig, check_contrast
 
 __all__ = [
+    "SMALLEST_VOCABULARY",
     "AugmentConfig",
     "Config",
     "ConfigError",
@@ -34,60 +36,6 @@ __all__ = [
     "OptimizerConfig",
     "TrainConfig",
 ]
-
-SMALLEST_VOCABULARY = 259
-"""256 bytes and three special tokens, which every learned tokenizer has."""
-
-
-@dataclass
-class DataConfig:
-    """Where pairs come from and how they are read."""
-
-    train: str = "data/train"
-    """Folder of shards, glob or brace pattern (`shards/{000..099}.tar`) to train on."""
-
-    validation: str = ""
-    """The same for held-out pairs; empty: no evaluation while training."""
-
-    image_size: int = 64
-    """Height and width in pixels that images are resized and cropped to."""
-
-    random_crop: float = 1.0
-    """Smallest share of the image's area that a random crop keeps; 1 crops at the centre."""
-
-    views: int = 1
-    """2: two random views of each image instead of an image and its caption; see `augment`."""
-
-    context_length: int = 32
-    """Longest caption in tokens, start and end included; longer ones are cut."""
-
-    workers: int = 0
-    """Processes that read and decode for each training process; 0: the training process does."""
-
-    shuffle_buffer: int = 5000
-    """Undecoded samples held in memory, from which the next is drawn at random."""
-
-    max_broken_share: float = 0.05
-    """Share of samples that may be unreadable before the run stops."""
-
-    allow_url_schemes: list[str] = field(default_factory=list)
-    """Schemes besides local files, such as `https`; `pipe` runs commands and is off."""
-
-    tokenizer: str = "train"
-    """`train` learns one from the training captions; else a tokenizer.json or a hub name."""
-
-    vocab_size: int = 8192
-    """Largest vocabulary of a learned tokenizer; 256 bytes and 3 special tokens are in each."""
-
-    def __post_init__(self) -> None:
-        not_empty("data", self, "train", "tokenizer")
-        at_least(1, "data", self, "image_size", "shuffle_buffer")
-        at_least(3, "data", self, "context_length")
-        at_least(SMALLEST_VOCABULARY, "data", self, "vocab_size")
-        at_least(0, "data", self, "workers")
-        check(self.views in (1, 2), "data", self, "views", "1 or 2")
-        in_range("[0, 1]", "data", self, "max_broken_share")
-        in_range("(0, 1]", "data", self, "random_crop")
 
 
 @dataclass
@@ -143,6 +91,10 @@ class TrainConfig:
     sort_by_length: bool = False
     """Chunks of captions of similar length, each trimmed to its longest."""
 
+    chunk_tokens: int = 0
+    """Tokens of texts that go through an encoder at once, padding included, with `sort_by_length`;
+    0: `chunk_size` texts, however long."""
+
     inputs: str = "device"
     """Where a batch waits: on the `device`, or on the `host`, which two chunks of it leave at a
     time; then memory does not grow with its images."""
@@ -190,7 +142,9 @@ class TrainConfig:
         not_empty("train", self, "output", "device")
         at_least(2, "train", self, "batch_size")
         at_least(1, "train", self, "chunk_size", "steps", "log_every", "keep_checkpoints")
-        at_least(0, "train", self, "evaluate_every", "checkpoint_every")
+        at_least(0, "train", self, "evaluate_every", "checkpoint_every", "chunk_tokens")
+        sorted_ = self.sort_by_length or not self.chunk_tokens
+        check(sorted_, "train", self, "sort_by_length", "true with train.chunk_tokens")
         check(0 <= self.seed < 2**63, "train", self, "seed", "a number from 0 to 2**63 - 1")
         one_of(("batch", "chunk"), "train", self, "negatives")
         one_of(("fp32", "bf16", "fp16"), "train", self, "precision")
@@ -233,6 +187,9 @@ class EvaluationConfig:
 
     folds: int = 1
     """Consecutive parts of the validation images over which recall is averaged; 5 for COCO's 1K."""
+
+    at_start: bool = False
+    """Also before the first step: what pretrained weights bring along."""
 
     neighbours: int = 20
     """Training images that vote on the label of a held-out one, where `data.views` is 2."""
@@ -304,6 +261,9 @@ class Config:
         # Whose parameters may lie elsewhere than they are used, as ZeRO-3 offloads them.
         there = self.distributed.engine != "deepspeed" or self.train.inputs == "device"
         check(there, "train", self.train, "inputs", "device with distributed.engine=deepspeed")
+        # A forward waits for all ranks there, whose tokens need not make as many chunks.
+        alike = self.distributed.engine == "ddp" or not self.train.chunk_tokens
+        check(alike, "train", self.train, "chunk_tokens", "0 without distributed.engine=ddp")
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
         if warmup >= steps:
             raise ConfigError(

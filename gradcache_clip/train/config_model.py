@@ -16,6 +16,8 @@ from gradcache_clip.train.config_checks import (
     one_of,
 )
 
+_LOSSES = ("clip", "siglip", "late_interaction", "nt_xent", "moco", "info_nce")
+
 
 @dataclass
 class ModelConfig:
@@ -120,7 +122,8 @@ class LossConfig:
     """`clip`: a softmax over all pairs, both ways. `siglip`: a sigmoid for each pair.
     `late_interaction`: a softmax over scores of all patches and tokens, which are not pooled.
     `nt_xent`: a softmax over two views of each image (SimCLR). `moco`: pairs, or two views, against
-    keys of a moving average of the towers and a queue of earlier ones (MoCo)."""
+    keys of a moving average of the towers and a queue of earlier ones (MoCo). `info_nce`: each
+    query of `data.text_fields` against all documents and hard negatives."""
 
     init_logit_scale: float = 1 / 0.07
     """First multiplier of the cosine similarity; above 0 and at most `max_logit_scale`."""
@@ -145,13 +148,14 @@ class LossConfig:
 
     positives: str = "pair"
     """What pairs of one match group, such as the captions of one image, are to each other: `pair`,
-    negatives as all others; `group`, positives; `ignore`, neither (`clip`)."""
+    negatives as all others; `group`, positives; `ignore`, neither (`clip`, `info_nce`). Texts
+    match where they are equal."""
 
     matryoshka: list[int] = field(default_factory=list)
     """Widths whose prefixes of the features are trained too, such as [64, 128, 256]."""
 
     def __post_init__(self) -> None:
-        one_of(("clip", "siglip", "late_interaction", "nt_xent", "moco"), "loss", self, "name")
+        one_of(_LOSSES, "loss", self, "name")
         in_range("[0, 1)", "loss", self, "momentum")
         at_least(1, "loss", self, "queue_size")
         one_of(("pair", "group", "ignore"), "loss", self, "positives")

@@ -1,4 +1,4 @@
-"""The section `augment` of a configuration, and what goes together with views and with queues."""
+"""The section `augment`, and what goes together with views, with queues and with texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ _WITH_VIEWS: dict[str, Any] = {
     "train.sort_by_length": False,
     "distributed.engine": "ddp",
 }
+_WITH_TEXTS: dict[str, Any] = {
+    "data.views": 1,
+    "model.architecture": "dual",
+    "model.freeze": "",
+    "train.negatives": "batch",
+    "loss.name": "info_nce",
+    "evaluation.folds": 1,
+}
+_OF_VIEWS = ("nt_xent", "moco")
 _WITH_LOSS: dict[str, dict[str, Any]] = {
+    "info_nce": {"loss.label_smoothing": 0.0},
     "nt_xent": {
         "data.views": 2,
         "loss.positives": "pair",
@@ -60,14 +70,18 @@ class AugmentConfig:
 
 
 def check_contrast(config: Config) -> None:
-    """Raise for settings that two views of an image, or a loss over them, have no use for."""
+    """Raise for settings that views of an image, texts alone, or their losses have no use for."""
     name, views = config.loss.name, config.data.views
     _check_only(config, _WITH_LOSS.get(name, {}), f"loss.name={name}")
+    if config.data.text_fields:
+        _check_only(config, _WITH_TEXTS, "data.text_fields")
+    if name == "info_nce":
+        _check_texts(config)
     if views == 2:
         _check_only(config, _WITH_VIEWS, "data.views=2")
-        if name not in _WITH_LOSS:
+        if name not in _OF_VIEWS:
             raise ConfigError(
-                f"loss.name: expected one of {', '.join(_WITH_LOSS)} with data.views=2, got "
+                f"loss.name: expected one of {', '.join(_OF_VIEWS)} with data.views=2, got "
                 f"{name!r}; change it, or set data.views=1"
             )
     elif config.model.projection_hidden:
@@ -92,6 +106,19 @@ def _check_only(config: Config, only: dict[str, Any], beside: str) -> None:
             raise ConfigError(
                 f"{key}: expected {expected!r} with {beside}, got {got!r}; change one of the two"
             )
+
+
+def _check_texts(config: Config) -> None:
+    if not config.data.text_fields:
+        raise ConfigError(
+            "data.text_fields: expected the fields of queries and documents with "
+            "loss.name=info_nce, got none; use e.g. data.text_fields=[anchor,positive]"
+        )
+    if config.loss.positives == "group":
+        raise ConfigError(
+            "loss.positives: expected pair or ignore with loss.name=info_nce, which has one right "
+            "document for a query, got 'group'; use loss.positives=ignore"
+        )
 
 
 def _check_queue(config: Config) -> None:

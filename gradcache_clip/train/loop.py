@@ -15,9 +15,7 @@ import torch
 from rich.console import Console
 
 from gradcache_clip.train.config import Config
-from gradcache_clip.train.data import Batch
-from gradcache_clip.train.evaluation.held_out import HeldOut, embed_batch, embed_held_out
-from gradcache_clip.train.evaluation.labelled import LabelledImages, embed_labelled
+from gradcache_clip.train.evaluation.held_out import HeldOut
 from gradcache_clip.train.optimizer import learning_rate_at
 from gradcache_clip.train.peers import Peers, joined
 from gradcache_clip.train.place import processes_here
@@ -25,10 +23,9 @@ from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_o
 from gradcache_clip.train.report.metrics_log import MetricsLog
 from gradcache_clip.train.report.pictures import SIMILARITY_PAIRS, draw_run
 from gradcache_clip.train.run_folder import RunFolder, check_run
-from gradcache_clip.train.session import Session, saved_at_the_end, start_session
+from gradcache_clip.train.session import AnyBatch, Session, saved_at_the_end, start_session
 from gradcache_clip.train.step import Backward, StepResult, make_backward, take_step
-
-Evaluated = HeldOut | LabelledImages
+from gradcache_clip.train.task import Evaluated
 
 # Paths may hold what rich takes for markup, and a command must stay on its line.
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
@@ -152,7 +149,8 @@ def _log(session: Session) -> AbstractContextManager[MetricsLog | None]:
     """Where the figures of this process go; nowhere unless it is the first."""
     if not session.peers.is_first:
         return nullcontext()
-    return MetricsLog(session.run.path, resume_step=session.step)
+    # A run that begins anew has not been evaluated at its start, either.
+    return MetricsLog(session.run.path, resume_step=session.step or -1)
 
 
 def _run_steps(
@@ -161,7 +159,7 @@ def _run_steps(
     """Steps until the last or until Ctrl-C; the last log row and the last evaluation."""
     config, peers, meter = session.config.train, session.peers, Meter()
     strategy = session.engine.strategy
-    backward = make_backward(session.engine.module, session.loss, config, strategy)
+    backward = make_backward(session.engine.module, session.loss, session.objective, strategy)
     row: dict[str, float] = {}
     held_out = None
     with (
@@ -170,6 +168,9 @@ def _run_steps(
         saved_at_the_end(session),
         closing(session.batches()) as batches,
     ):
+        if not session.step and session.config.evaluation.at_start:
+            with meter.held():
+                _evaluate(session, log)
         while session.step < config.steps and not peers.any(bool(stop)):
             result, held_out = _train_one(session, backward, _next_batch(session, batches)), None
             meter.count(config.batch_size)
@@ -182,27 +183,27 @@ def _run_steps(
             if last or _due(session, config.checkpoint_every):
                 with meter.held():
                     session.save()
-            if session.config.data.validation and (
-                last or (_due(session, config.evaluate_every) and not peers.any(bool(stop)))
-            ):
+            if last or (_due(session, config.evaluate_every) and not peers.any(bool(stop))):
                 with meter.held():
                     held_out = _evaluate(session, log)
     return row, meter, held_out
 
 
-def _next_batch(session: Session, batches: Iterator[Batch]) -> Batch:
+def _next_batch(session: Session, batches: Iterator[AnyBatch]) -> AnyBatch:
     session.peers.enter(f"reading the batch of step {session.step + 1}")
     return next(batches)
 
 
 def _evaluate(session: Session, log: MetricsLog | None) -> Evaluated | None:
+    if not session.config.data.validation:
+        return None
     held_out = _embed(session)
     if log is not None and held_out is not None:
         log.write(session.step, held_out.scalars(session.config.evaluation))
     return held_out
 
 
-def _train_one(session: Session, backward: Backward, batch: Batch) -> StepResult:
+def _train_one(session: Session, backward: Backward, batch: AnyBatch) -> StepResult:
     config = session.config
     session.peers.enter(f"taking step {session.step + 1}")
     rate = learning_rate_at(session.step, config.optimizer, config.train.steps)
@@ -235,27 +236,17 @@ def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, fl
 def _embed(session: Session) -> Evaluated | None:
     """The held-out samples, embedded by all processes, on the first."""
     session.peers.enter(f"evaluating after step {session.step}")
-    tokenizer = session.tokenizer
-    encode: Any = session.engine.evaluated
+    encode = session.engine.evaluated
     with session.averaged_weights():
-        if tokenizer is None:
-            return embed_labelled(encode, session.config, session.peers)
-        return embed_held_out(encode, tokenizer, session.config, session.peers)
+        return session.task.embed_held_out(encode, session.tokenizer, session.peers)
 
 
 def _embed_batch(session: Session) -> HeldOut | None:
     """Some pairs of the batch that would come next, for a picture."""
-    if session.tokenizer is None:
-        return None
     session.peers.enter("embedding a batch for a picture")
+    encode = session.engine.evaluated
     with closing(session.batches()) as batches, session.averaged_weights():
-        return embed_batch(
-            session.engine.evaluated,
-            session.tokenizer,
-            session.config,
-            next(batches),
-            SIMILARITY_PAIRS,
-        )
+        return session.task.embed_batch(encode, session.tokenizer, batches, SIMILARITY_PAIRS)
 
 
 def _summary(

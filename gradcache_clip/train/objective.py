@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradcache_clip.cache import ByLength
 from gradcache_clip.cache.nested import pick_rows
 from gradcache_clip.cache.settings import has_batch_statistics
 from gradcache_clip.distributed.collectives import world_size
@@ -65,9 +66,22 @@ class Objective:
             "exchange": train.exchange,
         }
 
-    def inputs(self, images: Tensor, tokens: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        """One for each tower."""
-        return images, tokens
+    def inputs(self, images: Any, texts: Sequence[Mapping[str, Tensor]]) -> tuple[Any, ...]:
+        """One for each tower, out of what a batch has of images and of tokens."""
+        return images, *texts
+
+    @property
+    def sort_by_length(self) -> list[ByLength | None] | None:
+        """How chunks of each input are cut, as the configuration says."""
+        train = self.config.train
+        if not train.sort_by_length:
+            return None
+        by_length = ByLength(train.chunk_tokens or None)
+        return [by_length if is_text else None for is_text in self._are_texts]
+
+    @property
+    def _are_texts(self) -> Sequence[bool]:
+        return False, True
 
     def loss_kwargs(self, groups: Sequence[str], device: torch.device) -> dict[str, Any]:
         """What the loss is told beside the features: which pairs match each other, if anything."""
@@ -120,12 +134,30 @@ class SimCLR(Objective):
     def loss(self) -> nn.Module:
         return NTXentLoss(**self.shared())
 
-    def inputs(self, images: Tensor, tokens: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        return images.unbind(1)
+    def inputs(self, images: Any, texts: Sequence[Mapping[str, Tensor]]) -> tuple[Any, ...]:
+        return tuple(images.unbind(1))
 
     @property
     def candidates(self) -> int:
         return 2 * super().candidates - 1
+
+
+class TextRetrieval(Objective):
+    """Queries against the documents of the whole batch, and against hard negatives."""
+
+    def loss(self) -> nn.Module:
+        return InfoNCELoss(**self.shared())
+
+    def inputs(self, images: Any, texts: Sequence[Mapping[str, Tensor]]) -> tuple[Any, ...]:
+        return tuple(texts)
+
+    @property
+    def candidates(self) -> int:
+        return super().candidates * (len(self.config.data.text_fields) - 1)
+
+    @property
+    def _are_texts(self) -> Sequence[bool]:
+        return [True] * min(3, len(self.config.data.text_fields))
 
 
 class MoCo(Objective):
@@ -156,8 +188,8 @@ class MoCo(Objective):
         queues = [FeatureQueue(size, width) for _ in range(self._towers)]
         return MoCoLoss(InfoNCELoss(**self.shared()), queues)
 
-    def inputs(self, images: Tensor, tokens: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        queries: tuple[Any, ...] = (images, tokens)
+    def inputs(self, images: Any, texts: Sequence[Mapping[str, Tensor]]) -> tuple[Any, ...]:
+        queries: tuple[Any, ...] = (images, *texts)
         keys = queries
         if self._towers == 1:
             queries, keys = ((view,) for view in images.unbind(1))
@@ -209,6 +241,7 @@ _OBJECTIVES: dict[str, type[Objective]] = {
     "late_interaction": LateInteraction,
     "nt_xent": SimCLR,
     "moco": MoCo,
+    "info_nce": TextRetrieval,
 }
 
 

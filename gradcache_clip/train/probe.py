@@ -15,12 +15,14 @@ from gradcache_clip.train.backbones import first_line
 _UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
-def check_towers(encoder: Any, *, image_size: int, tokens: Mapping[str, Tensor] | None) -> None:
+def check_towers(
+    encoder: Any, *, image_size: int | None, tokens: Mapping[str, Tensor] | None
+) -> None:
     """Encode two images and two texts and throw the features away; the encoder stays as it was.
 
     Args:
-        encoder: on the device where it will run; `DualEncoder`, or one with an image tower alone.
-        image_size: height and width in pixels, `data.image_size`.
+        encoder: on the device where it will run; `DualEncoder`, or one with one of its towers.
+        image_size: height and width in pixels, `data.image_size`. None: no image tower.
         tokens: `input_ids` and `attention_mask` of two texts, int64 (2, L), on any device; of
             length `data.context_length` to show that the longest texts fit. None: no text tower.
 
@@ -28,6 +30,13 @@ def check_towers(encoder: Any, *, image_size: int, tokens: Mapping[str, Tensor] 
         ValueError: a tower fails on these sizes, or gives features that are no finite numbers.
     """
     device = next(encoder.parameters()).device
+    if image_size is not None:
+        _check_images(encoder, image_size, device)
+    if tokens is not None:
+        _check_texts(encoder, {name: tensor.to(device) for name, tensor in tokens.items()})
+
+
+def _check_images(encoder: Any, image_size: int, device: torch.device) -> None:
     # Not drawn: a run's random numbers stay as they are.
     ramp = torch.arange(2 * 3 * image_size**2) % 256
     images = ramp.view(2, 3, image_size, image_size).to(torch.uint8)
@@ -38,9 +47,9 @@ def check_towers(encoder: Any, *, image_size: int, tokens: Mapping[str, Tensor] 
         got=_name(encoder.image_tower.backbone),
         remedy="raise data.image_size or choose another model.image or model.image_kwargs",
     )
-    if tokens is None:
-        return
-    texts = {name: tensor.to(device) for name, tensor in tokens.items()}
+
+
+def _check_texts(encoder: Any, texts: Mapping[str, Tensor]) -> None:
     length = texts["input_ids"].shape[1]
     _check(
         lambda: encoder.encode_text(texts),

@@ -17,7 +17,7 @@ from gradcache_clip.train.tokenizer import Tokenizer
 _MAY_CHANGE = {
     # The loader's state knows the shards by what is in them, wherever they are.
     "data.train", "data.validation", "evaluation.batch_size", "evaluation.recall_at",
-    "evaluation.gallery", "evaluation.neighbours",
+    "evaluation.gallery", "evaluation.neighbours", "evaluation.at_start",
     "train.output", "train.resume", "train.steps", "train.log_every", "train.evaluate_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.compile", "train.device",
     "train.exchange", "train.memory_budget_gib", "train.inputs", "model.frozen_features",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +20,11 @@ from gradcache_clip.train.checkpoint import (
     save_checkpoint,
 )
 from gradcache_clip.train.config import Config, ConfigError
-from gradcache_clip.train.data import (
-    Batch,
-    ImageCaptionLoader,
-    LoaderOptions,
-    join_states,
-    read_captions,
-)
-from gradcache_clip.train.data.augment import Augmentation
-from gradcache_clip.train.data.shard_urls import find_shards
+from gradcache_clip.train.data import Batch, join_states
+from gradcache_clip.train.data.resumable import ResumableLoader
+from gradcache_clip.train.data.text_loader import TextBatch
 from gradcache_clip.train.ema import Ema
-from gradcache_clip.train.engine import Engine, build_engine, rows_of_a_process
-from gradcache_clip.train.evaluation.labelled import check_labels
+from gradcache_clip.train.engine import Engine, build_engine
 from gradcache_clip.train.frozen_features import FrozenFeatures, frozen_features
 from gradcache_clip.train.objective import Objective, build_loss, build_objective
 from gradcache_clip.train.peers import Peers
@@ -39,9 +32,10 @@ from gradcache_clip.train.place import choose_device
 from gradcache_clip.train.probe import check_towers
 from gradcache_clip.train.run_folder import RunFolder
 from gradcache_clip.train.sources.splits import track
+from gradcache_clip.train.task import Task, task_of
 from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from gradcache_clip.train.towers import build_towers
-from gradcache_clip.train.views import build_view_encoder
+
+AnyBatch = Batch | TextBatch
 
 
 @dataclass
@@ -52,6 +46,7 @@ class Session:
     run: RunFolder
     peers: Peers
     device: torch.device
+    task: Task
     tokenizer: Tokenizer | None
     """None where no captions are read."""
     encoder: nn.Module
@@ -59,29 +54,37 @@ class Session:
     loss: nn.Module
     objective: Objective
     ema: Ema | None
-    loader: ImageCaptionLoader
+    loader: ResumableLoader
     features: FrozenFeatures | None = None
     """Of a frozen image tower, in the place of images."""
     step: int = 0
     saved_step: int = 0
 
-    def batches(self) -> Generator[Batch, None, None]:
+    def batches(self) -> Generator[AnyBatch, None, None]:
         """Training batches from here on; closing it ends the worker processes."""
         yield from self.loader
 
-    def inputs_of(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def inputs_of(self, batch: AnyBatch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What each tower takes, where `train.inputs` says, and what the loss is told beside the
         features, on the device."""
-        texts: Mapping[str, Tensor] = {}
-        if self.tokenizer is not None:
-            texts = self.tokenizer(batch.captions, pad_to_context=self.config.train.compile)
-        images = batch.images if self.features is None else self.features.of(batch.images)
-        place = "cpu" if self.config.train.inputs == "host" else self.device
-        images, *tensors = (
-            tensor.to(place, non_blocking=True) for tensor in (images, *texts.values())
-        )
-        inputs = self.objective.inputs(images, dict(zip(texts, tensors, strict=True)))
+        images = batch.images
+        if self.features is not None and images is not None:
+            images = self.features.of(images)
+        place = torch.device("cpu") if self.config.train.inputs == "host" else self.device
+        if images is not None:
+            images = images.to(place, non_blocking=True)
+        inputs = self.objective.inputs(images, self._tokens_of(batch, place))
         return inputs, self.objective.loss_kwargs(batch.groups, self.device)
+
+    def _tokens_of(self, batch: AnyBatch, place: torch.device) -> list[dict[str, Tensor]]:
+        if self.tokenizer is None:
+            return []
+        pad = self.config.train.compile
+        texts = (self.tokenizer(column, pad_to_context=pad) for column in batch.texts)
+        return [
+            {name: tensor.to(place, non_blocking=True) for name, tensor in tokens.items()}
+            for tokens in texts
+        ]
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on; all processes together.
@@ -169,22 +172,23 @@ def start_session(config: Config, run: RunFolder, peers: Peers | None = None) ->
     peers = peers or Peers()
     torch.manual_seed(config.train.seed)
     device = choose_device(config.train.device)
+    task = task_of(config)
     if config.data.validation:
-        find_shards(config.data.validation, allow_url_schemes=config.data.allow_url_schemes)
-        if config.data.views == 2:
-            check_labels(config)
-    loader = _loader(config, peers)
-    tokenizer = _tokenizer(config, run, peers)
+        task.check_validation()
+    loader = task.loader(peers)
+    tokenizer = _tokenizer(task, run, peers)
     objective = build_objective(config)
     encoder = build_encoder(config, tokenizer, objective).to(device)
     longest = tokenizer(["a text", "another"], pad_to_context=True) if tokenizer else None
-    check_towers(encoder, image_size=config.data.image_size, tokens=longest)
+    image_size = config.data.image_size if task.has_images else None
+    check_towers(encoder, image_size=image_size, tokens=longest)
     loss = build_loss(objective).to(device)
     session = Session(
         config=config,
         run=run,
         peers=peers,
         device=device,
+        task=task,
         tokenizer=tokenizer,
         encoder=encoder,
         engine=build_engine(encoder, loss, config, peers),
@@ -222,22 +226,9 @@ def _checkpoint(run: RunFolder, peers: Peers) -> Checkpoint | None:
 def build_encoder(
     config: Config, tokenizer: Tokenizer | None, objective: Objective | None = None
 ) -> Any:
-    """Both towers of a configuration, with fresh (or pretrained) weights, as its loss wants them.
-
-    Without a tokenizer there is no text tower.
-    """
+    """The towers of a configuration, with fresh (or pretrained) weights, as its loss wants them."""
     objective = objective or build_objective(config)
-    if tokenizer is None:
-        views = build_view_encoder(config.model, image_size=config.data.image_size)
-        return objective.encoder(views)
-    towers = build_towers(
-        config.model,
-        image_size=config.data.image_size,
-        context_length=config.data.context_length,
-        vocab_size=tokenizer.vocab_size,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return objective.encoder(towers)
+    return objective.encoder(task_of(config).towers(tokenizer))
 
 
 def load_trained(config: Config, run: RunFolder) -> tuple[Any, Tokenizer | None, int]:
@@ -251,7 +242,8 @@ def load_trained(config: Config, run: RunFolder) -> tuple[Any, Tokenizer | None,
         raise ConfigError(
             f"run: expected a checkpoint in {run.checkpoints}, got none; train the run first"
         )
-    tokenizer = None if config.data.views == 2 else _run_tokenizer(config, run)
+    has_texts = task_of(config).has_texts
+    tokenizer = _run_tokenizer(config, run) if has_texts else None
     # The checkpoint has all weights, so a file that training began with may be gone.
     model = dataclasses.replace(config.model, image_pretrained=False, image_weights="")
     encoder = build_encoder(dataclasses.replace(config, model=model), tokenizer)
@@ -259,36 +251,14 @@ def load_trained(config: Config, run: RunFolder) -> tuple[Any, Tokenizer | None,
     return encoder.to(choose_device(config.train.device)), tokenizer, checkpoint.step
 
 
-def _loader(config: Config, peers: Peers) -> ImageCaptionLoader:
-    data = config.data
-    options = LoaderOptions(
-        image_size=data.image_size,
-        crop_scale=(data.random_crop, 1.0) if data.random_crop < 1 else None,
-        augmentation=Augmentation(**vars(config.augment)) if data.views == 2 else None,
-        captions=data.views == 1,
-        seed=config.train.seed,
-        workers=data.workers,
-        shuffle_buffer=data.shuffle_buffer,
-        max_broken_share=data.max_broken_share,
-        allow_url_schemes=tuple(data.allow_url_schemes),
-    )
-    return ImageCaptionLoader(
-        data.train,
-        rows_of_a_process(config, peers.world_size),
-        options=options,
-        rank=peers.rank,
-        world_size=peers.world_size,
-        on_every_rank=peers.all,
-    )
-
-
-def _tokenizer(config: Config, run: RunFolder, peers: Peers) -> Tokenizer | None:
+def _tokenizer(task: Task, run: RunFolder, peers: Peers) -> Tokenizer | None:
     """The first process reads or trains it for all; views of images need none."""
-    if config.data.views == 2:
+    if not task.has_texts:
         return None
     tokenizer = None
     if peers.is_first:
-        tokenizer = _run_tokenizer(config, run) if run.has_begun() else _new_tokenizer(config)
+        begun = run.has_begun()
+        tokenizer = _run_tokenizer(task.config, run) if begun else _new_tokenizer(task)
     shared = peers.from_first(tokenizer)
     assert shared is not None
     return shared
@@ -299,11 +269,9 @@ def _run_tokenizer(config: Config, run: RunFolder) -> Tokenizer:
     return load_tokenizer(run.tokenizer, config.data.context_length)
 
 
-def _new_tokenizer(config: Config) -> Tokenizer:
-    data = config.data
+def _new_tokenizer(task: Task) -> Tokenizer:
+    data = task.config.data
     if data.tokenizer != "train":
         return load_tokenizer(data.tokenizer, data.context_length)
-    captions = track(
-        read_captions(data.train, allow_url_schemes=data.allow_url_schemes), "reading captions"
-    )
-    return train_tokenizer(captions, vocab_size=data.vocab_size, context_length=data.context_length)
+    texts = track(task.texts(), "reading texts")
+    return train_tokenizer(texts, vocab_size=data.vocab_size, context_length=data.context_length)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.cache import ByLength, GradCache
+from gradcache_clip.cache import GradCache
 from gradcache_clip.cache.nested import count_rows, take_rows
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.losses import ContrastiveOutput
-from gradcache_clip.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from gradcache_clip.train.engine import Engine
+    from gradcache_clip.train.objective import Objective
 
 Backward = Callable[..., ContrastiveOutput]
 """Called with the inputs of the towers and `loss_kwargs`."""
@@ -33,16 +33,17 @@ class StepResult(NamedTuple):
 
 
 def make_backward(
-    encoder: nn.Module, loss: nn.Module, config: TrainConfig, strategy: LocalStrategy
+    encoder: nn.Module, loss: nn.Module, objective: Objective, strategy: LocalStrategy
 ) -> Backward:
-    """Forward and backward of a batch, as `config.negatives` says."""
+    """Forward and backward of a batch, as the configuration of the objective says."""
+    config = objective.config.train
     if config.negatives == "batch":
         return GradCache(
             encoder,
             loss,
             chunk_size=config.chunk_size,
             memory_budget=int(config.memory_budget_gib * 2**30) or None,
-            sort_by_length=(None, ByLength()) if config.sort_by_length else None,
+            sort_by_length=objective.sort_by_length,
             strategy=strategy,
         )
 

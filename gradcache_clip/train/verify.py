@@ -113,7 +113,7 @@ def _verify(session: Session, rows: int) -> VerifyReport:
         )
     if config.compile:
         session.encoder.compile()
-    cache = make_backward(session.encoder, session.loss, config, strategy)
+    cache = make_backward(session.encoder, session.loss, session.objective, strategy)
     assert isinstance(cache, GradCache)
     with closing(session.batches()) as batches:
         batch = next(batches)

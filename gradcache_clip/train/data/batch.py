@@ -29,6 +29,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def texts(self) -> list[list[str]]:
+        """B each: captions alone."""
+        return [self.captions]
+
 
 class BatchBuilder:
     """Fills a batch group by group, so that no batch is ever held twice.

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import random
-import signal
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset
 
 from gradcache_clip.train.data.batch import Batch, BatchBuilder
 from gradcache_clip.train.data.broken import BrokenReport, BrokenTally
 from gradcache_clip.train.data.decode import ImageTransform
-from gradcache_clip.train.data.position import EpochLeft, Lanes, Taken, all_seen, left_after
+from gradcache_clip.train.data.position import EpochLeft, Lanes
+from gradcache_clip.train.data.resumable import ResumableLoader, join_states, this_rank_alone
 from gradcache_clip.train.data.shard_reader import read_shard
 from gradcache_clip.train.data.shard_urls import Shard, find_shards
 from gradcache_clip.train.data.stream import (
@@ -40,14 +36,8 @@ __all__ = [
     "read_all",
 ]
 
-STATE_FORMAT = 2
 
-
-def _this_rank_alone(flag: bool) -> bool:
-    return flag
-
-
-class ImageCaptionLoader:
+class ImageCaptionLoader(ResumableLoader):
     """Batches of one rank, for ever: each epoch in a new order, the last incomplete batch dropped.
 
     The order depends on the seed, the epoch and the shards, and on the world size and the number of
@@ -91,94 +81,26 @@ class ImageCaptionLoader:
         options: LoaderOptions | None = None,
         rank: int = 0,
         world_size: int = 1,
-        on_every_rank: Callable[[bool], bool] = _this_rank_alone,
+        on_every_rank: Callable[[bool], bool] = this_rank_alone,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(
-                f"batch_size: expected a positive integer, got {batch_size}; pass e.g. 1024"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(
-                f"rank: expected 0 <= rank < world_size, got rank={rank}, world_size={world_size}"
-            )
-        self._source = source
-        self._batch_size = batch_size
         self._options = options = options or LoaderOptions()
-        self._on_every_rank = on_every_rank
+        super().__init__(
+            source,
+            batch_size,
+            lanes=Lanes(world_size, max(1, options.workers)),
+            workers=options.workers,
+            max_broken_share=options.max_broken_share,
+            rank=rank,
+            world_size=world_size,
+            on_every_rank=on_every_rank,
+        )
         shards = find_shards(source, allow_url_schemes=options.allow_url_schemes)
         self._plan = StreamPlan(shards, options, rank, world_size)
-        self._lanes = Lanes(world_size, max(1, options.workers))
-        self._left, self._taken = EpochLeft(0, self._lanes), Taken()
-        self.broken = BrokenTally()
-        counts = [shard.samples for shard in self._plan.shards]
-        known = sum(count for count in counts if count is not None)
-        if None not in counts and known < batch_size * world_size:
-            raise self._too_small(known // world_size)
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the last batch received, from 0."""
-        return self._left.number
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            yield from self._epoch_batches()
-            self._left = EpochLeft(self._left.number + 1, self._lanes)
-            self._taken = self._taken_at(0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch that was received: numbers and strings.
-
-        With several ranks it is the state of this one; `join_states` makes that of all.
-        """
-        return {
-            "format": STATE_FORMAT,
-            "stream": self._identity(),
-            "world_size": self._plan.world_size,
-            "epoch": self._left.to_dict(),
-            "taken": [self._taken.to_dict()],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the loaders of the same samples stood.
-
-        With the world size of the state every rank goes on with the very next batch. With another
-        one the ranks share out what is left of the epoch. The batch size may differ.
-
-        Raises:
-            ValueError: the state is of another stream (other shards, seed, ...), or of one rank of
-                several.
-        """
-        self._check_state(state)
-        left = EpochLeft.from_dict(state["epoch"])
-        taken = [Taken(**each) for each in state["taken"]]
-        if len(taken) == self._plan.world_size:
-            self._left, self._taken = left, taken[self._plan.rank]
-        else:
-            self._left = left_after(left, taken)
-            self._taken = all_seen(taken) if self._plan.rank == 0 else Taken()
-        self.broken = BrokenTally(Counter(self._taken.broken), self._taken.seen)
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("format") != STATE_FORMAT:
-            raise ValueError(
-                f"state: expected a loader state of format {STATE_FORMAT}, got "
-                f"{state.get('format')!r}; resume with the version of gradcache-clip that wrote it"
-            )
-        for name, got in self._identity().items():
-            if (expected := state["stream"].get(name)) != got:
-                raise ValueError(
-                    f"{name}: expected {expected!r} as in the saved state, got {got!r}; the order "
-                    "of the samples depends on it, so resume with the same value"
-                )
-        if len(state["taken"]) != state["world_size"]:
-            raise ValueError(
-                f"state: expected that of all {state['world_size']} ranks, got that of "
-                f"{len(state['taken'])}; gather them and pass join_states(states)"
-            )
+        counts = [shard.samples for shard in shards]
+        if None not in counts:
+            self._check_size(sum(count for count in counts if count is not None))
 
     def _identity(self) -> dict[str, Any]:
-        """What a state is worth nothing without: all that lanes are made of."""
         return {
             "seed": self._options.seed,
             "group_size": self._options.group_size,
@@ -186,78 +108,11 @@ class ImageCaptionLoader:
             "shards": _fingerprint(self._plan.shards),
         }
 
-    def _epoch_batches(self) -> Iterator[Batch]:
-        start, batches = self._taken, 0
-        builder = BatchBuilder(self._batch_size)
-        for number, row, group in self._groups(start):
-            before = self._taken_at(number)
-            self.broken.add(group.seen, group.broken)
-            self.broken.check(self._options.max_broken_share)
-            while row < len(group):
-                row = builder.take(group, row)
-                if builder.is_full:
-                    if not self._on_every_rank(True):
-                        self._check_not_too_small(start, batches, builder)
-                        return
-                    self._taken = replace(before, row=row)
-                    batches += 1
-                    yield builder.batch()
-                    builder = BatchBuilder(self._batch_size)
-        self.broken.check(self._options.max_broken_share, at_end=True)
-        self._on_every_rank(False)
-        self._check_not_too_small(start, batches, builder)
+    def _stream(self, left: EpochLeft, first: int) -> IterableDataset[Group | None]:
+        return GroupStream(self._plan, left, first)
 
-    def _check_not_too_small(self, start: Taken, batches: int, builder: BatchBuilder) -> None:
-        """An epoch without a batch would repeat itself for ever."""
-        began_here = self._left.is_whole and start.groups == start.row == 0
-        if not batches and began_here:
-            raise self._too_small(builder.filled)
-
-    def _groups(self, start: Taken) -> Iterator[tuple[int, int, Group]]:
-        """The groups of this rank's share from the start on, each with its number in the share and
-        its first row that is left, until all lanes of the share end."""
-        workers, world_size = self._options.workers, self._plan.world_size
-        loader = DataLoader(
-            GroupStream(self._plan, self._left, start.groups),
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            # Else it would draw from torch's own generator and alter the dropout of a resumed run.
-            generator=torch.Generator(),
-            worker_init_fn=_leave_signals_to_the_parent,
-        )
-        # So many groups of a share go once through all the lanes that it is read from.
-        round_of_lanes = math.lcm(self._left.lanes.count, world_size) // world_size
-        missing = 0
-        for number, group in enumerate(loader, start.groups):
-            missing = missing + 1 if group is None else 0
-            place = self._plan.rank + number * world_size
-            if group is not None:
-                row = start.row if number == start.groups else 0
-                yield number, max(row, self._left.at(place)[1]), group
-            if missing == round_of_lanes + len(self._left.pending):
-                return
-
-    def _taken_at(self, number: int) -> Taken:
-        return Taken(number, 0, self.broken.seen, dict(self.broken.counts))
-
-    def _too_small(self, found: int) -> ValueError:
-        ranks = f" for each of {self._plan.world_size} ranks" if self._plan.world_size > 1 else ""
-        return ValueError(
-            f"batch_size: expected a data set of one batch or more, got {found} samples{ranks} in "
-            f"{self._source} with batch_size={self._batch_size}; lower batch_size or add samples"
-        )
-
-
-def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state of all ranks from the `state_dict()` of each, in the order of the ranks."""
-    return {**states[0], "taken": [taken for state in states for taken in state["taken"]]}
-
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A signal to the whole process group must not kill what the parent still reads from."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def _builder(self) -> BatchBuilder:
+        return BatchBuilder(self._batch_size)
 
 
 def read_all(
@@ -300,7 +155,3 @@ def _fingerprint(shards: tuple[Shard, ...]) -> str:
     """Digest of names and counts, without folders: a moved set is the same set."""
     named = [(Path(shard.url).name, shard.samples) for shard in shards]
     return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
-
-
-def _unchanged(group: Any) -> Any:
-    return group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.evaluation.embed import embed_dataset
 from gradcache_clip.train.evaluation.features import TokenFeatures, features_of
-from gradcache_clip.train.evaluation.held_out import HeldOut, embed_held_out
-from gradcache_clip.train.evaluation.labelled import LabelMetrics, check_labels, embed_labelled
-from gradcache_clip.train.evaluation.recall import RetrievalMetrics, embed_dataset
+from gradcache_clip.train.evaluation.held_out import HeldOut
+from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts, TextMetrics
+from gradcache_clip.train.evaluation.labelled import LabelledImages, LabelMetrics
+from gradcache_clip.train.evaluation.recall import DirectionMetrics, RetrievalMetrics
 from gradcache_clip.train.evaluation.zero_shot import (
     prompts_of,
     zero_shot_by_tokens,
@@ -23,6 +26,7 @@ from gradcache_clip.train.evaluation.zero_shot import (
 )
 from gradcache_clip.train.run_folder import existing_run
 from gradcache_clip.train.session import load_trained
+from gradcache_clip.train.task import task_of
 from gradcache_clip.train.tokenizer import Tokenizer
 from gradcache_clip.train.towers import DualEncoder
 
@@ -35,10 +39,11 @@ def evaluate_run(
     device: str | None = None,
     folds: int | None = None,
     console: Console | None = None,
-) -> RetrievalMetrics | LabelMetrics:
+) -> RetrievalMetrics | TextMetrics | LabelMetrics:
     """Retrieval on held-out pairs with a run's newest checkpoint, printed as a table.
 
-    For a run over views of images: how far the features of its tower tell classes apart.
+    For a run over views of images: how far the features of its tower tell classes apart. For one
+    over texts: how well queries find their document, by the width that is compared.
 
     Args:
         run_folder: the `train.output` of the run.
@@ -50,7 +55,7 @@ def evaluate_run(
 
     Raises:
         ConfigError: the folder holds no run, no checkpoint, or no validation data is known; or
-            templates are given for a run without captions.
+            templates are given for a run without images and captions.
     """
     run, config = existing_run(run_folder)
     config.train.device = device or "auto"
@@ -63,22 +68,24 @@ def evaluate_run(
         raise ConfigError(
             "data.validation: expected shards to evaluate on, got none; pass --data SHARDS"
         )
-    if templates and config.data.views == 2:
+    if templates and (config.data.views == 2 or config.data.text_fields):
         raise ConfigError(
-            f"templates: expected none for {run.path}, whose run has learned no texts, got "
-            f"{len(templates)}; leave them out"
+            f"templates: expected none for {run.path}, whose run has learned no images and their "
+            f"captions, got {len(templates)}; leave them out"
         )
-    if config.data.views == 2:
-        check_labels(config)
+    task = task_of(config)
+    task.check_validation()
     encoder, tokenizer, step = load_trained(config, run)
     console = console or Console()
-    if tokenizer is None:
-        labelled = embed_labelled(encoder, config)
-        assert labelled is not None
-        console.print(_label_table(labelled.metrics, f"{run.path}, step {step}"))
-        return labelled.metrics
-    held_out = embed_held_out(encoder, tokenizer, config)
-    assert held_out is not None
+    held_out = task.embed_held_out(encoder, tokenizer)
+    if isinstance(held_out, LabelledImages):
+        console.print(_label_table(held_out.metrics, f"{run.path}, step {step}"))
+        return held_out.metrics
+    if isinstance(held_out, HeldOutTexts):
+        found = held_out.metrics(config.evaluation.recall_at)
+        console.print(_text_table(found, f"{run.path}, step {step}"))
+        return found
+    assert held_out is not None and tokenizer is not None
     metrics = held_out.metrics(config.evaluation.recall_at, config.evaluation.folds)
     of_folds = f", mean of {config.evaluation.folds} folds" if config.evaluation.folds > 1 else ""
     console.print(_table(metrics, f"{run.path}, step {step}{of_folds}"))
@@ -101,10 +108,20 @@ def _label_table(metrics: LabelMetrics, title: str) -> Table:
 
 def _table(metrics: RetrievalMetrics, title: str) -> Table:
     ways = {"image to text": metrics.image_to_text, "text to image": metrics.text_to_image}
-    table = Table("direction", title=title)
-    for k in metrics.image_to_text.recall:
+    return _recall_table("direction", ways, title)
+
+
+def _text_table(metrics: TextMetrics, title: str) -> Table:
+    ways = {f"first {width:,}": found for width, found in metrics.by_width.items()}
+    return _recall_table("numbers", ways, f"query to document: {title}")
+
+
+def _recall_table(heading: str, ways: Mapping[str, DirectionMetrics], title: str) -> Table:
+    one = next(iter(ways.values()))
+    table = Table(heading, title=title)
+    for k in one.recall:
         table.add_column(f"R@{k}", justify="right")
-    first = min(metrics.image_to_text.chance)
+    first = min(one.chance)
     for name in (f"chance R@{first}", "median rank", "candidates"):
         table.add_column(name, justify="right")
     for name, way in ways.items():

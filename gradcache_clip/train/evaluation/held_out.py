@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from gradcache_clip.train.config import Config, EvaluationConfig
 from gradcache_clip.train.data import Batch, DecodedSample, LoaderOptions, read_all
+from gradcache_clip.train.evaluation.embed import embed_dataset
 from gradcache_clip.train.evaluation.features import Features, features_of
 from gradcache_clip.train.evaluation.folds import recall_in_folds
 from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
-from gradcache_clip.train.evaluation.recall import RetrievalMetrics, embed_dataset
+from gradcache_clip.train.evaluation.recall import RetrievalMetrics
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.step import autocast
 from gradcache_clip.train.tokenizer import Tokenizer

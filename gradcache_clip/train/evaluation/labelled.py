@@ -17,6 +17,7 @@ from torch import Tensor
 from gradcache_clip.train.config import Config, ConfigError, EvaluationConfig
 from gradcache_clip.train.data import read_all
 from gradcache_clip.train.evaluation.classify import linear_probe, vote_of_neighbours
+from gradcache_clip.train.evaluation.embed import embed_dataset
 from gradcache_clip.train.evaluation.held_out import (
     batched,
     evaluating,
@@ -24,7 +25,6 @@ from gradcache_clip.train.evaluation.held_out import (
     thumbnails_of,
 )
 from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
-from gradcache_clip.train.evaluation.recall import embed_dataset
 from gradcache_clip.train.momentum import MomentumEncoder
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.step import autocast

@@ -1,4 +1,4 @@
-"""Embedding a data set and retrieval on its features, without a graph and without an N x N matrix.
+"""Retrieval on the features of a data set, without an N x N matrix.
 
 N images, M texts, Q queries, C candidates, D feature width. Scores are dot products of
 the features as they are, in fp32: normalise them first where cosine similarity is meant.
@@ -6,9 +6,9 @@ the features as they are, in fp32: normalise them first where cosine similarity 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ from gradcache_clip.train.evaluation.ranking import (
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,12 @@ def recall_at_k(
     images, texts = _ids(image_features, text_features, text_to_image, image_ids, text_ids)
     _check_partners(images, texts)
     return RetrievalMetrics(
-        image_to_text=_direction(image_features, images, text_features, texts, ks, tile),
-        text_to_image=_direction(text_features, texts, image_features, images, ks, tile),
+        image_to_text=recall_of_queries(
+            image_features, images, text_features, texts, ks=ks, tile=tile
+        ),
+        text_to_image=recall_of_queries(
+            text_features, texts, image_features, images, ks=ks, tile=tile
+        ),
     )
 
 
@@ -187,59 +189,6 @@ def _first(scores: Tensor, k: int) -> Retrieved:
     return Retrieved(ordered[:, :k], order[:, :k])
 
 
-def embed_dataset(
-    encode: Callable[[Batch], Tensor | tuple[Tensor, ...]],
-    batches: Iterable[Batch],
-    *,
-    total: int | None = None,
-    description: str = "embed",
-    progress: bool = True,
-) -> tuple[Tensor, ...]:
-    """Features of a whole data set, without graphs, under a progress bar on stderr.
-
-    The caller puts the encoder in evaluation mode; `encode` runs as it is.
-
-    Args:
-        encode: batch -> features, or a tuple of them such as (image_features, text_features);
-            one row a sample.
-        batches: what to encode; read once.
-        total: number of rows to come, for the time left.
-        description: stands before the bar.
-        progress: whether to show it.
-
-    Returns:
-        one tensor for each that `encode` returns, rows in the order of the batches.
-
-    Raises:
-        ValueError: `batches` is empty.
-
-    Example:
-        >>> images, = embed_dataset(lambda x: 2 * x, [torch.ones(2, 3)] * 2, progress=False)
-        >>> images.shape
-        torch.Size([4, 3])
-    """
-    parts: list[tuple[Tensor, ...]] = []
-    with _progress_bar(progress) as bar, torch.no_grad():
-        task = bar.add_task(description, total=total)
-        for batch in batches:
-            features = encode(batch)
-            parts.append(features if isinstance(features, tuple) else (features,))
-            bar.advance(task, len(parts[-1][0]))
-    if not parts:
-        raise ValueError("batches: expected at least one, got none; check the validation data")
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def _progress_bar(shown: bool) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    hidden = not (shown and console.is_terminal)
-    return Progress(*columns, console=console, disable=hidden, transient=True)
-
-
 def _ids(
     images: Features,
     texts: Features,
@@ -284,14 +233,28 @@ def _check_partners(image_ids: Tensor, text_ids: Tensor) -> None:
             )
 
 
-def _direction(
+def recall_of_queries(
     queries: Features,
-    query_ids: Tensor,
+    query_ids: Int[Tensor, " q"],
     candidates: Features,
-    candidate_ids: Tensor,
-    ks: Sequence[int],
-    tile: int,
+    candidate_ids: Int[Tensor, " c"],
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    tile: int = 1024,
 ) -> DirectionMetrics:
+    """`recall_at_k` in one direction: of queries whose id is that of a candidate.
+
+    Args:
+        queries, candidates: features of Q and C samples, of one kind and on one device.
+        query_ids, candidate_ids: integers, equal where query and candidate belong together.
+        ks, tile: see `recall_at_k`.
+
+    Raises:
+        ValueError: see `recall_at_k`.
+    """
+    check_features("queries", queries, tile)
+    check_features("candidates", candidates, tile)
+    check_sizes("queries", queries, "candidates", candidates)
     ranks = ranks_of_best_right(queries, query_ids, candidates, candidate_ids, tile=tile)
     return DirectionMetrics(
         recall=recall_of(ranks, ks),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,35 @@ _CLASSES = _HeldOut(
 )
 
 
+_QUERIES = "query_to_document_recall_at_1"
+_WIDTH = re.compile(rf"{_QUERIES}_of_(\d+)_numbers")
+# Of the whole features, then of ever shorter prefixes.
+_STYLES = ("-", "--", "-.", ":")
+
+
+def _panel_of(names: set[str]) -> _HeldOut:
+    """What a log with such names has to show."""
+    if "knn_accuracy" in names:
+        return _CLASSES
+    if _QUERIES not in names:
+        return _RECALL
+    widths = sorted(
+        (int(found[1]) for found in map(_WIDTH.fullmatch, names) if found), reverse=True
+    )
+    lines = {_QUERIES: ("-", "query → document")}
+    for number, width in enumerate(widths, start=1):
+        style = _STYLES[number % len(_STYLES)]
+        lines[f"{_QUERIES}_of_{width}_numbers"] = (style, f"by the first {width} numbers")
+    return _HeldOut(
+        title="Held-out recall@1",
+        ylabel="queries with a right first answer (%)",
+        lines=lines,
+        chances=(f"{_QUERIES}_chance",),
+        headline="Held-out recall@1",
+        averaged=1,
+    )
+
+
 def draw_curves(runs: Sequence[RunCurve], path: str | Path) -> Path:
     """Three panels over the optimizer steps, the first run in blue.
 
@@ -131,7 +161,7 @@ def _draw_accuracy(axes: Axes, runs: Sequence[RunCurve]) -> None:
 
 def _draw_held_out(axes: Axes, runs: Sequence[RunCurve]) -> str:
     """Also says, for the title of the picture, what came out."""
-    panel = _CLASSES if any("knn_accuracy" in row for row in runs[0].rows) else _RECALL
+    panel = _panel_of({name for row in runs[0].rows for name in row})
     last: dict[str, list[float]] = {}
     for run, color in _coloured(runs):
         for name, (style, label) in panel.lines.items():

@@ -26,7 +26,7 @@ _LINE = 20
 
 
 @dataclass(frozen=True)
-class _Answers:
+class Answers:
     """What one query found."""
 
     query: int
@@ -76,12 +76,12 @@ def draw_gallery(
             f"rows, depth: expected 1 or more and 1 to 5, got {rows} and {depth}; "
             "pass e.g. rows=6, depth=5"
         )
-    _check_lengths(len(image_features), images=images, image_ids=image_ids)
-    _check_lengths(len(text_features), texts=texts, text_ids=text_ids)
+    check_lengths(len(image_features), images=images, image_ids=image_ids)
+    check_lengths(len(text_features), texts=texts, text_ids=text_ids)
     generator = torch.Generator().manual_seed(seed)
     sides = (text_features, text_ids, image_features, image_ids)
-    by_text = _answers(*sides, rows=rows, depth=depth, generator=generator)
-    by_image = _answers(*sides[2:], *sides[:2], rows=rows, depth=depth, generator=generator)
+    by_text = best_answers(*sides, rows=rows, depth=depth, generator=generator)
+    by_image = best_answers(*sides[2:], *sides[:2], rows=rows, depth=depth, generator=generator)
     with settings():
         left = _QUERY + depth * (_THUMB + 14)
         height = _TOP + max(len(by_text), len(by_image)) * _ROW + 8
@@ -94,10 +94,10 @@ def draw_gallery(
         return save_figure(page.figure, path)
 
 
-def _answers(
+def best_answers(
     queries: Features, query_ids: Tensor, candidates: Features, candidate_ids: Tensor,
     *, rows: int, depth: int, generator: torch.Generator,
-) -> list[_Answers]:  # fmt: skip
+) -> list[Answers]:  # fmt: skip
     chosen = torch.randperm(len(queries), generator=generator)[:rows].to(queries.device)
     query_ids, candidate_ids = query_ids.to(queries.device), candidate_ids.to(queries.device)
     asked, asked_ids = queries[chosen], query_ids[chosen]
@@ -105,11 +105,11 @@ def _answers(
     right = candidate_ids[found.indices] == asked_ids[:, None]
     ranks = ranks_of_best_right(asked, asked_ids, candidates, candidate_ids, tile=1024)
     columns = (chosen, found.indices, found.scores, right, ranks)
-    return [_Answers(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    return [Answers(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _draw_headings(
-    page: Page, left: float, by_text: list[_Answers], by_image: list[_Answers], depth: int
+    page: Page, left: float, by_text: list[Answers], by_image: list[Answers], depth: int
 ) -> None:
     right = sum(answers.right[0] for answers in by_text + by_image)
     count = len(by_text) + len(by_image)
@@ -123,13 +123,13 @@ def _draw_headings(
 
 
 def _draw_text_query(
-    page: Page, y: float, answers: _Answers, images: Sequence[Picture], texts: Sequence[str]
+    page: Page, y: float, answers: Answers, images: Sequence[Picture], texts: Sequence[str]
 ) -> None:
     middle = y + _THUMB / 2
-    for line, part in enumerate(_two_lines(texts[answers.query])):
+    for line, part in enumerate(two_lines(texts[answers.query])):
         page.text(20, middle - 9 + 18 * line, part, size=10.5, width=_QUERY - 34)
     if not any(answers.right):
-        page.text(20, middle + 32, _elsewhere(answers), size=8.5, color=PALE)
+        page.text(20, middle + 32, elsewhere(answers), size=8.5, color=PALE)
     for place, (image, score, right) in enumerate(
         zip(answers.found, answers.scores, answers.right, strict=True)
     ):
@@ -141,7 +141,7 @@ def _draw_text_query(
 
 
 def _draw_image_query(
-    page: Page, x: float, y: float, answers: _Answers, images: Sequence[Picture],
+    page: Page, x: float, y: float, answers: Answers, images: Sequence[Picture],
     texts: Sequence[str],
 ) -> None:  # fmt: skip
     page.image(x, y + 6, _THUMB, images[answers.query])
@@ -149,7 +149,7 @@ def _draw_image_query(
         page.text(
             x + _THUMB / 2,
             y + _THUMB + 18,
-            _elsewhere(answers),
+            elsewhere(answers),
             size=8.5,
             color=PALE,
             align="center",
@@ -165,11 +165,11 @@ def _draw_image_query(
                   color=RIGHT if right else PALE)  # fmt: skip
 
 
-def _elsewhere(answers: _Answers) -> str:
+def elsewhere(answers: Answers) -> str:
     return f"right: rank {answers.rank:,}"
 
 
-def _two_lines(text: str) -> tuple[str, ...]:
+def two_lines(text: str) -> tuple[str, ...]:
     """Broken at the space nearest to the middle, where the text is long."""
     text = " ".join(text.split())
     spaces = [place for place, sign in enumerate(text) if sign == " "]
@@ -179,7 +179,7 @@ def _two_lines(text: str) -> tuple[str, ...]:
     return text[:middle], text[middle + 1 :]
 
 
-def _check_lengths(count: int, **named: Sequence[object] | Tensor) -> None:
+def check_lengths(count: int, **named: Sequence[object] | Tensor) -> None:
     for name, values in named.items():
         if len(values) != count:
             raise ValueError(

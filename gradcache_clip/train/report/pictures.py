@@ -8,6 +8,7 @@ import torch
 
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.evaluation.held_out import HeldOut
+from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts
 from gradcache_clip.train.evaluation.labelled import LabelledImages
 from gradcache_clip.train.objective import build_objective
 from gradcache_clip.train.report.curves import RunCurve, draw_curves
@@ -15,6 +16,7 @@ from gradcache_clip.train.report.gallery import draw_gallery
 from gradcache_clip.train.report.metrics_log import read_log
 from gradcache_clip.train.report.neighbours import draw_neighbours
 from gradcache_clip.train.report.similarity import draw_similarity
+from gradcache_clip.train.report.text_gallery import draw_text_gallery
 from gradcache_clip.train.run_folder import RunFolder
 
 SIMILARITY_PAIRS = 40
@@ -24,7 +26,7 @@ def draw_run(
     run: RunFolder,
     config: Config,
     batch: HeldOut | None,
-    held_out: HeldOut | LabelledImages | None,
+    held_out: HeldOut | HeldOutTexts | LabelledImages | None,
 ) -> list[Path]:
     """Draw what there is to draw into `pictures/`; returns the files.
 
@@ -32,8 +34,8 @@ def draw_run(
         run: its log gives the curves.
         config: of the run.
         batch: pairs of a training batch for similarity.png.
-        held_out: the validation set for similarity_held_out.png and gallery.png, or labelled
-            images for neighbours.png.
+        held_out: the validation set for similarity_held_out.png and gallery.png, texts for
+            gallery.png alone, or labelled images for neighbours.png.
     """
     run.pictures.mkdir(exist_ok=True)
     files = [draw_curves([run_curve(run, config)], run.pictures / "curves.png")]
@@ -44,6 +46,9 @@ def draw_run(
         return files
     if isinstance(held_out, LabelledImages):
         return [*files, _draw_neighbours(held_out, run, config)]
+    if isinstance(held_out, HeldOutTexts):
+        path = run.pictures / "gallery.png"
+        return [*files, draw_text_gallery(held_out, path, rows=config.evaluation.gallery)]
     if len(held_out.image_ids.unique()) >= 2:
         path = run.pictures / "similarity_held_out.png"
         files.append(_draw_pairs(held_out, path, "Held-out pairs"))

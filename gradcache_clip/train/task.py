@@ -1,0 +1,178 @@
+"""What the samples of a run are: how they are read, encoded, and what is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.data import ImageCaptionLoader, LoaderOptions, read_captions
+from gradcache_clip.train.data.augment import Augmentation
+from gradcache_clip.train.data.resumable import ResumableLoader
+from gradcache_clip.train.data.shard_urls import find_shards
+from gradcache_clip.train.data.text_lines import find_text_files, read_all_texts
+from gradcache_clip.train.data.text_loader import TextLoader
+from gradcache_clip.train.engine import rows_of_a_process
+from gradcache_clip.train.evaluation.held_out import HeldOut, embed_batch, embed_held_out
+from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts, embed_held_out_texts
+from gradcache_clip.train.evaluation.labelled import LabelledImages, check_labels, embed_labelled
+from gradcache_clip.train.peers import Peers
+from gradcache_clip.train.texts import build_text_encoder
+from gradcache_clip.train.tokenizer import Tokenizer
+from gradcache_clip.train.towers import build_towers
+from gradcache_clip.train.views import build_view_encoder
+
+Evaluated = HeldOut | HeldOutTexts | LabelledImages
+
+
+class Task:
+    """Images and their captions. Others say what they do differently.
+
+    Args:
+        config: of the run.
+    """
+
+    has_images = has_texts = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def check_validation(self) -> None:
+        """Raise FileNotFoundError or ValueError unless there is something to evaluate on."""
+        data = self.config.data
+        find_shards(data.validation, allow_url_schemes=data.allow_url_schemes)
+
+    def loader(self, peers: Peers) -> ResumableLoader:
+        """Training batches of this process."""
+        config, data = self.config, self.config.data
+        options = LoaderOptions(
+            image_size=data.image_size,
+            crop_scale=(data.random_crop, 1.0) if data.random_crop < 1 else None,
+            augmentation=self._augmentation(),
+            captions=self.has_texts,
+            seed=config.train.seed,
+            workers=data.workers,
+            shuffle_buffer=data.shuffle_buffer,
+            max_broken_share=data.max_broken_share,
+            allow_url_schemes=tuple(data.allow_url_schemes),
+        )
+        return ImageCaptionLoader(
+            data.train,
+            rows_of_a_process(config, peers.world_size),
+            options=options,
+            rank=peers.rank,
+            world_size=peers.world_size,
+            on_every_rank=peers.all,
+        )
+
+    def _augmentation(self) -> Augmentation | None:
+        return None
+
+    def texts(self) -> Iterable[str]:
+        """Of the training set, for learning a tokenizer."""
+        data = self.config.data
+        return read_captions(data.train, allow_url_schemes=data.allow_url_schemes)
+
+    def towers(self, tokenizer: Tokenizer | None) -> Any:
+        """With fresh or pretrained weights."""
+        assert tokenizer is not None
+        size = self.config.data.image_size
+        return build_towers(self.config.model, image_size=size, **self._sizes(tokenizer))
+
+    def _sizes(self, tokenizer: Tokenizer) -> dict[str, int]:
+        return {
+            "context_length": self.config.data.context_length,
+            "vocab_size": tokenizer.vocab_size,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+    def embed_held_out(
+        self, encoder: Any, tokenizer: Tokenizer | None, peers: Peers | None = None
+    ) -> Evaluated | None:
+        """The validation set, embedded by all processes, on the first."""
+        assert tokenizer is not None
+        return embed_held_out(encoder, tokenizer, self.config, peers)
+
+    def embed_batch(
+        self, encoder: Any, tokenizer: Tokenizer | None, batches: Iterator[Any], pairs: int
+    ) -> HeldOut | None:
+        """Some pairs of the next training batch, for a picture; None where there is none."""
+        assert tokenizer is not None
+        return embed_batch(encoder, tokenizer, self.config, next(batches), pairs)
+
+
+class Views(Task):
+    """Two views of each image, and its label for evaluation."""
+
+    has_texts = False
+
+    def check_validation(self) -> None:
+        super().check_validation()
+        check_labels(self.config)
+
+    def _augmentation(self) -> Augmentation:
+        return Augmentation(**vars(self.config.augment))
+
+    def towers(self, tokenizer: Tokenizer | None) -> Any:
+        return build_view_encoder(self.config.model, image_size=self.config.data.image_size)
+
+    def embed_held_out(
+        self, encoder: Any, tokenizer: Tokenizer | None, peers: Peers | None = None
+    ) -> LabelledImages | None:
+        return embed_labelled(encoder, self.config, peers)
+
+    def embed_batch(
+        self, encoder: Any, tokenizer: Tokenizer | None, batches: Iterator[Any], pairs: int
+    ) -> None:
+        return None
+
+
+class Texts(Task):
+    """Queries, their documents, and perhaps hard negatives; no images."""
+
+    has_images = False
+
+    def check_validation(self) -> None:
+        find_text_files(self.config.data.validation)
+
+    def loader(self, peers: Peers) -> ResumableLoader:
+        config, data = self.config, self.config.data
+        return TextLoader(
+            data.train,
+            rows_of_a_process(config, peers.world_size),
+            fields=data.text_fields,
+            seed=config.train.seed,
+            workers=data.workers,
+            max_broken_share=data.max_broken_share,
+            rank=peers.rank,
+            world_size=peers.world_size,
+            on_every_rank=peers.all,
+        )
+
+    def texts(self) -> Iterable[str]:
+        data = self.config.data
+        options = {"max_broken_share": data.max_broken_share}
+        for row in read_all_texts(data.train, data.text_fields, **options):
+            yield from row
+
+    def towers(self, tokenizer: Tokenizer | None) -> Any:
+        assert tokenizer is not None
+        return build_text_encoder(self.config.model, **self._sizes(tokenizer))
+
+    def embed_held_out(
+        self, encoder: Any, tokenizer: Tokenizer | None, peers: Peers | None = None
+    ) -> HeldOutTexts | None:
+        assert tokenizer is not None
+        return embed_held_out_texts(encoder, tokenizer, self.config, peers)
+
+    def embed_batch(
+        self, encoder: Any, tokenizer: Tokenizer | None, batches: Iterator[Any], pairs: int
+    ) -> None:
+        return None
+
+
+def task_of(config: Config) -> Task:
+    """What the data of a configuration are."""
+    if config.data.text_fields:
+        return Texts(config)
+    return Views(config) if config.data.views == 2 else Task(config)
