@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gradcache_clip.train.config import ModelConfig
@@ -286,6 +287,25 @@ def test_pretrained_weights_that_do_not_fit_or_are_damaged(tmp_path: Path) -> No
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(ValueError, match="model.text: .*safetensors"):
         build(text_kwargs={}, **pretrained)
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path: Path) -> None:
+    backbone = build().text_tower.backbone
+    backbone.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = weights.pop("encoder.layer.0.attention.self.query.weight")
+    save_file({**weights, "pooler.dense.weight": gone}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"got none for 1 \(first: encoder.layer.0.*query.weight"):
+        build(text=str(tmp_path), text_kwargs={}, text_pretrained=True)
+
+
+def test_loading_says_nothing_of_a_pooler(tmp_path: Path, capfd) -> None:
+    backbone = build().text_tower.backbone
+    backbone.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "pooler.dense.bias": torch.ones(3)}, tmp_path / "model.safetensors")
+    build(text=str(tmp_path), text_kwargs={}, text_pretrained=True)
+    assert "pooler" not in capfd.readouterr().err
 
 
 def test_special_tokens_padding_and_truncation(tokenizer: Tokenizer) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,11 +112,42 @@ def build_text_backbone(
             return AutoModel.from_config(text_config, **options)
         except _unfit() as error:
             raise _text_unfit(config, error) from error
+    return _with_text_weights(config, config=text_config, **options)
+
+
+def _with_text_weights(model: ModelConfig, **options: Any) -> Any:
+    """A pretrained model; weights that it has no use for, such as the pooler's, are left out."""
+    from transformers import AutoModel
+
     options |= {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
     try:
-        return AutoModel.from_pretrained(config.text, config=text_config, **options)
+        with _without_load_report():
+            backbone, found = AutoModel.from_pretrained(
+                model.text, output_loading_info=True, **options
+            )
     except _unloadable() as error:
-        raise _load_error(config, error) from error
+        raise _load_error(model, error) from error
+    # transformers would draw them at random, and only warn.
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model.text: expected all weights of the encoder in {model.text!r}, got none for "
+            f"{len(missing)} (first: {missing[0]}); check that the weights are of this model, or "
+            "set model.text_pretrained=false"
+        )
+    return backbone
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """What is missing is an error here, and what is left out is meant to be."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def unknown_name(field: str, got: str, kind: str, known: Iterable[str]) -> ValueError:
