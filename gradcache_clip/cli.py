@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="held-out retrieval of a trained run")
     evaluate.add_argument("run_folder", type=Path, metavar="RUN", help="train.output of the run")
-    evaluate.add_argument("--data", help="other shards than the run's data.validation")
+    evaluate.add_argument("--data", help="other data than the run's data.validation")
     evaluate.add_argument(
         "--zero-shot",
         action="append",
@@ -127,7 +127,9 @@ def _add_data(commands: Any) -> None:
             parser.add_argument("source", type=Path, help=_SOURCES[kind])
         if kind == "coco":
             _add_coco_arguments(parser)
-        parser.add_argument("out", type=Path, metavar="OUT", help="gets train/ and validation/")
+        ending = ".jsonl" if kind == "wordnet" else "/"
+        gets = f"gets train{ending} and validation{ending}"
+        parser.add_argument("out", type=Path, metavar="OUT", help=gets)
         parser.add_argument("--validation-share", type=float, help="share of pairs to hold out")
         parser.add_argument("--seed", type=int, default=0, help="of the split and the order")
         if kind == "csv":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
+import resource
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -51,9 +51,9 @@ def test_line_ends_are_found_whatever_the_block(tmp_path, monkeypatch, block):
     rows = [{"anchor": f"q{i}", "positive": "é\u2028\x85 d" * i} for i in range(1, 6)]
     texts = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "a.jsonl").write_bytes("\n\n".join(texts).encode())
-    (tmp_path / "b.jsonl").write_bytes("\r\n".join(texts).encode() + b"\r\n")
+    (tmp_path / "b.jsonl").write_bytes("\r\n\r\n".join(texts).encode() + b"\r\n\r\n\r")
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "none.jsonl").write_bytes(b"\n\n")
+    (tmp_path / "none.jsonl").write_bytes(b"\n\n\r\n\n")
     expected = [tuple(text.strip() for text in row.values()) for row in rows]
     assert [*TextLines(tmp_path, PAIR)] == [*expected, *expected]
     assert TextLines(tmp_path, PAIR).counts == [5, 5, 0, 0]
@@ -65,6 +65,7 @@ def test_line_ends_are_found_whatever_the_block(tmp_path, monkeypatch, block):
         (b"{", "bad json"),
         (b"[1]", "bad json"),
         (b"null", "bad json"),
+        (b"  ", "bad json"),
         (b"[" * 100_000, "bad json"),
         (b'{"anchor": "\xff", "positive": "d"}', "bad utf-8"),
         (b'{"anchor": "\\ud800", "positive": "d"}', "bad utf-8"),
@@ -152,7 +153,7 @@ def test_broken_rows_are_counted_and_too_many_stop(tmp_path, caplog):
 
 def test_what_is_no_such_data_is_refused(data, tmp_path):
     for source in (tmp_path / "none.jsonl", tmp_path, f"{tmp_path}/*.jsonl"):
-        with pytest.raises(FileNotFoundError, match=r"expected a \.jsonl file"):
+        with pytest.raises(FileNotFoundError, match=r"expected a local \.jsonl file"):
             find_text_files(source)
     with pytest.raises(ValueError, match="batch_size: expected a data set of one batch or more"):
         loader(data, rows=161)
@@ -161,7 +162,12 @@ def test_what_is_no_such_data_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="rank: expected 0 <= rank < world_size"):
         loader(data, rank=2, world_size=2)
     write_lines(tmp_path / "empty.jsonl", [])
-    with pytest.raises(ValueError, match="expected at least one line"):
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"expected a local \.jsonl file"):
+        find_text_files(f"{tmp_path}/folder*")
+    with pytest.raises(IndexError):
+        TextLines(data / "train", PAIR)[160]
+    with pytest.raises(ValueError, match="expected at least one line, got empty files; write"):
         [*read_all_texts(tmp_path / "empty.jsonl", PAIR, max_broken_share=0)]
 
 
@@ -174,7 +180,8 @@ def test_the_state_of_other_data_is_refused(data, tmp_path):
     state = loader(data).state_dict()
     moved = make_texts(tmp_path / "moved")
     loader(moved).load_state_dict(state)
-    write_lines(moved / "train" / "a.jsonl", rows_of(54, seed=1))
+    rows = rows_of(53, seed=1)
+    write_lines(moved / "train" / "a.jsonl", [{**rows[0], "anchor": "another"}, *rows[1:]])
     for other in (
         loader(moved),
         loader(data, seed=3),
@@ -184,10 +191,36 @@ def test_the_state_of_other_data_is_refused(data, tmp_path):
             other.load_state_dict(state)
 
 
-def test_open_files_do_not_travel(data):
-    lines = TextLines(data / "train", PAIR)
-    first = lines[0]
-    assert pickle.loads(pickle.dumps(lines))[0] == first
+def test_many_files_need_few_handles(tmp_path):
+    row = {"anchor": "q", "positive": "d"}
+    for number in range(60):
+        write_lines(tmp_path / f"{number:02}.jsonl", [row])
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lines = TextLines(tmp_path, PAIR)
+    used = len([*Path("/proc/self/fd").iterdir()]) if Path("/proc/self/fd").exists() else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 16, most))
+    try:
+        assert [*lines] == [("q", "d")] * 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+
+
+def test_a_file_that_was_cut_is_no_crash(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"anchor": "q" * 9000, "positive": "d"}] * 3)
+    lines = TextLines(path, PAIR)
+    path.write_bytes(b"")
+    assert all(isinstance(row, BrokenReport) for row in lines)
+
+
+@pytest.mark.parametrize(("world", "rows"), [(2, 33), (3, 33)])
+def test_a_set_too_small_for_the_poorest_rank_is_refused_on_all(tmp_path, world, rows):
+    """Groups of 32 rows are dealt out: of 96, two ranks get 64 and 32."""
+    write_lines(tmp_path / "a.jsonl", rows_of(96, seed=1))
+    for rank in range(world):
+        with pytest.raises(ValueError, match=f"got 32 samples for each of {world} ranks"):
+            TextLoader(tmp_path, rows, fields=PAIR, rank=rank, world_size=world)
+        fitting = TextLoader(tmp_path, 32, fields=PAIR, rank=rank, world_size=world)
+        assert len(taken(fitting, 1)) == 32
 
 
 def test_columns_of_a_batch():

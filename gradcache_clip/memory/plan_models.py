@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.train.backbones import unknown_name
+from gradcache_clip.train.backbones import arguments_of, unknown_name
 from gradcache_clip.train.config import Config, ConfigError, ModelConfig
 from gradcache_clip.train.towers import DualEncoder, build_towers
 
@@ -248,8 +247,7 @@ def _pretrained_name(name: str) -> TextName:
             found = None
         if found is None:
             raise
-    known = inspect.signature(type(found).__init__).parameters
-    changed = {key: value for key, value in found.to_diff_dict().items() if key in known}
+    changed = arguments_of(found)
     changed.pop("vocab_size", None)
     return TextName(found.model_type, found.vocab_size, tuple(changed.items()))
 

@@ -104,8 +104,8 @@ def _check_counted(config: Config) -> None:
     if config.data.text_fields:
         raise ConfigError(
             "data.text_fields: expected none, since plan counts an image and a text tower, got "
-            f"{config.data.text_fields}; texts alone need the graph of train.chunk_tokens tokens "
-            "at a time: lower that where a step does not fit"
+            f"{config.data.text_fields}; texts alone need the graph of one chunk at a time: lower "
+            "train.chunk_tokens or train.chunk_size where a step does not fit"
         )
     if name not in ("clip", "siglip", "late_interaction"):
         raise ConfigError(

@@ -115,6 +115,12 @@ def build_text_backbone(
     return _with_text_weights(config, config=text_config, **options)
 
 
+def arguments_of(text_config: Any) -> dict[str, Any]:
+    """The `text_kwargs` with which a model of the same type becomes the same, without weights."""
+    known = inspect.signature(type(text_config).__init__).parameters
+    return {key: value for key, value in text_config.to_diff_dict().items() if key in known}
+
+
 def _with_text_weights(model: ModelConfig, **options: Any) -> Any:
     """A pretrained model; weights that it has no use for, such as the pooler's, are left out."""
     from transformers import AutoModel

@@ -143,8 +143,10 @@ class TrainConfig:
         at_least(2, "train", self, "batch_size")
         at_least(1, "train", self, "chunk_size", "steps", "log_every", "keep_checkpoints")
         at_least(0, "train", self, "evaluate_every", "checkpoint_every", "chunk_tokens")
-        sorted_ = self.sort_by_length or not self.chunk_tokens
-        check(sorted_, "train", self, "sort_by_length", "true with train.chunk_tokens")
+        if self.chunk_tokens:
+            with_it = "with train.chunk_tokens"
+            check(self.sort_by_length, "train", self, "sort_by_length", f"true {with_it}")
+            check(self.negatives == "batch", "train", self, "negatives", f"batch {with_it}")
         check(0 <= self.seed < 2**63, "train", self, "seed", "a number from 0 to 2**63 - 1")
         one_of(("batch", "chunk"), "train", self, "negatives")
         one_of(("fp32", "bf16", "fp16"), "train", self, "precision")
@@ -261,6 +263,9 @@ class Config:
         # Whose parameters may lie elsewhere than they are used, as ZeRO-3 offloads them.
         there = self.distributed.engine != "deepspeed" or self.train.inputs == "device"
         check(there, "train", self.train, "inputs", "device with distributed.engine=deepspeed")
+        looks = self.data.validation or not self.evaluation.at_start
+        expected = "something to evaluate on with evaluation.at_start"
+        check(bool(looks), "data", self.data, "validation", expected)
         # A forward waits for all ranks there, whose tokens need not make as many chunks.
         alike = self.distributed.engine == "ddp" or not self.train.chunk_tokens
         check(alike, "train", self.train, "chunk_tokens", "0 without distributed.engine=ddp")

@@ -15,10 +15,11 @@ class DataConfig:
     """Where pairs come from and how they are read."""
 
     train: str = "data/train"
-    """Folder of shards, glob or brace pattern (`shards/{000..099}.tar`) to train on."""
+    """Folder of shards, glob or brace pattern (`shards/{000..099}.tar`) to train on; with
+    `text_fields` a .jsonl file, a folder of them or a glob."""
 
     validation: str = ""
-    """The same for held-out pairs; empty: no evaluation while training."""
+    """The same for held-out samples; empty: no evaluation while training."""
 
     image_size: int = 64
     """Height and width in pixels that images are resized and cropped to."""
@@ -33,8 +34,12 @@ class DataConfig:
     """With any, the data are .jsonl files of texts instead of images: names of the fields of a line
     that hold a query, its document and hard negatives, such as [anchor, positive, negative]."""
 
+    text_prompts: list[str] = field(default_factory=list)
+    """What stands before each query, and before each document and hard negative, such as
+    ["query: ", "passage: "]; empty: nothing."""
+
     context_length: int = 32
-    """Longest caption in tokens, start and end included; longer ones are cut."""
+    """Longest caption or text in tokens, start and end included; longer ones are cut."""
 
     workers: int = 0
     """Processes that read and decode for each training process; 0: the training process does."""
@@ -49,7 +54,7 @@ class DataConfig:
     """Schemes besides local files, such as `https`; `pipe` runs commands and is off."""
 
     tokenizer: str = "train"
-    """`train` learns one from the training captions; else a tokenizer.json or a hub name."""
+    """`train` learns one from the training texts; else a tokenizer.json or a hub name."""
 
     vocab_size: int = 8192
     """Largest vocabulary of a learned tokenizer; 256 bytes and 3 special tokens are in each."""
@@ -64,5 +69,8 @@ class DataConfig:
         fields = self.text_fields
         several = not fields or (len(fields) > 1 and len(set(fields)) == len(fields))
         check(several and all(fields), "data", self, "text_fields", "two or more different names")
+        expected = "none, or one for queries and one for documents with data.text_fields"
+        paired = not self.text_prompts or (len(self.text_prompts) == 2 and bool(fields))
+        check(paired, "data", self, "text_prompts", expected)
         in_range("[0, 1]", "data", self, "max_broken_share")
         in_range("(0, 1]", "data", self, "random_crop")

@@ -58,7 +58,7 @@ class ModelConfig:
     """`cls` (first token) or `mean` over tokens."""
 
     feature_dim: int = 256
-    """Width D of the features that images and texts share."""
+    """Width D of the features; with `data.text_fields` that of the text tower."""
 
     projection_hidden: int = 0
     """Width of a hidden layer of the projection, with ReLU, where `data.views` is 2; 0: none."""
@@ -148,8 +148,8 @@ class LossConfig:
 
     positives: str = "pair"
     """What pairs of one match group, such as the captions of one image, are to each other: `pair`,
-    negatives as all others; `group`, positives; `ignore`, neither (`clip`, `info_nce`). Texts
-    match where they are equal."""
+    negatives as all others; `group`, positives; `ignore`, neither (`clip`, `info_nce`). With
+    `info_nce`, a document or hard negative that says the same as a query's own document."""
 
     matryoshka: list[int] = field(default_factory=list)
     """Widths whose prefixes of the features are trained too, such as [64, 128, 256]."""

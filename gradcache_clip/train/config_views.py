@@ -19,8 +19,12 @@ _WITH_VIEWS: dict[str, Any] = {
 }
 _WITH_TEXTS: dict[str, Any] = {
     "data.views": 1,
+    "data.random_crop": 1.0,
+    "data.allow_url_schemes": [],
     "model.architecture": "dual",
     "model.freeze": "",
+    "model.image_pretrained": False,
+    "model.image_weights": "",
     "train.negatives": "batch",
     "loss.name": "info_nce",
     "evaluation.folds": 1,

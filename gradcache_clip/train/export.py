@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.run_folder import existing_run
 from gradcache_clip.train.session import load_trained
 
+_POOLS = {"cls": "cls_token", "mean": "mean_tokens"}
 _MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
 
 
 def export_run(run_folder: str | Path, out: str | Path) -> Path:
     """Write the text encoder of a run's newest checkpoint, its tokenizer and its pooling.
 
-    `SentenceTransformer(out)` then gives the features of the run, normalised, and
-    `AutoModel.from_pretrained(out)` the model without its pooling.
+    `SentenceTransformer(out)` then gives the features of the run, normalised; its `encode_query`
+    and `encode_document` put `data.text_prompts` before the texts. What
+    `AutoModel.from_pretrained(out)` gives is to be pooled as `model.text_pool` says.
 
     Args:
         run_folder: the `train.output` of a run over texts.
@@ -39,13 +42,18 @@ def export_run(run_folder: str | Path, out: str | Path) -> Path:
     out = Path(out)
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise ConfigError(f"out: expected a new or empty folder, got {out}; choose another")
+    config.train.device = "cpu"
     encoder, tokenizer, _ = load_trained(config, run)
     assert tokenizer is not None
-    out.mkdir(parents=True, exist_ok=True)
-    encoder.text_tower.backbone.save_pretrained(out)
-    _save_tokenizer(run.tokenizer, tokenizer.pad_token, config.data.context_length, out)
-    _save_modules(out, config.model.feature_dim, config.model.text_pool)
-    _write(out / "sentence_bert_config.json", {"max_seq_length": config.data.context_length})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as temporary:
+        written = Path(temporary) / "model"
+        encoder.text_tower.backbone.save_pretrained(written)
+        _save_tokenizer(run.tokenizer, tokenizer.pad_token, config.data.context_length, written)
+        _save_modules(written, config)
+        if out.exists():
+            out.rmdir()
+        written.rename(out)
     return out
 
 
@@ -62,16 +70,22 @@ def _save_tokenizer(file: Path, pad_token: str, context_length: int, out: Path) 
     tokenizer.save_pretrained(out)
 
 
-def _save_modules(out: Path, width: int, pool: str) -> None:
+def _save_modules(out: Path, config: Config) -> None:
+    """What sentence-transformers reads beside a model of transformers."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(_MODULES)
     ]
-    _write(out / "modules.json", modules)
     for path, _ in _MODULES[1:]:
         (out / path).mkdir()
-    modes = {"pooling_mode_cls_token": pool == "cls", "pooling_mode_mean_tokens": pool == "mean"}
-    _write(out / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes})
+    model, data = config.model, config.data
+    modes = {f"pooling_mode_{name}": model.text_pool == pool for pool, name in _POOLS.items()}
+    pooling = {"word_embedding_dimension": model.feature_dim, **modes}
+    prompts = dict(zip(("query", "document"), data.text_prompts, strict=False))
+    _write(out / "modules.json", modules)
+    _write(out / "1_Pooling" / "config.json", pooling)
+    _write(out / "sentence_bert_config.json", {"max_seq_length": data.context_length})
+    _write(out / "config_sentence_transformers.json", {"prompts": prompts})
 
 
 def _write(path: Path, content: Any) -> None:

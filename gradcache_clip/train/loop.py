@@ -112,7 +112,7 @@ def _train(config: Config, peers: Peers, console: Console) -> RunSummary:
     before = peers.from_first(run.read_summary() if peers.is_first else None)
     first_step = session.step
     if peers.is_first:
-        run.begin(config, session.tokenizer)
+        run.begin(config, session.tokenizer, session.encoder)
     if first_step:
         console.print(f"going on from step {first_step} of {run.path}", **_PLAIN)
     if config.train.compile:

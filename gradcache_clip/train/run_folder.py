@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.backbones import arguments_of
+from gradcache_clip.train.config import Config, ConfigError, ModelConfig
 from gradcache_clip.train.config_file import load_config, save_config
-from gradcache_clip.train.report.metrics_log import FILE_NAME
+from gradcache_clip.train.report.metrics_log import FILE_NAME, read_log
 from gradcache_clip.train.tokenizer import Tokenizer
 
 # What may change between the parts of one run; all else would make it another run.
 _MAY_CHANGE = {
-    # The loader's state knows the shards by what is in them, wherever they are.
+    # The loader's state knows the data by names and sizes, wherever they are.
     "data.train", "data.validation", "evaluation.batch_size", "evaluation.recall_at",
     "evaluation.gallery", "evaluation.neighbours", "evaluation.at_start",
     "train.output", "train.resume", "train.steps", "train.log_every", "train.evaluate_every",
@@ -43,6 +44,11 @@ class RunFolder:
         return self.path / "tokenizer.json"
 
     @property
+    def text_model(self) -> Path:
+        """What a pretrained text tower is, without its weights."""
+        return self.path / "text_model.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -57,7 +63,9 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Whether a step was logged or saved; a start that failed before leaves nothing to lose."""
         log = self.path / FILE_NAME
-        return (log.is_file() and log.stat().st_size > 0) or self.checkpoints.is_dir()
+        # What was evaluated before the first step can be evaluated again.
+        logged = log.is_file() and any(row["step"] > 0 for row in read_log(log))
+        return logged or self.checkpoints.is_dir()
 
     def holds_only_a_failed_start(self) -> bool:
         """Whether everything here is ours, so that nothing is lost by writing it again."""
@@ -66,22 +74,40 @@ class RunFolder:
             load_config(self.config)
         except ConfigError:
             return False
-        return names <= {self.config.name, self.tokenizer.name, FILE_NAME, "tensorboard"}
+        ours = {path.name for path in (self.config, self.tokenizer, self.text_model, self.summary)}
+        return names <= {*ours, FILE_NAME, "tensorboard"}
 
-    def begin(self, config: Config, tokenizer: Tokenizer | None) -> None:
-        """Make the folder and write down what defines the run; a resumed one keeps its tokens."""
+    def begin(self, config: Config, tokenizer: Tokenizer | None, encoder: Any = None) -> None:
+        """Make the folder and write down what defines the run; a resumed one keeps its tokens.
+
+        Of a pretrained text tower of the encoder, what it is, for the day its source is gone.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not self.has_begun():
             tokenizer.save(self.tokenizer)
+        if config.model.text_pretrained:
+            found = encoder.text_tower.backbone.config
+            self._write_json(self.text_model, [found.model_type, arguments_of(found)])
         temporary = self.config.with_suffix(".tmp")
         save_config(config, temporary)
         temporary.replace(self.config)
 
     def write_summary(self, summary: Any) -> None:
-        text = json.dumps(dataclasses.asdict(summary), indent=2, allow_nan=False)
-        temporary = self.summary.with_suffix(".tmp")
+        self._write_json(self.summary, dataclasses.asdict(summary))
+
+    def trained_model(self, model: ModelConfig) -> ModelConfig:
+        """The same without the weights that it began with, since a checkpoint has all."""
+        model = dataclasses.replace(model, image_pretrained=False, image_weights="")
+        if not (model.text_pretrained and self.text_model.is_file()):
+            return model
+        kind, arguments = json.loads(self.text_model.read_text(encoding="utf-8"))
+        return dataclasses.replace(model, text=kind, text_kwargs=arguments, text_pretrained=False)
+
+    def _write_json(self, path: Path, content: Any) -> None:
+        temporary = path.with_suffix(".tmp")
+        text = json.dumps(content, indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.summary)
+        temporary.replace(path)
 
     def read_summary(self) -> dict[str, Any] | None:
         """The fields of the last summary, if one was written."""

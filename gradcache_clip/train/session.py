@@ -244,9 +244,8 @@ def load_trained(config: Config, run: RunFolder) -> tuple[Any, Tokenizer | None,
         )
     has_texts = task_of(config).has_texts
     tokenizer = _run_tokenizer(config, run) if has_texts else None
-    # The checkpoint has all weights, so a file that training began with may be gone.
-    model = dataclasses.replace(config.model, image_pretrained=False, image_weights="")
-    encoder = build_encoder(dataclasses.replace(config, model=model), tokenizer)
+    config = dataclasses.replace(config, model=run.trained_model(config.model))
+    encoder = build_encoder(config, tokenizer)
     encoder.load_state_dict(checkpoint.modules.get("ema", checkpoint.modules["encoder"]))
     return encoder.to(choose_device(config.train.device)), tokenizer, checkpoint.step
 

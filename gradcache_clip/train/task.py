@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gradcache_clip.train.config import Config
+from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.data import ImageCaptionLoader, LoaderOptions, read_captions
 from gradcache_clip.train.data.augment import Augmentation
 from gradcache_clip.train.data.resumable import ResumableLoader
 from gradcache_clip.train.data.shard_urls import find_shards
-from gradcache_clip.train.data.text_lines import find_text_files, read_all_texts
+from gradcache_clip.train.data.text_lines import TextLines, find_text_files, read_all_texts
 from gradcache_clip.train.data.text_loader import TextLoader
 from gradcache_clip.train.engine import rows_of_a_process
 from gradcache_clip.train.evaluation.held_out import HeldOut, embed_batch, embed_held_out
@@ -133,7 +133,15 @@ class Texts(Task):
     has_images = False
 
     def check_validation(self) -> None:
-        find_text_files(self.config.data.validation)
+        data = self.config.data
+        TextLines(data.validation, data.text_fields[:2])
+        held_out = {file.resolve() for file in find_text_files(data.validation)}
+        shared = [file for file in find_text_files(data.train) if file.resolve() in held_out]
+        if shared:
+            raise ConfigError(
+                f"data.validation: expected other files than those of data.train, got {shared[0]} "
+                "in both; name a file where a folder holds both, or leave data.validation out"
+            )
 
     def loader(self, peers: Peers) -> ResumableLoader:
         config, data = self.config, self.config.data
@@ -141,6 +149,7 @@ class Texts(Task):
             data.train,
             rows_of_a_process(config, peers.world_size),
             fields=data.text_fields,
+            prompts=data.text_prompts,
             seed=config.train.seed,
             workers=data.workers,
             max_broken_share=data.max_broken_share,
@@ -151,8 +160,8 @@ class Texts(Task):
 
     def texts(self) -> Iterable[str]:
         data = self.config.data
-        options = {"max_broken_share": data.max_broken_share}
-        for row in read_all_texts(data.train, data.text_fields, **options):
+        share = data.max_broken_share
+        for row in read_all_texts(data.train, data.text_fields, max_broken_share=share):
             yield from row
 
     def towers(self, tokenizer: Tokenizer | None) -> Any:

@@ -98,7 +98,7 @@ class ImageCaptionLoader(ResumableLoader):
         self._plan = StreamPlan(shards, options, rank, world_size)
         counts = [shard.samples for shard in shards]
         if None not in counts:
-            self._check_size(sum(count for count in counts if count is not None))
+            self._check_size(sum(count for count in counts if count is not None) // world_size)
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -206,10 +206,10 @@ class ResumableLoader(ABC):
         self._on_every_rank(False)
         self._check_not_too_small(start, batches, builder)
 
-    def _check_size(self, known: int) -> None:
-        """Raise unless so many samples fill a batch on every rank."""
-        if known < self._batch_size * self._world_size:
-            raise self._too_small(known // self._world_size)
+    def _check_size(self, least: int) -> None:
+        """Raise unless so many samples, the fewest of a rank, fill a batch."""
+        if least < self._batch_size:
+            raise self._too_small(least)
 
     def _check_not_too_small(self, start: Taken, batches: int, builder: Builder) -> None:
         """An epoch without a batch would repeat itself for ever."""

@@ -60,7 +60,7 @@ class TextLoader(ResumableLoader):
     The order is a permutation of all rows that seed and epoch determine.
 
     Args:
-        source, fields: see `TextLines`.
+        source, fields, prompts: see `TextLines`.
         batch_size: rows a batch of this rank.
         seed: of the order.
         workers, max_broken_share, rank, world_size, on_every_rank: see `ResumableLoader`.
@@ -84,6 +84,7 @@ class TextLoader(ResumableLoader):
         batch_size: int,
         *,
         fields: Sequence[str],
+        prompts: Sequence[str] = (),
         seed: int = 0,
         workers: int = 0,
         max_broken_share: float = 0.05,
@@ -102,12 +103,13 @@ class TextLoader(ResumableLoader):
             world_size=world_size,
             on_every_rank=on_every_rank,
         )
-        self._lines, self._seed = TextLines(source, fields), seed
-        self._check_size(len(self._lines))
+        self._lines, self._seed = TextLines(source, fields, prompts), seed
+        rows = (rows_of_rank(len(self._lines), each, world_size) for each in range(world_size))
+        self._check_size(min(rows))
 
     def _identity(self) -> dict[str, Any]:
         counted = zip(self._lines.files, self._lines.counts, strict=True)
-        named = [(file.name, count) for file, count in counted]
+        named = [(file.name, file.stat().st_size, count) for file, count in counted]
         return {
             "seed": self._seed,
             "group_size": GROUP_SIZE,
@@ -205,6 +207,17 @@ class TextBatchBuilder:
     def batch(self) -> TextBatch:
         """The batch, once it is full."""
         return TextBatch(self._rows)
+
+
+def rows_of_rank(rows: int, rank: int, world_size: int) -> int:
+    """How many rows the groups of one of `world_size` ranks hold in an epoch.
+
+    Example:
+        >>> [rows_of_rank(96, rank, 2) for rank in (0, 1)]
+        [64, 32]
+    """
+    starts = range(rank * GROUP_SIZE, rows, world_size * GROUP_SIZE)
+    return sum(min(GROUP_SIZE, rows - start) for start in starts)
 
 
 def order_of(rows: int, seed: int, epoch: int) -> Tensor:

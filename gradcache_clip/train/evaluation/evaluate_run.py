@@ -47,7 +47,7 @@ def evaluate_run(
 
     Args:
         run_folder: the `train.output` of the run.
-        data: shards to evaluate on; those of the run's `data.validation` when None.
+        data: shards, or lines of texts; those of the run's `data.validation` when None.
         device: where to run; an accelerator where there is one when None.
         folds: consecutive parts of the images over which recall is averaged (COCO 1K: 5); those of
             the run's `evaluation.folds` when None.
@@ -66,7 +66,7 @@ def evaluate_run(
         config = dataclasses.replace(config, evaluation=evaluation)
     if not config.data.validation:
         raise ConfigError(
-            "data.validation: expected shards to evaluate on, got none; pass --data SHARDS"
+            "data.validation: expected something to evaluate on, got none; pass --data DATA"
         )
     if templates and (config.data.views == 2 or config.data.text_fields):
         raise ConfigError(

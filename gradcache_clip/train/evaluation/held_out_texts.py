@@ -97,7 +97,9 @@ def embed_held_out_texts(
 ) -> HeldOutTexts | None:
     """Embed every validation query and every different document once, in evaluation mode.
 
-    Several processes embed a batch in turn, and all of them call this function.
+    Each row is a query of its own with one right document: where a query stands in several rows,
+    the documents of the others count as wrong. Hard negatives are not read. Several processes embed
+    a batch in turn, and all of them call this function.
 
     Args:
         encoder: called as `encoder(tower, inputs)`.
@@ -112,9 +114,11 @@ def embed_held_out_texts(
     """
     peers, data = peers or Peers(), config.data
     rows = [
-        row[:2]
-        for row in read_all_texts(
-            data.validation, data.text_fields, max_broken_share=data.max_broken_share
+        *read_all_texts(
+            data.validation,
+            data.text_fields[:2],
+            prompts=data.text_prompts,
+            max_broken_share=data.max_broken_share,
         )
     ]
     queries = [query for query, _ in rows]

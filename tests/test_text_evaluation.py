@@ -1,0 +1,157 @@
+"""Held-out texts: recall by width, pictures, and the tower taken along."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from recipe_runs import recipe, shortened
+from rich.console import Console
+from text_files import make_texts, write_lines
+from text_runs import SMALL, run_small
+from trainer_step import session_of
+
+from gradcache_clip.cli import main
+from gradcache_clip.train import loop
+from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_file import load_config, save_config
+from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
+from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts
+from gradcache_clip.train.report.pictures import draw_run, run_curve
+from gradcache_clip.train.report.text_gallery import draw_text_gallery
+from gradcache_clip.train.run_folder import RunFolder
+from gradcache_clip.train.session import load_trained
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_texts(tmp_path_factory.mktemp("texts"))
+
+
+def held_out() -> HeldOutTexts:
+    """Two queries of three documents; the second is right by its first two numbers alone."""
+    queries = torch.tensor([[3.0, 0, 0, 0], [0, 1, 0, 5]])
+    documents = torch.tensor([[1.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 2]])
+    texts = ["a long question " * 20, "b"], ["one", "two " * 40, "three"]
+    return HeldOutTexts(queries, documents, *texts, torch.tensor([0, 1]), widths=(2,))
+
+
+def test_recall_is_by_cosine_of_each_width():
+    scalars = held_out().metrics([1, 2]).to_scalars()
+    assert scalars["query_to_document_recall_at_1"] == 0.5
+    assert scalars["query_to_document_recall_at_2"] == 1.0
+    assert scalars["query_to_document_recall_at_1_of_2_numbers"] == 1.0
+    assert scalars["query_to_document_recall_at_1_chance"] == pytest.approx(1 / 3)
+    assert scalars["query_to_document_mean_rank"] == 1.5
+
+
+def test_the_gallery_shows_few_texts_and_long_ones(tmp_path):
+    path = draw_text_gallery(held_out(), tmp_path / "gallery.png", rows=6)
+    assert path.stat().st_size > 5_000
+    with pytest.raises(ValueError, match="rows, depth"):
+        draw_text_gallery(held_out(), path, depth=6)
+
+
+def test_equal_documents_are_one_candidate(data, tmp_path):
+    rows = [{"anchor": f"red {i}", "positive": "dot", "negative": "bar"} for i in range(3)]
+    write_lines(tmp_path / "v.jsonl", [*rows, {**rows[0], "positive": "hook"}])
+    summary = run_small(
+        data, tmp_path / "run", f"data.validation={tmp_path}/v.jsonl", "train.steps=2"
+    )
+    assert summary.metrics["query_to_document_recall_at_1_chance"] == pytest.approx(1 / 2)
+
+
+def test_evaluate_prints_a_row_for_each_width(data, tmp_path, capsys):
+    summary = run_small(data, tmp_path / "run", "train.steps=2")
+    found = evaluate_run(tmp_path / "run", device="cpu")
+    assert found.to_scalars() == summary.metrics
+    out = capsys.readouterr().out
+    assert all(f"first {width}" in out for width in (16, 8, 4))
+    # Negatives are for training: held-out lines need none.
+    other = write_lines(
+        tmp_path / "other.jsonl",
+        ({"anchor": "a b", "positive": "c"}, {"anchor": "d", "positive": "e"}),
+    )
+    pairs = evaluate_run(tmp_path / "run", device="cpu", data=str(other)).to_scalars()
+    assert pairs["query_to_document_recall_at_1_chance"] == pytest.approx(1 / 2)
+    with pytest.raises(ConfigError, match="templates: expected none"):
+        evaluate_run(tmp_path / "run", templates=("a {}",))
+
+
+def pretrained(model: Path, *more: str) -> tuple[str, ...]:
+    """Settings for the tower of sentence-transformers in a folder."""
+    sizes = "model.text_kwargs={}", "model.feature_dim=32", "loss.matryoshka=[8,32]"
+    source = f"data.tokenizer={model}", f"model.text={model}", "model.text_pretrained=true"
+    return *source, *sizes, *more
+
+
+def test_a_pretrained_tower_says_what_sentence_transformers_says(data, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    from tiny_sentences import sentences, tiny_model
+
+    theirs, texts = tiny_model(tmp_path / "model"), sentences(9, 20, seed=3)
+    settings = shortened(data, tmp_path / "run", *SMALL, *pretrained(tmp_path / "model"))
+    session = session_of(recipe("text_embedding"), settings, tmp_path / "new")
+    assert session.tokenizer is not None
+    with torch.no_grad():
+        found = session.encoder.float().eval()(2, session.tokenizer(texts))
+    torch.testing.assert_close(found, torch.tensor(theirs.encode(texts)), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_an_exported_tower_is_the_trained_one(data, tmp_path, capsys, pool):
+    """Also when the folder of weights that training began with is gone."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from tiny_sentences import sentences, tiny_model
+
+    tiny_model(tmp_path / "model")
+    prompts = ("seek: ", "keep: ")
+    more = pretrained(
+        tmp_path / "model", f"model.text_pool={pool}", f"data.text_prompts={[*prompts]}"
+    )
+    run_small(data, tmp_path / "run", *more)
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "new" / "out")]
+    assert main(command) == 0 and str(tmp_path / "new" / "out") in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    path, texts = str(tmp_path / "new" / "out"), sentences(9, 20, seed=3)
+    exported = sentence_transformers.SentenceTransformer(path, device="cpu")
+    run = RunFolder(tmp_path / "run")
+    encoder, tokenizer, _ = load_trained(load_config(run.config), run)
+    assert tokenizer is not None and exported.max_seq_length == 24
+    for prompt, encode in zip(
+        prompts, (exported.encode_query, exported.encode_document), strict=True
+    ):
+        with torch.no_grad():
+            trained = encoder.eval()(0, tokenizer([prompt + text for text in texts]))
+        said = torch.tensor(encode(texts))
+        torch.testing.assert_close(said, F.normalize(trained, dim=1), atol=1e-6, rtol=1e-5)
+    evaluated = evaluate_run(tmp_path / "run", device="cpu").to_scalars()
+    assert evaluated == json.loads(run.summary.read_text())["metrics"]
+    assert main(command) == 2
+    assert "out: expected a new or empty folder" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported(data, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    save_config(load_config(), tmp_path / "images" / "config.yaml")
+    assert main(["export", str(tmp_path / "images"), str(tmp_path / "out")]) == 2
+    assert "run: expected one over texts" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures(data, tmp_path):
+    config = load_config(recipe("text_embedding"), shortened(data, tmp_path / "run", *SMALL))
+    loop.train(config, console=Console(quiet=True))
+    run = RunFolder(tmp_path / "run")
+    assert {path.name for path in run.pictures.iterdir()} == {"curves.png", "gallery.png"}
+    for path in run.pictures.iterdir():
+        assert path.stat().st_size > 10_000
+    curve = run_curve(run, config)
+    assert curve.candidates == 2 * 24
+    assert curve.guessed_loss == pytest.approx(3 * torch.tensor(48.0).log().item(), rel=1e-6)
+    assert len(draw_run(run, config, None, None)) == 1
