@@ -64,7 +64,8 @@ def test_equal_documents_are_one_candidate(data, tmp_path):
     assert summary.metrics["query_to_document_recall_at_1_chance"] == pytest.approx(1 / 2)
 
 
-def test_evaluate_prints_a_row_for_each_width(data, tmp_path, capsys):
+def test_evaluate_prints_a_row_for_each_width(tmp_path, capsys):
+    data = make_texts(tmp_path / "texts")
     summary = run_small(data, tmp_path / "run", "train.steps=2")
     found = evaluate_run(tmp_path / "run", device="cpu")
     assert found.to_scalars() == summary.metrics
@@ -75,6 +76,7 @@ def test_evaluate_prints_a_row_for_each_width(data, tmp_path, capsys):
         tmp_path / "other.jsonl",
         ({"anchor": "a b", "positive": "c"}, {"anchor": "d", "positive": "e"}),
     )
+    (tmp_path / "texts" / "train").rename(tmp_path / "gone")
     pairs = evaluate_run(tmp_path / "run", device="cpu", data=str(other)).to_scalars()
     assert pairs["query_to_document_recall_at_1_chance"] == pytest.approx(1 / 2)
     with pytest.raises(ConfigError, match="templates: expected none"):

@@ -135,6 +135,9 @@ class Texts(Task):
     def check_validation(self) -> None:
         data = self.config.data
         TextLines(data.validation, data.text_fields[:2])
+
+    def _check_apart(self) -> None:
+        data = self.config.data
         held_out = {file.resolve() for file in find_text_files(data.validation)}
         shared = [file for file in find_text_files(data.train) if file.resolve() in held_out]
         if shared:
@@ -145,6 +148,8 @@ class Texts(Task):
 
     def loader(self, peers: Peers) -> ResumableLoader:
         config, data = self.config, self.config.data
+        if data.validation:
+            self._check_apart()
         return TextLoader(
             data.train,
             rows_of_a_process(config, peers.world_size),
