@@ -24,6 +24,7 @@ from gradcache_clip.train.report.pictures import draw_run, run_curve
 from gradcache_clip.train.report.text_gallery import draw_text_gallery
 from gradcache_clip.train.run_folder import RunFolder
 from gradcache_clip.train.session import load_trained
+from gradcache_clip.train.task import task_of
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,10 @@ def test_an_exported_tower_is_the_trained_one(data, tmp_path, capsys, pool):
             trained = encoder.eval()(0, tokenizer([prompt + text for text in texts]))
         said = torch.tensor(encode(texts))
         torch.testing.assert_close(said, F.normalize(trained, dim=1), atol=1e-6, rtol=1e-5)
+    held_out = task_of(load_config(run.config)).embed_held_out(encoder, tokenizer)
+    assert isinstance(held_out, HeldOutTexts)
+    for prompt, shown in zip(prompts, (held_out.queries, held_out.documents), strict=True):
+        assert all(text.startswith(prompt) and text != prompt for text in shown)
     evaluated = evaluate_run(tmp_path / "run", device="cpu").to_scalars()
     assert evaluated == json.loads(run.summary.read_text())["metrics"]
     assert main(command) == 2

@@ -12,7 +12,7 @@ SMALLEST_VOCABULARY = 259
 
 @dataclass
 class DataConfig:
-    """Where pairs come from and how they are read."""
+    """Where samples come from and how they are read."""
 
     train: str = "data/train"
     """Folder of shards, glob or brace pattern (`shards/{000..099}.tar`) to train on; with

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gradcache_clip.train.data.resumable import Builder
 from gradcache_clip.train.data.stream import Group
 
 
@@ -35,14 +36,14 @@ class Batch:
         return [self.captions]
 
 
-class BatchBuilder:
-    """Fills a batch group by group, so that no batch is ever held twice.
+class BatchBuilder(Builder):
+    """Fills a batch in place, so that none is ever held twice.
 
     Copying also frees each group's shared memory at once; thousands would exhaust file handles.
     """
 
     def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+        super().__init__(batch_size)
         self._images: Tensor | None = None
         self._captions: list[str] = []
         self._keys: list[str] = []
@@ -52,15 +53,10 @@ class BatchBuilder:
     def filled(self) -> int:
         return len(self._keys)
 
-    @property
-    def is_full(self) -> bool:
-        return self.filled == self._batch_size
-
     def take(self, group: Group, row: int) -> int:
-        """Copy samples of a group from a row on; returns the first row that found no place."""
-        stop = min(len(group), row + self._batch_size - self.filled)
+        stop = self.end_of(group, row)
         if self._images is None:
-            self._images = group.images.new_empty(self._batch_size, *group.images.shape[1:])
+            self._images = group.images.new_empty(self.batch_size, *group.images.shape[1:])
         self._images[self.filled : self.filled + stop - row] = group.images[row:stop]
         self._captions += group.captions[row:stop]
         self._groups += group.groups[row:stop]
@@ -68,6 +64,5 @@ class BatchBuilder:
         return stop
 
     def batch(self) -> Batch:
-        """The batch, once it is full."""
         assert self._images is not None and self.is_full
         return Batch(self._images, self._captions, self._keys, self._groups)

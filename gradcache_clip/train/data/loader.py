@@ -38,26 +38,16 @@ __all__ = [
 
 
 class ImageCaptionLoader(ResumableLoader):
-    """Batches of one rank, for ever: each epoch in a new order, the last incomplete batch dropped.
+    """Batches of images and captions of one rank, for ever; see `ResumableLoader`.
 
     The order depends on the seed, the epoch and the shards, and on the world size and the number of
-    workers with which the epoch began. `state_dict` describes the batches that the caller has
-    received, so a new loader that loads it goes on with the very next batch, and with another world
-    size or number of workers the loaders together go on with the samples that are left of the
-    epoch. Iterate once at a time.
+    workers with which the epoch began.
 
     Args:
         source: folder of shards, path, glob, brace pattern or URLs; see `find_shards`.
         batch_size: pairs a batch of this rank.
         options: see `LoaderOptions`.
-        rank: of this process.
-        world_size: number of processes; each sees its own part of an epoch.
-        on_every_rank: tells whether a flag is true on all ranks, and is called by all of them
-            before each batch: with it, an epoch ends for all when one has no full batch left.
-            Without it each rank begins its next epoch when its own part is used up.
-
-    Attributes:
-        broken: a `BrokenTally` of the samples skipped so far, in worker processes too.
+        rank, world_size, on_every_rank: see `ResumableLoader`.
 
     Raises:
         FileNotFoundError, ValueError: no shards, or shards that may not be opened. While iterating:

@@ -34,18 +34,34 @@ class Group(Protocol):
     def __len__(self) -> int: ...
 
 
-class Builder(Protocol):
-    """Fills a batch group by group."""
+class Builder(ABC):
+    """Fills a batch group by group.
+
+    Args:
+        batch_size: rows of the batch.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
 
     @property
-    def filled(self) -> int: ...
+    @abstractmethod
+    def filled(self) -> int:
+        """Rows so far."""
 
     @property
-    def is_full(self) -> bool: ...
+    def is_full(self) -> bool:
+        return self.filled == self.batch_size
 
+    def end_of(self, group: Group, row: int) -> int:
+        """The first row of a group from `row` on for which there is no place."""
+        return min(len(group), row + self.batch_size - self.filled)
+
+    @abstractmethod
     def take(self, group: Any, row: int) -> int:
         """Copy samples of a group from a row on; returns the first row that found no place."""
 
+    @abstractmethod
     def batch(self) -> Any:
         """The batch, once it is full."""
 

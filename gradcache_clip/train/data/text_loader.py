@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gradcache_clip.train.data.broken import BrokenReport
 from gradcache_clip.train.data.position import EpochLeft, Lanes
-from gradcache_clip.train.data.resumable import ResumableLoader, this_rank_alone
+from gradcache_clip.train.data.resumable import Builder, ResumableLoader, this_rank_alone
 from gradcache_clip.train.data.text_lines import TextLines, TextRow
 
 GROUP_SIZE = 32
@@ -183,29 +183,23 @@ class TextGroups(IterableDataset[TextGroup | None]):
         return TextGroup([row for row in found if not isinstance(row, BrokenReport)], broken)
 
 
-class TextBatchBuilder:
-    """Fills a batch group by group."""
+class TextBatchBuilder(Builder):
+    """Fills a batch of texts."""
 
     def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+        super().__init__(batch_size)
         self._rows: list[TextRow] = []
 
     @property
     def filled(self) -> int:
         return len(self._rows)
 
-    @property
-    def is_full(self) -> bool:
-        return self.filled == self._batch_size
-
     def take(self, group: TextGroup, row: int) -> int:
-        """Copy rows of a group from one on; returns the first that found no place."""
-        stop = min(len(group), row + self._batch_size - self.filled)
+        stop = self.end_of(group, row)
         self._rows += group.rows[row:stop]
         return stop
 
     def batch(self) -> TextBatch:
-        """The batch, once it is full."""
         return TextBatch(self._rows)
 
 
