@@ -13,7 +13,7 @@ import pytest
 
 from gradcache_clip.cli import main
 from gradcache_clip.train import sources
-from gradcache_clip.train.sources import TripletSummary, make_wordnet
+from gradcache_clip.train.sources import TripletSummary, make_wordnet, wordnet
 from gradcache_clip.train.sources.npm import NpmPackage
 
 LICENSE = "  1 This software and database is being provided to you\n"
@@ -94,6 +94,25 @@ def test_a_second_call_returns_at_once_and_other_settings_are_refused(tmp_path: 
     assert not made(tmp_path)[0].reused
     with pytest.raises(ValueError, match="validation_share: expected a number between 0 and 1"):
         make_wordnet(tmp_path / "other", validation_share=1.0)
+
+
+def test_lines_of_another_version_are_not_taken_over(tmp_path: Path) -> None:
+    made(tmp_path)
+    manifest = tmp_path / "out" / wordnet.MANIFEST_NAME
+    fields = json.loads(manifest.read_text())
+    for format in (wordnet._FORMAT + 1, None):
+        other = {**fields, "format": format}
+        manifest.write_text(json.dumps({k: v for k, v in other.items() if v is not None}))
+        with pytest.raises(ValueError, match="expected triplets of .*'format': 1.* choose another"):
+            made(tmp_path)
+
+
+def test_the_same_settings_make_the_same_lines(tmp_path: Path) -> None:
+    """Fails with every change of the lines: then raise `_FORMAT`, and pin the new digest."""
+    made(tmp_path, validation_share=0.4)
+    files = [tmp_path / "out" / f"{split}.jsonl" for split in ("train", "validation")]
+    digest = hashlib.sha256(b"|".join(file.read_bytes() for file in files)).hexdigest()
+    assert (wordnet._FORMAT, digest[:16]) == (1, "f049d0b6e0d5fda1")
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

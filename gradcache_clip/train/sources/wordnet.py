@@ -24,6 +24,8 @@ PACKAGE = NpmPackage(
     "zVyFsvE+mq9MCmwXUWHIcpfbrHHClZWZiVOzKSxNJruIcFn2RbY55zkhiAMMxM8zCVSmtNiViq8FsAZSFpMYag==",
 )
 MANIFEST_NAME = "triplets.json"
+# One more for every change after which the same settings make other lines.
+_FORMAT = 1
 # "@": a kind of, "@i": an instance of, "&": similar to the head of a cluster of adjectives.
 _PARENTS = {"@", "@i", "&"}
 _TRIES = 100
@@ -88,14 +90,20 @@ def make_wordnet(
     Raises:
         FileNotFoundError: npm is needed and missing.
         RuntimeError: the download failed or its digest differs.
-        ValueError: a share outside 0 to 1, or `out` holds triplets made with other settings.
+        ValueError: a share outside 0 to 1, or `out` holds triplets made with other settings
+            or by a version that made others.
     """
     if not 0 < validation_share < 1:
         raise ValueError(
             f"validation_share: expected a number between 0 and 1, got {validation_share}; "
             "pass e.g. validation_share=0.02"
         )
-    settings = {"package": package.sha512, "validation_share": validation_share, "seed": seed}
+    settings = {
+        "format": _FORMAT,
+        "package": package.sha512,
+        "validation_share": validation_share,
+        "seed": seed,
+    }
     if summary := _finished(out, settings):
         return summary
     tarball = fetch_packages([package], cache_dir or default_cache_dir())[package.name]
