@@ -36,7 +36,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/%.done: setup.py $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar on -e ".[$*]"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[$*]"
 	touch $@
 
 clean:
