@@ -122,6 +122,8 @@ def test_an_exported_tower_is_the_trained_one(data, tmp_path, capsys, pool):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
     path, texts = str(tmp_path / "new" / "out"), sentences(9, 20, seed=3)
     exported = sentence_transformers.SentenceTransformer(path, device="cpu")
+    # Weights that nobody trained would be drawn at random.
+    assert not [name for name, _ in exported.named_parameters() if "pooler" in name]
     run = RunFolder(tmp_path / "run")
     encoder, tokenizer, _ = load_trained(load_config(run.config), run)
     assert tokenizer is not None and exported.max_seq_length == 24

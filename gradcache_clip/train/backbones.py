@@ -106,13 +106,21 @@ def build_text_backbone(
         text_config = _new_text_config(config, context_length, vocab_size, pad_token_id)
     _check_is_encoder(config, text_config)
     _check_fits(config, text_config, context_length, vocab_size)
-    options = _without_pooler(text_config)
+    options = without_pooler(text_config)
     if not config.text_pretrained:
         try:
             return AutoModel.from_config(text_config, **options)
         except _unfit() as error:
             raise _text_unfit(config, error) from error
     return _with_text_weights(config, config=text_config, **options)
+
+
+def without_pooler(text_config: Any) -> dict[str, Any]:
+    """The argument with which the class of a model has no pooler, if it may have one."""
+    from transformers import MODEL_MAPPING
+
+    parameters = inspect.signature(MODEL_MAPPING[type(text_config)].__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
 def arguments_of(text_config: Any) -> dict[str, Any]:
@@ -294,10 +302,3 @@ def _check_fits(
             f"data.tokenizer: expected at most the {text_config.vocab_size} tokens of "
             f"{config.text!r}, got {vocab_size}; set data.tokenizer to the model's own"
         )
-
-
-def _without_pooler(text_config: Any) -> dict[str, Any]:
-    from transformers import MODEL_MAPPING
-
-    parameters = inspect.signature(MODEL_MAPPING[type(text_config)].__init__).parameters
-    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}

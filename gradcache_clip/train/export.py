@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gradcache_clip.train.backbones import without_pooler
 from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.run_folder import existing_run
 from gradcache_clip.train.session import load_trained
@@ -48,9 +49,10 @@ def export_run(run_folder: str | Path, out: str | Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as temporary:
         written = Path(temporary) / "model"
-        encoder.text_tower.backbone.save_pretrained(written)
+        backbone = encoder.text_tower.backbone
+        backbone.save_pretrained(written)
         _save_tokenizer(run.tokenizer, tokenizer.pad_token, config.data.context_length, written)
-        _save_modules(written, config)
+        _save_modules(written, config, without_pooler(backbone.config))
         if out.exists():
             out.rmdir()
         written.rename(out)
@@ -70,8 +72,8 @@ def _save_tokenizer(file: Path, pad_token: str, context_length: int, out: Path) 
     tokenizer.save_pretrained(out)
 
 
-def _save_modules(out: Path, config: Config) -> None:
-    """What sentence-transformers reads beside a model of transformers."""
+def _save_modules(out: Path, config: Config, model_args: dict[str, Any]) -> None:
+    """What sentence-transformers reads beside a model, which it builds with `model_args`."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(_MODULES)
@@ -84,7 +86,8 @@ def _save_modules(out: Path, config: Config) -> None:
     prompts = dict(zip(("query", "document"), data.text_prompts, strict=False))
     _write(out / "modules.json", modules)
     _write(out / "1_Pooling" / "config.json", pooling)
-    _write(out / "sentence_bert_config.json", {"max_seq_length": data.context_length})
+    length = {"max_seq_length": data.context_length}
+    _write(out / "sentence_bert_config.json", {**length, "model_args": model_args})
     _write(out / "config_sentence_transformers.json", {"prompts": prompts})
 
 
