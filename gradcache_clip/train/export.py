@@ -21,7 +21,8 @@ def export_run(run_folder: str | Path, out: str | Path) -> Path:
 
     `SentenceTransformer(out)` then gives the features of the run, normalised; its `encode_query`
     and `encode_document` put `data.text_prompts` before the texts. What
-    `AutoModel.from_pretrained(out)` gives is to be pooled as `model.text_pool` says.
+    `AutoModel.from_pretrained(out)` gives is to be pooled as `model.text_pool` says; a pooler of
+    that class is not trained, and `add_pooling_layer=False` leaves it out.
 
     Args:
         run_folder: the `train.output` of a run over texts.
