@@ -39,6 +39,10 @@ class LocalStrategy:
     Args:
         grad_scaler: scales the loss, so that every gradient comes out scaled as after
             `grad_scaler.scale(loss).backward()`; the caller unscales and steps as usual.
+        reduce_myself: allow several processes, and leave the reduction to the caller. `.grad` then
+            holds what this rank's rows contribute: sum it over the ranks (do not average), for the
+            encoders alone. A loss of this library gives its own parameters their whole gradient
+            on every rank.
     """
 
     joint_ends = False
@@ -47,20 +51,32 @@ class LocalStrategy:
     plain_backward = True
     recovers = True
 
-    def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
+    def __init__(
+        self, grad_scaler: torch.amp.GradScaler | None = None, *, reduce_myself: bool = False
+    ) -> None:
         self.grad_scaler = grad_scaler
+        self.reduce_myself = reduce_myself
 
     def check(self, modules: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> None:
-        """Refuse modules that exchange gradients by themselves.
+        """Refuse modules that exchange gradients by themselves, and gradients nobody reduces.
 
         Args:
             modules: the encoder of each input.
             heads: modules in `get_features`.
 
         Raises:
-            ValueError: a module is in DistributedDataParallel, sharded, or a DeepSpeed engine.
+            ValueError: a module is in DistributedDataParallel, sharded, or a DeepSpeed engine; or
+                torch.distributed runs several processes and `reduce_myself` is not set.
         """
         refuse_wrappers([*modules, *heads], self)
+        if world_size() > 1 and not self.reduce_myself:
+            raise ValueError(
+                "strategy: expected one that reduces gradients over the "
+                f"{world_size()} processes of torch.distributed, got LocalStrategy, under which "
+                "every process keeps its own and the weights drift apart; pass "
+                "strategy=AllReduceStrategy(), or LocalStrategy(reduce_myself=True) if your own "
+                "code sums .grad over the processes"
+            )
 
     def bare(self, module: nn.Module) -> nn.Module:
         """The module to embed with: no graph is built, so nothing needs to be exchanged."""
@@ -123,6 +139,9 @@ class ManyRanks(LocalStrategy):
     """
 
     recovers = False
+
+    def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
+        super().__init__(grad_scaler)
 
     def gradient_factor(self) -> float:
         return float(world_size())
