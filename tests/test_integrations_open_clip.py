@@ -21,7 +21,7 @@ from rank_processes import Check, failures
 from siglip_inputs import random_inputs
 from torch import Tensor, nn
 
-from gradcache_clip import GradCache
+from gradcache_clip import GradCache, deferred_step
 from gradcache_clip.distributed import AllReduceStrategy
 from gradcache_clip.integrations.open_clip import ClipLoss, OpenClipTowers, SigLipLoss
 
@@ -37,7 +37,9 @@ LIMIT = {torch.float64: 1e-12, torch.float32: 2e-5}
 def evaluated(loss: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The loss and the gradient of everything that it was given."""
     leaves = {name: each.detach().clone().requires_grad_() for name, each in given.items()}
-    value = loss(**leaves, output_dict=True)["contrastive_loss"]
+    # As out of a model: on several processes features that are leaves are those of a GradCache.
+    value = loss(**{name: 1 * each for name, each in leaves.items()}, output_dict=True)
+    value = value["contrastive_loss"]
     (3 * value).backward()
     return {"loss": value} | {f"d{name}": each.grad for name, each in leaves.items()}
 
@@ -263,8 +265,21 @@ def a_wrong_place() -> None:
     given = batch(4, 3)
     with pytest.raises(ValueError, match=rf"world_size: expected {place.world}, .* got 1"):
         ClipLoss()(**given)
-    with pytest.raises(ValueError, match=rf"rank: expected {place.rank}, .* got {place.rank + 1}"):
-        SigLipLoss(rank=place.rank + 1, world_size=place.world)(**given)
+    other = (place.rank + 1) % place.world
+    with pytest.raises(ValueError, match=rf"rank: expected {place.rank}, .* got {other}"):
+        SigLipLoss(rank=other, world_size=place.world)(**given)
+
+
+def in_place_of_loss_with() -> None:
+    """`forward` multiplies gradients for DDP, and GradCache's strategies do so as well."""
+    place, one = Place.in_group(None), model()
+    loss, towers = ClipLoss(rank=place.rank, world_size=place.world), OpenClipTowers(one)
+    plain = lambda images, texts: loss(images, texts, one.logit_scale.exp())  # noqa: E731
+    cache = GradCache(towers, plain, chunk_size=4, strategy=AllReduceStrategy())
+    for step in (cache, partial(deferred_step, cache)):
+        with pytest.raises(ValueError, match=r"image_features: expected .*\.loss_with\(loss\)"):
+            step(*pairs(6))
+    assert all(parameter.grad is None for parameter in one.parameters())
 
 
 def a_model_over_ranks() -> None:
@@ -295,6 +310,7 @@ def over_ranks() -> Iterator[tuple[str, Check]]:
     yield "elsewhere", wrong_elsewhere
     yield "a wrong place", a_wrong_place
     yield "a model", a_model_over_ranks
+    yield "in place of loss_with", in_place_of_loss_with
 
 
 @pytest.mark.distributed

@@ -190,16 +190,14 @@ def test_what_it_refuses(folder: Path) -> None:
         build(directions=("query_to_doc", "query_to_query"))
     with pytest.raises(ValueError, match="partition_mode: expected .* got 'both'"):
         build(partition_mode="both")
-    with pytest.raises(ValueError, match="init_logit_scale: expected 0 <"):
+    with pytest.raises(ValueError, match="scale: expected a number above zero, got 0.0"):
         build(scale=0.0)
     with pytest.raises(ValueError, match="matryoshka_weights: expected None without"):
         build(matryoshka_weights=[1.0])
-    with pytest.raises(ValueError, match=r"dims: expected different widths .* got \[8, 8\]"):
+    with pytest.raises(ValueError, match=r"matryoshka_dims: expected different .* got \[8, 8\]"):
         build(matryoshka_dims=[8, 8])
-    with pytest.raises(ValueError, match="dims: expected at most the width of the features, 32"):
-        build(matryoshka_dims=[64])(tokenized(model))
-    with pytest.raises(ValueError, match="chunk_size: expected a positive integer"):
-        build(mini_batch_size=0)(tokenized(model))
+    with pytest.raises(ValueError, match="matryoshka_dims: expected at most .* model, 32, got 64"):
+        build(matryoshka_dims=[64])
     with pytest.raises(ValueError, match="at least 2 columns, anchors and positives, got 1"):
         build()(tokenized(model)[:1])
     flattened = [{"cu_seq_lens_q": torch.tensor([0, 3])}] * 2
@@ -207,7 +205,7 @@ def test_what_it_refuses(folder: Path) -> None:
         build()(flattened)
     with pytest.raises(ValueError, match="one process for each GPU, got DataParallel"):
         wrapped(build(), nn.DataParallel(model))(tokenized(model))
-    with pytest.raises(TypeError, match="got one inside another, such as MatryoshkaLoss"):
+    with pytest.raises(TypeError, match="by itself.*matryoshka_dims= here"):
         theirs.MatryoshkaLoss(model, build(), [32, 16])
 
 

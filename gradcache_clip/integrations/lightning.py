@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +31,7 @@ def cached_step(module: Any, cache: GradCache, *inputs: Any, **loss_kwargs: Any)
         What the loss returned, with its graph; a bare tensor comes back as an object with `.loss`.
 
     Raises:
+        TypeError: `cache` is no `GradCache`.
         ValueError: a strategy of Lightning that shards the model; encoders or a loss that are no
             part of the module; or what `deferred_step` refuses.
 
@@ -49,16 +51,20 @@ def cached_step(module: Any, cache: GradCache, *inputs: Any, **loss_kwargs: Any)
 
         Trainer(max_steps=1000).fit(Pairs(image_encoder, text_encoder), loader)
     """
+    _check_cache(cache)
     wrapped = module.trainer.strategy.model
     _check_parts(module, cache)
     if isinstance(wrapped, DistributedDataParallel):
         _take_the_place_of(wrapped, cache)
-    elif wrapped is not module or world_size() > 1:
+    elif wrapped is not module or (world_size() > 1 and torch.is_grad_enabled()):
         raise ValueError(
             'strategy: expected one device or "ddp", got '
-            f"{type(module.trainer.strategy).__name__}, which shards the model; take "
-            'Trainer(strategy="ddp"), or see docs/integrations/lightning.md for sharding'
+            f"{type(module.trainer.strategy).__name__}, which frees parameters between the embed "
+            'and the backward, or must take every backward itself; take Trainer(strategy="ddp"), '
+            "or GradCache with FSDPStrategy or DeepSpeedStrategy in a loop of your own"
         )
+    elif world_size() > 1:
+        _reduce_over_ranks(cache)
     return deferred_step(cache, *inputs, **loss_kwargs)
 
 
@@ -69,10 +75,22 @@ def _take_the_place_of(ddp: DistributedDataParallel, cache: GradCache) -> None:
             "strategy: expected DDP without static_graph, got static_graph=True, which counts on "
             "one backward a step; leave it out"
         )
-    if not isinstance(cache.strategy, AllReduceStrategy):
-        cache.strategy = AllReduceStrategy()
+    _reduce_over_ranks(cache)
     # As Lightning itself does for manual optimization; asked after every training_step.
     ddp.require_backward_grad_sync = False
+
+
+def _reduce_over_ranks(cache: GradCache) -> None:
+    if not isinstance(cache.strategy, AllReduceStrategy):
+        cache.strategy = AllReduceStrategy(cache.strategy.grad_scaler)
+
+
+def _check_cache(cache: Any) -> None:
+    if not isinstance(cache, GradCache):
+        raise TypeError(
+            f"cache: expected a GradCache, got {type(cache).__name__}; write cached_step(self, "
+            "self.cache, *batch) with self.cache = GradCache(encoders, loss) in __init__"
+        )
 
 
 def _check_parts(module: nn.Module, cache: GradCache) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradcache_clip import losses
 from gradcache_clip.distributed import world_size as processes
 from gradcache_clip.distributed.exchange import Exchange
+from gradcache_clip.integrations.arguments import check_whole
 from gradcache_clip.losses import ContrastiveOutput
 
 _EXCHANGES: dict[str | None, Exchange] = {
@@ -33,6 +34,12 @@ class _OpenClipLoss(nn.Module):
         self, loss: losses.ClipLoss | losses.SigLipLoss, rank: int, world_size: int
     ) -> None:
         super().__init__()
+        check_whole("world_size", world_size, "pass torch.distributed.get_world_size()")
+        if not isinstance(rank, int) or not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank: expected an integer from 0 to world_size - 1 = {world_size - 1}, got "
+                f"{rank!r}; pass torch.distributed.get_rank()"
+            )
         # In a list, so that its own scale, which is never used, is no parameter of this module.
         self._loss = [loss]
         self.rank, self.world_size = rank, world_size
@@ -55,10 +62,12 @@ class _OpenClipLoss(nn.Module):
             output_dict: return {"contrastive_loss": loss} instead of the loss.
 
         Raises:
-            ValueError: shapes that do not fit together, or another rank or number of processes
-                than the loss was built for.
+            ValueError: shapes that do not fit together, another rank or number of processes than
+                the loss was built for, or, on several processes, the features of a `GradCache`.
+            TypeError: a scale or a bias that is no tensor.
         """
         self._check_ranks()
+        _check_from_a_model(image_features=image_features, text_features=text_features)
         # DDP divides by W what must be a sum; open_clip's gather multiplies in the same way.
         images = _TimesGradient.apply(image_features, processes())
         texts = _TimesGradient.apply(text_features, processes())
@@ -77,6 +86,7 @@ class _OpenClipLoss(nn.Module):
         They differ from those of `forward` on several ranks alone, by the factor W for features.
         """
         self._check_ranks()
+        _check_tensors(logit_scale=logit_scale, logit_bias=logit_bias)
         bias = image_features.new_zeros(()) if logit_bias is None else logit_bias
         output: ContrastiveOutput = self._loss[0](
             image_features, text_features, logit_scale, bias.reshape(())
@@ -205,6 +215,7 @@ class OpenClipTowers(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        _check_model(model)
         self.model = model
 
     def forward(self, tower: int, inputs: Tensor) -> Tensor:
@@ -219,12 +230,49 @@ class OpenClipTowers(nn.Module):
     ) -> Callable[[Tensor, Tensor], ContrastiveOutput]:
         """The loss for `GradCache`, with the scale and the bias that the model learns."""
         model: Any = self.model
+        if not isinstance(loss, _OpenClipLoss):
+            raise TypeError(
+                "loss: expected ClipLoss() or SigLipLoss() of "
+                f"gradcache_clip.integrations.open_clip, got {type(loss).__name__} of "
+                f"{type(loss).__module__}; import it from here"
+            )
 
         def with_scale(image_features: Tensor, text_features: Tensor) -> ContrastiveOutput:
             bias = getattr(model, "logit_bias", None)
             return loss.of_all_ranks(image_features, text_features, model.logit_scale.exp(), bias)
 
         return with_scale
+
+
+def _check_model(model: Any) -> None:
+    missing = [n for n in ("encode_image", "encode_text", "logit_scale") if not hasattr(model, n)]
+    if missing:
+        raise TypeError(
+            f"model: expected a model of open_clip with {', '.join(missing)}, got "
+            f"{type(model).__name__} without; pass the model itself, in no wrapper, and on several "
+            "processes strategy=AllReduceStrategy()"
+        )
+
+
+def _check_tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and not (name == "logit_bias" and value is None):
+            raise TypeError(
+                f"{name}: expected a tensor of one element, got {type(value).__name__}; pass "
+                f"torch.tensor({name})"
+            )
+
+
+def _check_from_a_model(**features: Tensor) -> None:
+    """Raise for features of `GradCache`, whose gradients would be multiplied by W twice."""
+    for name, given in features.items():
+        cached = given.is_leaf or type(given.grad_fn).__name__ == "_ReplayBackward"
+        if processes() > 1 and given.requires_grad and cached:
+            raise ValueError(
+                f"{name}: expected the output of a model in DistributedDataParallel, got features "
+                "that a GradCache has cut off from it; give GradCache "
+                "OpenClipTowers(model).loss_with(loss), or call loss.of_all_ranks(...)"
+            )
 
 
 class _TimesGradient(torch.autograd.Function):

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from sentence_transformers.base.losses import has_static_embedding_input
 from sentence_transformers.base.losses.merged_forward import merge_feature_batches
 from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
@@ -19,14 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from gradcache_clip.cache import ByLength, GradCache
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.retained import MemoryBudget
-from gradcache_clip.distributed import DDPStrategy, LocalStrategy, world_size
+from gradcache_clip.distributed import DDPStrategy, LocalStrategy
+from gradcache_clip.integrations import sentence_transformers_checks as checks
 from gradcache_clip.losses import InfoNCELoss, MatryoshkaLoss
 
 Features = dict[str, Any]
 """A column as the model takes it: token ids and whatever else its tokenizer returned."""
-
-_ONE_WAY = {"query_to_doc"}
-_BOTH_WAYS = {"query_to_doc", "doc_to_query"}
 
 
 class CachedMultipleNegativesRankingLoss(nn.Module):
@@ -92,15 +89,15 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         replay_check: Literal["error", "warn", "off"] = "error",
     ) -> None:
         super().__init__()
-        _check_options(similarity_fct, directions, partition_mode)
-        if has_static_embedding_input(model):
-            raise ValueError(
-                "model: expected inputs with one row a sample, got a StaticEmbedding, whose inputs "
-                "cannot be cut into chunks; use MultipleNegativesRankingLoss, which it is fast with"
-            )
+        checks.check_model(model)
+        checks.check_directions(similarity_fct, directions, partition_mode)
+        flags = {"gather_across_devices": gather_across_devices, "learnable_scale": learnable_scale}
+        checks.check_numbers(scale, mini_batch_size, mini_batch_num_tokens, flags)
+        checks.check_engine_options(memory_budget, replay_check)
+        checks.check_widths(matryoshka_dims, matryoshka_weights, model)
         self.model = model
         contrast = InfoNCELoss(
-            symmetric=set(directions) == _BOTH_WAYS,
+            symmetric=set(directions) == checks.BOTH_WAYS,
             init_logit_scale=scale,
             max_logit_scale=max(100.0, scale),
         ).requires_grad_(learnable_scale)
@@ -124,15 +121,19 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
             labels: not used; row i of anchors and positives belongs together.
 
         Raises:
-            ValueError: fewer than two columns, flattened inputs, or processes that are not joined.
+            ValueError: fewer than two columns, flattened inputs, processes that are not joined, or
+                rows padded on the left under `mini_batch_num_tokens`.
+            TypeError: a model without pooling, or another loss around this one.
         """
         columns = [dict(features) for features in sentence_features]
-        _check_columns(columns)
+        checks.check_columns(columns)
+        checks.check_not_wrapped_in_a_loss(self.model)
         given = _merged(columns)
         cache = GradCache(
             [self.model] * len(given),
             partial(self._contrast, columns=len(columns)),
             chunk_size=self.mini_batch_size,
+            get_features=checks.sentence_embedding,
             sort_by_length=[self._sorting(features) for features in given],
             memory_budget=self.memory_budget,
             strategy=self._strategy(),
@@ -152,36 +153,23 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
 
     def _sorting(self, features: Features) -> ByLength | None:
         """By length where rows are padded on the right, or none of them is."""
-        if self.mini_batch_num_tokens is None and not _padded_on_the_right(features):
+        if not _padded_on_the_right(features):
+            checks.check_no_tokens(self.mini_batch_num_tokens)
             return None
         return ByLength(max_tokens=self.mini_batch_num_tokens)
 
     def _strategy(self) -> LocalStrategy:
-        if isinstance(self.model, nn.DataParallel):
-            raise ValueError(
-                "model: expected one process for each GPU, got DataParallel, whose copies draw "
-                "random numbers that nobody can repeat; start the script with torchrun"
-            )
-        ranks, wrapped = world_size(), isinstance(self.model, DistributedDataParallel)
-        if ranks > 1 and not self.gather_across_devices:
-            raise ValueError(
-                f"gather_across_devices: expected True on {ranks} processes, got False; the loss "
-                "is that of the whole batch: pass gather_across_devices=True"
-            )
-        if ranks > 1 and torch.is_grad_enabled() and not wrapped:
-            raise ValueError(
-                f"model: expected DistributedDataParallel on {ranks} processes, got "
-                f"{type(self.model).__name__}; leave fsdp and deepspeed out of the arguments"
-            )
+        checks.check_place(self.model, gathers=self.gather_across_devices)
+        wrapped = isinstance(self.model, DistributedDataParallel)
         return DDPStrategy() if wrapped else LocalStrategy()
 
     @property
     def calculate_loss(self) -> Callable[..., Tensor]:
         """What losses that wrap a cached loss look for; there is none."""
         raise TypeError(
-            "calculate_loss: expected a loss that is used by itself, got one inside another, such "
-            "as MatryoshkaLoss; for that one pass matryoshka_dims here, for another use "
-            "sentence-transformers' cached loss"
+            "CachedMultipleNegativesRankingLoss: expected to be used by itself, got another loss "
+            "around it, such as MatryoshkaLoss; for that one pass matryoshka_dims= here, for "
+            "another wrap sentence-transformers' own loss"
         )
 
     @property
@@ -227,48 +215,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
 def _over_widths(
     loss: InfoNCELoss, dims: Sequence[int] | None, weights: Sequence[float] | None
 ) -> InfoNCELoss | MatryoshkaLoss:
-    if dims is None and weights is not None:
-        raise ValueError(
-            f"matryoshka_weights: expected None without matryoshka_dims, got {list(weights)}; "
-            "pass the widths too"
-        )
     return loss if dims is None else MatryoshkaLoss(loss, dims, weights)
-
-
-def _check_options(
-    similarity_fct: Callable[..., Any], directions: Sequence[str], partition_mode: str
-) -> None:
-    if similarity_fct is not cos_sim:
-        name = getattr(similarity_fct, "__name__", type(similarity_fct).__name__)
-        raise ValueError(
-            f"similarity_fct: expected sentence_transformers.util.cos_sim, got {name}; leave it "
-            "out, and use sentence-transformers' own loss for another similarity"
-        )
-    if partition_mode not in ("joint", "per_direction"):
-        raise ValueError(
-            f"partition_mode: expected 'joint' or 'per_direction', got {partition_mode!r}; leave "
-            "it out for one direction"
-        )
-    both = set(directions) == _BOTH_WAYS and partition_mode == "per_direction"
-    if set(directions) != _ONE_WAY and not both:
-        raise ValueError(
-            "directions: expected ('query_to_doc',), or ('query_to_doc', 'doc_to_query') with "
-            f"partition_mode='per_direction', got {tuple(directions)} with {partition_mode!r}; "
-            "use sentence-transformers' own loss for others"
-        )
-
-
-def _check_columns(columns: Sequence[Features]) -> None:
-    if len(columns) < 2:
-        raise ValueError(
-            f"sentence_features: expected at least 2 columns, anchors and positives, got "
-            f"{len(columns)}; give the dataset a column of positives"
-        )
-    if any("cu_seq_lens_q" in features for features in columns):
-        raise ValueError(
-            "sentence_features: expected padded inputs, got flattened ones, which have no rows to "
-            "cut; set model[0].unpad_inputs = False"
-        )
 
 
 def _merged(columns: list[Features]) -> list[Features]:

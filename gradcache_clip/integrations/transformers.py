@@ -13,13 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import has_length
 
 from gradcache_clip.cache import ByLength, GradCache
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.retained import MemoryBudget
 from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.distributed import AllReduceStrategy
+from gradcache_clip.integrations.arguments import own_names
+from gradcache_clip.integrations.transformers_checks import (
+    METHODS,
+    check_methods,
+    check_scale,
+    checked_pairs,
+    refuse_a_single_pair,
+    refuse_functions,
+    refuse_settings,
+)
 from gradcache_clip.losses import ClipLoss, SigLipLoss
 
 Towers = Callable[[Any, Mapping[str, Any]], Sequence[tuple[Callable[..., Any], Any]]]
@@ -27,8 +36,17 @@ Towers = Callable[[Any, Mapping[str, Any]], Sequence[tuple[Callable[..., Any], A
 ModelLoss = Callable[..., Any]
 """Model and the features of each tower to a scalar, or an object whose `.loss` is one."""
 
-_METHODS = ("get_image_features", "get_text_features")
 _CLIP, _SIGLIP = ClipLoss(), SigLipLoss()
+
+_OWN_NAMES = {
+    " (_Towers)": " of towers",
+    "say which with get_features, such as get_features=lambda output: "
+    "output.last_hidden_state[:, 0] for a BERT": "let the encoder that towers returns pool it, "
+    "such as a method of the model with last_hidden_state[:, 0] for a BERT",
+    "extract them with get_features": "let the encoder that towers returns return them",
+    "give get_features a function that returns": "let the encoder that towers returns return",
+}
+"""What errors of the engine name that is no argument here."""
 
 
 class GradCacheTrainer(Trainer):
@@ -75,10 +93,10 @@ class GradCacheTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _refuse_settings(self)
-        _refuse_loss_outside(loss)
+        refuse_settings(self)
+        refuse_functions(self.model, towers, loss)
         if loss is None and not hasattr(self.model, "logit_bias"):
-            _refuse_a_single_pair(self)
+            refuse_a_single_pair(self)
         # The loss is a mean over the batch, needs no labels, and evaluation is to compute it.
         self.model_accepts_loss_kwargs, self.can_return_loss = False, True
         self.label_names: list[str] = []
@@ -112,7 +130,7 @@ class GradCacheTrainer(Trainer):
             The loss, 0-dim; with `return_outputs` also (loss, *features).
         """
         batches = self.towers.inputs_of(self.accelerator.unwrap_model(model), inputs)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), own_names(_OWN_NAMES):
             output = deferred_step(self.cache, *batches)
         if output.accuracy is not None and torch.is_grad_enabled():
             self._accuracies.append(output.accuracy.detach())
@@ -143,19 +161,14 @@ def image_and_text(
         TypeError: the model has no such methods.
         ValueError: something in the batch belongs to neither.
     """
-    if not all(hasattr(model, name) for name in _METHODS):
-        raise TypeError(
-            f"model: expected {' and '.join(_METHODS)}, got {type(model).__name__} without; pass "
-            "towers=function, which returns one (encoder, inputs) for each tower, such as "
-            'lambda model, batch: [(model.image, batch["images"]), (model.text, batch["texts"])]'
-        )
-    methods = [getattr(model, name) for name in _METHODS]
+    check_methods(model)
+    methods = [getattr(model, name) for name in METHODS]
     names = [list(inspect.signature(method).parameters) for method in methods]
     # `return_loss` is for the model's own forward, which nothing here calls.
     unknown = sorted(inputs.keys() - {*chain.from_iterable(names)} - {"return_loss"})
     if unknown:
         raise ValueError(
-            f"batch: expected arguments of {' and '.join(_METHODS)}, got {', '.join(unknown)}; "
+            f"batch: expected arguments of {' and '.join(METHODS)}, got {', '.join(unknown)}; "
             "leave it out in the data collator, or pass towers=function"
         )
     return [
@@ -173,11 +186,7 @@ def loss_of_model(model: Any, image_features: Tensor, text_features: Tensor) -> 
         model: has the parameter `logit_scale`.
         image_features, text_features: (B, D), not normalised.
     """
-    if not hasattr(model, "logit_scale"):
-        raise TypeError(
-            f"model: expected a parameter logit_scale, got {type(model).__name__} without; pass "
-            "loss=function, such as lambda model, *features: model.loss(*features)"
-        )
+    check_scale(model)
     scale = model.logit_scale.exp()
     if hasattr(model, "logit_bias"):
         return _SIGLIP(image_features, text_features, scale, model.logit_bias)
@@ -201,7 +210,7 @@ class _Towers(nn.Module):
     def inputs_of(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Any]:
         """What each tower of the model gets of a batch."""
         self.model = model
-        pairs = self.split(model, batch)
+        pairs = checked_pairs(self.split(model, batch))
         self.encoders = [encoder for encoder, _ in pairs]
         return [inputs for _, inputs in pairs]
 
@@ -234,74 +243,3 @@ def _prepared(prepare_model: Callable[..., Any], model: nn.Module, **options: An
             for tensor in chain(prepared.parameters(), prepared.buffers()):
                 dist.broadcast(tensor, src=0)
     return prepared
-
-
-def _refuse_settings(trainer: Any) -> None:
-    """Raise for settings that would leave gradients wrong, or have no effect."""
-    args, engine = trainer.args, trainer.accelerator.distributed_type.value
-    for refused, message in (
-        (
-            engine != "NO" and not engine.startswith("MULTI_"),
-            f"distributed_type: expected one process, or data parallelism over several, got "
-            f"{engine}; leave fsdp and deepspeed out. Sharded training is `gradcache-clip launch "
-            "--engine`, or GradCache with FSDPStrategy or DeepSpeedStrategy in a loop of your own",
-        ),
-        (
-            trainer.is_distributed_loading_by_transformers or args.parallelism_config is not None,
-            "model: expected whole weights on every process, got distributed_config or "
-            "parallelism_config; leave them out",
-        ),
-        (
-            args.n_gpu > 1,
-            f"n_gpu: expected one GPU for each process, got {args.n_gpu}; start with torchrun "
-            "--nproc-per-node, or set CUDA_VISIBLE_DEVICES",
-        ),
-        (
-            args.torch_compile,
-            "torch_compile: expected False, for a wrapper around the model is not what runs, got "
-            "True; compile its parts in place, such as model.vision_model.compile()",
-        ),
-        (
-            str(args.optim).lower().endswith("lomo"),
-            f"optim: expected an optimizer that steps after the backward, got {args.optim}; take "
-            "another, such as adamw_torch",
-        ),
-        (
-            args.label_smoothing_factor != 0,
-            f"label_smoothing_factor: expected 0, got {args.label_smoothing_factor}; pass "
-            "loss=lambda model, *features: smoothed(*features, model.logit_scale.exp()) with "
-            "smoothed = ClipLoss(label_smoothing=...)",
-        ),
-        (
-            trainer.compute_loss_func is not None,
-            "compute_loss_func: expected None, got a function; pass loss=, a function of the model "
-            "and its features",
-        ),
-    ):
-        if refused:
-            raise ValueError(message)
-
-
-def _refuse_loss_outside(loss: Any) -> None:
-    if isinstance(loss, nn.Module):
-        raise TypeError(
-            f"loss: expected a function of model and features, got {type(loss).__name__}, whose "
-            "parameters the optimizer would not find; make it a part of the model and pass "
-            "loss=lambda model, *features: model.loss(*features)"
-        )
-
-
-def _refuse_a_single_pair(trainer: Any) -> None:
-    """A softmax over one pair is no loss; better said now than at the end of the first epoch."""
-    args, evaluated = trainer.args, trainer.eval_dataset
-    several = evaluated if isinstance(evaluated, Mapping) else {"eval_dataset": evaluated}
-    sizes = [("train_dataset", trainer.train_dataset, args.train_batch_size)]
-    sizes += [(name, dataset, args.eval_batch_size) for name, dataset in several.items()]
-    for name, dataset, size in sizes:
-        alone = has_length(dataset) and args.world_size == 1 and len(dataset) % size == 1
-        if alone and not args.dataloader_drop_last:
-            raise ValueError(
-                f"{name}: expected batches of two pairs or more, got {len(dataset)} pairs in "
-                f"batches of {size}, whose last is a single pair without negatives; set "
-                "dataloader_drop_last=True, or another batch size"
-            )

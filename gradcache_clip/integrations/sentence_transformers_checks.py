@@ -1,0 +1,189 @@
+"""What the loss for sentence-transformers refuses, in the names of its own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from sentence_transformers.base.losses import has_static_embedding_input
+from sentence_transformers.util import cos_sim
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradcache_clip.cache.checks import one_of
+from gradcache_clip.cache.retained import checked_budget
+from gradcache_clip.distributed import world_size
+from gradcache_clip.distributed.wrappers import innermost, wrapper_in
+from gradcache_clip.integrations.arguments import check_flag, check_positive, check_whole
+
+_ONE_WAY = {"query_to_doc"}
+BOTH_WAYS = {"query_to_doc", "doc_to_query"}
+
+_WRAPPERS = {
+    "FSDPModule": "FSDP, which frees parameters between the embed and the replay",
+    "FullyShardedDataParallel": "FSDP, which frees parameters between the embed and the replay",
+    "DeepSpeedEngine": "DeepSpeed, whose engine must take every backward itself",
+}
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a SentenceTransformer, got {model!r}; such as "
+            "SentenceTransformer('microsoft/mpnet-base')"
+        )
+    if hasattr(model, "__getitem__") and has_static_embedding_input(model):
+        raise ValueError(
+            "model: expected inputs with one row a sample, got a StaticEmbedding, whose inputs "
+            "cannot be cut into chunks; use MultipleNegativesRankingLoss, which it is fast with"
+        )
+
+
+def check_numbers(
+    scale: Any, mini_batch_size: Any, mini_batch_num_tokens: Any, flags: Mapping[str, Any]
+) -> None:
+    check_positive("scale", scale, "such as 20.0; to learn it from there pass learnable_scale=True")
+    check_whole("mini_batch_size", mini_batch_size, "take the largest that fits, such as 32")
+    if mini_batch_num_tokens is not None:
+        remedy = "such as 16384, or leave it out to cut by mini_batch_size"
+        check_whole("mini_batch_num_tokens", mini_batch_num_tokens, remedy)
+    for name, value in flags.items():
+        check_flag(name, value)
+
+
+def check_engine_options(memory_budget: Any, replay_check: Any) -> None:
+    checked_budget(memory_budget)
+    one_of("replay_check", replay_check, ("error", "warn", "off"))
+
+
+def check_directions(
+    similarity_fct: Callable[..., Any], directions: Sequence[str], partition_mode: str
+) -> None:
+    if similarity_fct is not cos_sim:
+        name = getattr(similarity_fct, "__name__", type(similarity_fct).__name__)
+        raise ValueError(
+            f"similarity_fct: expected sentence_transformers.util.cos_sim, got {name}; leave it "
+            "out, and use sentence-transformers' own loss for another similarity"
+        )
+    if partition_mode not in ("joint", "per_direction"):
+        raise ValueError(
+            f"partition_mode: expected 'joint' or 'per_direction', got {partition_mode!r}; leave "
+            "it out for one direction"
+        )
+    given = set(directions) if isinstance(directions, (list, tuple, set, frozenset)) else None
+    both = given == BOTH_WAYS and partition_mode == "per_direction"
+    if given != _ONE_WAY and not both:
+        raise ValueError(
+            "directions: expected ('query_to_doc',), or ('query_to_doc', 'doc_to_query') with "
+            f"partition_mode='per_direction', got {directions!r} with {partition_mode!r}; "
+            "use sentence-transformers' own loss for others"
+        )
+
+
+def check_widths(
+    dims: Sequence[int] | None, weights: Sequence[float] | None, model: nn.Module
+) -> None:
+    """Raise for widths and weights that `MatryoshkaLoss` would refuse, or the model cannot give."""
+    if dims is None and weights is not None:
+        raise ValueError(
+            f"matryoshka_weights: expected None without matryoshka_dims, got {weights!r}; "
+            "pass the widths too"
+        )
+    if dims is None:
+        return
+    several = isinstance(dims, (list, tuple)) and len(set(dims)) == len(dims) > 0
+    if not several or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in dims):
+        raise ValueError(
+            f"matryoshka_dims: expected different widths of 1 or more, got {dims!r}; for example "
+            "[768, 256, 64]"
+        )
+    width = getattr(model, "get_embedding_dimension", lambda: None)()
+    if width is not None and max(dims) > width:
+        raise ValueError(
+            f"matryoshka_dims: expected at most the width of the model, {width}, got {max(dims)}; "
+            "leave out what is wider"
+        )
+    for weight in weights or []:
+        check_positive("matryoshka_weights", weight, "leave out a width that is not to count")
+    if weights is not None and len(weights) != len(dims):
+        raise ValueError(
+            f"matryoshka_weights: expected one for each of the {len(dims)} matryoshka_dims, got "
+            f"{len(weights)}; leave them out for 1 each"
+        )
+
+
+def check_columns(columns: Sequence[Mapping[str, Any]]) -> None:
+    if len(columns) < 2:
+        raise ValueError(
+            f"sentence_features: expected at least 2 columns, anchors and positives, got "
+            f"{len(columns)}; give the dataset a column of positives"
+        )
+    if any("cu_seq_lens_q" in features for features in columns):
+        raise ValueError(
+            "sentence_features: expected padded inputs, got flattened ones, which have no rows to "
+            "cut; set model[0].unpad_inputs = False"
+        )
+
+
+def check_no_tokens(mini_batch_num_tokens: int | None) -> None:
+    """Raise where chunks are to be cut by tokens and rows cannot be sorted by length."""
+    if mini_batch_num_tokens is not None:
+        raise ValueError(
+            f"mini_batch_num_tokens: expected None for rows that are not padded on the right, got "
+            f"{mini_batch_num_tokens}; use padding_side='right', or cut by mini_batch_size"
+        )
+
+
+def check_not_wrapped_in_a_loss(model: nn.Module) -> None:
+    """Raise where another loss has put its own forward into the model for the time of this one.
+
+    The trainer's backward replays the chunks after that loss has taken its forward out again.
+    """
+    for part in innermost(model).modules():
+        replaced = type(vars(part).get("forward"))
+        if replaced.__module__.startswith("sentence_transformers.") and "losses" in str(replaced):
+            raise TypeError(
+                "CachedMultipleNegativesRankingLoss: expected to be used by itself, got a loss "
+                "around it that changes the model for the time of its forward, such as "
+                "AdaptiveLayerLoss; wrap sentence-transformers' MultipleNegativesRankingLoss"
+            )
+
+
+def check_place(model: nn.Module, *, gathers: bool) -> None:
+    """Raise for wrappers, and numbers of processes, that gradients would be wrong under."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "model: expected one process for each GPU, got DataParallel, whose copies draw "
+            "random numbers that nobody can repeat; start the script with torchrun"
+        )
+    if (wrapper := wrapper_in(model)) in _WRAPPERS:
+        raise ValueError(
+            f"model: expected a plain model or DistributedDataParallel, got {_WRAPPERS[wrapper]}; "
+            "leave fsdp and deepspeed out of the arguments, or train by `gradcache-clip launch "
+            "--engine`"
+        )
+    ranks = world_size()
+    if ranks > 1 and not gathers:
+        raise ValueError(
+            f"gather_across_devices: expected True on {ranks} processes, got False; the loss "
+            "is that of the whole batch: pass gather_across_devices=True"
+        )
+    if ranks > 1 and torch.is_grad_enabled() and not isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            f"model: expected DistributedDataParallel on {ranks} processes, got "
+            f"{type(model).__name__}, whose gradients would stay those of each process; let the "
+            "trainer wrap the model, without torch_compile (compile model[0].auto_model in place)"
+        )
+
+
+def sentence_embedding(output: Any) -> Tensor:
+    """The pooled output of a model; `get_features` of the cache."""
+    pooled = output.get("sentence_embedding") if isinstance(output, Mapping) else None
+    if not isinstance(pooled, Tensor):
+        got = ", ".join(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
+        raise TypeError(
+            f"model: expected an output with sentence_embedding, got {got}; add a Pooling module, "
+            "with pooling_mode='lasttoken' for a causal model"
+        )
+    return pooled
