@@ -222,12 +222,12 @@ def test_rows_that_look_at_other_rows_name_whose_code_does():
     report = verify_beside_mlp(nn.Sequential(nn.Identity(), Centred(), nn.Dropout(0.2)))
     assert not report.exact and SAME_CHUNKS in verdicts(report)
     _, reason = report.reasons
-    assert "rows look at other rows" in reason and reason.endswith("first in 1 (Centred)")
+    assert "rows look at other rows" in reason and "first in 1 (Centred); compute" in reason
 
 
 def test_get_features_that_look_at_other_rows_are_named():
     report = verify_beside_mlp(mlp(12), get_features=[lambda x: x - x.mean(0), None])
-    assert only_reason(report).endswith("first in get_features")
+    assert "first in get_features; compute each row from itself alone" in only_reason(report)
 
 
 class Pooled(nn.Module):
@@ -251,6 +251,7 @@ def test_padding_that_counts():
         assert report.exact == masked
     reason = only_reason(report)
     assert "encoder 1 (Pooled): padding counts" in reason and "in the encoder (Pooled)" in reason
+    assert "when input 1['input_ids'], input 1['attention_mask'] keep only" in reason
 
 
 def test_a_hook_on_a_gradient_is_named():
@@ -267,7 +268,8 @@ def test_an_experiment_that_fails_hides_no_difference(monkeypatch):
 
     monkeypatch.setattr(verify_reasons, "watch", fail)
     report = verify_beside_mlp(mlp(12, Scaled("calls")))
-    assert not report.exact and "MemoryError: no room for another pass" in report.reasons[0]
+    failed = "diagnosis stopped early (MemoryError: no room for another pass)"
+    assert not report.exact and failed in report.reasons[0]
 
 
 class Both(nn.Module):

@@ -1,10 +1,9 @@
-"""Is the cached step exact for these encoders? Both steps on one batch, and why they differ."""
+"""Compare the cached step with the plain step on one batch, and say why they differ."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,9 @@ from torch import Tensor
 from gradcache_clip.cache.chunks import row_count
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.settings import refuse_cached_parametrizations
+from gradcache_clip.cache.verify_gap import RELATIVE_ROUNDING, Gap, all_allowed, gap
+from gradcache_clip.cache.verify_loss import loss_over_ranks, unreduced
+from gradcache_clip.cache.verify_ranks import on_any_rank
 from gradcache_clip.cache.verify_reasons import (
     BACKWARD,
     IN_PLACE,
@@ -33,20 +35,12 @@ from gradcache_clip.cache.verify_steps import (
     Cut,
     Outcome,
     Trial,
+    reduces_itself,
     reversed_chunks,
     reversed_rows,
 )
 from gradcache_clip.cache.verify_trace import largest_change
-
-# Relative difference that rounding explains in any case.
-_ROUNDING = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-5,
-    torch.float16: 1e-2,
-    torch.bfloat16: 3e-2,
-}
-# Two orders of a sum are a small sample of how far apart orders can be.
-_TIMES_SPREAD = 10.0
+from gradcache_clip.distributed.collectives import world_size
 
 
 def verify(
@@ -56,19 +50,26 @@ def verify(
 
     The plain step is `loss(*[encoder(x) for encoder, x in zip(encoders, inputs)]).backward()`:
     every encoder once over all rows, one graph, one backward. A second plain step goes over the
-    same chunks with the same random draws in one graph, which tells features that depend on how
-    the batch is cut (batch norm) from replays that do not repeat their embed. Gradients may differ
-    by the rounding of the precision computed in, or by ten times what the plain step's own change
+    same chunks with the same random draws in one graph. It tells features that depend on how the
+    batch is cut (batch norm) from replays that do not repeat their embed. Gradients may differ by
+    the rounding of the precision computed in, or by ten times what the plain step's own change
     when its rows are summed in another order and its features are rounded as those of chunks.
 
     Where they differ, experiments name the likely reason for each encoder: random layers, batch
     norm in train mode, modules that do not repeat themselves, inputs that are changed in place,
-    rows that look at other rows, padding that counts.
+    rows that look at other rows, padding that counts, gradient hooks that run once per chunk.
+
+    Over several processes, all of which must call this, the plain step's gradients are summed over
+    the ranks without help of the strategy. The loss must be that of the global batch: the same on
+    every rank, and it must change as its gradients say when the features of all ranks move. With
+    `LocalStrategy(reduce_myself=True)` the sums over the ranks are compared.
 
     Chunks are those of `cache`, or a quarter of the batch where that is smaller, and one graph at
-    most is kept, so that replays are tested. Gradients, random generators, buffers, training flags
-    and other plain attributes of the modules, and inputs are afterwards as before. Meanwhile the
-    graph of the whole batch and up to four sets of gradients are in memory.
+    most is kept, so that replays are tested. Afterwards everything is as before: gradients,
+    trained weights, optimizers that a hook stepped, random generators, buffers, training flags and
+    other plain attributes of the modules, and inputs. Post-accumulate hooks do not run. The graph
+    of the whole batch, up to four sets of gradients and a copy of the trained weights are in
+    memory meanwhile.
 
     Args:
         cache: as used for training; nothing in it is changed.
@@ -76,8 +77,8 @@ def verify(
         loss_kwargs: further arguments of the loss.
 
     Raises:
-        ValueError, TypeError: what `cache(*inputs)` would raise; or gradients of the plain step
-            that are not finite, which cannot be compared.
+        ValueError, TypeError: as `cache(*inputs)` would; or gradients of the plain step are not
+            finite, so that they cannot be compared.
 
     Example:
         >>> import torch
@@ -94,69 +95,62 @@ def verify(
         )
     refuse_cached_parametrizations()
     trial = Trial(cache, inputs, loss_kwargs or {})
-    try:
+    with trial.start.undone():
         return _Verification(trial).report()
-    finally:
-        trial.start.end()
-
-
-class _Gap(NamedTuple):
-    """Between two steps, in one gradient."""
-
-    error: float
-    """Relative."""
-    equal: bool
-    """Up to the rounding of its precision."""
-    allowed: bool
-    """Equal, or the plain step itself changes as much when it is rounded otherwise."""
 
 
 class _Verification:
-    """Three steps of a trial, compared."""
+    """Compare the three steps of a trial."""
 
     def __init__(self, trial: Trial) -> None:
         self._trial = trial
-        # First, for only its graph tells every leaf, whatever function holds it.
+        # First: only its graph shows every leaf, whatever function holds it.
         self._plain = trial.plain(trial.whole())
         self._leaves = trial.named_leaves()
         self._refuse_infinite_gradients()
         self._cached, self._towers = trial.cached()
         self._precision = self._coarsest_dtype()
-        self._rounding = _ROUNDING.get(self._precision, max(_ROUNDING.values()))
+        self._rounding = RELATIVE_ROUNDING.get(self._precision, max(RELATIVE_ROUNDING.values()))
 
     def report(self) -> VerifyReport:
         trial, one_shot_loss = self._trial, float(self._plain.loss)
+        over_ranks = loss_over_ranks(trial, self._plain, self._precision)
+        failure = over_ranks.failure or unreduced(trial)
         whole = self._gaps(self._plain, reversed_rows(trial.cut), self._rounding)
         del self._plain
         chunks = [tower.chunks for tower in self._towers]
-        # The same kernels over the same numbers; only an accelerator may add in another order.
-        rounding = 0.0 if trial.device.type == "cpu" else self._rounding
+        # The same kernels over the same numbers; accelerators and ranks may add in another order.
+        same_order = trial.device.type == "cpu" and world_size() == 1
+        rounding = 0.0 if same_order else self._rounding
         chunked = trial.plain(chunks, over_chunks=True)
         same = self._gaps(chunked, reversed_chunks(chunks), rounding, over_chunks=True)
         del chunked
-        reasons = self._reasons(whole, same)
+        reasons = self._reasons(whole, same, explained=bool(failure))
         kinds = {reason.kind for reason in reasons}
         only_random = kinds == {RANDOM}
         otherwise = SAME_DRAWS if only_random else SAME_CHUNKS
         rows = [self._row(key, whole[key], same[key], otherwise) for key in self._leaves]
         return VerifyReport(
             rows=tuple(sorted(rows, key=_severity, reverse=True)),
-            exact=_all(same) and (_all(whole) or only_random),
-            reasons=[reason.text for reason in reasons],
+            exact=not failure and all_allowed(same) and (all_allowed(whole) or only_random),
+            reasons=[failure] * bool(failure) + [reason.text for reason in reasons],
             loss=float(self._cached.loss),
             one_shot_loss=one_shot_loss,
             batch_size=row_count(trial.cut[0]),
             chunk_sizes=tuple(max(map(len, chunks)) for chunks in trial.cut),
             precision=str(self._precision).removeprefix("torch."),
             tolerance=self._rounding,
+            failure=failure.partition(":")[0],
+            notes=[over_ranks.note] * bool(over_ranks.note),
+            summed_over=world_size() if reduces_itself(trial.strategy) else 1,
         )
 
     def _gaps(
         self, plain: Outcome, other_order: Cut, rounding: float, *, over_chunks: bool = False
-    ) -> dict[int, _Gap]:
-        """Between the cached step and a plain one: of every gradient, and of the loss under 0."""
+    ) -> dict[int, Gap]:
+        """Compare the cached step with a plain one: every gradient, and the loss under 0."""
         gaps = self._gaps_beside(plain, None, rounding)
-        if not self._on_any_rank(not _all(gaps)):
+        if not on_any_rank(not all_allowed(gaps)):
             return gaps
         ours = self._cached.features
         # Other kernels compute a chunk, and a loss may amplify how they round.
@@ -164,22 +158,22 @@ class _Verification:
         other = self._trial.plain(
             other_order, over_chunks=over_chunks, like=plain, rounded_as=rounded_as
         )
-        # What draws or keeps something else in another order says nothing of rounding.
+        # Modules that draw or keep something else in another order say nothing about rounding.
         if not largest_change(plain.features, other.features) <= self._rounding:
             return gaps
         return self._gaps_beside(plain, other, rounding)
 
     def _gaps_beside(
         self, plain: Outcome, other: Outcome | None, rounding: float
-    ) -> dict[int, _Gap]:
+    ) -> dict[int, Gap]:
         again = plain if other is None else other
-        gaps = {0: _gap(self._cached.loss, plain.loss, again.loss, rounding)}
+        gaps = {0: gap(self._cached.loss, plain.loss, again.loss, rounding)}
         for key in self._leaves:
             ours, theirs, ordered = (step.gradients[key] for step in (self._cached, plain, again))
-            gaps[key] = _gap(ours, theirs, ordered, rounding)
+            gaps[key] = gap(ours, theirs, ordered, rounding)
         return gaps
 
-    def _row(self, key: int, whole: _Gap, same: _Gap, otherwise: str) -> VerifyRow:
+    def _row(self, key: int, whole: Gap, same: Gap, otherwise: str) -> VerifyRow:
         """`otherwise` is the verdict where only a graph over the same chunks gives the same."""
         name, leaf = self._leaves[key]
         if not same.allowed:
@@ -190,22 +184,24 @@ class _Verification:
             verdict = EXACT if whole.equal and same.equal else ROUNDING
         return VerifyRow(name, tuple(leaf.shape), whole.error, same.error, verdict)
 
-    def _reasons(self, whole: Mapping[int, _Gap], same: Mapping[int, _Gap]) -> list[Reason]:
-        if not self._on_any_rank(not (_all(whole) and _all(same))):
+    def _reasons(
+        self, whole: Mapping[int, Gap], same: Mapping[int, Gap], *, explained: bool
+    ) -> list[Reason]:
+        if not on_any_rank(not (all_allowed(whole) and all_allowed(same))):
             return []
         start, make, found = self._trial.start, self._trial.towers, dict[Reason, None]()
         for index, tower in enumerate(self._towers):
             experiments = Experiments(start, index, make, self._rounding)
             replayed = bool(tower.trainable)
-            reasons = experiments.reasons(replayed=replayed, repeats=replayed and _all(same))
+            reasons = experiments.reasons(replayed=replayed, repeats=replayed and all_allowed(same))
             found.update(dict.fromkeys(reasons))
         kinds = {reason.kind for reason in found}
-        if not (kinds if _all(same) else kinds & {STATE, IN_PLACE}):
+        if not explained and not (kinds if all_allowed(same) else kinds & {STATE, IN_PLACE}):
             found[self._backward()] = None
         return list(found)
 
     def _backward(self) -> Reason:
-        """Nothing was found in the forward."""
+        """Where to look when the forward shows nothing."""
         hooked = [name for name, leaf in self._leaves.values() if _has_hook(leaf)]
         suspects = (
             f"the hook on the gradient of {hooked[0]}, which runs once a chunk"
@@ -229,43 +225,13 @@ class _Verification:
                 )
 
     def _coarsest_dtype(self) -> torch.dtype:
-        """Of features, of what is trained, and of autocast."""
+        """The coarsest of features, trained tensors and autocast."""
         tensors = [*self._cached.features, *(leaf for _, leaf in self._leaves.values())]
         dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
         for device_type in {feature.device.type for feature in self._cached.features}:
             if torch.is_autocast_enabled(device_type):
                 dtypes.add(torch.get_autocast_dtype(device_type))
-        return max(dtypes, key=lambda dtype: _ROUNDING.get(dtype, 1.0))
-
-    def _on_any_rank(self, flag: bool) -> bool:
-        return self._trial.strategy.on_any_rank(torch.tensor(flag, device=self._trial.device))
-
-
-def _gap(ours: Tensor | None, theirs: Tensor | None, again: Tensor | None, rounding: float) -> _Gap:
-    """`again` is the plain step's value, rounded otherwise."""
-    if theirs is not None:
-        rounding = max(rounding, _ROUNDING.get(theirs.dtype, 0.0))
-    size, distance = _distance(theirs, None), _distance(ours, theirs)
-    equal = distance <= rounding * size
-    error = distance / size if size else (math.inf if distance else 0.0)
-    return _Gap(error, equal, equal or distance <= _TIMES_SPREAD * _distance(again, theirs))
-
-
-def _distance(one: Tensor | None, other: Tensor | None) -> float:
-    """Euclidean; a gradient that is missing counts as zero."""
-    if one is None or other is None:
-        single = one if other is None else other
-        return 0.0 if single is None else float(torch.linalg.vector_norm(_wide(single)))
-    return float(torch.linalg.vector_norm(_wide(one) - _wide(other)))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    # Apple's GPUs have no fp64.
-    return tensor.float() if tensor.device.type == "mps" else tensor.double()
-
-
-def _all(gaps: Mapping[int, _Gap]) -> bool:
-    return all(gap.allowed for gap in gaps.values())
+        return max(dtypes, key=lambda dtype: RELATIVE_ROUNDING.get(dtype, 1.0))
 
 
 def _severity(row: VerifyRow) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Why a cached step is not the plain one: experiments on each encoder, one question each."""
+"""Find out why a cached step differs from the plain one: one experiment per question."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _SHOWN = 3
 
 
 class Reason(NamedTuple):
-    """What makes a difference, and how to say it."""
+    """A cause of a difference, and the sentence that reports it."""
 
     kind: str
     text: str
 
 
 class Experiments:
-    """Questions to one encoder; each pass starts from the state that the steps started from.
+    """Experiments on one encoder; each pass starts from the state that the steps started from.
 
     Args:
         start: that state.
-        index: of the encoder.
-        make: gives new towers of all encoders.
-        rounding: relative change of features that means nothing.
+        index: the encoder's.
+        make: returns new towers of all encoders.
+        rounding: relative change of features to ignore.
     """
 
     def __init__(
@@ -49,19 +49,18 @@ class Experiments:
         self._chunks = [Chunk(chunk.rows) for chunk in self._tower.chunks]
 
     def reasons(self, *, replayed: bool, repeats: bool) -> Iterator[Reason]:
-        """In the order in which they are to be read; an experiment that fails hides no difference.
+        """Yield the most telling reason first; an experiment that fails is reported as one.
 
         Args:
-            replayed: whether the encoder is; a frozen one is not.
-            repeats: whether the replay is known to be right.
+            replayed: whether the encoder is replayed; a frozen one is not.
+            repeats: whether its replay is known to be right.
         """
         try:
             yield from self._found(replayed, repeats)
         except Exception as error:
             yield Reason(
                 UNKNOWN,
-                f"{self._tower.name}: what else could matter was not found out "
-                f"({type(error).__name__}: {error})",
+                f"{self._tower.name}: diagnosis stopped early ({type(error).__name__}: {error})",
             )
 
     def _found(self, replayed: bool, repeats: bool) -> Iterator[Reason]:
@@ -69,7 +68,7 @@ class Experiments:
         drew, norms = noted.drew["torch"], noted.batch_norms
         broken = [] if repeats else list(self._broken_replays(replayed))
         quieted = self._watch(self._chunks[0], [*drew, *norms])
-        # Only what gives the same features twice can be asked what other rows do to them.
+        # The influence of other rows shows only where the same rows give the same features twice.
         comparable = not quieted.drew["torch"] and all(r.kind != STATE for r in broken)
         if drew:
             yield self._random(drew, quieted.drew["torch"])
@@ -82,8 +81,8 @@ class Experiments:
 
     def _random(self, drew: Sequence[Place], still_draws: Sequence[Place]) -> Reason:
         hidden = (
-            f"; {still_draws[0].label} draws in eval mode too, so whether rows look at other rows "
-            "could not be told"
+            f"; {still_draws[0].label} draws in eval mode too, so it hides rows that look at other "
+            "rows"
             if still_draws
             else ""
         )
@@ -103,7 +102,7 @@ class Experiments:
         )
 
     def _broken_replays(self, replayed: bool) -> Iterator[Reason]:
-        """Whether a chunk repeats itself as the engine replays it, and what it did to its input."""
+        """Replay chunks as the engine does; report differences, and inputs that were changed."""
         passes = _Passes(self._start, self._make(), self._input, self._rounding / 10)
         name = self._tower.name
         if passes.again is not None:
@@ -117,8 +116,8 @@ class Experiments:
         for path in passes.changed_inputs if replayed else ():
             yield Reason(
                 IN_PLACE,
-                f"{name}: {path} is changed in place by the encoder, so that the replay reads "
-                "other values than the embed; let the encoder work on a copy",
+                f"{name}: {path} is changed in place by the encoder, so the replay reads other "
+                "values than the embed; let the encoder work on a copy",
             )
 
     def _state(self, place: Place, first: Watched) -> str:
@@ -144,7 +143,8 @@ class Experiments:
             ROWS,
             f"{self._tower.name}: rows look at other rows{padded}: features of a chunk differ by "
             f"{change:.1e} (relative) from those of the same rows in the whole batch"
-            + _first_in(place),
+            f"{_first_in(place)}; compute each row from itself alone there, or do it in the loss, "
+            "which is given the whole batch",
         )
 
     def _padding(self, quiet: Sequence[Place]) -> Iterator[Reason]:
@@ -160,13 +160,19 @@ class Experiments:
             yield Reason(
                 PADDING,
                 f"{self._tower.name}: padding counts: features change by {change:.1e} (relative) "
-                f"when a chunk is trimmed to its longest row{_first_in(place)}; let it follow "
-                "attention_mask, or leave sort_by_length out",
+                f"when {self._trimmed(trimmed)} keep only the columns of a chunk's longest row"
+                f"{_first_in(place)}; follow attention_mask there, name the token tensors with "
+                "ByLength(columns=...), or leave sort_by_length out",
             )
             return
 
+    def _trimmed(self, chunk: Chunk) -> str:
+        """Name the tensors that are cut."""
+        named = named_tensors(self._tower.inputs, self._input)
+        return ", ".join(path for path, tensor in named if id(tensor) in chunk.trimmed)
+
     def _apart(self, quiet: Sequence[Place]) -> tuple[float, Place | None]:
-        """How far features of chunks are from those of the whole batch, and who is first to be."""
+        """Compare features of chunks with the whole batch's; name the first module to differ."""
         whole = self._run(Chunk(slice(0, row_count(self._chunks))), quiet)
         changes = [
             largest_change(self._run(chunk, quiet), [feature[chunk.rows] for feature in whole])
@@ -202,12 +208,12 @@ class Experiments:
 class _Passes:
     """All chunks of a tower, as in the embed, the same again, and the same with a graph.
 
-    Between them torch's generators and the inputs are put back, which the engine does or would
-    have to, and nothing else is.
+    Between the passes only torch's generators and the inputs are put back: the engine does the
+    former, and would have to do the latter.
 
     Attributes:
-        first: what the first chunk did at first.
-        again, graph: who did something else the second and the third time.
+        first: trace of the first chunk's first pass.
+        again, graph: the module that differed in the second and in the third pass.
         changed_inputs: places in the input that the first pass wrote to.
     """
 

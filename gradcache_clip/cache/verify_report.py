@@ -1,8 +1,8 @@
-"""What a verification found, as data and as a table for a person."""
+"""The result of a verification, as data and as a table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SHOWN_ROWS = 15
 
@@ -20,7 +20,7 @@ class VerifyRow:
     """One gradient of the cached step against those of two plain steps."""
 
     name: str
-    """Of the parameter, behind its encoder where there are several."""
+    """The parameter's, after its encoder's where there are several."""
     shape: tuple[int, ...]
     error: float
     """|cached - plain| / |plain| in the Euclidean norm, plain: every encoder once over all rows."""
@@ -33,7 +33,7 @@ class VerifyRow:
     chunks)" where one such graph does, but features depend on how the batch is cut; "differs"."""
 
     def cells(self) -> tuple[str, ...]:
-        """As text, in the order of `COLUMNS`."""
+        """Format the row in the order of `COLUMNS`."""
         shape = " x ".join(map(str, self.shape)) or "scalar"
         error = "other draws" if self.verdict == SAME_DRAWS else _error(self.error)
         return self.name, shape, error, _error(self.same_chunks_error), self.verdict
@@ -52,26 +52,45 @@ class VerifyReport:
     reasons: list[str]
     """Why they differ, found by experiment; empty where nothing does."""
     loss: float
-    """Of the cached step."""
+    """The cached step's."""
     one_shot_loss: float
     batch_size: int
     """Rows of the first input."""
     chunk_sizes: tuple[int, ...]
     """Rows of the largest chunk of each input."""
     precision: str
-    """What the encoders computed in, the coarsest if there are several."""
+    """The dtype that the encoders computed in, the coarsest if there are several."""
     tolerance: float
     """Relative error against the one-shot step that rounding explains in any case."""
+    failure: str = ""
+    """Why the step is not exact although its gradients may equal the plain step's, in a few words;
+    a reason tells more."""
+    notes: list[str] = field(default_factory=list)
+    """Findings that make no difference, such as hooks that run once."""
+    summed_over: int = 1
+    """Processes over which gradients were summed before they were compared, as the caller must do
+    where no strategy reduces them."""
 
     @property
     def headline(self) -> str:
         """The answer in one line."""
+        if self.summed_over == 1:
+            return self._answer
+        return (
+            f"{self._answer}, summed over {self.summed_over} processes; a step leaves this "
+            "process's part in .grad: sum it over the processes, do not average"
+        )
+
+    @property
+    def _answer(self) -> str:
         count, verdicts = len(self.rows), [row.verdict for row in self.rows]
         if DIFFERS in verdicts:
             return f"not exact: {verdicts.count(DIFFERS)} of {count} gradients differ"
         over_chunks = "those of one graph over the same chunks"
         if SAME_CHUNKS in verdicts:
             return f"not exact: gradients equal {over_chunks}, not those of the one-shot step"
+        if self.failure:
+            return f"not exact: {self.failure}"
         if not self.exact:
             return f"not exact: the loss differs, the {count} gradients do not"
         if SAME_DRAWS in verdicts:
@@ -80,7 +99,7 @@ class VerifyReport:
 
     @property
     def setting(self) -> str:
-        """What was compared, in one line."""
+        """What was compared."""
         sizes = " and ".join(map(str, dict.fromkeys(self.chunk_sizes)))
         return (
             f"{self.batch_size} rows in chunks of {sizes}, {self.precision}, tolerance "
@@ -88,7 +107,7 @@ class VerifyReport:
         )
 
     def shown(self) -> tuple[list[VerifyRow], str]:
-        """The rows for a screen, and what to say of the others."""
+        """Return the rows for a screen, and a line about the others."""
         shown, left = list(self.rows[:SHOWN_ROWS]), self.rows[SHOWN_ROWS:]
         if not left:
             return shown, ""
@@ -103,8 +122,8 @@ class VerifyReport:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in cells
         ]
-        reasons = [f"- {reason}" for reason in self.reasons]
-        lines = [self.headline, *reasons, self.setting, "", *table, rest]
+        findings = [f"- {finding}" for finding in (*self.reasons, *self.notes)]
+        lines = [self.headline, *findings, self.setting, "", *table, rest]
         return "\n".join(lines).rstrip()
 
 

@@ -1,10 +1,11 @@
-"""What a step changes, so that every step of a verification begins alike and leaves no trace."""
+"""Capture what a step changes, so that every step of a verification starts alike."""
 
 from __future__ import annotations
 
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from gradcache_clip.cache.nested import _children
 from gradcache_clip.cache.random_state import RandomState
 from gradcache_clip.cache.recovery import StepSnapshot
 from gradcache_clip.cache.tower import Tower
+from gradcache_clip.cache.verify_kept import HeldHooks, Kept, KeptOptimizers, bit_equal, refill
 from gradcache_clip.distributed.strategies import innermost
 
 _PLAIN = (bool, int, float, complex, str, type(None), Tensor)
@@ -23,31 +25,17 @@ Gradients = dict[int, Tensor | None]
 """By id of the leaf."""
 
 
-class Kept:
-    """A tensor and the values that it had."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.before = tensor, tensor.detach().clone()
-
-    @property
-    def changed(self) -> bool:
-        return not _bit_equal(self.tensor.detach(), self.before)
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        # Written only where something changed: an expanded input cannot be written to.
-        if self.changed:
-            self.tensor.detach().resize_(self.before.shape).copy_(self.before)
-
-
 class Start(StepSnapshot):
-    """Gradients, generators, inputs, and what modules keep in buffers and plain attributes.
+    """Gradients, weights, generators, inputs, buffers and plain attributes at the start.
 
-    Generators are torch's, numpy's, Python's, and those that a module holds as an attribute. What
-    modules keep elsewhere, such as in lists, stays as the last step left it.
+    Generators are torch's, numpy's, Python's, and those that a module holds as an attribute.
+    Frozen parameters are not copied, nor what modules keep elsewhere, such as in lists.
     """
 
     def __init__(self, modules: Sequence[nn.Module], towers: Sequence[Tower]) -> None:
+        self._weights: dict[int, Kept] = {}
+        self._held: HeldHooks | None = None
+        self._optimizers: KeptOptimizers | None = None
         super().__init__(modules, towers)
         self.inputs = {
             path: Kept(tensor)
@@ -58,46 +46,66 @@ class Start(StepSnapshot):
         self._attributes = {id(child): _Attributes(child) for child in children}
         self._generators = list(_global_generators())
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Hold hooks back meanwhile; afterwards put back everything, gradients too."""
+        self._optimizers, self._held = KeptOptimizers(), HeldHooks(self.leaves)
+        try:
+            yield
+        finally:
+            self._optimizers.release()
+            self._held.release()
+            self.restore()
+            self.finish()
+
+    def set_aside(self, leaves: Iterable[Tensor]) -> None:
+        leaves = [leaf for leaf in leaves if leaf.requires_grad and leaf.is_leaf]
+        for leaf in leaves:
+            if id(leaf) not in self._weights:
+                self._weights[id(leaf)] = Kept(leaf)
+            if self._held is not None:
+                self._held.hold(leaf)
+        super().set_aside(leaves)
+
     def restore(self) -> None:
-        """Everything as at the start, but for gradients, of which there are none."""
+        """Put back everything but gradients, which become None."""
         super().restore()
         for put_back in self._generators:
             put_back()
-        for kept in self.inputs.values():
+        if self._optimizers is not None:
+            self._optimizers.put_back()
+        for kept in (*self._weights.values(), *self.inputs.values()):
             kept.put_back()
         for attributes in self._attributes.values():
             attributes.put_back()
 
-    def end(self) -> None:
-        """Everything as at the start, gradients too."""
-        self.restore()
-        self.finish()
-
     @property
     def leaves(self) -> list[Tensor]:
-        """Every tensor that a step of this verification may give a gradient."""
+        """Every tensor that a step may give a gradient."""
         return [leaf for leaf, _ in self._aside.values()]
 
     def gradients(self) -> Gradients:
-        """Copies, for DistributedDataParallel may write the next gradients into the same memory."""
+        """Copy them: DistributedDataParallel may write the next gradients into the same memory."""
         return {id(leaf): _dense(leaf.grad) for leaf in self.leaves}
 
     def random_state(self) -> RandomState:
         return RandomState.capture(self._devices)
 
     def changed_in(self, module: nn.Module) -> list[str]:
-        """Buffers and plain attributes of a module that are not what they were at the start."""
+        """Name the buffers, plain attributes and frozen parameters that a module has changed."""
         attributes = self._attributes.get(id(module))
         return [] if attributes is None else attributes.changed()
 
 
 class _Attributes:
-    """Buffers and plain attributes of one module."""
+    """Parameters, buffers and plain attributes of one module; values of the latter two."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._names = set(vars(module))
-        self._buffers = dict(module._buffers)
+        self._buffers, self._parameters = dict(module._buffers), dict(module._parameters)
+        frozen = ((k, p) for k, p in self._parameters.items() if p is not None)
+        self._versions = {k: p._version for k, p in frozen if not p.requires_grad}
         self._plain = {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN)}
         named = [*self._buffers.items(), *self._plain.items()]
         self._tensors = {name: Kept(v) for name, v in named if isinstance(v, Tensor)}
@@ -108,8 +116,8 @@ class _Attributes:
         for name in set(vars(self._module)) - self._names:
             del vars(self._module)[name]
         vars(self._module).update(self._plain)
-        self._module._buffers.clear()
-        self._module._buffers.update(self._buffers)
+        refill(self._module._buffers, self._buffers)
+        refill(self._module._parameters, self._parameters)
         for kept in self._tensors.values():
             kept.put_back()
         for put_back in self._generators:
@@ -120,13 +128,16 @@ class _Attributes:
         before = {**self._plain, **self._buffers}
         written = {name for name, kept in self._tensors.items() if kept.changed}
         replaced = {name for name, value in before.items() if not _same(now.get(name), value)}
-        return sorted(written | replaced | set(vars(self._module)) - self._names)
+        frozen = {
+            k for k, version in self._versions.items() if self._parameters[k]._version != version
+        }
+        return sorted(written | replaced | frozen | set(vars(self._module)) - self._names)
 
 
 def named_tensors(inputs: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors and writeable NumPy arrays inside `inputs`, each with its place."""
+    """Yield tensors and writeable NumPy arrays inside `inputs`, each with its place."""
     if isinstance(inputs, Tensor):
-        if not inputs.is_inference():
+        if not inputs.is_inference() and inputs.layout is torch.strided:
             yield path, inputs
         return
     if type(inputs).__module__ == "numpy":
@@ -146,7 +157,7 @@ def _global_generators() -> Iterator[Callable[[], object]]:
 
 
 def _put_back_generator(value: Any) -> Callable[[], object] | None:
-    """Sets a generator back to where it is now; None for what is none."""
+    """A function that sets a generator back to its present state; None for other values."""
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
@@ -166,12 +177,5 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return _bit_equal(one, other)
+        return bit_equal(one, other)
     return one is other or (type(one) is type(other) and bool(one == other))
-
-
-def _bit_equal(one: Tensor, other: Tensor) -> bool:
-    """NaN equals NaN."""
-    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
-        return False
-    return torch.equal(*(x.detach().reshape(-1).view(torch.uint8) for x in (one, other)))

@@ -1,9 +1,10 @@
-"""The steps that a verification compares: the cached one, and plain ones in a single graph."""
+"""Take the steps that a verification compares: the cached one, and plain ones in a single graph."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,9 +31,12 @@ from gradcache_clip.cache.settings import (
 )
 from gradcache_clip.cache.step import CachedStep, trained_modules
 from gradcache_clip.cache.tower import Tower, device_of
+from gradcache_clip.cache.verify_ranks import sum_over_ranks
 from gradcache_clip.cache.verify_state import Gradients, Start
+from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.graph import leaves_behind
-from gradcache_clip.distributed.strategies import innermost
+from gradcache_clip.distributed.strategies import LocalStrategy, innermost
+from gradcache_clip.distributed.strategy_all_reduce import AllReduceStrategy
 
 # Over a single chunk nothing could go wrong.
 _AT_LEAST_CHUNKS = 4
@@ -42,16 +46,18 @@ Cut = list[list[Chunk]]
 
 
 class Outcome(NamedTuple):
-    """What a step came to; features in the order of the caller's rows."""
+    """Result of a step; features in the order of the caller's rows."""
 
     gradients: Gradients
     loss: Tensor
     features: list[Tensor]
+    trained: list[bool]
+    """Whether a feature has a graph."""
     before_loss: RandomState
 
 
 class Trial:
-    """One batch, and the steps that are taken on it; each starts from the same state."""
+    """One batch and the steps taken on it, each from the same state."""
 
     def __init__(
         self, cache: GradCache, inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
@@ -63,12 +69,14 @@ class Trial:
         towers = self.towers()
         check_inputs(towers)
         check_strategy(self.strategy, towers)
-        self.start = Start(self._cache._modules_with_gradients(towers), towers)
+        self._reduced = _encoder_parameters(self.strategy, towers)
         self.device = device_of(towers)
         self.cut = [tower.chunks for tower in towers]
+        self.unreduced: list[Tensor] = []
+        self.start = Start(self._cache._modules_with_gradients(towers), towers)
 
     def towers(self) -> list[Tower]:
-        """Newly made, for a step leaves things behind in its towers."""
+        """Make new towers: a step leaves things behind in those that it ran."""
         return self._cache._towers(self._inputs)
 
     def whole(self) -> Cut:
@@ -76,7 +84,7 @@ class Trial:
         return [[Chunk(slice(0, row_count(chunks)))] for chunks in self.cut]
 
     def named_leaves(self) -> dict[int, tuple[str, Tensor]]:
-        """Leaves that got a gradient so far, by id, with the names that a person knows them by."""
+        """Map the id of every leaf known so far to its name and the leaf itself."""
         named = {id(kept.tensor): path for path, kept in self.start.inputs.items()}
         for prefix, module in self._named_modules():
             for name, parameter in innermost(module).named_parameters():
@@ -85,6 +93,12 @@ class Trial:
             id(leaf): (named.get(id(leaf), f"a tensor of a function ({number})"), leaf)
             for number, leaf in enumerate(self.start.leaves)
         }
+
+    def loss_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained parameters of the loss alone, which no strategy reduces, with their names."""
+        loss, reduced = self._cache.loss, {id(parameter) for parameter in self._reduced}
+        named = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+        return [(f"loss: {k}", p) for k, p in named if p.requires_grad and id(p) not in reduced]
 
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         one = isinstance(self._cache.encoders, nn.Module)
@@ -96,18 +110,21 @@ class Trial:
             yield "loss: ", self._cache.loss
 
     def cached(self) -> tuple[Outcome, list[Tower]]:
-        """The step of the engine, and its towers, whose chunks know their random state."""
+        """Take the engine's step; also return its towers, whose chunks know their random state."""
         self.start.restore()
         towers = self.towers()
         step = CachedStep(
             towers, self._cache.loss, self.strategy, snapshot=self.start, check_replay=False
         )
         output, _ = step.run(GraphBudget(None, self.device), self._loss_kwargs)
-        features = [feature.detach() for tower in towers for feature in tower.features]
-        outcome = Outcome(
-            self.start.gradients(), output.loss.detach(), features, self.start.random_state()
-        )
-        return outcome, towers
+        if reduces_itself(self.strategy):
+            sum_over_ranks(self._reduced)
+        kept = [(feature.detach(), bool(t.trainable)) for t in towers for feature in t.features]
+        features, trained = map(list, zip(*kept, strict=True))
+        state = self.start.random_state()
+        return Outcome(
+            self.start.gradients(), output.loss.detach(), features, trained, state
+        ), towers
 
     def plain(
         self,
@@ -117,7 +134,7 @@ class Trial:
         like: Outcome | None = None,
         rounded_as: Sequence[Tensor] = (),
     ) -> Outcome:
-        """One graph, one backward.
+        """Take a plain step; over several ranks, its gradients are summed here, by no strategy.
 
         `over_chunks`: a frozen trunk runs first and chunks repeat their draws, as in the engine.
         `like`: the loss draws the random numbers that it drew there. `rounded_as`: the loss is
@@ -127,30 +144,84 @@ class Trial:
         forget_autocast_casts()
         towers = self.towers()
         modules = [tower.module for tower in towers]
-        with (
-            self.strategy.stepping(trained_modules(towers)),
-            self.strategy.replaying(modules, finished={*modules}),
-            kernels_as_with_gradients(),
-        ):
+        # Nobody has finished: a wrapper leaves the gradients of this rank as they are.
+        with self.strategy.replaying(modules, finished=frozenset()), kernels_as_with_gradients():
             flat = [
                 self._features(tower, chunks, over_chunks)
                 for tower, chunks in zip(towers, cut, strict=True)
             ]
+            self._structures = [tower.structure for tower in towers]
             before_loss = self.start.random_state()
             if like is not None:
                 like.before_loss.restore()
-            all_features = [feature for parts in flat for feature in parts]
-            given = iter(_with_values(all_features, rounded_as) if rounded_as else all_features)
-            features = [
-                pytree.tree_unflatten([next(given) for _ in parts], tower.structure)
-                for tower, parts in zip(towers, flat, strict=True)
+            features = [feature for parts in flat for feature in parts]
+            given = _with_values(features, rounded_as) if rounded_as else features
+            loss = self._backward(features, given)
+        detached = [feature.detach() for feature in features]
+        trained = [feature.requires_grad for feature in features]
+        return Outcome(self.start.gradients(), loss, detached, trained, before_loss)
+
+    def loss(self, features: Sequence[Tensor], like: Outcome) -> Tensor:
+        """Evaluate the loss on other features, with the random numbers that it drew in `like`."""
+        self.start.restore()
+        forget_autocast_casts()
+        like.before_loss.restore()
+        return self._loss(features)
+
+    def _loss(self, features: Sequence[Tensor]) -> Tensor:
+        given = iter(features)
+        nested = [
+            pytree.tree_unflatten([next(given) for _ in range(structure.num_leaves)], structure)
+            for structure in self._structures
+        ]
+        return scalar_loss_of(self._cache.loss(*nested, **self._loss_kwargs))
+
+    def _backward(self, features: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
+        """Fill `.grad` from the loss of `given`, which have the gradients of `features`."""
+        if world_size() > 1:
+            return self._backward_over_ranks(features, given)
+        loss = self._loss(given)
+        self.start.set_aside(leaves_behind([loss]))
+        with self._autocast_off(features):
+            self.strategy.scale_loss(loss).backward()
+        return loss.detach()
+
+    def _backward_over_ranks(self, features: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
+        """Sum over the ranks what comes through features; the loss's own is complete on each."""
+        ends = [
+            value.detach().requires_grad_(feature.requires_grad)
+            for feature, value in zip(features, given, strict=True)
+        ]
+        loss = self._loss(ends)
+        own = [leaf for leaf in leaves_behind([loss]) if not any(leaf is end for end in ends)]
+        behind = list(leaves_behind(features))
+        self.start.set_aside([*own, *behind])
+        self._note_unreduced(behind)
+        with self._autocast_off(features):
+            self.strategy.scale_loss(loss).backward()
+            complete = [(leaf, leaf.grad) for leaf in self.start.leaves]
+            for leaf in self.start.leaves:
+                leaf.grad = None
+            pairs = [
+                (feature, end.grad)
+                for feature, end in zip(features, ends, strict=True)
+                if end.grad is not None
             ]
-            loss = scalar_loss_of(self._cache.loss(*features, **self._loss_kwargs))
-            self.start.set_aside(leaves_behind([loss]))
-            with autocast_off({feature.device.type for feature in all_features} | {"cpu"}):
-                self.strategy.scale_loss(loss).backward()
-        detached = [feature.detach() for feature in all_features]
-        return Outcome(self.start.gradients(), loss.detach(), detached, before_loss)
+            torch.autograd.backward([f for f, _ in pairs], [g for _, g in pairs])
+        sum_over_ranks(self._reduced)
+        for leaf, gradient in complete:
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        return loss.detach()
+
+    def _note_unreduced(self, leaves: Sequence[Tensor]) -> None:
+        """Parameters that only a function knows reach no strategy."""
+        known = {id(parameter) for parameter in self._reduced}
+        known |= {id(kept.tensor) for kept in self.start.inputs.values()}
+        self.unreduced = [leaf for leaf in leaves if id(leaf) not in known]
+
+    def _autocast_off(self, features: Sequence[Tensor]) -> AbstractContextManager[object]:
+        return autocast_off({feature.device.type for feature in features} | {"cpu"})
 
     def _features(self, tower: Tower, chunks: Sequence[Chunk], over_chunks: bool) -> list[Tensor]:
         if over_chunks:
@@ -163,13 +234,16 @@ class Trial:
                 # By number, for chunks that are views of one tensor could not be written to.
                 chunk = replace(chunk, rows=indices(chunk))
             parts.append(tower.replay(chunk))
-        features = [torch.cat(part) for part in zip(*parts, strict=True)]
-        factor = self.strategy.gradient_factor()
-        return [_times(_in_order(feature, chunks), factor) for feature in features]
+        return [_in_order(torch.cat(part), chunks) for part in zip(*parts, strict=True)]
+
+
+def reduces_itself(strategy: LocalStrategy) -> bool:
+    """Whether the caller reduces the gradients of several processes."""
+    return world_size() > 1 and strategy.reduce_myself
 
 
 def reversed_rows(cut: Cut) -> Cut:
-    """A whole batch, last row first: the same sums in another order."""
+    """The whole batch, last row first: the same sums in another order."""
     return [[Chunk(torch.arange(row_count(chunks) - 1, -1, -1))] for chunks in cut]
 
 
@@ -179,13 +253,23 @@ def reversed_chunks(cut: Cut) -> Cut:
 
 
 def indices(chunk: Chunk) -> Tensor:
-    """Rows of a chunk as numbers."""
+    """Row numbers of a chunk."""
     rows = chunk.rows
     return rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop)
 
 
+def _encoder_parameters(strategy: LocalStrategy, towers: Sequence[Tower]) -> list[nn.Parameter]:
+    """Trained parameters that a strategy reduces, in the same order on every rank."""
+    modules = trained_modules(towers)
+    if reduces_itself(strategy):
+        # Nobody else makes sure that the ranks hold the same weights.
+        AllReduceStrategy().check(modules)
+    found = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+    return list(found.values())
+
+
 def _with_small_chunks(cache: GradCache, inputs: Sequence[Any]) -> GradCache:
-    """A copy that cuts each input into several chunks and remembers no chunk size."""
+    """Copy the cache; the copy cuts each input into several chunks and records no chunk size."""
     cache._modules_for(len(inputs))
     small = copy.copy(cache)
     rows = [count_rows(given, f"input {index}") for index, given in enumerate(inputs)]
@@ -215,16 +299,9 @@ def _in_order(feature: Tensor, chunks: Sequence[Chunk]) -> Tensor:
 
 
 def _with_values(features: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-    """The values of others, and the gradients of these."""
+    """Features with the given values, whose gradients go to `features`."""
     pairs = zip(features, values, strict=True)
     return [
         feature + (value - feature.detach()) if feature.is_floating_point() else feature
         for feature, value in pairs
     ]
-
-
-def _times(feature: Tensor, factor: float) -> Tensor:
-    """The same features, whose gradient is multiplied; DDP will divide by the world size."""
-    if factor != 1 and feature.requires_grad:
-        feature.register_hook(lambda gradient: gradient * factor)
-    return feature

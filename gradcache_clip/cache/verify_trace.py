@@ -1,4 +1,4 @@
-"""One pass of a tower over a chunk, watched module by module."""
+"""Trace one pass of a tower over a chunk, module by module."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class Place:
 
 @dataclass
 class Watched:
-    """What a pass did.
+    """Trace of a pass.
 
-    Code runs between two moments, at which a module is entered or left; it belongs to the module
-    on top of the stack, whose inner modules are accounted for at moments of their own.
+    A moment is the entry to a module or its exit. Code that runs between two moments belongs to
+    the innermost module that is active.
     """
 
     moments: list[tuple[str, list[Tensor]]] = field(default_factory=list)
-    """Label and tensors of what each module was given and returned, in order."""
+    """Each module's label with the tensors that it was given or returned, in order."""
     difference: Place | None = None
-    """Whose code ran just before the first moment that was not as expected."""
+    """The module whose code ran just before the first moment that was not as expected."""
     drew: dict[str, list[Place]] = field(default_factory=lambda: {name: [] for name in GENERATORS})
-    """Whose code drew random numbers, by generator."""
+    """Modules whose code drew random numbers, by generator."""
     batch_norms: list[Place] = field(default_factory=list)
-    """Those that normalised by the rows they were given."""
+    """Batch norms that normalised by the rows they were given."""
     features: list[Tensor] = field(default_factory=list)
 
 
@@ -59,10 +59,10 @@ def watch(
     tolerance: float = 0.0,
     with_graph: bool = False,
 ) -> Watched:
-    """Run `chunk` and note what every module does.
+    """Run `chunk` and trace every module.
 
     With `expected`, a pass over the same rows or the first of them, every tensor is compared with
-    what it was there as soon as it is known, and none is kept.
+    its counterpart there at once, and none is kept.
     """
     watcher = _Watcher(tower, expected, tolerance)
     forget_autocast_casts()
@@ -80,14 +80,14 @@ def watch(
 
 
 def run(tower: Tower, chunk: Chunk) -> list[Tensor]:
-    """Features of one pass without a graph, unwatched."""
+    """Return the features of one pass without a graph or a trace."""
     forget_autocast_casts()
     with torch.no_grad(), kernels_as_with_gradients():
         return [feature.clone() for feature in tower.forward(tower.bare_module, chunk)]
 
 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Largest relative change of a row; of `after` the first rows and columns are compared."""
+    """Return the largest relative change of a row; `after` may have further rows and columns."""
     pairs = zip(before, after, strict=False)
     return max((_change(one, other) for one, other in pairs), default=0.0)
 
@@ -124,7 +124,7 @@ class _Watcher:
         yield module.register_forward_hook(leave)
 
     def note(self, place: Place, given: Any) -> None:
-        """A moment, at the end of code that belongs to `place`."""
+        """Record a moment, at the end of code that belongs to `place`."""
         generators = self._read_generators()
         for name, before, after in zip(GENERATORS, self._generators, generators, strict=True):
             if before != after and place not in self.watched.drew[name]:
@@ -165,7 +165,7 @@ def _normalises_by_batch(module: nn.Module) -> bool:
 
 
 def _eager(module: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled code would run past the hooks."""
+    """Run compiled modules eagerly: compiled code would bypass the hooks."""
     compiled = hasattr(module, "_orig_mod") or any(
         child._compiled_call_impl is not None for child in module.modules()
     )
@@ -175,7 +175,7 @@ def _eager(module: nn.Module) -> AbstractContextManager[Any]:
 def _change(one: Tensor, other: Tensor) -> float:
     other = _first_of_each_dimension(other, one.shape)
     if one.shape != other.shape or one.dtype != other.dtype:
-        # Something that has no counterpart, such as an index into all rows of a batch.
+        # No counterpart, such as an index into all rows of a batch.
         return 0.0
     if one.is_complex():
         one, other = torch.view_as_real(one), torch.view_as_real(other)
@@ -184,7 +184,7 @@ def _change(one: Tensor, other: Tensor) -> float:
         return 0.0
     if not one.is_floating_point():
         return 1.0
-    # An infinity that stayed, such as in an attention mask, has no relative change.
+    # An infinity on both sides, such as in an attention mask, has no relative change.
     stayed = same & ~one.isfinite()
     one, other = one.masked_fill(stayed, 0), other.masked_fill(stayed, 0)
     return float(relative_change(*(x if x.ndim else x[None] for x in (one, other))))

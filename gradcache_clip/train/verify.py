@@ -137,7 +137,7 @@ def _show(report: VerifyReport, origin: str, console: Console) -> None:
         style = _STYLES.get(verdict, "green")
         table.add_row(_elided(name, room), *errors, Text(verdict, style=style))
     console.print(table)
-    for line in (report.setting, *(f"- {reason}" for reason in report.reasons)):
+    for line in (report.setting, *(f"- {finding}" for finding in (*report.reasons, *report.notes))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(Text(report.headline, style="green" if report.exact else "red"), soft_wrap=True)
 
