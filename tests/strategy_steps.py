@@ -69,9 +69,9 @@ class PlainClip(nn.Module):
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def global_batch(step: int, widths: Sequence[int] = WIDTHS) -> list[Tensor]:
+def global_batch(step: int, widths: Sequence[int] = WIDTHS, rows: int = ROWS) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(ROWS, width, generator=generator, dtype=torch.float64) for width in widths]
+    return [torch.randn(rows, width, generator=generator, dtype=torch.float64) for width in widths]
 
 
 def rows_of(rank: int, batch: Sequence[Tensor]) -> list[Tensor]:

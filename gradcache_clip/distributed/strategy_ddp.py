@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack, contextmanager
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.strategy import ManyRanks
+from gradcache_clip.distributed.unreached import reach, unused_stay_none
 from gradcache_clip.distributed.wrappers import DDP, refuse_heads, refuse_wrappers, uncompiled
 
 
 class DDPStrategy(ManyRanks):
     """Encoders wrapped in DistributedDataParallel: gradients are reduced once a step.
 
-    Every replay but the last runs inside `no_sync`; the last carries a chunk of every tower, so
-    that each reducer sees all of its parameters in one backward. DDP averages over the ranks where
-    the global loss asks for the sum, so feature gradients are multiplied by the world size.
+    Every replay but the last runs inside `no_sync`; the last carries a chunk of every tower, and
+    its backward arrives at every parameter, also at those that these chunks, or this rank, do not
+    use. Any pattern of use is therefore exact, without `find_unused_parameters`; a parameter that
+    no rank uses keeps `.grad` None. DDP averages over the ranks where the global loss asks for the
+    sum, so feature gradients are multiplied by the world size.
 
     The loss must be that of the global batch, the same on every rank, and must give each rank the
     gradient of its own rows without summing over ranks, as `ClipLoss` and `gather_rows` do. With
@@ -30,6 +34,10 @@ class DDPStrategy(ManyRanks):
     """
 
     joint_ends = True
+
+    def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
+        super().__init__(grad_scaler)
+        self._finishing: list[DistributedDataParallel] = []
 
     def check(self, modules: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> None:
         """Refuse wrappers, or their absence, that would give wrong gradients or fail midway.
@@ -58,17 +66,52 @@ class DDPStrategy(ManyRanks):
     def bare(self, module: nn.Module) -> nn.Module:
         return module.module if isinstance(module, DistributedDataParallel) else module
 
+    @contextmanager
     def replaying(
         self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
-    ) -> AbstractContextManager:
-        stack = ExitStack()
-        for module in {*modules} - finished:
-            if isinstance(module, DistributedDataParallel):
-                stack.enter_context(module.no_sync())
-        return stack
+    ) -> Iterator[None]:
+        wrapped = [
+            module
+            for module in dict.fromkeys(modules)
+            if isinstance(module, DistributedDataParallel)
+        ]
+        self._finishing = [module for module in wrapped if module in finished]
+        with ExitStack() as stack:
+            for module in wrapped:
+                if module not in finished:
+                    stack.enter_context(module.no_sync())
+            yield
+
+    def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """The last one reaches what these features do not depend on, for DDP waits for it."""
+        # DDP finds out by itself what a single forward has left out, if it is told to.
+        waiting = [_reduced(ddp) for ddp in self._finishing if not ddp.find_unused_parameters]
+        waiting = [parameters for parameters in waiting if parameters]
+        if not waiting:
+            super().backward(features, gradients)
+            return
+        zeros = [reach(parameters) for parameters in waiting]
+        with unused_stay_none([p for parameters in waiting for p in parameters]):
+            super().backward(
+                [*features, *zeros], [*gradients, *(torch.zeros_like(zero) for zero in zeros)]
+            )
+
+
+def _reduced(ddp: DistributedDataParallel) -> list[nn.Parameter]:
+    """Parameters that the wrapper's reducer waits for."""
+    ignored = ddp.parameters_to_ignore
+    named = ddp.module.named_parameters()
+    return [p for name, p in named if p.requires_grad and name not in ignored]
 
 
 def _check_wrapper(ddp: DistributedDataParallel, index: int, *, shared: bool) -> None:
+    known, now = ddp._get_ddp_logging_data().get("num_parameter_tensors"), len(_reduced(ddp))
+    if known is not None and known != now:
+        raise ValueError(
+            f"encoder {index}: expected the {known} trainable parameters that "
+            f"DistributedDataParallel was given, got {now}, frozen or unfrozen since, which its "
+            "reducer does not know; freeze first and wrap afterwards"
+        )
     if ddp.static_graph or (shared and ddp.find_unused_parameters):
         setting = "static_graph" if ddp.static_graph else "find_unused_parameters"
         raise ValueError(

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import world_size
+from gradcache_clip.distributed.same_backward import same_backward
 from gradcache_clip.distributed.strategy import ManyRanks
+from gradcache_clip.distributed.unreached import without_use
 from gradcache_clip.distributed.wrappers import (
     FSDP2,
     is_kind,
@@ -24,9 +26,10 @@ from gradcache_clip.distributed.wrappers import (
 class FSDPStrategy(ManyRanks):
     """Encoders sharded by `fully_shard`: gradients are reduced once a step.
 
-    Only the last replay of an encoder reduces and scatters its gradients. Each encoder is a root
-    of its own, one root serves two inputs, or one root with `forward(tower, inputs)` serves all;
-    layers inside are sharded as usual. Embed and replay go through the same hooks, so a
+    The gradients of an encoder are reduced and scattered after its last replay, in one order on
+    every rank, and a parameter that some rank uses is reduced on all of them. Each encoder is a
+    root of its own, one root serves two inputs, or one root with `forward(tower, inputs)` serves
+    all; layers inside are sharded as usual. Embed and replay go through the same hooks, so a
     `MixedPrecisionPolicy` acts on both. With 16-bit `param_dtype` give it
     `reduce_dtype=torch.float32`: gradients of the chunks are then added up in 32 bits as well.
 
@@ -38,7 +41,9 @@ class FSDPStrategy(ManyRanks):
     last replay, in `param_dtype`: add their bytes.
 
     The loss must be that of the global batch on every rank, as for `DDPStrategy`. All ranks must
-    cut their rows into as many chunks, and `chunk_size="auto"` is refused.
+    cut their rows into as many chunks, and `chunk_size="auto"` is refused. They must also run the
+    same sharded modules in each chunk, because a forward gathers: where rows decide (a tower that
+    runs only for chunks with images) take `keep_gathered`, which gathers beforehand.
 
     Args:
         grad_scaler: scales the loss.
@@ -75,10 +80,10 @@ class FSDPStrategy(ManyRanks):
         before = [_resharding(part) for part in parts] if self.keep_gathered else []
         try:
             if self.keep_gathered:
-                for part in parts:
-                    part.set_reshard_after_forward(False, recurse=False)
-                    part.set_reshard_after_backward(False, recurse=False)
-            yield
+                _gather(_roots(modules), parts)
+            # Parts that stay gathered have nothing to do in the backward.
+            with same_backward(_roots(modules), [] if self.keep_gathered else parts):
+                yield
         except BaseException:
             _forget_gradients(parts)
             raise
@@ -94,15 +99,67 @@ class FSDPStrategy(ManyRanks):
     def replaying(
         self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
     ) -> Iterator[None]:
-        for module in modules:
-            last = module in finished
-            root: Any = uncompiled(module)
-            if is_kind(root, FSDP2):
-                root.set_requires_gradient_sync(last)
-                root.set_is_last_backward(last)
-                if self.keep_gathered:
-                    root.set_reshard_after_backward(last)
+        roots = _roots(modules)
+        for root in roots:
+            root.set_requires_gradient_sync(False)
+            root.set_is_last_backward(False)
         yield
+        last = {uncompiled(module) for module in finished}
+        for root in roots:
+            if root in last:
+                _reduce(root, reshard=self.keep_gathered)
+
+
+def _roots(modules: Iterable[nn.Module]) -> list[Any]:
+    """Encoders that are sharded, each once."""
+    roots = dict.fromkeys(uncompiled(module) for module in modules)
+    return [root for root in roots if is_kind(root, FSDP2)]
+
+
+def _gather(roots: Iterable[Any], parts: Iterable[Any]) -> None:
+    """All parameters, in one order on every rank, until the end of the step."""
+    for root in roots:
+        # Otherwise a part that gathers first would take itself for a root.
+        root._get_fsdp_state()._lazy_init()
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_backward(False, recurse=False)
+        part.unshard()
+
+
+def _reduce(root: Any, *, reshard: bool) -> None:
+    """Reduce and scatter what all replays have added up, in one order on every rank.
+
+    Inside of a backward the order would follow the graph, and parameters that a rank has not
+    reached would be left out on that rank alone.
+    """
+    groups = [group for part in _sharded_parts([root]) for group in _groups(part)]
+    trained = [p for group in groups for p in group.fsdp_params if p.sharded_param.requires_grad]
+    missing = {id(p.sharded_param) for p in trained if not _has_gradient(p)}
+    sharded = [p.sharded_param for p in trained]
+    nobody = {id(parameter) for parameter in without_use(sharded, missing)}
+    root.set_requires_gradient_sync(True)
+    root.set_is_last_backward(True)
+    if reshard:
+        root.set_reshard_after_backward(True)
+    for group in reversed(groups):
+        for parameter in group.fsdp_params:
+            if id(parameter.sharded_param) in missing - nobody:
+                parameter.unsharded_accumulated_grad = _zeros(parameter)
+        group.post_backward()
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def _has_gradient(parameter: Any) -> bool:
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (
+        unsharded is not None and unsharded.grad is not None
+    )
+
+
+def _zeros(parameter: Any) -> Tensor:
+    unsharded = parameter._unsharded_param
+    return torch.zeros_like(unsharded, dtype=parameter.reduce_dtype or unsharded.dtype)
 
 
 def _sharded_parts(modules: Iterable[nn.Module]) -> list[Any]:
