@@ -26,6 +26,9 @@ Features = dict[str, Any]
 """A column as the model takes it: token ids and whatever else its tokenizer returned."""
 
 
+_TOKENS = {"attention_mask", "input_ids", "token_type_ids", "position_ids", "inputs_embeds"}
+
+
 class CachedMultipleNegativesRankingLoss(nn.Module):
     """In place of sentence-transformers' loss of this name: the same gradients, sooner.
 
@@ -152,7 +155,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         return loss
 
     def _sorting(self, features: Features) -> ByLength | None:
-        """By length where rows are padded on the right, or none of them is."""
+        """By length where rows of tokens, and of nothing else, are padded on the right."""
         if not _padded_on_the_right(features):
             checks.check_no_tokens(self.mini_batch_num_tokens)
             return None
@@ -161,7 +164,8 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
     def _strategy(self) -> LocalStrategy:
         checks.check_place(self.model, gathers=self.gather_across_devices)
         wrapped = isinstance(self.model, DistributedDataParallel)
-        return DDPStrategy() if wrapped else LocalStrategy()
+        # Several processes without a wrapper only evaluate: there is nothing to reduce.
+        return DDPStrategy() if wrapped else LocalStrategy(reduce_myself=True)
 
     @property
     def calculate_loss(self) -> Callable[..., Tensor]:
@@ -226,8 +230,12 @@ def _merged(columns: list[Features]) -> list[Features]:
 
 
 def _padded_on_the_right(features: Features) -> bool:
+    """Whether tokens are, and nothing else has as many columns, which must not be trimmed."""
     mask = features.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return False
+    wide = (name for name, x in features.items() if isinstance(x, Tensor) and x.ndim > 1)
+    if any(features[name].shape[1] == mask.shape[1] for name in {*wide} - _TOKENS):
         return False
     kept = mask != 0
     return not bool((kept[:, 1:] & ~kept[:, :-1]).any())

@@ -130,8 +130,9 @@ def check_no_tokens(mini_batch_num_tokens: int | None) -> None:
     """Raise where chunks are to be cut by tokens and rows cannot be sorted by length."""
     if mini_batch_num_tokens is not None:
         raise ValueError(
-            f"mini_batch_num_tokens: expected None for rows that are not padded on the right, got "
-            f"{mini_batch_num_tokens}; use padding_side='right', or cut by mini_batch_size"
+            "mini_batch_num_tokens: expected rows of tokens padded on the right, and no other "
+            f"tensor as wide, got others under {mini_batch_num_tokens}; use padding_side='right', "
+            "or cut by mini_batch_size"
         )
 
 
