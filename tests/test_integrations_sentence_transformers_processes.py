@@ -88,6 +88,24 @@ def refusals(folder: Path) -> None:
         CachedMultipleNegativesRankingLoss(model, gather_across_devices=True)(features)
 
 
+def columns_tokenized_apart(folder: Path) -> None:
+    """They are embedded one by one: a wrapper that looks for unused parameters is refused."""
+    place = Place.in_group(None)
+    ours, alone = (tiny_model(folder).double() for _ in range(2))
+    whole = tokenized(ours, 2, 6 * place.world)
+    whole[0]["prompt_length"] = 1
+    share = [share_of(place, features) for features in whole]
+    loss = CachedMultipleNegativesRankingLoss(ours, mini_batch_size=4, gather_across_devices=True)
+    ddp = DistributedDataParallel(ours, find_unused_parameters=True)
+    with pytest.raises(ValueError, match="; pass ddp_find_unused_parameters=False"):
+        gradients(wrapped(loss, ddp), share)
+    # The pooler is not used; that is found without asking the wrapper to look for it.
+    gradients(wrapped(loss, DistributedDataParallel(ours)), share)
+    gradients(theirs.MultipleNegativesRankingLoss(alone), whole)
+    name, error = worst_error(ours, alone)
+    assert error < 1e-9, f"{name}: {error:.1e}"
+
+
 def evaluation(folder: Path) -> None:
     """Without gradients no wrapper is asked for."""
     place, model = Place.in_group(None), tiny_model(folder)
@@ -106,6 +124,7 @@ def in_two(folder: Path) -> Iterator[tuple[str, Check]]:
             yield f"{name}, find_unused_parameters={unused}", check
         yield f"{name}, several widths", partial(widths_over_ranks, folder, options)
     yield "refusals", partial(refusals, folder)
+    yield "columns tokenized apart", partial(columns_tokenized_apart, folder)
     yield "evaluation", partial(evaluation, folder)
 
 

@@ -139,7 +139,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
             get_features=checks.sentence_embedding,
             sort_by_length=[self._sorting(features) for features in given],
             memory_budget=self.memory_budget,
-            strategy=self._strategy(),
+            strategy=self._strategy(len(given)),
             replay_check=self.replay_check,
         )
         loss: Tensor = deferred_step(cache, *({"input": features} for features in given)).loss
@@ -161,8 +161,9 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
             return None
         return ByLength(max_tokens=self.mini_batch_num_tokens)
 
-    def _strategy(self) -> LocalStrategy:
+    def _strategy(self, inputs: int) -> LocalStrategy:
         checks.check_place(self.model, gathers=self.gather_across_devices)
+        checks.check_wrapper(self.model, inputs)
         wrapped = isinstance(self.model, DistributedDataParallel)
         # Several processes without a wrapper only evaluate: there is nothing to reduce.
         return DDPStrategy() if wrapped else LocalStrategy(reduce_myself=True)

@@ -178,6 +178,23 @@ def check_place(model: nn.Module, *, gathers: bool) -> None:
         )
 
 
+def check_wrapper(model: nn.Module, inputs: int) -> None:
+    """Raise for settings of DDP that allow one forward a step, in the trainer's arguments."""
+    if not isinstance(model, DistributedDataParallel):
+        return
+    if model.static_graph:
+        raise ValueError(
+            "ddp_static_graph: expected False, got True, which counts on one forward a step; "
+            "leave it out"
+        )
+    if inputs > 1 and model.find_unused_parameters:
+        raise ValueError(
+            "ddp_find_unused_parameters: expected False where columns are embedded one by one, "
+            "being tokenized in different ways or padded on the left, got True; pass "
+            "ddp_find_unused_parameters=False, under which unused parameters are found all the same"
+        )
+
+
 def sentence_embedding(output: Any) -> Tensor:
     """The pooled output of a model; `get_features` of the cache."""
     pooled = output.get("sentence_embedding") if isinstance(output, Mapping) else None
