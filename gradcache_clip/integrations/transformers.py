@@ -45,6 +45,7 @@ _OWN_NAMES = {
     "such as a method of the model with last_hidden_state[:, 0] for a BERT",
     "extract them with get_features": "let the encoder that towers returns return them",
     "give get_features a function that returns": "let the encoder that towers returns return",
+    "pass strategy=DDPStrategy()": "give the Trainer the model itself",
 }
 """What errors of the engine name that is no argument here."""
 
