@@ -104,10 +104,10 @@ def right(loss: Any, **options: Any) -> None:
     assert {row.verdict for row in report.rows} <= {EXACT, ROUNDING}
 
 
-def wrong(loss: Any, said: str, headline: str = "not exact: loss", **options: Any) -> None:
+def wrong(loss: Any, said: str, headline: str = WRONG_LOSS, **options: Any) -> None:
     report = report_of(loss, **options)
     assert not report.exact and said in report.reasons[0], str(report)
-    assert report.headline.startswith(headline), report.headline
+    assert report.headline.startswith(f"not exact: {headline}"), report.headline
 
 
 def noted(loss: Any, said: str) -> None:
@@ -157,7 +157,7 @@ def a_head_that_only_a_function_knows() -> None:
     head = nn.Linear(8, 8).double()
     said = "expected a parameter of a module, got one that only a function knows"
     heads = [lambda x: head(x), None]
-    wrong(gathered, said, "not exact: 2 of 16 gradients differ", get_features=heads)
+    wrong(gathered, said, "2 of 16 gradients differ", get_features=heads)
 
 
 def a_strategy_that_reduces_wrongly() -> None:
@@ -172,6 +172,26 @@ def a_strategy_that_reduces_wrongly() -> None:
     with mock.patch.object(strategy_all_reduce, "_average", twice):
         report = report_of(gathered)
     assert not report.exact and {row.verdict for row in report.rows} == {DIFFERS}
+
+
+def inputs_with_gradients() -> None:
+    """Those of a rank's own rows; nobody sums them."""
+    encoders, strategy = two_towers(), LocalStrategy(reduce_myself=True)
+    cache = GradCache([e.double() for e in encoders], ClipLoss().double(), strategy=strategy)
+    images, texts = rows_of(dist.get_rank(), global_batch(0))
+    report = verify(cache, images.requires_grad_(), texts)
+    assert report.exact and "input 0" in {row.name for row in report.rows}, str(report)
+
+
+def a_nan_on_one_rank() -> None:
+    images, texts = rows_of(dist.get_rank(), global_batch(0))
+    if dist.get_rank() == 1:
+        images[0] = float("nan")
+    cache = GradCache(
+        [encoder.double() for encoder in two_towers()], gathered, strategy=AllReduceStrategy()
+    )
+    with pytest.raises(ValueError, match="expected a finite gradient of the one-shot step"):
+        verify(cache, images, texts)
 
 
 def a_hook_that_steps() -> None:
@@ -205,6 +225,8 @@ def suite() -> Iterator[tuple[str, Check]]:
         weights_that_differ,
         a_head_that_only_a_function_knows,
         a_strategy_that_reduces_wrongly,
+        a_nan_on_one_rank,
+        inputs_with_gradients,
         a_hook_that_steps,
     ):
         yield check.__name__, check

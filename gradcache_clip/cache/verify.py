@@ -13,7 +13,7 @@ from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.settings import refuse_cached_parametrizations
 from gradcache_clip.cache.verify_gap import RELATIVE_ROUNDING, Gap, all_allowed, gap
 from gradcache_clip.cache.verify_loss import loss_over_ranks, unreduced
-from gradcache_clip.cache.verify_ranks import on_any_rank
+from gradcache_clip.cache.verify_ranks import of_all_ranks, on_any_rank
 from gradcache_clip.cache.verify_reasons import (
     BACKWARD,
     IN_PLACE,
@@ -115,7 +115,7 @@ class _Verification:
     def report(self) -> VerifyReport:
         trial, one_shot_loss = self._trial, float(self._plain.loss)
         over_ranks = loss_over_ranks(trial, self._plain, self._precision)
-        failure = over_ranks.failure or unreduced(trial)
+        failures = [*over_ranks.reasons, *unreduced(trial)]
         whole = self._gaps(self._plain, reversed_rows(trial.cut), self._rounding)
         del self._plain
         chunks = [tower.chunks for tower in self._towers]
@@ -125,22 +125,22 @@ class _Verification:
         chunked = trial.plain(chunks, over_chunks=True)
         same = self._gaps(chunked, reversed_chunks(chunks), rounding, over_chunks=True)
         del chunked
-        reasons = self._reasons(whole, same, explained=bool(failure))
+        reasons = self._reasons(whole, same, explained=bool(failures))
         kinds = {reason.kind for reason in reasons}
         only_random = kinds == {RANDOM}
         otherwise = SAME_DRAWS if only_random else SAME_CHUNKS
         rows = [self._row(key, whole[key], same[key], otherwise) for key in self._leaves]
         return VerifyReport(
             rows=tuple(sorted(rows, key=_severity, reverse=True)),
-            exact=not failure and all_allowed(same) and (all_allowed(whole) or only_random),
-            reasons=[failure] * bool(failure) + [reason.text for reason in reasons],
+            exact=not failures and all_allowed(same) and (all_allowed(whole) or only_random),
+            reasons=[reason.text for reason in (*failures, *reasons)],
             loss=float(self._cached.loss),
             one_shot_loss=one_shot_loss,
             batch_size=row_count(trial.cut[0]),
             chunk_sizes=tuple(max(map(len, chunks)) for chunks in trial.cut),
             precision=str(self._precision).removeprefix("torch."),
             tolerance=self._rounding,
-            failure=failure.partition(":")[0],
+            failure=failures[0].kind if failures else "",
             notes=[over_ranks.note] * bool(over_ranks.note),
             summed_over=world_size() if reduces_itself(trial.strategy) else 1,
         )
@@ -215,14 +215,14 @@ class _Verification:
         )
 
     def _refuse_infinite_gradients(self) -> None:
-        for key, (name, _) in self._leaves.items():
-            gradient = self._plain.gradients[key]
-            if gradient is not None and not bool(gradient.isfinite().all()):
-                raise ValueError(
-                    f"{name}: expected a finite gradient of the one-shot step, got NaN or "
-                    "infinity, which cannot be compared; look at the inputs and the weights, and "
-                    "lower the scale of a grad_scaler"
-                )
+        found = (self._leaves[k][0] for k, g in self._plain.gradients.items() if not _finite(g))
+        # Ranks raise together: one that stopped alone would leave the others waiting.
+        if names := list(filter(None, of_all_ranks(next(found, None)))):
+            raise ValueError(
+                f"{names[0]}: expected a finite gradient of the one-shot step, got NaN or "
+                "infinity, which cannot be compared; look at the inputs and the weights, and "
+                "lower the scale of a grad_scaler"
+            )
 
     def _coarsest_dtype(self) -> torch.dtype:
         """The coarsest of features, trained tensors and autocast."""
@@ -237,6 +237,10 @@ class _Verification:
 def _severity(row: VerifyRow) -> tuple[int, float]:
     error = row.same_chunks_error if row.verdict in (DIFFERS, SAME_DRAWS) else row.error
     return (EXACT, SAME_DRAWS, ROUNDING, SAME_CHUNKS, DIFFERS).index(row.verdict), error
+
+
+def _finite(gradient: Tensor | None) -> bool:
+    return gradient is None or bool(gradient.isfinite().all())
 
 
 def _has_hook(leaf: Tensor) -> bool:

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from gradcache_clip.cache.verify_gap import RELATIVE_ROUNDING, wide
 from gradcache_clip.cache.verify_ranks import of_all_ranks, on_any_rank
+from gradcache_clip.cache.verify_reasons import Reason
 from gradcache_clip.cache.verify_steps import Outcome, Trial
 from gradcache_clip.distributed.collectives import world_size
 
+WRONG_LOSS = "the loss is not that of the global batch"
+UNREDUCED = "a parameter that only a function knows is not reduced over ranks"
 _REMEDY = "let every rank compute the loss of all rows, with ClipLoss or gather_rows"
 
 _LARGEST_MOVE = 0.1
@@ -42,10 +45,14 @@ _COARSE_PROBE = _Probe(0.1, 0.25, 0.1)
 
 
 class LossFindings(NamedTuple):
-    """Why gradients are not those of the global batch, and what a person should look at."""
+    """Why the loss is not that of the global batch, or what a person should look at."""
 
     failure: str = ""
     note: str = ""
+
+    @property
+    def reasons(self) -> list[Reason]:
+        return [Reason(WRONG_LOSS, self.failure)] if self.failure else []
 
 
 def loss_over_ranks(trial: Trial, plain: Outcome, precision: torch.dtype) -> LossFindings:
@@ -169,14 +176,17 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def unreduced(trial: Trial) -> str:
-    """Say which parameters of functions no strategy reduces; every rank must call this."""
+def unreduced(trial: Trial) -> list[Reason]:
+    """Report parameters of functions, which no strategy reduces; every rank must call this."""
     names = trial.named_leaves()
     found = [names[id(leaf)][0] for leaf in trial.unreduced]
     if not on_any_rank(bool(found)):
-        return ""
-    return (
-        f"{found[0] if found else 'a tensor of a function on another rank'}: expected a parameter "
-        "of a module, got one that only a function knows, whose gradients are not reduced over "
-        "ranks; pass the module itself as get_features, or put it into the encoder"
-    )
+        return []
+    name = found[0] if found else "a tensor of a function on another rank"
+    return [
+        Reason(
+            UNREDUCED,
+            f"{name}: expected a parameter of a module, got one that only a function knows; pass "
+            "the module itself as get_features, or put it into the encoder",
+        )
+    ]

@@ -63,8 +63,8 @@ class VerifyReport:
     tolerance: float
     """Relative error against the one-shot step that rounding explains in any case."""
     failure: str = ""
-    """Why the step is not exact although its gradients may equal the plain step's, in a few words;
-    a reason tells more."""
+    """Why the step is not exact even where its gradients equal the plain step's, for the headline;
+    the first reason tells more."""
     notes: list[str] = field(default_factory=list)
     """Findings that make no difference, such as hooks that run once."""
     summed_over: int = 1

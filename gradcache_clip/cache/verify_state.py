@@ -104,8 +104,8 @@ class _Attributes:
         self._module = module
         self._names = set(vars(module))
         self._buffers, self._parameters = dict(module._buffers), dict(module._parameters)
-        frozen = ((k, p) for k, p in self._parameters.items() if p is not None)
-        self._versions = {k: p._version for k, p in frozen if not p.requires_grad}
+        frozen = [(k, p) for k, p in self._parameters.items() if p is not None]
+        self._frozen = {k: (p, p._version) for k, p in frozen if not p.requires_grad}
         self._plain = {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN)}
         named = [*self._buffers.items(), *self._plain.items()]
         self._tensors = {name: Kept(v) for name, v in named if isinstance(v, Tensor)}
@@ -128,9 +128,7 @@ class _Attributes:
         before = {**self._plain, **self._buffers}
         written = {name for name, kept in self._tensors.items() if kept.changed}
         replaced = {name for name, value in before.items() if not _same(now.get(name), value)}
-        frozen = {
-            k for k, version in self._versions.items() if self._parameters[k]._version != version
-        }
+        frozen = {name for name, (p, version) in self._frozen.items() if p._version != version}
         return sorted(written | replaced | frozen | set(vars(self._module)) - self._names)
 
 
