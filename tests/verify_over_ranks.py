@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradcache_clip import ClipLoss, GradCache, verify
 from gradcache_clip.cache import VerifyReport
+from gradcache_clip.cache.verify_loss import WRONG_LOSS
 from gradcache_clip.cache.verify_report import DIFFERS, EXACT, ROUNDING
 from gradcache_clip.distributed import (
     AllReduceStrategy,
