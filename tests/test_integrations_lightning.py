@@ -270,6 +270,17 @@ def refused_on_each_rank(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def validated_on_each_rank(folder: Path) -> dict[str, Any]:
+    """Lightning wraps nothing for this, and nothing needs to be reduced."""
+    sampler = DistributedSampler(pairs(BATCH), shuffle=False)
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "devices": 2}
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer = Trainer(strategy=strategy, use_distributed_sampler=False, **settings)
+    data = DataLoader(pairs(BATCH), BATCH // 2, sampler=sampler)
+    (found,) = trainer.validate(Validated(), data, verbose=False)
+    return {"val_loss": found["val_loss"]}
+
+
 RUNS = {
     "plain": {},
     "accumulated": {"accumulate_grad_batches": 2},
@@ -283,8 +294,12 @@ def test_two_processes_equal_one(tmp_path: Path):
     """The reduction is that of the cache, once for each batch; DDP has none of its own."""
     cases = {name: functools.partial(on_each_rank, tmp_path, more) for name, more in RUNS.items()}
     cases["refused"] = functools.partial(refused_on_each_rank, tmp_path)
+    cases["validated"] = functools.partial(validated_on_each_rank, tmp_path)
     results = run_cases(cases, 2, tmp_path)
     result_of(results, "refused")
+    (batch,) = loader(BATCH)
+    whole = Pairs(cached=False).output(batch).loss.item()
+    assert result_of(results, "validated")["val_loss"] == pytest.approx(whole, rel=1e-5)
     for name, more in RUNS.items():
         found, batches = result_of(results, name), more.get("accumulate_grad_batches", 1)
         assert (found["world"], found["by_ddp"]) == (2, 0)
