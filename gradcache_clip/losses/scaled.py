@@ -66,14 +66,16 @@ class ScaledLoss(nn.Module):
         """The multiplier of the similarity, with its graph."""
         return self.log_logit_scale.exp()
 
-    def _bounded_scale(self, given: Tensor | None) -> Tensor:
-        """The caller's own scale, or the module's within its bound."""
+    def _bounded_scale(self, given: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The caller's own scale, or the module's within its bound, as precise as `dtype`."""
         if given is not None:
             return given
         # On the parameter itself: clamping the value would leave it without gradient at the bound.
         with torch.no_grad():
             self.log_logit_scale.clamp_(max=self.max_log_logit_scale)
-        return self.logit_scale
+        # Features in fp64 are not to meet an exponential that was rounded to fp32.
+        wide = torch.promote_types(self.log_logit_scale.dtype, dtype)
+        return self.log_logit_scale.to(wide).exp()
 
     @property
     def ranks(self) -> Ranks:
@@ -87,7 +89,7 @@ class ScaledLoss(nn.Module):
     def _scale_for(self, given: Tensor | None, *features: Tensor) -> Tensor:
         """The scale as a tensor in the dtype of these features' logits."""
         dtype = reduce(torch.promote_types, (each.dtype for each in features))
-        scale = self._bounded_scale(given)
+        scale = self._bounded_scale(given, dtype)
         return scalar_tensor("logit_scale", scale, features[0].device, dtype)
 
     def extra_repr(self) -> str:

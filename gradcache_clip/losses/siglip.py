@@ -100,7 +100,9 @@ class SigLipLoss(ScaledLoss):
         result = sigmoid_over_ranks(
             self._unit(image_features),
             self._unit(text_features),
-            self._bounded_scale(logit_scale),
+            self._bounded_scale(
+                logit_scale, torch.promote_types(image_features.dtype, text_features.dtype)
+            ),
             self.logit_bias if logit_bias is None else logit_bias,
             label_pair,
             self.impl,
