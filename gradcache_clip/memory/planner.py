@@ -44,6 +44,7 @@ def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) ->
     Raises:
         ValueError: an unknown model or card (with the nearest names), or options that contradict
             each other or the card.
+        TypeError: models that are no names.
 
     Example:
         >>> options = PlanOptions(batch_size=4096, chunk_size=32, image_size=32)
@@ -52,6 +53,13 @@ def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) ->
         (True, True)
     """
     started, options = time.perf_counter(), options or PlanOptions()
+    for which, name in (("image", image), ("text", text)):
+        if not isinstance(name, str):
+            raise TypeError(
+                f"{which}: expected the name of a model, got {type(name).__name__}; count a step "
+                "of your own modules with gradcache_clip.memory.count_cached_step(encoders, loss, "
+                "example_inputs, ...)"
+            )
     model, sizes = named_pair(
         image,
         text,
