@@ -339,7 +339,8 @@ def test_sorted_rows_and_out_of_memory_after_the_measurement(clock):
     (texts, other, loss), truth = twins(Texts(), mlp(6), ClipLoss())
     mask = (torch.arange(5) < torch.randint(1, 6, (ROWS, 1))).long()
     inputs = {"x": torch.randn(ROWS, 5, 12), "attention_mask": mask}, batch()[1]
-    cache = GradCache([texts, other], loss, chunk_size="auto", sort_by_length=[ByLength(), None])
+    sorting = [ByLength(columns=["x"]), None]
+    cache = GradCache([texts, other], loss, chunk_size="auto", sort_by_length=sorting)
     cache(*inputs)
     assert cache.chunk_size == (ROWS, ROWS)
     texts.counted.fits = 12

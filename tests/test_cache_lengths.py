@@ -431,9 +431,8 @@ def test_an_input_that_is_a_leaf_gets_its_gradient_in_the_order_of_the_caller():
     (pooled, other, loss), truth = twins(Pooled(), nn.Linear(5, 8), ClipLoss())
     others = same_order(5)
     tokens = {"hidden": hidden, "attention_mask": mask}
-    GradCache([pooled, other], loss, chunk_size=2, sort_by_length=[ByLength(), None])(
-        tokens, others
-    )
+    by_length = ByLength(columns=["hidden"])
+    GradCache([pooled, other], loss, chunk_size=2, sort_by_length=[by_length, None])(tokens, others)
     value = truth[2](truth[0](**tokens), truth[1](others)).loss
     torch.testing.assert_close(hidden.grad, torch.autograd.grad(value, hidden)[0])
 

@@ -642,9 +642,8 @@ def normed(**options: Any) -> nn.Module:
 ALIKE = [3, 3, 3, 2]
 EMBEDS = {
     "nothing random": (lambda: mlp(12), 6, [3, 6, 2], ALIKE),
-    "all but the first": (lambda: mlp(12), 100, [3, 8], ALIKE),
-    "less than two chunks": (lambda: mlp(12), 5, ALIKE, ALIKE),
-    "less than a chunk": (lambda: mlp(12), 1, ALIKE, ALIKE),
+    "all but the first": (lambda: mlp(12), 99, [3, 8], ALIKE),
+    "one chunk": (lambda: mlp(12), 3, ALIKE, ALIKE),
     "dropout": (lambda: mlp(12, dropout=0.3), 6, ALIKE, ALIKE),
     "draws for some": (DrawsForSome, 6, [3, 6, 2], [3, 6, 2]),
     "batch norm, train": (normed, 6, ALIKE, ALIKE),

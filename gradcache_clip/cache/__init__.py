@@ -3,6 +3,7 @@
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.lengths import ByLength
+from gradcache_clip.cache.nested import Shared
 from gradcache_clip.cache.replay_check import ReplayMismatchError
 from gradcache_clip.cache.trunk import FrozenTrunk
 from gradcache_clip.cache.verify import verify
@@ -13,6 +14,7 @@ __all__ = [
     "FrozenTrunk",
     "GradCache",
     "ReplayMismatchError",
+    "Shared",
     "VerifyReport",
     "VerifyRow",
     "deferred_step",

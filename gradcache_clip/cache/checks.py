@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.cache.tower import Tower
-from gradcache_clip.distributed.strategies import LocalStrategy, innermost
-
-
-def checked_encoders(encoders: Any) -> nn.Module | tuple[nn.Module, ...]:
-    if isinstance(encoders, nn.Module) and not isinstance(encoders, nn.ModuleList):
-        names = list(inspect.signature(innermost(encoders).forward).parameters)
-        if names[:1] == ["tower"]:
-            return encoders
-        raise ValueError(
-            f"encoders: expected a sequence of modules or one module with forward(tower, inputs), "
-            f"got {type(encoders).__name__} with forward({', '.join(names)}); write "
-            "(encoder, encoder) to use one module for two inputs"
-        )
-    modules = tuple(encoders)
-    for index, module in enumerate(modules):
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"encoders: expected torch.nn.Module, got {type(module).__name__} at {index}; wrap "
-                "a function into a module so that its parameters can be found"
-            )
-    if not modules:
-        raise ValueError("encoders: expected at least one module, got none")
-    return modules
-
-
-def checked_chunk_size(
-    chunk_size: int | Sequence[int], name: str = "chunk_size"
-) -> int | tuple[int, ...]:
-    several = isinstance(chunk_size, (list, tuple))
-    sizes = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,)
-    if not sizes or not all(_is_positive_integer(size) for size in sizes):
-        raise ValueError(
-            f"{name}: expected a positive integer, or one for each input, got {chunk_size!r}; "
-            f'take the largest that fits in memory, such as {name}=64, or chunk_size="auto"'
-        )
-    integers = tuple(int(size) for size in sizes)
-    return integers if several else integers[0]
-
-
-def _is_positive_integer(size: Any) -> bool:
-    return isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0
+from gradcache_clip.distributed.strategies import LocalStrategy
 
 
 def one_for_each(given: Any, count: int, name: str) -> list[Any]:
@@ -62,16 +19,6 @@ def one_for_each(given: Any, count: int, name: str) -> list[Any]:
     if len(given) != count:
         raise ValueError(f"{name}: expected one for each of {count} inputs, got {len(given)}")
     return list(given)
-
-
-def checked_sorting(given: Any) -> Any:
-    each = given if isinstance(given, (list, tuple)) else [given]
-    if not all(sorting is None or isinstance(sorting, ByLength) for sorting in each):
-        raise TypeError(
-            f"sort_by_length: expected ByLength() or None, or one for each input, got {given!r}; "
-            "such as sort_by_length=[None, ByLength()]"
-        )
-    return given
 
 
 def one_of(name: str, given: str, choices: tuple[str, ...]) -> str:
@@ -113,10 +60,11 @@ def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
     All ranks raise together: one that stopped alone would leave the others waiting for it.
     """
     flags = [
-        feature.isfinite().all()
+        # The extremes, which pass NaN on, cost one pass and no mask.
+        torch.stack(feature.aminmax()).isfinite().all()
         for tower in towers
         for feature in tower.features
-        if feature.is_floating_point()
+        if feature.is_floating_point() and feature.numel()
     ]
     if not flags:
         return
@@ -138,14 +86,30 @@ def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
 
 
 def check_inputs(towers: Sequence[Tower]) -> None:
-    """The graph of a computed input would be freed by the first of several replays."""
+    """Tensors without values, or none for a backward; graphs that the first replay would free."""
     for tower in towers:
+        _check_tensors(tower)
         computed = any(t.requires_grad and not t.is_leaf for t in tensors_in(tower.inputs))
         if computed and len(tower.chunks) > 1:
             raise ValueError(
                 f"{tower.name}: expected inputs that are leaves, got a tensor with a graph; put "
                 "the module that computed it into the encoder, or pass "
                 "x.detach().requires_grad_() and call x.backward() with its .grad afterwards"
+            )
+
+
+def _check_tensors(tower: Tower) -> None:
+    replayed = tower.trainable and tower.trunk is None and not torch.is_inference_mode_enabled()
+    for tensor in tensors_in(tower.inputs):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{tower.name}: expected inputs with values, got a tensor on the meta device; pass "
+                "data, or plan memory with gradcache_clip.memory.count_cached_step"
+            )
+        if replayed and tensor.is_inference():
+            raise ValueError(
+                f"{tower.name}: expected inputs that a backward can use, got a tensor made inside "
+                "torch.inference_mode(); pass x.clone(), or make it inside torch.no_grad()"
             )
 
 

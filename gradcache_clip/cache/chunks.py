@@ -20,13 +20,16 @@ class Chunk:
     """A range of the batch, or (after sorting) the indices of its rows."""
     trim: tuple[int, int] | None = None
     """(full, kept): tokens of a row, and how many of them this chunk needs; None keeps all."""
+    trimmed: frozenset[int] = frozenset()
+    """By id, the tensors of the batch of which it keeps only that many columns."""
     random_state: RandomState | None = None
     """The generators before its embed, if it drew from them and will be replayed."""
     graph: list[Tensor] | None = None
     """Its features with their graph, if that was retained: then it is never replayed."""
 
     def __len__(self) -> int:
-        return len(self.rows) if isinstance(self.rows, Tensor) else self.rows.stop - self.rows.start
+        rows = self.rows
+        return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
     @property
     def size(self) -> int:
@@ -54,8 +57,9 @@ def merged(chunks: Sequence[Chunk]) -> Chunk:
     trims = [chunk.trim for chunk in chunks if chunk.trim is not None]
     trim = max(trims) if len(trims) == len(chunks) else None
     if isinstance(first.rows, slice) and isinstance(last.rows, slice):
-        return Chunk(slice(first.rows.start, last.rows.stop), trim)
-    return Chunk(torch.cat([c.rows for c in chunks if isinstance(c.rows, Tensor)]), trim)
+        return Chunk(slice(first.rows.start, last.rows.stop), trim, first.trimmed)
+    rows = torch.cat([chunk.rows for chunk in chunks if isinstance(chunk.rows, Tensor)])
+    return Chunk(rows, trim, first.trimmed)
 
 
 def row_count(chunks: Sequence[Chunk]) -> int:

@@ -6,25 +6,33 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
 
+from gradcache_clip.cache.arguments import (
+    checked_chunk_size,
+    checked_embed_chunk_size,
+    checked_encoders,
+    checked_get_features,
+    checked_loss,
+    checked_sorting,
+    checked_strategy,
+    names_checked,
+    refuse_keywords,
+)
 from gradcache_clip.cache.auto_chunk import ChunkRecord, measured_chunk_size, record_key
 from gradcache_clip.cache.checks import (
     check_inputs,
     check_plain_backward,
     check_strategy,
-    checked_chunk_size,
-    checked_encoders,
-    checked_sorting,
     one_for_each,
     one_of,
 )
-from gradcache_clip.cache.chunks import Chunk, even_chunks, row_count
+from gradcache_clip.cache.chunks import Chunk, row_count
+from gradcache_clip.cache.cutting import cut_all
 from gradcache_clip.cache.lengths import ByLength
-from gradcache_clip.cache.nested import count_rows
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
 from gradcache_clip.cache.replay_check import (
     ON_ANOTHER_RANK,
@@ -56,7 +64,7 @@ class GradCache:
         encoders: one module for each input (the same module may stand several times), or one
             module with `forward(tower, inputs)`, called with the index of the input. A mapping
             is passed to an encoder as keyword arguments, a tuple as positional ones, anything
-            else as one argument.
+            else as one argument. What every chunk needs whole is passed as `Shared(x)`.
         loss: called with the features of each input, (B, D) tensors or what `get_features`
             returns for all rows; returns a scalar tensor or an object whose `.loss` is one.
         chunk_size: rows that go through an encoder at once, for all inputs or one for each; "auto"
@@ -93,6 +101,7 @@ class GradCache:
         torch.Size([4, 8])
     """
 
+    @names_checked
     def __init__(
         self,
         encoders: nn.Module | Sequence[nn.Module],
@@ -109,23 +118,23 @@ class GradCache:
         on_out_of_memory: Literal["halve", "raise"] = "halve",
     ) -> None:
         self.encoders = checked_encoders(encoders)
-        self.loss = loss
+        self.loss = checked_loss(loss)
         self.chunk_size = chunk_size if chunk_size == "auto" else checked_chunk_size(chunk_size)
         self.memory_budget = checked_budget(memory_budget)
         self.sort_by_length = checked_sorting(sort_by_length)
-        self.embed_chunk_size = (
-            None
-            if embed_chunk_size is None
-            else checked_chunk_size(embed_chunk_size, "embed_chunk_size")
+        self.embed_chunk_size = checked_embed_chunk_size(
+            embed_chunk_size, self.chunk_size, sort_by_length
         )
-        self.get_features = get_features
-        self.strategy = strategy or LocalStrategy()
+        self.get_features = checked_get_features(get_features)
+        self.strategy = checked_strategy(strategy)
         self.replay_check = one_of("replay_check", replay_check, ("error", "warn", "off"))
         self.on_out_of_memory = one_of("on_out_of_memory", on_out_of_memory, ("halve", "raise"))
         self._record = ChunkRecord(None if chunk_record is None else Path(chunk_record))
         self._warned_of_batch_norm = False
 
-    def __call__(self, *inputs: Any, loss_kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __call__(
+        self, *inputs: Any, loss_kwargs: Mapping[str, Any] | None = None, **unknown: NoReturn
+    ) -> Any:
         """One step's forward and backward; adds to `.grad` of encoders and loss.
 
         Args:
@@ -135,6 +144,7 @@ class GradCache:
         Returns:
             What the loss returned, detached; a bare tensor comes back as an object with `.loss`.
         """
+        refuse_keywords(unknown)
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 "GradCache: expected gradients to be enabled, got a call inside torch.no_grad(); "
@@ -274,21 +284,7 @@ class GradCache:
         """The chunks of every input."""
         sizes = one_for_each(self.chunk_size, len(inputs), "chunk_size")
         sorting = one_for_each(self.sort_by_length, len(inputs), "sort_by_length")
-        names = [f"input {index}" for index in range(len(inputs))]
-        rows = [count_rows(given, name) for given, name in zip(inputs, names, strict=True)]
-
-        def chunks(at_least: int) -> list[list[Chunk]]:
-            return [
-                even_chunks(rows[i], sizes[i], at_least)
-                if sorting[i] is None
-                else sorting[i].chunks(inputs[i], sizes[i], at_least, names[i])
-                for i in range(len(inputs))
-            ]
-
-        cut = chunks(1)
-        # A joint first and last replay need two chunks of every tower, unless all have just one.
-        several = self.strategy.joint_ends and any(len(each) > 1 for each in cut)
-        return chunks(2) if several else cut
+        return cut_all(inputs, sizes, sorting, two_at_least=self.strategy.joint_ends)
 
     def _modules_for(self, count: int) -> list[nn.Module]:
         if isinstance(self.encoders, nn.Module):

@@ -17,12 +17,13 @@ def device_for(parameters: Iterable[Tensor], inputs: Any) -> torch.device | None
     """Where a batch on the host has to go: the one device of the parameters; None if it may stay.
 
     A batch that lies on both was placed so: lengths that a layer wants on the host, for one.
+    `Shared` tensors do not count: they may be on the device while the batch is on the host.
     """
     devices = {parameter.device for parameter in parameters}
     if len(devices) != 1 or (device := devices.pop()).type == "cpu":
         return None
-    places = {tensor.device.type for tensor in tensors_in(inputs)}
-    return device if places == {"cpu"} else None
+    tensors = list(tensors_in(inputs, shared=False)) or tensors_in(inputs)
+    return device if {tensor.device.type for tensor in tensors} == {"cpu"} else None
 
 
 @dataclass
@@ -59,7 +60,7 @@ class HostInputs:
     def take(self, chunk: Chunk) -> Any:
         """The rows of a chunk, on the device; the current stream waits for the copy, no host."""
         if self.device is None:
-            return chunk_of(self.inputs, chunk.rows, chunk.trim)
+            return chunk_of(self.inputs, chunk)
         arriving, self._arriving = self._arriving, None
         if arriving is None or arriving.chunk is not chunk:
             arriving = self._started(chunk)
@@ -73,7 +74,7 @@ class HostInputs:
         return arriving.inputs
 
     def _started(self, chunk: Chunk) -> _Arriving:
-        rows = chunk_of(self.inputs, chunk.rows, chunk.trim)
+        rows = chunk_of(self.inputs, chunk)
         if self._stream is None:
             return _Arriving(chunk, map_tensors(self._on_device, rows), None)
         with torch.cuda.stream(self._stream):
@@ -82,6 +83,6 @@ class HostInputs:
     def _on_device(self, tensor: Tensor) -> Tensor:
         if tensor.device.type != "cpu":
             return tensor
-        if self._stream is not None and not tensor.is_pinned():
+        if self._stream is not None and tensor.layout is torch.strided and not tensor.is_pinned():
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=self._stream is not None)

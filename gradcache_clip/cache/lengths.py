@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -11,25 +11,43 @@ import torch
 from torch import Tensor
 
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.nested import count_rows
+from gradcache_clip.cache.nested import (
+    Part,
+    count_rows,
+    is_tensor_collection,
+    parts_with_rows,
+)
+
+# By their names in transformers: whoever follows the mask has no use for what lies beyond it.
+_TOKENS = ("attention_mask", "input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 
 
 @dataclass(frozen=True)
 class ByLength:
     """Chunks of rows of similar length, the longest first; features return in the caller's order.
 
-    Of inputs with one `attention_mask` (B, L), padded on the right, every tensor of L columns is
-    trimmed to the longest row of its chunk. That is exact for encoders that follow their mask, and
-    for causal ones; one that averages over its padding gives other features than without sorting.
-    Strings are sorted by characters; whatever tokenizes them pads each chunk by itself.
+    With one `attention_mask` (B, L) among the inputs, padded on the right, token columns are
+    trimmed to the longest row of each chunk. These are `input_ids`, `token_type_ids`,
+    `position_ids`, `inputs_embeds`, and tensors (B, L, ...) that hold one value wherever the mask
+    is zero. Any other tensor of L columns is refused until `columns` says which ones hold tokens.
+    Trimming is exact for encoders that follow their mask, and for causal ones; one that averages
+    over its padding gives other features than without sorting. Strings are sorted by characters;
+    whatever tokenizes them pads each chunk by itself.
     """
 
     max_tokens: int | None = None
     """Rows of a chunk times its longest row, at most; takes the place of `chunk_size`."""
     length_of: Callable[[Any], Sequence[int] | Tensor] | None = None
     """Lengths of the rows of an input, where neither a mask nor lists tell them."""
+    columns: Collection[str | int] | None = None
+    """Keys of the tensors that are trimmed with the mask, and no others; None decides as above."""
 
     def __post_init__(self) -> None:
+        if self.columns is not None and not _are_keys(self.columns):
+            raise TypeError(
+                f"columns: expected keys of token tensors, or None, got {self.columns!r}; such as "
+                'columns=["input_ids", "position_ids"]'
+            )
         count = self.max_tokens
         whole = isinstance(count, Integral) and not isinstance(count, bool)
         if count is not None and not (whole and int(count) > 0):
@@ -45,8 +63,9 @@ class ByLength:
 
     def chunks(self, inputs: Any, chunk_size: int, at_least: int, name: str) -> list[Chunk]:
         """Cut the rows of `inputs`, by tokens or by rows."""
-        mask = _mask_of(inputs)
-        ends = None if mask is None else _lengths_of_mask(mask, name)
+        mask, ends, trimmed = _mask_of(inputs), None, frozenset[int]()
+        if mask is not None:
+            ends, trimmed = self._read(mask, inputs, name)
         lengths, order = self._lengths(inputs, ends, name).sort(descending=True, stable=True)
         chunks, start = [], 0
         most = max(1, -(-len(lengths) // at_least))
@@ -57,9 +76,31 @@ class ByLength:
             taken, trim = order[start:stop], None
             if mask is not None and ends is not None:
                 trim = mask.shape[1], max(1, int(ends[taken].max()))
-            chunks.append(Chunk(taken, trim))
+            chunks.append(Chunk(taken, trim, trimmed))
             start = stop
         return chunks
+
+    def _read(self, mask: Tensor, inputs: Any, name: str) -> tuple[Tensor, frozenset[int]]:
+        """Lengths of the rows by the mask, and by id the tensors to trim."""
+        if mask.ndim != 2:
+            return _lengths_of_mask(mask, name), frozenset()
+        parts = [
+            part
+            for part in parts_with_rows(inputs, name)
+            if isinstance(part.value, Tensor) and part.value is not mask
+        ]
+        if self.columns is not None:
+            tokens, unsure = _named(self.columns, parts, mask, name), []
+        else:
+            wide = [part for part in parts if part.value.shape[1:2] == mask.shape[1:]]
+            tokens = [part for part in wide if part.key in _TOKENS]
+            unsure = [part for part in wide if part.key not in _TOKENS]
+        host, padded = _on_host(mask != 0, [part.value.detach() for part in unsure])
+        ends = _lengths_of_mask(host, name)
+        for part, is_padded in zip(unsure, padded, strict=True):
+            if not is_padded:
+                raise ValueError(_not_padding(part, tokens, mask.shape[1]))
+        return ends, frozenset(id(each) for each in (mask, *(p.value for p in tokens + unsure)))
 
     def _lengths(self, inputs: Any, ends: Tensor | None, name: str) -> Tensor:
         if self.length_of is not None:
@@ -79,6 +120,54 @@ class ByLength:
             f"{name}: expected rows whose length is known, a mapping with attention_mask or a list "
             f"of strings, got {type(inputs).__name__}; pass ByLength(length_of=...)"
         )
+
+
+def _are_keys(columns: Any) -> bool:
+    is_collection = isinstance(columns, Collection) and not isinstance(columns, str)
+    return is_collection and all(isinstance(key, (str, int)) for key in columns)
+
+
+def _named(columns: Collection[Any], parts: list[Part], mask: Tensor, name: str) -> list[Part]:
+    """The parts with these keys; each has the columns of the mask."""
+    named = [part for part in parts if part.key in columns]
+    if not named and "attention_mask" not in columns:
+        raise ValueError(
+            f"{name}: expected tensors by the names in columns, {list(columns)}, got "
+            f"{[part.key for part in parts]}; name those that hold tokens"
+        )
+    for part in named:
+        if part.value.shape[1:2] != mask.shape[1:]:
+            raise ValueError(
+                f"{part.path}: expected {mask.shape[1]} columns, as attention_mask has, got shape "
+                f"{tuple(part.value.shape)}; leave {part.key!r} out of columns"
+            )
+    return named
+
+
+def _on_host(kept: Tensor, wide: Sequence[Tensor]) -> tuple[Tensor, list[bool]]:
+    """The mask, and which tensors hold one value beyond it; one wait for the device in all."""
+    if not wide:
+        return kept.cpu(), []
+    # The last column of the shortest row is padding, if anything is.
+    shortest = kept.sum(1).argmin().view(1)
+    flags = [_is_constant_outside(kept, shortest, each).to(kept.device) for each in wide]
+    both = torch.cat([kept.flatten(), torch.stack(flags)]).cpu()
+    return both[: kept.numel()].view(kept.shape), both[kept.numel() :].tolist()
+
+
+def _is_constant_outside(kept: Tensor, shortest: Tensor, wide: Tensor) -> Tensor:
+    kept, shortest = kept.to(wide.device), shortest.to(wide.device)
+    padding = wide.index_select(0, shortest)[:, -1:]
+    return ((wide == padding) | kept.view(*kept.shape, *[1] * (wide.ndim - 2))).all()
+
+
+def _not_padding(part: Part, tokens: Sequence[Part], columns: int) -> str:
+    others = ["attention_mask", *(token.key for token in tokens)]
+    return (
+        f"{part.path}: expected one value wherever attention_mask is zero, as in a tensor of "
+        f"tokens that ByLength trims, got several in {columns} columns; pass ByLength(columns="
+        f"{[*others, part.key]}) if it holds tokens, and ByLength(columns={others}) if not"
+    )
 
 
 def _lengths_of_mask(mask: Tensor, name: str) -> Tensor:
@@ -101,7 +190,7 @@ def _mask_of(inputs: Any) -> Tensor | None:
 
 def _masks_in(inputs: Any) -> Iterator[Tensor]:
     parts: Iterable[tuple[Any, Any]] = ()
-    if isinstance(inputs, (Mapping, tuple)):
+    if isinstance(inputs, (Mapping, tuple)) and not is_tensor_collection(inputs):
         parts = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
     for name, part in parts:
         if name == "attention_mask" and isinstance(part, Tensor):

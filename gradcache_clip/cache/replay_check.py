@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.nested import map_tensors, tensors_in
+from gradcache_clip.cache.nested import chunk_of, map_tensors, tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.settings import kernels_as_with_gradients
 from gradcache_clip.cache.tower import Tower
+from gradcache_clip.cache.verify_state import Kept, named_tensors
 
 # Relative change of a chunk's features that rounding alone may cause, by the precision computed in.
 _TOLERANCE = {
@@ -138,8 +139,16 @@ def _row_norms(features: Tensor) -> Tensor:
 def _likely_cause(tower: Tower, chunk: Chunk) -> str:
     state = RandomState.capture(accelerators_among(tower.features))
     try:
+        rows = chunk_of(tower.inputs, chunk)
+        kept = {path: Kept(each) for path, each in named_tensors(rows, "input")}
         with kernels_as_with_gradients():
-            plain, again = (_trace(tower, chunk, with_graph=False) for _ in range(2))
+            plain = _trace(tower, chunk, with_graph=False)
+            if changed := [path for path, each in kept.items() if each.changed]:
+                return (
+                    f"Likely cause: the encoder changes its input in place ({changed[0]}); let it "
+                    "work on a copy, such as x = x * 2 for x *= 2."
+                )
+            again = _trace(tower, chunk, with_graph=False)
         graph = _trace(tower, chunk, with_graph=True)
     except Exception as error:  # Whatever happens here must not hide the mismatch itself.
         return f"The cause could not be found ({type(error).__name__}: {error})."
@@ -155,7 +164,7 @@ def _likely_cause(tower: Tower, chunk: Chunk) -> str:
         return f"Likely cause: {name} computes something else when gradients are enabled."
     return (
         "The encoder repeats itself now, so its input, its weights or its state were changed in "
-        "place between the two passes; look for in-place operations on the inputs."
+        "place between the two passes."
     )
 
 

@@ -91,9 +91,10 @@ class SavedBytes:
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         """`known` tensors, such as parameters and inputs, are there anyway and not counted."""
-        # A sharded parameter has no storage of its own.
+        # A sharded parameter has no storage of its own, a sparse tensor none at all.
         local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in known)
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in local}
+        dense = (tensor for tensor in local if tensor.layout is torch.strided)
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in dense}
         self.total = 0
 
     @contextmanager
@@ -105,6 +106,8 @@ class SavedBytes:
             yield
 
     def _add(self, tensor: Tensor) -> tuple[Tensor, int]:
+        if tensor.layout is not torch.strided:
+            return tensor, tensor._version
         storage, origin = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
         # A parameter that was gathered for the forward is not a part of the graph either.
         gathered = isinstance(origin, torch.nn.Parameter)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.chunks import Chunk, merged, row_count
 from gradcache_clip.cache.host_inputs import HostInputs, device_for
-from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.nested import hint_at_lists, tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.retained import NO_RETENTION, Retention, SavedBytes
 from gradcache_clip.cache.settings import (
@@ -192,18 +192,38 @@ class Tower:
 
     def _check_features(self, features: list[Any], rows: int) -> None:
         for feature in features or [None]:
-            if not isinstance(feature, Tensor) or feature.is_complex():
-                got = f"{feature.dtype}" if isinstance(feature, Tensor) else type(feature).__name__
+            if unusable := _unusable(feature, bool(self.trainable)):
                 raise TypeError(
                     f"{self.name}: expected features (a real tensor or a tuple of them), got "
-                    f"{got}; extract them with get_features"
+                    f"{unusable}"
                 )
             if feature.dim() == 0 or len(feature) != rows:
                 raise ValueError(
                     f"{self.name}: expected features with {rows} rows, one for each sample of the "
                     f"chunk, got shape {tuple(feature.shape)}; give get_features a function that "
                     "returns one row a sample, and pass inputs as tensors or lists"
+                    f"{hint_at_lists(self.inputs)}"
                 )
+
+
+def _unusable(feature: Any, trainable: bool) -> str:
+    """What is wrong with a feature, and what to do; empty if it can be cached."""
+    if not isinstance(feature, Tensor):
+        return f"{type(feature).__name__}; extract them with get_features"
+    if feature.is_complex():
+        return f"{feature.dtype}; extract them with get_features"
+    if feature.is_nested:
+        return "a NestedTensor; pool each sample to one vector"
+    if feature.layout is not torch.strided:
+        return f"layout {feature.layout}; return x.to_dense()"
+    if feature.is_meta:
+        return "a tensor on the meta device; give the encoder its weights first"
+    if trainable and feature.is_inference() and not torch.is_inference_mode_enabled():
+        return (
+            "a tensor made inside torch.inference_mode(), which no gradient passes; leave it out "
+            "of the encoder, or freeze the encoder with requires_grad_(False)"
+        )
+    return ""
 
 
 def _call(function: Callable[..., Any], inputs: Any) -> Any:

@@ -163,11 +163,14 @@ def _expand(example: Any, batch_size: int, name: str) -> Any:
     if isinstance(example, list):
         return list(islice(cycle(example), batch_size))
 
-    def grow(tensor: Tensor) -> Tensor:
-        shape = (batch_size, *tensor.shape[1:]) if tensor.dim() else ()
+    def fake(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        shape = tensor.shape if shape is None else shape
         return torch.empty(shape, dtype=tensor.dtype, device=_device_of(tensor))
 
-    expanded = map_tensors(grow, example)
+    def grow(tensor: Tensor) -> Tensor:
+        return fake(tensor, (batch_size, *tensor.shape[1:]) if tensor.dim() else ())
+
+    expanded = map_tensors(grow, example, shared=fake)
     count_rows(expanded, name)
     return expanded
 

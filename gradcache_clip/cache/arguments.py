@@ -1,0 +1,178 @@
+"""Arguments of `GradCache`: checked where they are given, in a line that says what to pass."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+from gradcache_clip.cache.lengths import ByLength
+from gradcache_clip.distributed.strategies import LocalStrategy, innermost
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+# Names of the GradCache package, and what to write for them here.
+_OF_GRADCACHE = {
+    "models": "encoders=(query_encoder, passage_encoder)",
+    "chunk_sizes": "chunk_size=64, or one for each input",
+    "loss_fn": "loss=InfoNCELoss(), or a function of the features of all inputs",
+    "get_rep_fn": "get_features=function, which takes an encoder's output",
+    "split_input_fn": "no function: tensors, dicts and tuples are cut, and anything else is passed "
+    "as a list with one element a sample",
+    "fp16": "strategy=LocalStrategy(grad_scaler), and call it inside torch.autocast",
+    "scaler": "strategy=LocalStrategy(grad_scaler)",
+}
+
+
+def names_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The same function; an argument that it does not take raises with the one that it does."""
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(_unknown_argument(name, names))
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _unknown_argument(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    valid = near[0] + "=" if near else ", ".join(each for each in names if each != "self")
+    remedy = f"write {_OF_GRADCACHE[name]}" if name in _OF_GRADCACHE else f"did you mean {valid}?"
+    return f"GradCache: expected arguments that it has, got {name}=; {remedy}"
+
+
+def refuse_keywords(given: Mapping[str, Any]) -> None:
+    """Inputs have no names, and a loss has its arguments in `loss_kwargs`."""
+    if "no_sync_except_last" in given:
+        raise TypeError(
+            "cache(...): expected inputs and loss_kwargs, got no_sync_except_last=; pass "
+            "strategy=DDPStrategy() to GradCache, which exchanges gradients once a step"
+        )
+    if given:
+        raise TypeError(
+            f"cache(...): expected inputs and loss_kwargs, got {', '.join(given)}; pass arguments "
+            f"of the loss as loss_kwargs={{{', '.join(f'{name!r}: ...' for name in given)}}}, and "
+            "inputs in the order of the encoders"
+        )
+
+
+def checked_encoders(encoders: Any) -> nn.Module | tuple[nn.Module, ...]:
+    if isinstance(encoders, nn.Module) and not isinstance(encoders, nn.ModuleList):
+        names = list(inspect.signature(innermost(encoders).forward).parameters)
+        if names[:1] == ["tower"]:
+            return encoders
+        raise ValueError(
+            f"encoders: expected a sequence of modules or one module with forward(tower, inputs), "
+            f"got {type(encoders).__name__} with forward({', '.join(names)}); write "
+            "(encoder, encoder) to use one module for two inputs"
+        )
+    if isinstance(encoders, str) or not isinstance(encoders, (Sequence, nn.ModuleList)):
+        raise TypeError(
+            f"encoders: expected a sequence of torch.nn.Module, got {_named(encoders)}; pass "
+            "(image_encoder, text_encoder), or (encoder, encoder) to use one for two inputs"
+        )
+    modules = tuple(encoders)
+    for index, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"encoders: expected torch.nn.Module, got {_named(module)} at {index}; wrap "
+                "a function into a module so that its parameters can be found"
+            )
+    if not modules:
+        raise ValueError("encoders: expected at least one module, got none")
+    return modules
+
+
+def _named(given: Any) -> str:
+    """As an error calls it: the value where that is short, else its type."""
+    plain = given is None or isinstance(given, (bool, int, float, str, type))
+    return repr(given) if plain else type(given).__name__
+
+
+def checked_loss(loss: Any) -> Callable[..., Any]:
+    if not callable(loss) or isinstance(loss, type):
+        raise TypeError(
+            f"loss: expected a function or module on the features of all inputs, got "
+            f"{_named(loss)}; such as ClipLoss()"
+        )
+    return loss
+
+
+def checked_strategy(strategy: Any) -> LocalStrategy:
+    if strategy is None:
+        return LocalStrategy()
+    if not isinstance(strategy, LocalStrategy):
+        raise TypeError(
+            f"strategy: expected LocalStrategy(), AllReduceStrategy(), DDPStrategy(), "
+            f"FSDPStrategy(), DeepSpeedStrategy(engine) or None, got {_named(strategy)}; pass an "
+            "instance"
+        )
+    return strategy
+
+
+def checked_get_features(get_features: Any) -> Any:
+    each = get_features if isinstance(get_features, (list, tuple)) else [get_features]
+    for given in each:
+        if given is not None and not callable(given):
+            raise TypeError(
+                f"get_features: expected a function of an encoder's output, or None, got "
+                f"{_named(given)}; such as get_features=lambda output: output.pooler_output"
+            )
+    return get_features
+
+
+def checked_embed_chunk_size(embed: Any, chunk_size: Any, sort_by_length: Any) -> Any:
+    """None, or whole chunks for each input; "auto" and tokens decide later what a chunk is."""
+    if embed is None:
+        return None
+    embed = checked_chunk_size(embed, "embed_chunk_size")
+    if chunk_size == "auto":
+        return embed
+    given = [embed, chunk_size, sort_by_length]
+    count = max((len(each) for each in given if isinstance(each, (list, tuple))), default=1)
+    columns = [each if isinstance(each, (list, tuple)) else [each] * count for each in given]
+    for together, size, sorting in zip(*columns, strict=False):
+        by_tokens = sorting is not None and sorting.max_tokens is not None
+        if not by_tokens and together % size:
+            raise ValueError(
+                f"embed_chunk_size: expected a multiple of chunk_size={size}, got {together}; such "
+                f"as embed_chunk_size={size * max(2, round(together / size))}"
+            )
+    return embed
+
+
+def checked_chunk_size(
+    chunk_size: int | Sequence[int], name: str = "chunk_size"
+) -> int | tuple[int, ...]:
+    several = isinstance(chunk_size, (list, tuple))
+    sizes = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,)
+    if not sizes or not all(_is_positive_integer(size) for size in sizes):
+        raise ValueError(
+            f"{name}: expected a positive integer, or one for each input, got {chunk_size!r}; "
+            f'take the largest that fits in memory, such as {name}=64, or chunk_size="auto"'
+        )
+    integers = tuple(int(size) for size in sizes)
+    return integers if several else integers[0]
+
+
+def _is_positive_integer(size: Any) -> bool:
+    return isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0
+
+
+def checked_sorting(given: Any) -> Any:
+    each = given if isinstance(given, (list, tuple)) else [given]
+    if not all(sorting is None or isinstance(sorting, ByLength) for sorting in each):
+        raise TypeError(
+            f"sort_by_length: expected ByLength() or None, or one for each input, got {given!r}; "
+            "such as sort_by_length=[None, ByLength()]"
+        )
+    return given
