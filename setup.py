@@ -55,6 +55,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.6",
+    "tensordict>=0.15",
 ]
 
 setup(

@@ -14,7 +14,8 @@ from torch import nn
 from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.distributed.strategies import LocalStrategy, innermost
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Names of the GradCache package, and what to write for them here.
 _OF_GRADCACHE = {

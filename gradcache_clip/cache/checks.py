@@ -88,8 +88,9 @@ def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
 def check_inputs(towers: Sequence[Tower]) -> None:
     """Tensors without values, or none for a backward; graphs that the first replay would free."""
     for tower in towers:
-        _check_tensors(tower)
-        computed = any(t.requires_grad and not t.is_leaf for t in tensors_in(tower.inputs))
+        tensors = list(tensors_in(tower.inputs))
+        _check_tensors(tower, tensors)
+        computed = any(tensor.requires_grad and not tensor.is_leaf for tensor in tensors)
         if computed and len(tower.chunks) > 1:
             raise ValueError(
                 f"{tower.name}: expected inputs that are leaves, got a tensor with a graph; put "
@@ -98,9 +99,9 @@ def check_inputs(towers: Sequence[Tower]) -> None:
             )
 
 
-def _check_tensors(tower: Tower) -> None:
+def _check_tensors(tower: Tower, tensors: Sequence[Tensor]) -> None:
     replayed = tower.trainable and tower.trunk is None and not torch.is_inference_mode_enabled()
-    for tensor in tensors_in(tower.inputs):
+    for tensor in tensors:
         if tensor.is_meta:
             raise ValueError(
                 f"{tower.name}: expected inputs with values, got a tensor on the meta device; pass "

@@ -167,9 +167,12 @@ def tensors_in(inputs: Any, *, shared: bool = True) -> Iterator[Tensor]:
         return
     if isinstance(inputs, Shared) and not shared:
         return
-    children = enumerate(inputs) if isinstance(inputs, list) else _children(inputs)
-    for _, child in children:
-        yield from tensors_in(child, shared=shared)
+    children = inputs if isinstance(inputs, list) else [child for _, child in _children(inputs)]
+    for child in children:
+        if isinstance(child, Tensor):
+            yield child
+        elif not isinstance(child, str):
+            yield from tensors_in(child, shared=shared)
 
 
 def map_tensors(
