@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
+from losses_over_ranks import CASES, WIDTH, Case, Place, whole_batch
 from rank_processes import Check
 from strategy_steps import OneModule, PlainClip, global_batch, rows_of, two_towers
 from torch import Tensor, nn
@@ -29,7 +30,10 @@ from gradcache_clip.distributed import (
     strategy_all_reduce,
 )
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+OURS = (
+    *("clip labels and ids", "info_nce margin both ways", "nt_xent debiased", "siglip"),
+    *("late_interaction masks", "matryoshka info_nce margin"),
+)
 
 
 def report_of(
@@ -103,6 +107,25 @@ def right(loss: Any, **options: Any) -> None:
     assert report.exact, str(report)
     assert report.reasons == report.notes == [] and report.summed_over == 1
     assert {row.verdict for row in report.rows} <= {EXACT, ROUNDING}
+
+
+def right_of_ours(case: Case) -> None:
+    """Jumps at a margin are not taken for mistakes."""
+    given = Place.in_group(None).share(whole_batch(case, dist.get_world_size(), torch.float32))
+    features = {name: x for name, x in given.items() if x.is_floating_point()}
+    loss = case.build(group=None)
+
+    def named(*embedded: Tensor, **others: Tensor) -> Any:
+        return loss(**dict(zip(features, embedded, strict=True)), **others)
+
+    torch.manual_seed(0)
+    encoders = [nn.Linear(WIDTH, WIDTH) for _ in features]
+    for encoder in encoders:
+        nn.init.eye_(encoder.weight)
+    others = {name: x for name, x in given.items() if name not in features}
+    cache = GradCache(encoders, named, strategy=AllReduceStrategy())
+    report = verify(cache, *features.values(), loss_kwargs=others)
+    assert report.exact and report.reasons == report.notes == [], str(report)
 
 
 def wrong(loss: Any, said: str, headline: str = WRONG_LOSS, **options: Any) -> None:
@@ -212,6 +235,9 @@ def suite() -> Iterator[tuple[str, Check]]:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         yield f"right, {dtype}", partial(right, ClipLoss(), dtype=dtype)
         yield f"summing backward, {dtype}", partial(wrong, summing_backward, twice, dtype=dtype)
+    for case in CASES:
+        if case.name in OURS:
+            yield case.name, partial(right_of_ours, case)
     yield "gather_rows", partial(right, gathered)
     yield "DDP", partial(right, ClipLoss(), strategy=DDPStrategy(), wrap=in_ddp)
     yield "local loss", partial(wrong, clip, "loss: expected the same value on every rank")
