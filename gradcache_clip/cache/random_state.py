@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 _WITHOUT_GENERATOR = {"cpu", "meta"}
+_PASSES_COMPARED = 16
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RandomState:
     """State of the CPU generator and of one generator for each accelerator in use."""
 
@@ -20,10 +21,12 @@ class RandomState:
     devices: tuple[tuple[torch.device, Tensor], ...]
 
     @classmethod
-    def capture(cls, devices: Iterable[torch.device]) -> RandomState:
+    def capture(cls, devices: Collection[torch.device]) -> RandomState:
         """Read the generators of the CPU and of `devices`; nothing waits for a device."""
-        states = ((device, _generator_of(device).get_rng_state(device)) for device in devices)
-        return cls(torch.get_rng_state(), tuple(states))
+        cpu = torch.default_generator.get_state()
+        if not devices:
+            return cls(cpu, ())
+        return cls(cpu, tuple((d, _generator_of(d).get_rng_state(d)) for d in devices))
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
@@ -35,6 +38,38 @@ class RandomState:
         return torch.equal(self.cpu, other.cpu) and all(
             torch.equal(a, b) for (_, a), (_, b) in pairs
         )
+
+
+class _Repeatable(Protocol):
+    random_state: RandomState | None
+
+
+class Draws:
+    """Gives the generators' state before it to every pass that draws random numbers."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._devices = tuple(devices)
+        self._states = [RandomState.capture(self._devices)]
+        self._passes: list[_Repeatable] = []
+
+    def passed(self, chunk: _Repeatable) -> None:
+        """Note the end of a pass."""
+        self._states.append(RandomState.capture(self._devices))
+        self._passes.append(chunk)
+        if len(self._passes) == _PASSES_COMPARED:
+            self.settle()
+
+    def settle(self) -> bool:
+        """Find which of the passes drew; whether any did."""
+        states, passes = self._states, self._passes
+        self._states, self._passes = states[-1:], []
+        # Drawing never leads back to a state: where the last is the first, nobody drew.
+        if states[0].equals(states[-1]):
+            return False
+        for chunk, before, after in zip(passes, states, states[1:], strict=False):
+            if not before.equals(after):
+                chunk.random_state = before
+        return True
 
 
 def accelerators_among(tensors: Iterable[Tensor]) -> tuple[torch.device, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ _TOLERANCE = {
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
 }
+# Replayed features that wait to be compared: a share of all features, and not many bytes.
+_COLLECTED_SHARE, _COLLECTED_BYTES = 8, 2**20
 
 
 ON_ANOTHER_RANK = (
@@ -35,21 +38,50 @@ class ReplayMismatchError(RuntimeError):
 
 
 class _Compared:
-    """How far every row of one feature of a tower has moved, on its device."""
+    """How far every replayed row of one feature of a tower has moved, on its device.
+
+    An operation costs as much for a small chunk as for several, so small ones are collected first.
+    """
 
     def __init__(self, tower: Tower, whole: Tensor) -> None:
         self.tower, self.whole, self.tolerance = tower, whole, tolerance_of(whole)
         self.moved = whole.new_zeros(len(whole), dtype=_wide(whole.dtype))
         self.chunks: list[Chunk] = []
+        row_bytes = max(1, whole[:1].numel() * self.moved.element_size())
+        self._collected: list[Chunk] = []
+        self._room = min(len(whole) // _COLLECTED_SHARE, _COLLECTED_BYTES // row_bytes)
+        self._rows = self.moved.new_empty((self._room, *whole.shape[1:]))
+        self._filled = 0
 
     def add(self, chunk: Chunk, again: Tensor) -> None:
-        cached, again = self.whole[chunk.rows], again.detach()
-        if again.dtype is not self.moved.dtype:
-            cached, again = cached.to(self.moved.dtype), again.to(self.moved.dtype)
-        self.moved[chunk.rows] = _row_norms(again - cached)
-        self.chunks.append(chunk)
+        stop = self._filled + again.shape[0]
+        if stop > self._room:
+            self._compare_collected()
+            stop = again.shape[0]
+        if stop > self._room:
+            self._compare([chunk], again.detach().to(self.moved.dtype))
+        else:
+            self._rows[self._filled : stop] = again.detach()
+            self._filled = stop
+            self._collected.append(chunk)
+
+    def _compare_collected(self) -> None:
+        if self._collected:
+            self._compare(self._collected, self._rows[: self._filled])
+            self._collected, self._filled = [], 0
+
+    def _compare(self, chunks: list[Chunk], again: Tensor) -> None:
+        rows = _rows_of(chunks)
+        self.moved[rows] = _row_norms(again - self.whole[rows])
+        self.chunks += chunks
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.chunks or self._collected)
 
     def relative(self) -> Tensor:
+        """The change of every row over its size; zero for rows that were not replayed."""
+        self._compare_collected()
         return _relative(self.moved, self.whole)
 
     def failures(self) -> list[tuple[Tower, Chunk, float]]:
@@ -63,24 +95,28 @@ class ReplayCheck:
     """Collects one number a row on the device, and reads one a feature at the end of the step."""
 
     def __init__(self) -> None:
-        self._compared: dict[tuple[int, int], _Compared] = {}
+        self._compared: dict[int, list[_Compared]] = {}
 
     @property
     def device(self) -> torch.device | None:
         """Where the compared features are; None when nothing was compared."""
-        return next((each.moved.device for each in self._compared.values()), None)
+        return next((each.moved.device for each in self._begun()), None)
 
     def compare(self, tower: Tower, chunk: Chunk, replayed: list[Tensor]) -> None:
-        for index, (whole, again) in enumerate(zip(tower.features, replayed, strict=True)):
+        compared = self._compared.get(id(tower))
+        if compared is None:
+            compared = [_Compared(tower, whole) for whole in tower.features]
+            self._compared[id(tower)] = compared
+        for each, again in zip(compared, replayed, strict=True):
             if again.is_floating_point():
-                place = id(tower), index
-                if place not in self._compared:
-                    self._compared[place] = _Compared(tower, whole)
-                self._compared[place].add(chunk, again)
+                each.add(chunk, again)
+
+    def _begun(self) -> list[_Compared]:
+        return [each for tower in self._compared.values() for each in tower if each.begun]
 
     def failures(self) -> list[tuple[Tower, Chunk, float]]:
         """Chunks that changed beyond tolerance, and by how much; the one wait of the check."""
-        compared = list(self._compared.values())
+        compared = self._begun()
         if not compared:
             return []
         worst = torch.stack([each.relative().amax().to(self.device) for each in compared]).tolist()
@@ -90,6 +126,15 @@ class ReplayCheck:
             if not change <= each.tolerance
         )
         return [failure for each in failing for failure in each.failures()]
+
+
+def _rows_of(chunks: Sequence[Chunk]) -> slice | Tensor:
+    """Rows of chunks in the order of the batch: a range where none is missing between them."""
+    rows = [chunk.rows for chunk in chunks]
+    ranges = [each for each in rows if isinstance(each, slice)]
+    if len(ranges) == len(rows) and ranges[-1].stop - ranges[0].start == sum(map(len, chunks)):
+        return slice(ranges[0].start, ranges[-1].stop)
+    return torch.cat([torch.arange(r.start, r.stop) if isinstance(r, slice) else r for r in rows])
 
 
 def tolerance_of(features: Tensor) -> float:
@@ -133,7 +178,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _row_norms(features: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(features.reshape(len(features), -1), dim=1)
+    flat = features if features.ndim == 2 else features.reshape(len(features), -1)
+    return torch.linalg.vector_norm(flat, dim=1)
 
 
 def _likely_cause(tower: Tower, chunk: Chunk) -> str:

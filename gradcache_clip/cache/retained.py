@@ -69,12 +69,13 @@ class Retention:
 
     def measures(self, index: int) -> bool:
         """Whether the graph of this chunk decides how many fit."""
-        unknown = not self._measured and self._budget.left_bytes > 0
-        return unknown and index in self._candidates
+        return not self._measured and self._budget.left_bytes > 0 and index in self._candidates
 
     def wants_graph(self, index: int) -> bool:
         """Whether this chunk is embedded with its graph."""
-        return index == self._always or index in self._kept or self.measures(index)
+        if index == self._always or index in self._kept:
+            return True
+        return self._budget.left_bytes > 0 and self.measures(index)
 
     def keeps_graph(self, index: int, graph_bytes: int) -> bool:
         """Whether its graph, now that it is there, is kept."""

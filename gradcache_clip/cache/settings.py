@@ -23,9 +23,7 @@ def forget_autocast_casts() -> None:
 
 def autocast_off(device_types: Iterable[str]) -> AbstractContextManager[object]:
     """Backward runs outside autocast, as after a one-shot step's `with` block."""
-    enabled = [
-        device_type for device_type in device_types if torch.is_autocast_enabled(device_type)
-    ]
+    enabled = list(filter(torch.is_autocast_enabled, device_types))
     if not enabled:
         return nullcontext()
     stack = ExitStack()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +51,8 @@ class CachedStep:
         self.towers, self.loss, self.strategy = towers, loss, strategy
         self.snapshot, self.check_replay = snapshot, check_replay
         self._device_types: set[str] = set()
-        functions = (loss, *(tower.get_features for tower in towers))
-        self._knows_all_parameters = all(f is None or isinstance(f, nn.Module) for f in functions)
+        self._autocasts = True
+        self._looked_behind: set[str] = set()
 
     def run(self, budget: GraphBudget, loss_kwargs: Mapping[str, Any]) -> tuple[Any, ReplayCheck]:
         """Fill `.grad`; the detached output of the loss, and the comparison of both passes."""
@@ -104,7 +104,8 @@ class CachedStep:
         output = self.loss(*features, **loss_kwargs)
         loss = scalar_loss_of(output)
         check_unchanged(self.towers, versions)
-        self._set_gradients_aside([loss])
+        if self.snapshot is not None:
+            self.snapshot.set_aside(leaves_behind([loss]))
         with autocast_off(self._device_types):
             self.strategy.backward_of_loss(loss, [leaf for flat in leaves for leaf in flat])
         factor = self.strategy.gradient_factor()
@@ -120,17 +121,17 @@ class CachedStep:
         states = [chunk.random_state for chunk in replayed if chunk.random_state is not None]
         after_embed = RandomState.capture(_drawn_on(states)) if states else None
         norms = [module for tower in towers for module in tower.modules]
-        remaining = Counter(tower.module for group in order for tower, _ in group)
-        upcoming = chain(order[1:], [[]])
+        self._autocasts = any(map(torch.is_autocast_enabled, self._device_types))
+        copies = any(tower.copies for tower in towers)
+        upcoming = [*order[1:], []] if copies else [[]] * len(order)
+        turns = zip(map(_is_kept, order), order, _encoders(order), upcoming, strict=True)
         try:
-            for kept, groups in groupby(order, key=_is_kept):
+            for kept, same in groupby(turns, key=itemgetter(0)):
                 with (kept_running_statistics if kept else frozen_running_statistics)(norms):
-                    for group in groups:
-                        modules = [tower.module for tower, _ in group]
-                        remaining -= Counter(modules)
-                        with self.strategy.replaying(modules, {*modules} - {*remaining}):
-                            self._replay_together(group, check)
-                        for tower, chunk in next(upcoming):
+                    for _, group, (modules, finished), following in same:
+                        with self.strategy.replaying(modules, finished):
+                            self._replay_together(group, check, kept)
+                        for tower, chunk in following:
                             if chunk.graph is None:
                                 tower.expect(chunk)
         finally:
@@ -140,34 +141,39 @@ class CachedStep:
             forget_autocast_casts()
         return check
 
-    def _replay_together(self, group: Sequence[tuple[Tower, Chunk]], check: ReplayCheck) -> None:
+    def _replay_together(
+        self, group: Sequence[tuple[Tower, Chunk]], check: ReplayCheck, kept: bool
+    ) -> None:
         """Forward the chunks that left no graph, then one backward for all of them."""
-        if not _is_kept(group):
+        if not kept:
             forget_autocast_casts()
-        outputs = []
+        reached: list[Tensor] = []
+        gradients: list[Tensor] = []
         for tower, chunk in group:
-            kept, chunk.graph = chunk.graph, None
-            features = tower.replay(chunk) if kept is None else kept
-            if self.check_replay and kept is None:
+            graph, chunk.graph = chunk.graph, None
+            features = tower.replay(chunk) if graph is None else graph
+            if self.check_replay and graph is None:
                 check.compare(tower, chunk, features)
-            outputs.append((tower, chunk, features))
-        self._backward(outputs)
+            if self.snapshot is not None and tower.name not in self._looked_behind:
+                self._set_gradients_aside(self.snapshot, tower, features)
+            for feature, gradient in zip(features, tower.gradients, strict=True):
+                if gradient is not None and feature.requires_grad:
+                    reached.append(feature)
+                    gradients.append(gradient[chunk.rows])
+        if self._autocasts:
+            with autocast_off(self._device_types):
+                self.strategy.backward(reached, gradients)
+        else:
+            self.strategy.backward(reached, gradients)
 
-    def _backward(self, outputs: Sequence[tuple[Tower, Chunk, list[Tensor]]]) -> None:
-        pairs = [
-            (feature, gradient)
-            for tower, chunk, features in outputs
-            for feature, gradient in zip(features, tower.gradients_of(chunk), strict=True)
-            if gradient is not None and feature.requires_grad
-        ]
-        self._set_gradients_aside([feature for feature, _ in pairs])
-        with autocast_off(self._device_types):
-            self.strategy.backward([f for f, _ in pairs], [g for _, g in pairs])
-
-    def _set_gradients_aside(self, outputs: Sequence[Tensor]) -> None:
-        """Also those of parameters that only a function of the caller's knows."""
-        if self.snapshot is not None and not self._knows_all_parameters:
-            self.snapshot.set_aside(leaves_behind(outputs))
+    def _set_gradients_aside(
+        self, snapshot: StepSnapshot, tower: Tower, features: Sequence[Tensor]
+    ) -> None:
+        """Also those of parameters that no module has registered."""
+        snapshot.set_aside(leaves_behind(features))
+        # One chunk shows what an encoder hides; a function may use other parameters each time.
+        if tower.get_features is None or isinstance(tower.get_features, nn.Module):
+            self._looked_behind.add(tower.name)
 
 
 def trained_modules(towers: Sequence[Tower]) -> list[nn.Module]:
@@ -183,6 +189,19 @@ def _replays(towers: list[Tower], strategy: LocalStrategy) -> list[list[tuple[To
     groups = [[(towers[tower], left[tower][index]) for tower, index in group] for group in order]
     first = 0 if strategy.kept_graphs_first else 1
     return [*groups[:first], *kept, *groups[first:]]
+
+
+def _encoders(
+    order: Sequence[Sequence[tuple[Tower, Chunk]]],
+) -> list[tuple[list[nn.Module], set[nn.Module]]]:
+    """The encoders of each group, and those of them that no later group runs."""
+    found: list[tuple[list[nn.Module], set[nn.Module]]] = []
+    later: set[nn.Module] = set()
+    for group in reversed(order):
+        modules = [tower.module for tower, _ in group]
+        found.append((modules, {*modules} - later))
+        later.update(modules)
+    return found[::-1]
 
 
 def _is_kept(group: Sequence[tuple[Tower, Chunk]]) -> bool:

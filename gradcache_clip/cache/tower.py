@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from gradcache_clip.cache.chunks import Chunk, merged, row_count
 from gradcache_clip.cache.host_inputs import HostInputs, device_for
 from gradcache_clip.cache.nested import hint_at_lists, tensors_in
-from gradcache_clip.cache.random_state import RandomState, accelerators_among
+from gradcache_clip.cache.random_state import Draws, accelerators_among
 from gradcache_clip.cache.retained import NO_RETENTION, Retention, SavedBytes
 from gradcache_clip.cache.settings import (
     forget_autocast_casts,
@@ -27,14 +27,16 @@ _MODEL_OUTPUT_FIELDS = ("image_embeds", "text_embeds", "sentence_embedding", "po
 
 Encode = Callable[[nn.Module, Any], Any]
 
+_ONE_LEAF = pytree.tree_flatten(0)[1]
+
 
 @dataclass
 class Tower:
     """An encoder, the inputs of one step, and what the embed left behind for the replay.
 
     `trainable` is None while it is not known: parameters may live outside the module (a head in
-    `get_features`), and one module for all inputs may be frozen for this one. The first chunk is
-    then embedded with its graph, which tells.
+    `get_features`), and one module for all inputs may be frozen for this one. Chunks are then
+    embedded with gradients enabled until one has a graph; that of a frozen encoder has none.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Tower:
     features: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
     structure: Any = None
+    _kinds: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
+    """Shape of a row and dtype, for each of `features`."""
     _last_had_graph: bool = False
     _host: HostInputs | None = None
 
@@ -65,25 +69,38 @@ class Tower:
     def embed(self, retention: Retention = NO_RETENTION) -> None:
         """Run every chunk; keep features, the graphs that `retention` allows, and the RNG."""
         self._run_trunk()
-        devices = accelerators_among(self.known_tensors())
-        before, index, drawn = RandomState.capture(devices), 0, False
+        draws = Draws(accelerators_among(self.known_tensors()))
         together = self.embed_together
-        with kernels_as_with_gradients():
-            while index < len(self.chunks):
-                # The first chunk goes alone: it shows whether the encoder draws random numbers.
-                group = self.chunks[
-                    index : index + self._group_size(index, together, drawn, retention)
-                ]
-                chunk = group[0] if len(group) == 1 else merged(group)
-                self._embed(chunk, index, retention)
-                if (drawn or together == 1) and index + len(group) < len(self.chunks):
-                    self.expect(self.chunks[index + len(group)])
-                after = RandomState.capture(devices)
-                if not after.equals(before):
-                    # A replay repeats the draws of a pass only over the very same rows.
-                    self.chunks[index : index + len(group)] = group = [chunk]
-                    chunk.random_state, drawn = before, True
-                before, index = after, index + len(group)
+        with kernels_as_with_gradients(), torch.no_grad():
+            if together == 1:
+                self._embed_each(draws, retention)
+            else:
+                self._embed_together(together, draws, retention)
+
+    def _embed_each(self, draws: Draws, retention: Retention) -> None:
+        copies = self.copies
+        for index, chunk in enumerate(self.chunks):
+            self._embed(chunk, index, retention)
+            if copies and index + 1 < len(self.chunks):
+                self.expect(self.chunks[index + 1])
+            draws.passed(chunk)
+        draws.settle()
+
+    def _embed_together(self, together: int, draws: Draws, retention: Retention) -> None:
+        index, drawn = 0, False
+        while index < len(self.chunks):
+            following = index + self._group_size(index, together, drawn, retention)
+            group = self.chunks[index:following]
+            chunk = group[0] if len(group) == 1 else merged(group)
+            self._embed(chunk, index, retention)
+            if drawn and following < len(self.chunks):
+                self.expect(self.chunks[following])
+            draws.passed(chunk)
+            if draws.settle():
+                # A replay repeats the draws of a pass only over the very same rows.
+                self.chunks[index:following] = [chunk]
+                drawn, following = True, index + 1
+            index = following
 
     def _run_trunk(self) -> None:
         """A frozen trunk runs once; from here on the inputs are its outputs."""
@@ -95,7 +112,9 @@ class Tower:
                 chunk.trim = None
 
     def _group_size(self, index: int, together: int, drawn: bool, retention: Retention) -> int:
-        if index == 0 or drawn:
+        # The first chunk goes alone: it shows whether the encoder draws random numbers.
+        # A graph that is built to see whether there is one has the size of a chunk's.
+        if index == 0 or drawn or self.trainable is None:
             return 1
         last = min(index + together, len(self.chunks))
         alone = (i for i in range(index, last) if retention.wants_graph(i))
@@ -108,21 +127,41 @@ class Tower:
         if with_graph and not self._last_had_graph:
             forget_autocast_casts()
         self._last_had_graph = with_graph
-        known = self.known_tensors() if retention.measures(index) else ()
-        saved = SavedBytes(known)
-        with torch.set_grad_enabled(with_graph), saved.counting(retention.measures(index)):
+        if not with_graph:
+            self.keep(self.forward(self.bare_module, chunk), chunk)
+            return
+        measures = retention.measures(index)
+        saved = SavedBytes(self.known_tensors() if measures else ())
+        with torch.enable_grad(), saved.counting(measures):
             parts = self.forward(self.bare_module, chunk)
         self.keep(parts, chunk)
         if wanted and self.trainable and retention.keeps_graph(index, saved.total):
             chunk.graph = parts
 
     def forward(self, module: nn.Module, chunk: Chunk) -> list[Tensor]:
-        """Features of one chunk, flat."""
-        output = self.encode(module, self._host_inputs().take(chunk))
-        features, structure = pytree.tree_flatten(self._select(output))
+        """Features of one chunk, flat, after a look at whether they can be cached."""
+        features = self._forward(module, chunk)
         self._check_features(features, len(chunk))
-        self.structure = structure
         return features
+
+    def _forward(self, module: nn.Module, chunk: Chunk) -> list[Tensor]:
+        host = self._host
+        if host is None or host.inputs is not self.inputs:
+            host = self._host_inputs()
+        output = self.encode(module, host.take(chunk))
+        if type(output) is not Tensor or self.get_features is not None:
+            output = self._select(output)
+        # Most often one plain tensor, which needs no walk.
+        if type(output) is Tensor:
+            self.structure = _ONE_LEAF
+            return [output]
+        features, self.structure = pytree.tree_flatten(output)
+        return features
+
+    @property
+    def copies(self) -> bool:
+        """Whether chunks come from the host and go to a device."""
+        return self._host_inputs().device is not None
 
     def expect(self, chunk: Chunk) -> None:
         """Copy the chunk to the device meanwhile, if it lies on the host."""
@@ -138,13 +177,11 @@ class Tower:
         """The same chunk again, with its graph and with the random numbers of its embed."""
         if chunk.random_state is not None:
             chunk.random_state.restore()
-        return self.forward(self.module, chunk)
+        # Its embed has told that its features can be cached.
+        return self._forward(self.module, chunk)
 
     def cached(self, chunk: Chunk) -> list[Tensor]:
         return [feature[chunk.rows] for feature in self.features]
-
-    def gradients_of(self, chunk: Chunk) -> list[Tensor | None]:
-        return [None if gradient is None else gradient[chunk.rows] for gradient in self.gradients]
 
     def known_tensors(self) -> list[Tensor]:
         """What is in memory whether or not the tower runs."""
@@ -157,24 +194,23 @@ class Tower:
         head = self.get_features
         return [self.bare_module, *([head] if isinstance(head, nn.Module) else [])]
 
-    @torch.no_grad()
     def keep(self, parts: list[Tensor], chunk: Chunk) -> None:
         """Copy a chunk's features out: a view such as [:, 0] would keep all of its tokens alive."""
-        if self.trainable is None:
-            self.trainable = any(part.requires_grad for part in parts)
+        if self.trainable is None and any(part.requires_grad for part in parts):
+            self.trainable = True
+        kinds = [(part.shape[1:], part.dtype) for part in parts]
         if not self.features:
-            rows = row_count(self.chunks)
+            rows, self._kinds = row_count(self.chunks), kinds
             self.features = [part.new_empty((rows, *part.shape[1:])) for part in parts]
-        kinds = [(whole.shape[1:], whole.dtype) for whole in self.features]
-        if kinds != [(part.shape[1:], part.dtype) for part in parts]:
+        if kinds != self._kinds:
             raise ValueError(
                 f"{self.name}: expected the same feature shapes and dtypes in every chunk, got "
-                f"{[(tuple(p.shape[1:]), p.dtype) for p in parts]} for {chunk.name} after "
-                f"{[(tuple(shape), dtype) for shape, dtype in kinds]}; pool each sample to a fixed "
-                "size"
+                f"{[(tuple(shape), dtype) for shape, dtype in kinds]} for {chunk.name} after "
+                f"{[(tuple(shape), dtype) for shape, dtype in self._kinds]}; pool each sample to a "
+                "fixed size"
             )
         for whole, part in zip(self.features, parts, strict=True):
-            whole[chunk.rows] = part.detach()
+            whole[chunk.rows] = part.detach() if part.requires_grad else part
 
     def _select(self, output: Any) -> Any:
         if self.get_features is not None:
@@ -187,7 +223,9 @@ class Tower:
         raise TypeError(
             f"{self.name}: expected features (a tensor or a tuple of tensors), got "
             f"{type(output).__name__} with {', '.join(map(str, output))}; say which with "
-            "get_features, such as get_features=lambda output: output.last_hidden_state[:, 0]"
+            "get_features, such as get_features=lambda output: output.last_hidden_state[:, 0] for "
+            "a BERT; around a causal model write a module that returns each row's last token, "
+            "hidden[torch.arange(len(mask)), mask.sum(1) - 1] where padding is on the right"
         )
 
     def _check_features(self, features: list[Any], rows: int) -> None:
@@ -197,7 +235,7 @@ class Tower:
                     f"{self.name}: expected features (a real tensor or a tuple of them), got "
                     f"{unusable}"
                 )
-            if feature.dim() == 0 or len(feature) != rows:
+            if feature.dim() == 0 or feature.shape[0] != rows:
                 raise ValueError(
                     f"{self.name}: expected features with {rows} rows, one for each sample of the "
                     f"chunk, got shape {tuple(feature.shape)}; give get_features a function that "
