@@ -23,7 +23,7 @@ _TOLERANCE = {
     torch.bfloat16: 3e-2,
 }
 # Replayed features that wait to be compared: a share of all features, and not many bytes.
-_COLLECTED_SHARE, _COLLECTED_BYTES = 8, 2**20
+_COLLECTED_SHARE, _COLLECTED_BYTES = 4, 2**20
 
 
 ON_ANOTHER_RANK = (
@@ -54,12 +54,13 @@ class _Compared:
         self._filled = 0
 
     def add(self, chunk: Chunk, again: Tensor) -> None:
+        self.chunks.append(chunk)
         stop = self._filled + again.shape[0]
         if stop > self._room:
             self._compare_collected()
             stop = again.shape[0]
         if stop > self._room:
-            self._compare([chunk], again.detach().to(self.moved.dtype))
+            self._note(chunk.rows, again.detach().to(self.moved.dtype) - self.whole[chunk.rows])
         else:
             self._rows[self._filled : stop] = again.detach()
             self._filled = stop
@@ -67,17 +68,12 @@ class _Compared:
 
     def _compare_collected(self) -> None:
         if self._collected:
-            self._compare(self._collected, self._rows[: self._filled])
+            rows = _rows_of(self._collected)
+            self._note(rows, self._rows[: self._filled].sub_(self.whole[rows]))
             self._collected, self._filled = [], 0
 
-    def _compare(self, chunks: list[Chunk], again: Tensor) -> None:
-        rows = _rows_of(chunks)
-        self.moved[rows] = _row_norms(again - self.whole[rows])
-        self.chunks += chunks
-
-    @property
-    def begun(self) -> bool:
-        return bool(self.chunks or self._collected)
+    def _note(self, rows: slice | Tensor, change: Tensor) -> None:
+        self.moved[rows] = _row_norms(change)
 
     def relative(self) -> Tensor:
         """The change of every row over its size; zero for rows that were not replayed."""
@@ -112,7 +108,7 @@ class ReplayCheck:
                 each.add(chunk, again)
 
     def _begun(self) -> list[_Compared]:
-        return [each for tower in self._compared.values() for each in tower if each.begun]
+        return [each for tower in self._compared.values() for each in tower if each.chunks]
 
     def failures(self) -> list[tuple[Tower, Chunk, float]]:
         """Chunks that changed beyond tolerance, and by how much; the one wait of the check."""
