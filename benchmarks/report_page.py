@@ -71,8 +71,13 @@ def _origins(section: Section, results: Path) -> list[Mapping[str, str]]:
     """Where each row of each file comes from."""
     found: list[Mapping[str, str]] = []
     for name in section.reads():
-        is_json = name.endswith(".json")
-        found += [read_json(results, name)["origin"]] if is_json else read_csv(results, name)
+        if name.endswith(".json"):
+            record = read_json(results, name)
+            # A part that can be measured alone has an origin of its own.
+            parts = [record, *(part for part in record.values() if isinstance(part, Mapping))]
+            found += [part["origin"] for part in parts if "origin" in part]
+        else:
+            found += read_csv(results, name)
     return found
 
 

@@ -108,7 +108,7 @@ def test_the_engine_in_the_order_of_its_titles_and_with_failures(tmp_path: Path)
         "plain step": row(10, 1, 0),
     }
     workload = {"batch_size": 1024, "chunk_size": 8, "contestants": contestants}
-    record = {"image-text": workload, "overhead": {"overhead_us_per_chunk": 45.6}}
+    record = {"image-text": workload, "overhead": {"time_ratio": 1.5449}}
     (tmp_path / "engine.json").write_text(json.dumps(record))
     assert report_blocks.engine_image_text(tmp_path).splitlines()[2:] == [
         "| plain step | 10.0 GiB | 1.00 |",
@@ -117,7 +117,7 @@ def test_the_engine_in_the_order_of_its_titles_and_with_failures(tmp_path: Path)
     ]
     assert "1,024 pairs, chunks of 8" in report_blocks.engine_image_text(tmp_path)
     assert report_blocks.engine_error(tmp_path) == "1e-6"
-    assert report_blocks.engine_overhead(tmp_path) == "46 microseconds"
+    assert report_blocks.engine_overhead(tmp_path) == "1.54 times"
 
 
 def test_the_losses_beside_the_nearest_libraries(tmp_path: Path):
