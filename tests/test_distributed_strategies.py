@@ -14,6 +14,7 @@ from deepspeed_cases import deepspeed_cases
 from strategy_cases import plain_cases
 from strategy_processes import run_cases
 from strategy_refusals import REFUSALS
+from unreached_cases import unreached_cases, unreached_under_deepspeed
 
 FP64, FP32 = 1e-10, 1e-5
 # Of features and gradients in 16 bits, beside 64.
@@ -77,6 +78,26 @@ def test_gradients_of_one_process(world, tmp_path, record_property):
         # Three times for each of four chunks, but for a root, which stays gathered in between.
         assert results["FSDP: gathers"]["True"] == 7 < results["FSDP: gathers"]["False"]
     record_worst(results, world, record_property)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_parameters_that_some_chunks_or_ranks_do_not_use(world, tmp_path, record_property):
+    results = finished(unreached_cases(world), world, tmp_path)
+    for name, result in results.items():
+        assert result.get("error", 0.0) < FP64, (name, result)
+    record_worst(results, world, record_property)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_parameters_not_used_under_deepspeed(world, tmp_path, monkeypatch):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install 'gradcache-clip[deepspeed]'")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    results = finished(unreached_under_deepspeed(world), world, tmp_path)
+    for name, result in results.items():
+        assert result.get("change", 0.0) < CHANGE, (name, result)
 
 
 @pytest.mark.distributed

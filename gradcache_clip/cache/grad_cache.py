@@ -302,7 +302,7 @@ class GradCache:
             return ""
         failures = check.failures()
         # On the features' device: NCCL reduces nothing that lies on the host.
-        if not self.strategy.on_any_rank(torch.tensor(bool(failures), device=check.device)):
+        if not self.strategy.anywhere(bool(failures), check.device):
             return ""
         message = describe(failures) if failures else ON_ANOTHER_RANK
         if self.replay_check == "error":

@@ -67,8 +67,14 @@ class CachedStep:
 
     def embed(self, budget: GraphBudget) -> None:
         """Fill every tower's `features`; graphs are kept as far as the budget goes."""
+        unknown = [tower for tower in self.towers if tower.trainable is None]
         for tower, retention in zip(self.towers, self._retentions(budget), strict=True):
             tower.embed(retention)
+        self.strategy.embedded()
+        for tower in unknown:
+            # What one rank's rows leave without a graph, those of another may train.
+            device = tower.features[0].device
+            tower.trainable = self.strategy.anywhere(bool(tower.trainable), device)
         check_finite(self.towers, self.strategy)
         self._device_types = device_types(self.towers)
 

@@ -8,7 +8,7 @@ those of all parts inside; what nothing is added to stays without a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,18 +27,22 @@ class _Call:
 
 
 class _Output(torch.autograd.Function):
-    """A tensor behind a node of its own, which also leads to the outputs of parts inside."""
+    """A tensor behind a node of its own, which also leads to parameters and outputs of parts."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, tensor: Tensor, *inside: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.count = call, len(inside)
+        # A parameter may be without its values, and so its shape, when the backward comes.
+        ctx.call, ctx.inside = call, [(x, x.shape) if x.is_leaf else None for x in inside]
         return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.call.reached |= gradient is not None
-        return None, gradient, *[None] * ctx.count
+        # Parameters get zeros: what reduces them takes no gradient that is None. Dense ones, which
+        # autograd takes over as they are; others it would copy into the parameter's shape.
+        zeros = [None if x is None else x[0].new_zeros(x[1]) for x in ctx.inside]
+        return None, gradient, *zeros
 
 
 class _Input(torch.autograd.Function):
@@ -55,9 +59,23 @@ class _Input(torch.autograd.Function):
         return None, gradient if ctx.call.reached else None
 
 
+def _none(_: nn.Module) -> Sequence[Tensor]:
+    return ()
+
+
 @contextmanager
-def same_backward(roots: Iterable[nn.Module], parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Meanwhile the backward of a root arrives at every part that its forward ran."""
+def same_backward(
+    roots: Iterable[nn.Module],
+    parts: Sequence[nn.Module],
+    parameters_of: Callable[[nn.Module], Sequence[Tensor]] = _none,
+) -> Iterator[None]:
+    """Meanwhile the backward of a root arrives at every part that its forward ran.
+
+    Args:
+        roots: modules whose outputs a backward starts from.
+        parts: modules that gather, the roots among them.
+        parameters_of: parameters that the backward of a part is to arrive at as well.
+    """
     calls: list[_Call] = []
     tops = set(roots)
 
@@ -70,19 +88,25 @@ def same_backward(roots: Iterable[nn.Module], parts: Sequence[nn.Module]) -> Ite
     def leave(module: nn.Module, _args: Any, output: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
-        call = calls.pop()
-        output = _through(_Output, call, output, *(call.inside if module in tops else ()))
-        if calls:
-            calls[-1].inside += [*call.inside, *_with_graph(output)]
-        return output
+        inside = calls[-1].inside if module in tops else []
+        return _through(_Output, calls[-1], output, *inside, *parameters_of(module))
+
+    def left(_module: nn.Module, _args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            inside = [*calls.pop().inside, *_with_graph(output)]
+            if calls:
+                calls[-1].inside += inside
 
     with ExitStack() as stack:
         for part in parts:
-            # Inside of the hooks that gather, which mark inputs and outputs.
-            stack.callback(
-                part.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove
+            # Inside of the hooks that gather, which mark inputs and outputs; `left` sees the marks.
+            hooks = (
+                part.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+                part.register_forward_hook(leave, prepend=True),
+                part.register_forward_hook(left),
             )
-            stack.callback(part.register_forward_hook(leave, prepend=True).remove)
+            for hook in hooks:
+                stack.callback(hook.remove)
         yield
 
 

@@ -15,7 +15,8 @@ A strategy tells the engine
   same number of them, and `plain_backward`, whether a rank may take a backward by itself, as
   measuring a chunk size does;
 - `recovers`: whether a step that ran out of memory may start again, not where others would wait;
-- `on_any_rank`, `gathered`, `smallest`: what happened, or was found, elsewhere.
+- `embedded`: called between embed and loss, where ranks that went different ways are told;
+- `on_any_rank`, `anywhere`, `gathered`, `smallest`: what happened, or was found, elsewhere.
 """
 
 from __future__ import annotations
@@ -86,6 +87,9 @@ class LocalStrategy:
         """A context around a step over these encoders and heads."""
         return nullcontext()
 
+    def embedded(self) -> None:
+        """Raise where other ranks ran something else that all must run together."""
+
     def scale_loss(self, loss: Tensor) -> Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
@@ -115,6 +119,10 @@ class LocalStrategy:
     def on_any_rank(self, flag: Tensor) -> bool:
         """Whether a 0-dim boolean is true on this or another rank; waits for the device."""
         return bool(flag)
+
+    def anywhere(self, found: bool, device: torch.device) -> bool:
+        """The same of what this rank knows already; ranks tell each other through `device`."""
+        return found
 
     def gathered(self, value: Any) -> list[Any]:
         """A small object of every rank, in rank order."""
@@ -152,6 +160,9 @@ class ManyRanks(LocalStrategy):
         anywhere = flag.to(torch.int32)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         return bool(anywhere)
+
+    def anywhere(self, found: bool, device: torch.device) -> bool:
+        return self.on_any_rank(torch.tensor(found, device=device))
 
     def gathered(self, value: Any) -> list[Any]:
         if world_size() == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.graph import leaves_behind
+from gradcache_clip.distributed.same_backward import same_backward
+from gradcache_clip.distributed.same_forward import ForwardLog
 from gradcache_clip.distributed.strategy import ManyRanks
+from gradcache_clip.distributed.unreached import reach
 from gradcache_clip.distributed.wrappers import DEEPSPEED, is_kind, refuse_heads, refuse_wrappers
 
 
@@ -64,7 +67,12 @@ class DeepSpeedStrategy(ManyRanks):
         super().__init__()
         self.engine = engine
         # ZeRO-3 gathers parameters in every forward, ZeRO-2 reduces in every backward.
-        self.collective_forward = engine.zero_optimization_stage() >= 2
+        self._stage = engine.zero_optimization_stage()
+        self.collective_forward = self._stage >= 2
+        self._log = ForwardLog(
+            "run them on every rank, or take ZeRO 0 or 1, DDPStrategy or AllReduceStrategy",
+            gathers=self._stage == 3,
+        )
         self._held: Tensor | None = None
         self._began_at: int | None = None
         self._first, self._scale = True, 1.0
@@ -103,7 +111,24 @@ class DeepSpeedStrategy(ManyRanks):
     @contextmanager
     def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         self._held, self._first, self._scale = None, True, _loss_scale(self.engine)
-        yield
+        with ExitStack() as stack:
+            if self.collective_forward:
+                root = self.engine.module
+                named = {name or "the engine": part for name, part in root.named_modules()}
+                gathers = {n: p for n, p in named.items() if p is root or _owns_parameters(p)}
+                stack.enter_context(self._log.watching(gathers))
+                # ZeRO-3 keeps a list of all modules that a backward visits, and prefetches by it.
+                parts = named if self._stage == 3 else gathers
+                stack.enter_context(same_backward([root], [*parts.values()], _trained))
+            yield
+            if self._first and self._stage < 3:
+                # No rank had anything to replay, and the optimizer wants gradients all the same.
+                self.engine.set_gradient_accumulation_boundary(True)
+                self.backward([], [])
+
+    def embedded(self) -> None:
+        if self.collective_forward:
+            self._log.end()
 
     def backward_of_loss(self, loss: Tensor, features: Sequence[Tensor]) -> None:
         """Gradients of features come out scaled as the engine scales; those of the loss do not.
@@ -137,19 +162,35 @@ class DeepSpeedStrategy(ManyRanks):
         if self._first:
             self._began_at = self.engine.micro_steps
         factor = world_size() / self._scale
-        products = (
+        products = [
             (_wide(feature) * _wide(gradient)).sum()
             for feature, gradient in zip(features, gradients, strict=True)
-        )
+        ]
+        last = self.engine.is_gradient_accumulation_boundary()
+        if not products or (self._stage < 2 and last):
+            # ZeRO-1 reduces what has a gradient on this rank, which must be the same on all.
+            trained = _trained(self.engine, recurse=True)
+            products.append(_wide(reach(trained, with_zeros=self._stage > 0)))
         surrogate = sum(products) * factor
         if self._held is not None:
             surrogate, self._held = surrogate + self._held, None
         if hasattr(self.engine.optimizer, "clear_backward_seen_flag"):
             # As a forward does, which a kept graph has long had: ZeRO-3 counts backwards by it.
             self.engine.optimizer.clear_backward_seen_flag()
+        if self._first and self._stage == 3:
+            # The first backward overwrites only what it reaches; the rest is of the last step.
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         with _one_prologue(self.engine):
             self.engine.backward(surrogate, scale_wrt_gas=False)
         self._first = False
+
+
+def _owns_parameters(part: nn.Module) -> bool:
+    return next(part.parameters(recurse=False), None) is not None
+
+
+def _trained(part: nn.Module, *, recurse: bool = False) -> list[nn.Parameter]:
+    return [p for p in part.parameters(recurse=recurse) if p.requires_grad]
 
 
 def _times(held: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

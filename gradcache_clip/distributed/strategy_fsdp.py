@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.same_backward import same_backward
+from gradcache_clip.distributed.same_forward import ForwardLog
 from gradcache_clip.distributed.strategy import ManyRanks
 from gradcache_clip.distributed.unreached import without_use
 from gradcache_clip.distributed.wrappers import (
@@ -58,6 +59,11 @@ class FSDPStrategy(ManyRanks):
     ) -> None:
         super().__init__(grad_scaler)
         self.keep_gathered = keep_gathered
+        self._log = ForwardLog(
+            "run them on every rank, or pass FSDPStrategy(keep_gathered=True), which gathers "
+            "beforehand, or take DDPStrategy or AllReduceStrategy",
+            gathers=True,
+        )
 
     def check(self, modules: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> None:
         """Refuse encoders that are not sharded, or not as this takes them to be.
@@ -76,13 +82,14 @@ class FSDPStrategy(ManyRanks):
 
     @contextmanager
     def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        parts = _sharded_parts(modules)
+        roots, parts = _roots(modules), _sharded_parts(modules)
         before = [_resharding(part) for part in parts] if self.keep_gathered else []
         try:
             if self.keep_gathered:
-                _gather(_roots(modules), parts)
-            # Parts that stay gathered have nothing to do in the backward.
-            with same_backward(_roots(modules), [] if self.keep_gathered else parts):
+                _gather(roots, parts)
+            # Where all is gathered a forward or backward waits for nobody.
+            waiting = [] if self.keep_gathered else parts
+            with self._log.watching(_named(modules, waiting)), same_backward(roots, waiting):
                 yield
         except BaseException:
             _forget_gradients(parts)
@@ -94,6 +101,10 @@ class FSDPStrategy(ManyRanks):
                 part.set_requires_gradient_sync(True, recurse=False)
                 part.set_is_last_backward(True)
                 part.reshard()
+
+    def embedded(self) -> None:
+        if not self.keep_gathered:
+            self._log.end()
 
     @contextmanager
     def replaying(
@@ -114,6 +125,17 @@ def _roots(modules: Iterable[nn.Module]) -> list[Any]:
     """Encoders that are sharded, each once."""
     roots = dict.fromkeys(uncompiled(module) for module in modules)
     return [root for root in roots if is_kind(root, FSDP2)]
+
+
+def _named(modules: Sequence[nn.Module], parts: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """Parts by the name that a person knows them by."""
+    wanted = {id(part) for part in parts}
+    return {
+        f"{name or type(part).__name__} of encoder {index}": part
+        for index, module in reversed([*enumerate(modules)])
+        for name, part in uncompiled(module).named_modules()
+        if id(part) in wanted
+    }
 
 
 def _gather(roots: Iterable[Any], parts: Iterable[Any]) -> None:

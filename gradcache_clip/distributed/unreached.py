@@ -21,8 +21,8 @@ class Reach(torch.autograd.Function):
     """A zero whose backward arrives at every parameter and adds nothing to its gradient.
 
     Autograd then runs the accumulation node of each parameter, and with it a reducer's hook, once
-    all real contributions are there. Zeros are allocated only where `with_zeros` asks for them,
-    because hooks of the caller's cannot take a gradient that is None.
+    all real contributions are there. `with_zeros` asks for a gradient of zeros where there is no
+    other, for hooks that cannot take None.
     """
 
     @staticmethod
@@ -33,14 +33,14 @@ class Reach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        zeros = [None if like is None else torch.zeros_like(like) for like in ctx.like]
+        zeros = [None if like is None else like.new_zeros(()).expand_as(like) for like in ctx.like]
         return (None, *zeros)
 
 
-def reach(parameters: Sequence[Tensor]) -> Tensor:
+def reach(parameters: Sequence[Tensor], *, with_zeros: bool = False) -> Tensor:
     """A scalar to run backward from together with everything else."""
-    hooked = [bool(parameter._backward_hooks) for parameter in parameters]
-    zero: Tensor = Reach.apply(hooked, *parameters)
+    wanted = [with_zeros or bool(parameter._backward_hooks) for parameter in parameters]
+    zero: Tensor = Reach.apply(wanted, *parameters)
     return zero
 
 

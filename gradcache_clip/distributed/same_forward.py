@@ -1,0 +1,119 @@
+"""Forwards that gather parameters: do all ranks run the same ones? If not, an error on every rank.
+
+A rank that gathers alone waits for ever, takes the rows of another layer, or ends the process. The
+ranks therefore compare a number over the names of what ran, through the store that they met in
+and not by a collective, which would wait as well.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import count, zip_longest
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from gradcache_clip.distributed.collectives import world_size
+
+_POLL_S, _PATIENCE_S = 0.0005, 1800.0
+_END = "the end of the embed"
+# One for all logs of a process: a store forgets nothing.
+_numbers = count(1)
+
+
+class ForwardLog:
+    """Modules that ran on this rank since the start of a step, as one number.
+
+    Args:
+        remedy: what the error advises.
+        gathers: whether a forward gathers. Where the host waits for each collective (gloo), the
+            ranks then compare before every one of them; otherwise once, at the end of the embed.
+    """
+
+    def __init__(self, remedy: str, *, gathers: bool) -> None:
+        self._remedy, self._each = remedy, gathers and _host_waits()
+        self._sum, self._read = 0, tuple[str, ...]()
+        self._ran: list[str] = []
+
+    @contextmanager
+    def watching(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Note the forwards of these modules, by the names that an error calls them."""
+        if world_size() == 1:
+            yield
+            return
+        self._sum, self._ran = 0, []
+        with ExitStack() as stack:
+            for name, module in modules.items():
+                # Ahead of whatever gathers.
+                hook = module.register_forward_pre_hook(self._entering(name), prepend=True)
+                stack.callback(hook.remove)
+            yield
+
+    def end(self) -> None:
+        """After the embed.
+
+        Raises:
+            RuntimeError: ranks ran different modules; on every rank.
+        """
+        if world_size() > 1:
+            self._note(_END)
+            if not self._each:
+                self._compare()
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        return lambda *_: self._note(name)
+
+    def _note(self, name: str) -> None:
+        self._sum = zlib.crc32(name.encode(), self._sum)
+        self._ran.append(name)
+        if self._each:
+            self._compare()
+
+    def _compare(self) -> None:
+        """Every rank counts itself in twice: among all, and among those of its own sum."""
+        store, place = (
+            dist.distributed_c10d._get_default_store(),
+            f"gradcache_clip/{next(_numbers)}",
+        )
+        same = f"{place}/{self._sum}"
+        store.add(same, 1)
+        store.add(place, 1)
+        _wait_for_all(store, place)
+        if dist.get_rank() == 0:
+            # All are past the one before.
+            for key in self._read:
+                store.delete_key(key)
+        self._read = (same, place)
+        if store.add(same, 0) != world_size():
+            raise RuntimeError(self._message(store, place))
+
+    def _message(self, store: Any, place: str) -> str:
+        """Where the ranks parted; all of them come here."""
+        store.set(f"{place}/at/{dist.get_rank()}", json.dumps(self._ran))
+        ran = [json.loads(store.get(f"{place}/at/{rank}")) for rank in range(world_size())]
+        parted = next(names for names in zip_longest(*ran, fillvalue=_END) if len({*names}) > 1)
+        by_rank = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(parted))
+        return (
+            "encoders: expected every rank to run the same modules in each chunk, because ranks "
+            f"share out or reduce their parameters together, got {by_rank}; {self._remedy}"
+        )
+
+
+def _wait_for_all(store: Any, place: str) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while store.add(place, 0) < world_size():
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"encoders: expected every rank to come this far, got only "
+                f"{store.add(place, 0)} of {world_size()} after {_PATIENCE_S:.0f} s"
+            )
+        time.sleep(_POLL_S)
+
+
+def _host_waits() -> bool:
+    return world_size() > 1 and "gloo" in dist.get_backend()
