@@ -59,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if record.get(workload):
             console.print(_table(workload, record[workload]))
     console.print(_overhead_line(record["overhead"]))
-    for drawn in _draw_budget(record["budget"], options.results / "engine_budget"):
-        console.print(str(drawn))
+    if not options.overhead:
+        for drawn in _draw_budget(record["budget"], options.results / "engine_budget"):
+            console.print(str(drawn))
 
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
