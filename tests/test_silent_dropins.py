@@ -74,6 +74,22 @@ def test_flags_of_the_sentence_transformers_loss(folder, name):
         CachedMultipleNegativesRankingLoss(tiny_model(folder), **{name: "no"})
 
 
+def test_what_a_first_step_checks_is_checked_once(folder, monkeypatch):
+    """The loss has one `GradCache` for batches of one kind, and another for a wrapped model."""
+    built, init = [], GradCache.__init__
+    monkeypatch.setattr(
+        GradCache, "__init__", lambda self, *given, **more: built.append(init(self, *given, **more))
+    )
+    model = tiny_model(folder)
+    loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)
+    for count in (2, 2, 3, 2):
+        gradients(loss, tokenized(model, count))
+    assert len(built) == 2
+    loss.model = torch.compile(model, backend="eager")
+    gradients(loss, tokenized(model))
+    assert len(built) == 3
+
+
 def test_models_that_the_sentence_transformers_loss_cannot_train(folder):
     with pytest.raises(TypeError, match="model: expected a SentenceTransformer, got 'mpnet'"):
         CachedMultipleNegativesRankingLoss("mpnet")

@@ -112,6 +112,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         self.learnable_scale = learnable_scale
         self.memory_budget, self.replay_check = memory_budget, replay_check
         self._fixed_scale = scale
+        self._caches: dict[tuple[Any, ...], GradCache] = {}
 
     def forward(
         self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None
@@ -132,18 +133,27 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         checks.check_columns(columns)
         checks.check_not_wrapped_in_a_loss(self.model)
         given = _merged(columns)
-        cache = GradCache(
-            [self.model] * len(given),
-            partial(self._contrast, columns=len(columns)),
-            chunk_size=self.mini_batch_size,
-            get_features=checks.sentence_embedding,
-            sort_by_length=[self._sorting(features) for features in given],
-            memory_budget=self.memory_budget,
-            strategy=self._strategy(len(given)),
-            replay_check=self.replay_check,
-        )
+        cache = self._cache(len(given), len(columns))
+        cache.sort_by_length = [self._sorting(features) for features in given]
         loss: Tensor = deferred_step(cache, *({"input": features} for features in given)).loss
         return loss
+
+    def _cache(self, inputs: int, columns: int) -> GradCache:
+        """One for each kind of batch, for what a cache checks in its first step only."""
+        strategy = self._strategy(inputs)
+        options = self.mini_batch_size, self.memory_budget, self.replay_check
+        kind = inputs, columns, id(self.model), *options
+        if kind not in self._caches:
+            self._caches[kind] = GradCache(
+                [self.model] * inputs,
+                partial(self._contrast, columns=columns),
+                chunk_size=self.mini_batch_size,
+                get_features=checks.sentence_embedding,
+                memory_budget=self.memory_budget,
+                strategy=strategy,
+                replay_check=self.replay_check,
+            )
+        return self._caches[kind]
 
     def _contrast(self, *features: Tensor, columns: int) -> Tensor:
         queries, documents, *negatives = torch.cat(features).chunk(columns)
