@@ -40,7 +40,7 @@ class ReplayMismatchError(RuntimeError):
 class _Compared:
     """How far every replayed row of one feature of a tower has moved, on its device.
 
-    An operation costs as much for a small chunk as for several, so small ones are collected first.
+    A kernel costs the same for one small chunk as for several, so small chunks are collected first.
     """
 
     def __init__(self, tower: Tower, whole: Tensor) -> None:
@@ -88,7 +88,7 @@ class _Compared:
 
 
 class ReplayCheck:
-    """Collects one number a row on the device, and reads one a feature at the end of the step."""
+    """Keeps one number per row on the device, and reads one per feature at the end of the step."""
 
     def __init__(self) -> None:
         self._compared: dict[int, list[_Compared]] = {}
