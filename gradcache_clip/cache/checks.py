@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.cache.tower import Tower
@@ -112,6 +112,17 @@ def _check_tensors(tower: Tower, tensors: Sequence[Tensor]) -> None:
                 f"{tower.name}: expected inputs that a backward can use, got a tensor made inside "
                 "torch.inference_mode(); pass x.clone(), or make it inside torch.no_grad()"
             )
+
+
+def check_no_partial_gradients(modules: Sequence[nn.Module], strategy: LocalStrategy) -> None:
+    """After a step that an error or Ctrl-C has ended in its midst: nothing may be added to that."""
+    left = [p for module in modules for p in module.parameters() if p.grad is not None]
+    found = any(bool(parameter.grad.any()) for parameter in left if parameter.grad is not None)
+    if strategy.anywhere(found, left[0].device if left else torch.device("cpu")):
+        raise RuntimeError(
+            "GradCache: expected gradients of whole steps in .grad, got what the last step had "
+            "added when it was broken off; call optimizer.zero_grad() and take the step again"
+        )
 
 
 def check_unchanged(towers: Sequence[Tower], versions: Sequence[int]) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.checks import check_plain_backward, check_unchanged, scalar_loss_of
+from gradcache_clip.cache.finished_loss import LossOnly
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.retained import GraphBudget
 from gradcache_clip.cache.settings import forget_autocast_casts
-from gradcache_clip.cache.step import CachedStep, LossOnly, device_types, trained_modules
+from gradcache_clip.cache.step import CachedStep, device_types, trained_modules
 from gradcache_clip.cache.tower import Tower, device_of
 
 _REMEDY = "call cache(*inputs), which takes the whole step by itself"
@@ -97,8 +98,7 @@ class _Deferred:
 
     def __init__(self, cache: GradCache, towers: list[Tower]) -> None:
         self._cache = cache
-        check_replay = cache.replay_check != "off"
-        step = CachedStep(towers, cache.loss, cache.strategy, None, check_replay)
+        step = cache._new_step(towers)
         step.embed(GraphBudget(cache.memory_budget, device_of(towers)))
         self._step: CachedStep | None = step
         self._autocast = _Autocast(device_types(towers))
@@ -130,9 +130,10 @@ class _Deferred:
         factor = strategy.gradient_factor()
         for tower in step.towers:
             tower.gradients = [_times(next(flat), factor) for _ in tower.features]
-        with torch.enable_grad(), self._autocast.as_it_was():
+        with torch.enable_grad(), self._autocast.as_it_was(), step.hooks.held():
             with strategy.stepping(trained_modules(step.towers)):
                 check = step.replay()
+            step.hooks.run_all()
             failures = self._cache._failures(check)
         if failures:
             warnings.warn(failures, stacklevel=2)

@@ -25,6 +25,7 @@ from gradcache_clip.cache.arguments import (
 from gradcache_clip.cache.auto_chunk import ChunkRecord, measured_chunk_size, record_key
 from gradcache_clip.cache.checks import (
     check_inputs,
+    check_no_partial_gradients,
     check_plain_backward,
     check_strategy,
     one_for_each,
@@ -32,6 +33,13 @@ from gradcache_clip.cache.checks import (
 )
 from gradcache_clip.cache.chunks import Chunk, row_count
 from gradcache_clip.cache.cutting import cut_all
+from gradcache_clip.cache.gradient_hooks import MODES as HOOK_MODES
+from gradcache_clip.cache.gradient_hooks import (
+    HeldHooks,
+    check_hooks,
+    hooked_leaves,
+    without_hooks,
+)
 from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
 from gradcache_clip.cache.replay_check import (
@@ -86,6 +94,13 @@ class GradCache:
             computed other features than its embed, "warn" warns, "off" does not look.
         on_out_of_memory: "halve" undoes the step, halves the chunk size and starts again, on one
             process; gradients of earlier steps are set aside meanwhile. "raise" does not.
+        gradient_hooks: hooks on the gradients of parameters (`register_hook`,
+            `register_post_accumulate_grad_hook`): "error" refuses them; "once" runs them on the
+            finished gradient, on one process after the last replay that adds to it, so that an
+            optimizer may step in a hook; "every_chunk" lets autograd run them on parts.
+        check_rows: compare, in the first step, the first chunk of every encoder with its two
+            halves, and raise where rows of a chunk depend on each other. Costs two more forwards
+            of that chunk, once.
 
     Raises:
         ValueError, TypeError: before any gradient is touched, for inputs that disagree, features
@@ -116,6 +131,8 @@ class GradCache:
         strategy: LocalStrategy | None = None,
         replay_check: Literal["error", "warn", "off"] = "error",
         on_out_of_memory: Literal["halve", "raise"] = "halve",
+        gradient_hooks: Literal["error", "once", "every_chunk"] = "error",
+        check_rows: bool = True,
     ) -> None:
         self.encoders = checked_encoders(encoders)
         self.loss = checked_loss(loss)
@@ -129,8 +146,10 @@ class GradCache:
         self.strategy = checked_strategy(strategy)
         self.replay_check = one_of("replay_check", replay_check, ("error", "warn", "off"))
         self.on_out_of_memory = one_of("on_out_of_memory", on_out_of_memory, ("halve", "raise"))
+        self.gradient_hooks = one_of("gradient_hooks", gradient_hooks, HOOK_MODES)
+        self.check_rows = check_rows
         self._record = ChunkRecord(None if chunk_record is None else Path(chunk_record))
-        self._warned_of_batch_norm = False
+        self._warned_of_batch_norm = self._rows_checked = self._broken_off = False
 
     def __call__(
         self, *inputs: Any, loss_kwargs: Mapping[str, Any] | None = None, **unknown: NoReturn
@@ -166,6 +185,9 @@ class GradCache:
         towers = self._towers(inputs)
         check_inputs(towers)
         check_strategy(self.strategy, towers)
+        if self._broken_off:
+            check_no_partial_gradients(self._modules_with_gradients(towers), self.strategy)
+            self._broken_off = False
         if not self._warned_of_batch_norm:
             modules = [module for tower in towers for module in tower.modules]
             self._warned_of_batch_norm = warn_of_batch_norm(modules)
@@ -182,7 +204,6 @@ class GradCache:
                     return self._step(towers, loss_kwargs, snapshot)
                 except Exception as error:
                     if not is_out_of_memory(error):
-                        snapshot.drop()
                         raise
                     phase, reason = snapshot.phase, str(error)
                 # Outside of the handler, whose traceback holds on to tensors of the step.
@@ -192,6 +213,9 @@ class GradCache:
                 snapshot.undo(phase, reason, tried)
                 self._halve(phase, tried)
                 towers.extend(self._towers(inputs))
+        except BaseException:
+            snapshot.drop()
+            raise
         finally:
             snapshot.finish()
 
@@ -201,11 +225,35 @@ class GradCache:
         loss_kwargs: Mapping[str, Any],
         snapshot: StepSnapshot | None = None,
     ) -> tuple[Any, str]:
-        step = CachedStep(towers, self.loss, self.strategy, snapshot, self.replay_check != "off")
+        step = self._new_step(towers, snapshot)
         agree = self.strategy.smallest if self.strategy.collective_forward else None
         budget = GraphBudget(self.memory_budget, device_of(towers), agree)
-        output, check = step.run(budget, loss_kwargs)
+        try:
+            output, check = step.run(budget, loss_kwargs)
+        except BaseException:
+            # A snapshot takes back what was added, and there is nothing before the loss.
+            self._broken_off = snapshot is None and step.phase != "embed"
+            raise
+        self._rows_checked = True
         return output, self._failures(check)
+
+    def _new_step(self, towers: list[Tower], snapshot: StepSnapshot | None = None) -> CachedStep:
+        """A step that is checked as far as this cache asks for it."""
+        return CachedStep(
+            towers,
+            self.loss,
+            self.strategy,
+            snapshot,
+            self.replay_check != "off",
+            self._held_hooks(towers, snapshot),
+            check_rows=self.check_rows and not self._rows_checked,
+        )
+
+    def _held_hooks(self, towers: list[Tower], snapshot: StepSnapshot | None = None) -> HeldHooks:
+        """Hooks on gradients that wait until these are finished, as `gradient_hooks` says."""
+        hooked = hooked_leaves(towers)
+        check_hooks(self.gradient_hooks, hooked, self.strategy)
+        return HeldHooks(hooked if self.gradient_hooks == "once" else (), snapshot)
 
     def _halve(self, phase: str, tried: list[int]) -> None:
         """Smaller chunks, and less memory for graphs, from here on."""
@@ -272,7 +320,8 @@ class GradCache:
             modules = self._modules_with_gradients(towers)
             for tower in towers:
                 key, rows = record_key(tower), row_count(tower.chunks)
-                size = self._record.get(key) or measured_chunk_size(tower, rows, modules)
+                with without_hooks([tower]):
+                    size = self._record.get(key) or measured_chunk_size(tower, rows, modules)
                 # All ranks cut alike.
                 size = self.strategy.smallest(size)
                 self._record.put(key, size)

@@ -23,6 +23,8 @@ class StepSnapshot:
 
     def __init__(self, modules: Iterable[nn.Module], towers: Sequence[Tower]) -> None:
         self.phase = "embed"
+        self.changed: str | None = None
+        """Changes of this step that cannot be undone, as an error says them."""
         self._modules = list({id(module): module for module in modules}.values())
         inputs = [tensor for tower in towers for tensor in tensors_in(tower.inputs)]
         parameters = (p for module in self._modules for p in module.parameters())
@@ -42,6 +44,11 @@ class StepSnapshot:
                 self._aside[id(leaf)] = leaf, leaf.grad
                 leaf.grad = None
 
+    def taken_back(self, leaf: Tensor) -> Tensor | None:
+        """The gradient from before the step, which is then no longer set aside."""
+        _, earlier = self._aside.pop(id(leaf), (leaf, None))
+        return earlier
+
     def undo(self, phase: str, reason: str, tried: Sequence[int]) -> None:
         """Back to the start of the step, or an error that says why not.
 
@@ -49,10 +56,10 @@ class StepSnapshot:
             torch.OutOfMemoryError: chunks of one row do not fit, or a buffer cannot be restored.
         """
         self.drop()
-        if changed := self._changed_buffer():
+        if changed := self.changed or self._changed_buffer():
             raise torch.OutOfMemoryError(
                 f"GradCache: out of memory in the {phase}, and the step cannot start again because "
-                f"it had changed {changed}; choose a smaller chunk_size. {reason}"
+                f"{changed}; choose a smaller chunk_size. {reason}"
             )
         if tried[-1] <= 1:
             sizes = ", ".join(map(str, tried))
@@ -93,7 +100,7 @@ class StepSnapshot:
                 _, before = self._versions.get(id(buffer), (buffer, -1))
                 changed = buffer._version != before
                 if changed and id(buffer) not in self._statistics:
-                    return f"the buffer {name} of {type(module).__name__}"
+                    return f"it had changed the buffer {name} of {type(module).__name__}"
         return None
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,13 @@ from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.checks import check_finite, check_unchanged, scalar_loss_of
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.nested import map_tensors
+from gradcache_clip.cache.finished_loss import finished
+from gradcache_clip.cache.gradient_hooks import HeldHooks
 from gradcache_clip.cache.random_state import RandomState
 from gradcache_clip.cache.recovery import StepSnapshot
 from gradcache_clip.cache.replay_check import ReplayCheck
 from gradcache_clip.cache.retained import GraphBudget, Retention
+from gradcache_clip.cache.row_check import check_rows
 from gradcache_clip.cache.schedule import replay_order
 from gradcache_clip.cache.settings import (
     autocast_off,
@@ -31,12 +32,6 @@ from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 
-class LossOnly(NamedTuple):
-    """What a step returns when the loss function returns a bare tensor."""
-
-    loss: Tensor
-
-
 class CachedStep:
     """Embed, loss and replay of one batch; a snapshot learns how far it is and what it changes."""
 
@@ -47,22 +42,29 @@ class CachedStep:
         strategy: LocalStrategy,
         snapshot: StepSnapshot | None,
         check_replay: bool,
+        hooks: HeldHooks | None = None,
+        *,
+        check_rows: bool = False,
     ) -> None:
         self.towers, self.loss, self.strategy = towers, loss, strategy
         self.snapshot, self.check_replay = snapshot, check_replay
+        self.hooks, self.check_rows = hooks or HeldHooks(()), check_rows
+        self.phase = "embed"
         self._device_types: set[str] = set()
         self._autocasts = True
         self._looked_behind: set[str] = set()
 
     def run(self, budget: GraphBudget, loss_kwargs: Mapping[str, Any]) -> tuple[Any, ReplayCheck]:
         """Fill `.grad`; the detached output of the loss, and the comparison of both passes."""
-        with self.strategy.stepping(trained_modules(self.towers)):
-            self._enter("embed")
-            self.embed(budget)
-            self._enter("loss")
-            output = self._backward_of_loss(loss_kwargs)
-            self._enter("replay")
-            check = self.replay()
+        with self.hooks.held():
+            with self.strategy.stepping(trained_modules(self.towers)):
+                self._enter("embed")
+                self.embed(budget)
+                self._enter("loss")
+                output = self._backward_of_loss(loss_kwargs)
+                self._enter("replay")
+                check = self.replay()
+            self.hooks.run_all()
         return output, check
 
     def embed(self, budget: GraphBudget) -> None:
@@ -76,9 +78,12 @@ class CachedStep:
             device = tower.features[0].device
             tower.trainable = self.strategy.anywhere(bool(tower.trainable), device)
         check_finite(self.towers, self.strategy)
+        if self.check_rows:
+            check_rows(self.towers, self.strategy)
         self._device_types = device_types(self.towers)
 
     def _enter(self, phase: str) -> None:
+        self.phase = phase
         if self.snapshot is not None:
             self.snapshot.phase = phase
 
@@ -117,7 +122,7 @@ class CachedStep:
         factor = self.strategy.gradient_factor()
         for tower, flat in zip(self.towers, leaves, strict=True):
             tower.gradients = [_taken_gradient(leaf, factor) for leaf in flat]
-        return _detached(output)
+        return finished(output, loss)
 
     def replay(self) -> ReplayCheck:
         """Every tower's `gradients` go into the parameters; what both passes computed, compared."""
@@ -130,6 +135,8 @@ class CachedStep:
         self._autocasts = any(map(torch.is_autocast_enabled, self._device_types))
         copies = any(tower.copies for tower in towers)
         upcoming = [*order[1:], []] if copies else [[]] * len(order)
+        if not self.strategy.reduces:
+            self.hooks.expect(tower for tower, _ in chain(*order))
         turns = zip(map(_is_kept, order), order, _encoders(order), upcoming, strict=True)
         try:
             for kept, same in groupby(turns, key=itemgetter(0)):
@@ -137,6 +144,8 @@ class CachedStep:
                     for _, group, (modules, finished), following in same:
                         with self.strategy.replaying(modules, finished):
                             self._replay_together(group, check, kept)
+                        if not self.strategy.reduces:
+                            self.hooks.replayed(tower for tower, _ in group)
                         for tower, chunk in following:
                             if chunk.graph is None:
                                 tower.expect(chunk)
@@ -223,19 +232,6 @@ def _taken_gradient(leaf: Tensor, factor: float) -> Tensor | None:
     gradient, leaf.grad = leaf.grad, None
     leaf.requires_grad_(False)
     return gradient if gradient is None or factor == 1 else gradient * factor
-
-
-def _detached(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return LossOnly(output.detach())
-    detached = map_tensors(torch.detach, output)
-    if detached is not output:
-        return detached
-    # An object of some other class: its attributes hold the tensors.
-    detached = copy.copy(output)
-    for name, value in getattr(output, "__dict__", {}).items():
-        setattr(detached, name, map_tensors(torch.detach, value))
-    return detached
 
 
 def device_types(towers: Iterable[Tower]) -> set[str]:

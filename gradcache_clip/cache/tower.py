@@ -56,8 +56,13 @@ class Tower:
     structure: Any = None
     _kinds: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
     """Shape of a row and dtype, for each of `features`."""
+    given: Any = None
+    """The inputs, also once a trunk has run and its outputs have taken their place."""
     _last_had_graph: bool = False
     _host: HostInputs | None = None
+
+    def __post_init__(self) -> None:
+        self.given = self.inputs
 
     @property
     def embed_together(self) -> int:

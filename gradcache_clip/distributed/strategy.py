@@ -14,6 +14,8 @@ A strategy tells the engine
 - `collective_forward`: whether a forward waits for other ranks, so that all ranks must take the
   same number of them, and `plain_backward`, whether a rank may take a backward by itself, as
   measuring a chunk size does;
+- `fills_grad`: whether gradients end in `.grad`, and `reduces`, whether only the end of a step
+  makes them those of all ranks;
 - `recovers`: whether a step that ran out of memory may start again, not where others would wait;
 - `embedded`: called between embed and loss, where ranks that went different ways are told;
 - `on_any_rank`, `anywhere`, `gathered`, `smallest`: what happened, or was found, elsewhere.
@@ -51,6 +53,8 @@ class LocalStrategy:
     collective_forward = False
     plain_backward = True
     recovers = True
+    fills_grad = True
+    reduces = False
 
     def __init__(
         self, grad_scaler: torch.amp.GradScaler | None = None, *, reduce_myself: bool = False
@@ -147,6 +151,7 @@ class ManyRanks(LocalStrategy):
     """
 
     recovers = False
+    reduces = True
 
     def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         super().__init__(grad_scaler)

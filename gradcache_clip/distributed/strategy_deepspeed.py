@@ -56,6 +56,7 @@ class DeepSpeedStrategy(ManyRanks):
     joint_ends = True
     kept_graphs_first = False
     plain_backward = False
+    fills_grad = False
 
     def __init__(self, engine: Any) -> None:
         if not is_kind(engine, DEEPSPEED):
@@ -75,6 +76,7 @@ class DeepSpeedStrategy(ManyRanks):
         )
         self._held: Tensor | None = None
         self._began_at: int | None = None
+        self._broken_off = False
         self._first, self._scale = True, 1.0
 
     def check(self, modules: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> None:
@@ -98,6 +100,12 @@ class DeepSpeedStrategy(ManyRanks):
                     "into one module with forward(tower, inputs) and initialize that"
                 )
         _check_settings(self.engine)
+        if self._broken_off:
+            raise ValueError(
+                "engine: expected an engine that holds no gradients, got one in which a step was "
+                "broken off after its first backward; load a checkpoint into a new engine from "
+                "deepspeed.initialize, because DeepSpeed cannot drop what it has added up"
+            )
         if self._began_at == self.engine.micro_steps:
             raise ValueError(
                 "engine: expected engine.step() after the last cached step, got none, and the "
@@ -111,7 +119,7 @@ class DeepSpeedStrategy(ManyRanks):
     @contextmanager
     def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         self._held, self._first, self._scale = None, True, _loss_scale(self.engine)
-        with ExitStack() as stack:
+        with self._noting_breaks(), ExitStack() as stack:
             if self.collective_forward:
                 root = self.engine.module
                 named = {name or "the engine": part for name, part in root.named_modules()}
@@ -125,6 +133,14 @@ class DeepSpeedStrategy(ManyRanks):
                 # No rank had anything to replay, and the optimizer wants gradients all the same.
                 self.engine.set_gradient_accumulation_boundary(True)
                 self.backward([], [])
+
+    @contextmanager
+    def _noting_breaks(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._broken_off = not self._first
+            raise
 
     def embedded(self) -> None:
         if self.collective_forward:
@@ -159,7 +175,8 @@ class DeepSpeedStrategy(ManyRanks):
 
     def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """`engine.backward` of the sum of features times their gradients, in 32 bits."""
-        if self._first:
+        first, self._first = self._first, False
+        if first:
             self._began_at = self.engine.micro_steps
         factor = world_size() / self._scale
         products = [
@@ -177,12 +194,11 @@ class DeepSpeedStrategy(ManyRanks):
         if hasattr(self.engine.optimizer, "clear_backward_seen_flag"):
             # As a forward does, which a kept graph has long had: ZeRO-3 counts backwards by it.
             self.engine.optimizer.clear_backward_seen_flag()
-        if self._first and self._stage == 3:
+        if first and self._stage == 3:
             # The first backward overwrites only what it reaches; the rest is of the last step.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         with _one_prologue(self.engine):
             self.engine.backward(surrogate, scale_wrt_gas=False)
-        self._first = False
 
 
 def _owns_parameters(part: nn.Module) -> bool:

@@ -1,0 +1,85 @@
+"""The loss of a step that has been taken: a number, whose backward says what to do instead."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from gradcache_clip.cache.nested import map_tensors
+
+_MESSAGE = (
+    "loss.backward(): expected no backward after cache(*inputs), which has filled .grad already, "
+    "got one; call optimizer.step() next. To scale the loss pass "
+    "strategy=LocalStrategy(grad_scaler); to take the backward yourself call "
+    "deferred_step(cache, *inputs)"
+)
+# What trainers do to a loss before its backward.
+_STAYS = {
+    Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.div, Tensor.__truediv__, Tensor.add,
+    Tensor.__add__, Tensor.__radd__, Tensor.mean, Tensor.sum, torch.mul, torch.div, torch.add,
+    torch.mean, torch.sum,
+}  # fmt: skip
+
+
+class FinishedLoss(Tensor):
+    """A tensor like any other, but for `backward`."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = function(*args, **(kwargs or {}))
+        # A sum with another loss has a graph, and a backward of its own.
+        stays = function in _STAYS and isinstance(plain, Tensor) and not plain.requires_grad
+        return plain.as_subclass(cls) if stays else _plain(plain)
+
+    def backward(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(_MESSAGE)
+
+    def __repr__(self, **options: Any) -> str:
+        return _plain(self).__repr__(**options)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return copy.deepcopy(_plain(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+
+class LossOnly(NamedTuple):
+    """What a step returns when the loss function returns a bare tensor."""
+
+    loss: Tensor
+
+
+def finished(output: Any, loss: Tensor) -> Any:
+    """What a loss function returned, without graphs; `loss` is the tensor in it to step by."""
+
+    def detached(tensor: Tensor) -> Tensor:
+        plain = tensor.detach()
+        return plain.as_subclass(FinishedLoss) if tensor is loss else plain
+
+    if isinstance(output, Tensor):
+        return LossOnly(detached(output))
+    mapped = map_tensors(detached, output)
+    if mapped is not output:
+        return mapped
+    # An object of some other class: its attributes hold the tensors.
+    copied = copy.copy(output)
+    for name, value in getattr(output, "__dict__", {}).items():
+        setattr(copied, name, map_tensors(detached, value))
+    return copied
+
+
+def _plain(value: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor) if isinstance(value, FinishedLoss) else value
