@@ -14,6 +14,7 @@ from rank_processes import failures
 from torch import Tensor, nn
 
 from gradcache_clip import ClipLoss, GradCache, verify
+from gradcache_clip.cache.verify_hooks import ON_PARTS
 
 
 def encoders() -> list[nn.Module]:
@@ -72,7 +73,7 @@ def test_weights_and_optimizers_are_put_back_bit_for_bit(hook: Hook, started: bo
     before = copy.deepcopy([parameters, optimizer.state_dict()])
     identities = [id(parameter) for parameter in modules.parameters()]
     state = {name: dict(entry) for name, entry in optimizer.state.items()}
-    verify(GradCache(towers, modules[2]), *batch())
+    verify(GradCache(towers, modules[2], gradient_hooks="every_chunk"), *batch())
     torch.testing.assert_close([parameters, optimizer.state_dict()], before, rtol=0, atol=0)
     assert [id(parameter) for parameter in modules.parameters()] == identities
     for parameter, entry in state.items():
@@ -84,7 +85,11 @@ def test_hooks_do_not_run_and_are_there_again():
     towers, seen = encoders(), []
     weight = towers[1].weight
     handle = weight.register_post_accumulate_grad_hook(lambda _: seen.append(1))
-    assert verify(GradCache(towers, ClipLoss().double()), *batch()) and seen == []
+    report = verify(GradCache(towers, ClipLoss().double(), gradient_hooks="every_chunk"), *batch())
+    assert seen == [] and report.headline == f"not exact: {ON_PARTS}"
+    (reason,) = report.reasons
+    assert reason.startswith("encoder 1: weight: a post-accumulate hook runs once per chunk")
+    assert 'pass gradient_hooks="once"' in reason and not report.exact
     weight.sum().backward()
     handle.remove()
     weight.sum().backward()
@@ -96,10 +101,32 @@ def test_a_hook_on_a_parameter_that_only_a_function_knows_is_held_too():
     optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
     head.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
     before = head.weight.detach().clone()
-    report = verify(
-        GradCache(towers, ClipLoss().double(), get_features=[lambda x: head(x), None]), *batch()
-    )
-    assert torch.equal(head.weight, before) and len(report.rows) == 9
+    heads = [lambda x: head(x), None]
+    report = verify(GradCache(towers, ClipLoss().double(), get_features=heads), *batch())
+    assert torch.equal(head.weight, before) and len(report.rows) == 9 and not report.exact
+    (reason,) = report.reasons
+    assert "a tensor of a function" in reason and "pass the module itself" in reason
+
+
+def test_hooks_that_run_once_are_noted_by_name():
+    towers = encoders()
+    towers[0][0].bias.register_hook(lambda gradient: gradient / gradient.norm())
+    towers[1].weight.register_post_accumulate_grad_hook(lambda weight: weight.grad.zero_())
+    report = verify(GradCache(towers, ClipLoss().double(), gradient_hooks="once"), *batch())
+    names = "encoder 0: 0.bias, encoder 1: weight"
+    assert report.exact and report.reasons == [], str(report)
+    assert report.notes == [f"{names}: hooks run once a step, on the finished gradient"]
+
+
+def test_hooks_that_nobody_spoke_of_are_refused_as_by_the_step():
+    towers = encoders()
+    towers[0][0].bias.register_hook(lambda gradient: 2 * gradient)
+    cache, inputs = GradCache(towers, ClipLoss().double(), gradient_hooks="error"), batch()
+    with pytest.raises(ValueError, match="gradient_hooks: expected parameters") as of_verify:
+        verify(cache, *inputs)
+    with pytest.raises(ValueError) as of_step:
+        cache(*inputs)
+    assert str(of_verify.value) == str(of_step.value)
 
 
 def test_an_error_puts_everything_back():

@@ -225,9 +225,24 @@ def a_hook_that_steps() -> None:
     for weight in weights:
         weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
     before = [weight.detach().clone() for weight in weights]
-    cache = GradCache(encoders, loss, strategy=AllReduceStrategy())
-    verify(cache, *rows_of(dist.get_rank(), global_batch(0)))
-    assert all(map(torch.equal, weights, before)) and not optimizer.state
+    for strategy in (AllReduceStrategy(), LocalStrategy(reduce_myself=True)):
+        cache = GradCache(encoders, loss, strategy=strategy, gradient_hooks="once")
+        report = verify(cache, *rows_of(dist.get_rank(), global_batch(0)))
+        assert all(map(torch.equal, weights, before)) and not optimizer.state
+        assert report.exact != strategy.reduce_myself, str(report)
+
+
+def hooks_on_the_sum() -> None:
+    """Not on what a rank contributes to it."""
+    for mode in ("once", "every_chunk"):
+        encoders = [encoder.double() for encoder in two_towers()]
+        bias = encoders[0][0].bias
+        bias.register_hook(lambda gradient: gradient / gradient.norm())
+        strategy = AllReduceStrategy()
+        cache = GradCache(encoders, gathered, strategy=strategy, gradient_hooks=mode)
+        report = verify(cache, *rows_of(dist.get_rank(), global_batch(0)))
+        differs = [row.name for row in report.rows if row.verdict == DIFFERS]
+        assert differs == ["encoder 0: 0.bias"] * (mode == "every_chunk"), str(report)
 
 
 def suite() -> Iterator[tuple[str, Check]]:
@@ -255,5 +270,6 @@ def suite() -> Iterator[tuple[str, Check]]:
         a_nan_on_one_rank,
         inputs_with_gradients,
         a_hook_that_steps,
+        hooks_on_the_sum,
     ):
         yield check.__name__, check

@@ -11,7 +11,9 @@ from torch import Tensor
 from gradcache_clip.cache.chunks import row_count
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.settings import refuse_cached_parametrizations
+from gradcache_clip.cache.verify_cut import Cut, reversed_chunks, reversed_rows
 from gradcache_clip.cache.verify_gap import RELATIVE_ROUNDING, Gap, all_allowed, gap
+from gradcache_clip.cache.verify_hooks import hooked_names, hooks_on_parts, hooks_run_once
 from gradcache_clip.cache.verify_loss import loss_over_ranks, unreduced
 from gradcache_clip.cache.verify_ranks import of_all_ranks, on_any_rank
 from gradcache_clip.cache.verify_reasons import (
@@ -32,12 +34,9 @@ from gradcache_clip.cache.verify_report import (
     VerifyRow,
 )
 from gradcache_clip.cache.verify_steps import (
-    Cut,
     Outcome,
     Trial,
     reduces_itself,
-    reversed_chunks,
-    reversed_rows,
 )
 from gradcache_clip.cache.verify_trace import largest_change
 from gradcache_clip.distributed.collectives import world_size
@@ -115,7 +114,11 @@ class _Verification:
     def report(self) -> VerifyReport:
         trial, one_shot_loss = self._trial, float(self._plain.loss)
         over_ranks = loss_over_ranks(trial, self._plain, self._precision)
-        failures = [*over_ranks.reasons, *unreduced(trial)]
+        failures = [
+            *hooks_on_parts(trial, self._leaves),
+            *over_ranks.reasons,
+            *unreduced(trial),
+        ]
         whole = self._gaps(self._plain, reversed_rows(trial.cut), self._rounding)
         del self._plain
         chunks = [tower.chunks for tower in self._towers]
@@ -141,7 +144,7 @@ class _Verification:
             precision=str(self._precision).removeprefix("torch."),
             tolerance=self._rounding,
             failure=failures[0].kind if failures else "",
-            notes=[over_ranks.note] * bool(over_ranks.note),
+            notes=[*hooks_run_once(trial, self._leaves), *over_ranks.notes],
             summed_over=world_size() if reduces_itself(trial.strategy) else 1,
         )
 
@@ -202,10 +205,11 @@ class _Verification:
 
     def _backward(self) -> Reason:
         """Where to look when the forward shows nothing."""
-        hooked = [name for name, leaf in self._leaves.values() if _has_hook(leaf)]
+        names = hooked_names(self._trial, self._leaves)
         suspects = (
-            f"the hook on the gradient of {hooked[0]}, which runs once a chunk"
-            if hooked
+            f"the hook on the gradient of {names[0]}, run with gradient_hooks="
+            f"{self._trial.gradient_hooks!r}"
+            if names
             else "hooks on gradients, and autograd functions that look at other rows"
         )
         return Reason(
@@ -241,7 +245,3 @@ def _severity(row: VerifyRow) -> tuple[int, float]:
 
 def _finite(gradient: Tensor | None) -> bool:
     return gradient is None or bool(gradient.isfinite().all())
-
-
-def _has_hook(leaf: Tensor) -> bool:
-    return bool(leaf._backward_hooks) or bool(getattr(leaf, "_post_accumulate_grad_hooks", None))

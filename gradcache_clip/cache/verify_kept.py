@@ -28,10 +28,11 @@ class Kept:
             self.tensor.detach().resize_(self.before.shape).copy_(self.before)
 
 
-class HeldHooks:
+class HeldAfterHooks:
     """Post-accumulate hooks, kept from running until `release`."""
 
     def __init__(self, leaves: Iterable[Tensor]) -> None:
+        self.leaves: list[Tensor] = []
         self._held: list[tuple[dict[int, Any], dict[int, Any]]] = []
         for leaf in leaves:
             self.hold(leaf)
@@ -42,6 +43,7 @@ class HeldHooks:
             # Emptied in place: autograd and the handles of the hooks refer to this very dict.
             self._held.append((hooks, dict(hooks)))
             hooks.clear()
+            self.leaves.append(leaf)
 
     def release(self) -> None:
         for hooks, before in self._held:

@@ -55,6 +55,10 @@ class LossFindings(NamedTuple):
     def reasons(self) -> list[Reason]:
         return [Reason(WRONG_LOSS, self.failure)] if self.failure else []
 
+    @property
+    def notes(self) -> list[str]:
+        return [self.note] if self.note else []
+
 
 def loss_over_ranks(trial: Trial, plain: Outcome, precision: torch.dtype) -> LossFindings:
     """Check the loss over several ranks, all of which must call this.

@@ -11,8 +11,8 @@ from torch import Tensor
 from gradcache_clip.cache.chunks import Chunk, row_count
 from gradcache_clip.cache.settings import frozen_running_statistics
 from gradcache_clip.cache.tower import Tower
+from gradcache_clip.cache.verify_cut import indices
 from gradcache_clip.cache.verify_state import Kept, Start, named_tensors
-from gradcache_clip.cache.verify_steps import indices
 from gradcache_clip.cache.verify_trace import Place, Watched, largest_change, run, watch
 
 RANDOM, BATCH_NORM, STATE, IN_PLACE, ROWS, PADDING, BACKWARD, UNKNOWN = (
@@ -89,7 +89,7 @@ class Experiments:
         return Reason(
             RANDOM,
             f"{self._tower.name}: random layers: compared over the same chunks, with the same "
-            f"draws: {_listed(drew)}{hidden}",
+            f"draws: {_labels(drew)}{hidden}",
         )
 
     def _batch_norm(self, norms: Sequence[Place], change: float | None) -> Reason:
@@ -97,7 +97,7 @@ class Experiments:
         return Reason(
             BATCH_NORM,
             f"{self._tower.name}: batch norm in train mode normalises each chunk by itself"
-            f"{how_much}: {_listed(norms)}; put these layers into eval mode, or use layer or group "
+            f"{how_much}: {_labels(norms)}; put these layers into eval mode, or use layer or group "
             "norm",
         )
 
@@ -254,7 +254,12 @@ def _first_in(place: Place | None) -> str:
     return "" if place is None else f", first in {place.label}"
 
 
-def _listed(places: Sequence[Place]) -> str:
-    labels = list(dict.fromkeys(place.label for place in places))
-    more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
-    return ", ".join(labels[:_SHOWN]) + more
+def _labels(places: Sequence[Place]) -> str:
+    return listed([place.label for place in places])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join the first names, each once."""
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

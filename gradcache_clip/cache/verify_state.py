@@ -16,7 +16,7 @@ from gradcache_clip.cache.nested import _children
 from gradcache_clip.cache.random_state import RandomState
 from gradcache_clip.cache.recovery import StepSnapshot
 from gradcache_clip.cache.tower import Tower
-from gradcache_clip.cache.verify_kept import HeldHooks, Kept, KeptOptimizers, bit_equal, refill
+from gradcache_clip.cache.verify_kept import HeldAfterHooks, Kept, KeptOptimizers, bit_equal, refill
 from gradcache_clip.distributed.strategies import innermost
 
 _PLAIN = (bool, int, float, complex, str, type(None), Tensor)
@@ -34,7 +34,7 @@ class Start(StepSnapshot):
 
     def __init__(self, modules: Sequence[nn.Module], towers: Sequence[Tower]) -> None:
         self._weights: dict[int, Kept] = {}
-        self._held: HeldHooks | None = None
+        self._held: HeldAfterHooks | None = None
         self._optimizers: KeptOptimizers | None = None
         super().__init__(modules, towers)
         self.inputs = {
@@ -49,7 +49,7 @@ class Start(StepSnapshot):
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Hold hooks back meanwhile; afterwards put back everything, gradients too."""
-        self._optimizers, self._held = KeptOptimizers(), HeldHooks(self.leaves)
+        self._optimizers, self._held = KeptOptimizers(), HeldAfterHooks(self.leaves)
         try:
             yield
         finally:
@@ -67,6 +67,10 @@ class Start(StepSnapshot):
                 self._held.hold(leaf)
         super().set_aside(leaves)
 
+    def taken_back(self, leaf: Tensor) -> Tensor | None:
+        """Keep earlier gradients aside: hooks of a verification see those of its step alone."""
+        return None
+
     def restore(self) -> None:
         """Put back everything but gradients, which become None."""
         super().restore()
@@ -83,6 +87,11 @@ class Start(StepSnapshot):
     def leaves(self) -> list[Tensor]:
         """Every tensor that a step may give a gradient."""
         return [leaf for leaf, _ in self._aside.values()]
+
+    @property
+    def held(self) -> list[Tensor]:
+        """Leaves whose post-accumulate hooks are held back."""
+        return [] if self._held is None else self._held.leaves
 
     def gradients(self) -> Gradients:
         """Copy them: DistributedDataParallel may write the next gradients into the same memory."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,12 +15,11 @@ from gradcache_clip.cache.checks import (
     check_inputs,
     check_plain_backward,
     check_strategy,
-    one_for_each,
     scalar_loss_of,
 )
 from gradcache_clip.cache.chunks import Chunk, row_count
 from gradcache_clip.cache.grad_cache import GradCache
-from gradcache_clip.cache.nested import count_rows
+from gradcache_clip.cache.gradient_hooks import HeldHooks, check_hooks, hooked_leaves
 from gradcache_clip.cache.random_state import RandomState
 from gradcache_clip.cache.retained import GraphBudget
 from gradcache_clip.cache.settings import (
@@ -31,18 +29,13 @@ from gradcache_clip.cache.settings import (
 )
 from gradcache_clip.cache.step import CachedStep, trained_modules
 from gradcache_clip.cache.tower import Tower, device_of
+from gradcache_clip.cache.verify_cut import Cut, in_order, indices, with_small_chunks
 from gradcache_clip.cache.verify_ranks import sum_over_ranks
 from gradcache_clip.cache.verify_state import Gradients, Start
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import LocalStrategy, innermost
 from gradcache_clip.distributed.strategy_all_reduce import AllReduceStrategy
-
-# Over a single chunk nothing could go wrong.
-_AT_LEAST_CHUNKS = 4
-
-Cut = list[list[Chunk]]
-"""The chunks of every input."""
 
 
 class Outcome(NamedTuple):
@@ -63,12 +56,16 @@ class Trial:
         self, cache: GradCache, inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
     ) -> None:
         check_plain_backward(cache.strategy, "verify", "verify the encoders before wrapping them")
-        self._cache = _with_small_chunks(cache, inputs)
+        self._cache = with_small_chunks(cache, inputs)
         self._inputs, self._loss_kwargs = inputs, loss_kwargs
         self.strategy = cache.strategy
+        self.gradient_hooks = cache.gradient_hooks
         towers = self.towers()
         check_inputs(towers)
         check_strategy(self.strategy, towers)
+        hooked = hooked_leaves(towers)
+        check_hooks(self.gradient_hooks, hooked, self.strategy)
+        self.hooked = [each.leaf for each in hooked]
         self._reduced = _encoder_parameters(self.strategy, towers)
         self.device = device_of(towers)
         self.cut = [tower.chunks for tower in towers]
@@ -85,14 +82,22 @@ class Trial:
 
     def named_leaves(self) -> dict[int, tuple[str, Tensor]]:
         """Map the id of every leaf known so far to its name and the leaf itself."""
-        named = {id(kept.tensor): path for path, kept in self.start.inputs.items()}
-        for prefix, module in self._named_modules():
-            for name, parameter in innermost(module).named_parameters():
-                named.setdefault(id(parameter), f"{prefix}{name}")
+        named = self._names()
         return {
             id(leaf): (named.get(id(leaf), f"a tensor of a function ({number})"), leaf)
             for number, leaf in enumerate(self.start.leaves)
         }
+
+    def known_to_functions(self) -> set[int]:
+        """Ids of leaves that belong to no module and to no input."""
+        return {id(leaf) for leaf in self.start.leaves} - self._names().keys()
+
+    def _names(self) -> dict[int, str]:
+        named = {id(kept.tensor): path for path, kept in self.start.inputs.items()}
+        for prefix, module in self._named_modules():
+            for name, parameter in innermost(module).named_parameters():
+                named.setdefault(id(parameter), f"{prefix}{name}")
+        return named
 
     def loss_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trained parameters of the loss alone, which no strategy reduces, with their names."""
@@ -113,9 +118,9 @@ class Trial:
         """Take the engine's step; also return its towers, whose chunks know their random state."""
         self.start.restore()
         towers = self.towers()
-        step = CachedStep(
-            towers, self._cache.loss, self.strategy, snapshot=self.start, check_replay=False
-        )
+        once = hooked_leaves(towers) if self.gradient_hooks == "once" else ()
+        hooks = HeldHooks(once, self.start)
+        step = CachedStep(towers, self._cache.loss, self.strategy, self.start, False, hooks)
         output, _ = step.run(GraphBudget(None, self.device), self._loss_kwargs)
         if reduces_itself(self.strategy):
             sum_over_ranks(self._reduced)
@@ -156,7 +161,7 @@ class Trial:
                 like.before_loss.restore()
             features = [feature for parts in flat for feature in parts]
             given = _with_values(features, rounded_as) if rounded_as else features
-            loss = self._backward(features, given)
+            loss = self._backward(towers, features, given)
         detached = [feature.detach() for feature in features]
         trained = [feature.requires_grad for feature in features]
         return Outcome(self.start.gradients(), loss, detached, trained, before_loss)
@@ -176,10 +181,16 @@ class Trial:
         ]
         return scalar_loss_of(self._cache.loss(*nested, **self._loss_kwargs))
 
-    def _backward(self, features: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
+    def _backward(
+        self, towers: Sequence[Tower], features: Sequence[Tensor], given: Sequence[Tensor]
+    ) -> Tensor:
         """Fill `.grad` from the loss of `given`, which have the gradients of `features`."""
         if world_size() > 1:
-            return self._backward_over_ranks(features, given)
+            hooks = HeldHooks(hooked_leaves(towers))
+            with hooks.held():
+                loss = self._backward_over_ranks(features, given)
+                hooks.run_all()
+            return loss
         loss = self._loss(given)
         self.start.set_aside(leaves_behind([loss]))
         with self._autocast_off(features):
@@ -234,28 +245,12 @@ class Trial:
                 # By number, for chunks that are views of one tensor could not be written to.
                 chunk = replace(chunk, rows=indices(chunk))
             parts.append(tower.replay(chunk))
-        return [_in_order(torch.cat(part), chunks) for part in zip(*parts, strict=True)]
+        return [in_order(torch.cat(part), chunks) for part in zip(*parts, strict=True)]
 
 
 def reduces_itself(strategy: LocalStrategy) -> bool:
     """Whether the caller reduces the gradients of several processes."""
     return world_size() > 1 and strategy.reduce_myself
-
-
-def reversed_rows(cut: Cut) -> Cut:
-    """The whole batch, last row first: the same sums in another order."""
-    return [[Chunk(torch.arange(row_count(chunks) - 1, -1, -1))] for chunks in cut]
-
-
-def reversed_chunks(cut: Cut) -> Cut:
-    """The last chunk first."""
-    return [chunks[::-1] for chunks in cut]
-
-
-def indices(chunk: Chunk) -> Tensor:
-    """Row numbers of a chunk."""
-    rows = chunk.rows
-    return rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop)
 
 
 def _encoder_parameters(strategy: LocalStrategy, towers: Sequence[Tower]) -> list[nn.Parameter]:
@@ -266,36 +261,6 @@ def _encoder_parameters(strategy: LocalStrategy, towers: Sequence[Tower]) -> lis
         AllReduceStrategy().check(modules)
     found = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     return list(found.values())
-
-
-def _with_small_chunks(cache: GradCache, inputs: Sequence[Any]) -> GradCache:
-    """Copy the cache; the copy cuts each input into several chunks and records no chunk size."""
-    cache._modules_for(len(inputs))
-    small = copy.copy(cache)
-    rows = [count_rows(given, f"input {index}") for index, given in enumerate(inputs)]
-    wished = rows if cache.chunk_size == "auto" else cache.chunk_size
-    sizes = one_for_each(wished, len(inputs), "chunk_size")
-    small.chunk_size = tuple(
-        min(size, _small_size(count)) for size, count in zip(sizes, rows, strict=True)
-    )
-    sorting = one_for_each(cache.sort_by_length, len(inputs), "sort_by_length")
-    small.sort_by_length = [each and replace(each, max_tokens=None) for each in sorting]
-    return small
-
-
-def _small_size(rows: int) -> int:
-    size = max(1, -(-rows // _AT_LEAST_CHUNKS))
-    # Batch norm refuses a last chunk of one row.
-    return size + 1 if size > 1 and rows % size == 1 else size
-
-
-def _in_order(feature: Tensor, chunks: Sequence[Chunk]) -> Tensor:
-    if all(isinstance(chunk.rows, slice) for chunk in chunks):
-        starts = [chunk.rows.start for chunk in chunks if isinstance(chunk.rows, slice)]
-        if starts == sorted(starts):
-            return feature
-    order = torch.cat([indices(chunk) for chunk in chunks])
-    return feature[order.argsort().to(feature.device)]
 
 
 def _with_values(features: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
