@@ -128,6 +128,29 @@ def test_sharded_models_are_refused_with_the_reason(folder, home, monkeypatch):
     assert "strategy=" not in str(raised.value)
 
 
+def test_hooks_on_a_model_of_sentence_transformers(folder):
+    model = tiny_model(folder)
+    next(model.parameters()).register_hook(lambda gradient: gradient.clamp(-1, 1))
+    with pytest.raises(ValueError, match="^model: expected parameters without hooks .* off, or"):
+        gradients(CachedMultipleNegativesRankingLoss(model, mini_batch_size=4), tokenized(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Centred(nn.Module):
+    """Takes the mean of a chunk off each of its rows."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        pooled = features["sentence_embedding"]
+        return {**features, "sentence_embedding": pooled - pooled.mean(0)}
+
+
+def test_rows_that_mix_in_a_model_of_sentence_transformers(folder):
+    model = SentenceTransformer(modules=[*tiny_model(folder), Centred()])
+    message = r"do not depend on the other rows.*loop of your own with GradCache\(..., check_rows"
+    with pytest.raises(ValueError, match=message):
+        gradients(CachedMultipleNegativesRankingLoss(model, mini_batch_size=4), tokenized(model))
+
+
 @pytest.mark.parametrize("name", ["MatryoshkaLoss", "Matryoshka2dLoss", "AdaptiveLayerLoss"])
 @pytest.mark.filterwarnings("ignore:AdaptiveLayerLoss is not compatible")
 def test_losses_around_the_sentence_transformers_loss(folder, name):
@@ -211,6 +234,13 @@ def test_arguments_of_the_trainer(more, message, tmp_path):
     build = partial(GradCacheTrainer, **more)
     with pytest.raises((TypeError, ValueError), match=message):
         trainer(build, clip(), tmp_path, pairs())
+
+
+def test_hooks_on_the_model_of_a_trainer(tmp_path):
+    model = clip()
+    model.visual_projection.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    with pytest.raises(ValueError, match="^model: expected parameters without hooks .* off, or"):
+        step(tmp_path, model)
 
 
 @pytest.mark.parametrize("returned", [[], [clip], None, 3])

@@ -8,6 +8,16 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
+IN_A_LOOP = {
+    "gradient_hooks: expected parameters": "model: expected parameters",
+    'pass gradient_hooks="once" to run hooks on the finished gradient, or "every_chunk" if parts '
+    "are what they want": "take the hooks off, or write a loop of your own with "
+    'GradCache(..., gradient_hooks="once")',
+    "or pass check_rows=False if chunks are meant to stand alone": "or write a loop of your own "
+    "with GradCache(..., check_rows=False) if chunks are meant to stand alone",
+}
+"""What errors of the engine name that is an argument of `GradCache`, and of no trainer."""
+
 
 def check_whole(name: str, value: Any, remedy: str) -> None:
     """Raise for anything but a positive integer."""

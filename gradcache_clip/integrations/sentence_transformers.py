@@ -20,6 +20,7 @@ from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.retained import MemoryBudget
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
 from gradcache_clip.integrations import sentence_transformers_checks as checks
+from gradcache_clip.integrations.arguments import IN_A_LOOP, own_names
 from gradcache_clip.losses import InfoNCELoss, MatryoshkaLoss
 
 Features = dict[str, Any]
@@ -135,7 +136,8 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         given = _merged(columns)
         cache = self._cache(len(given), len(columns))
         cache.sort_by_length = [self._sorting(features) for features in given]
-        loss: Tensor = deferred_step(cache, *({"input": features} for features in given)).loss
+        with own_names(IN_A_LOOP):
+            loss: Tensor = deferred_step(cache, *({"input": features} for features in given)).loss
         return loss
 
     def _cache(self, inputs: int, columns: int) -> GradCache:

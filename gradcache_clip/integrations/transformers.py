@@ -19,7 +19,7 @@ from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.retained import MemoryBudget
 from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.distributed import AllReduceStrategy
-from gradcache_clip.integrations.arguments import own_names
+from gradcache_clip.integrations.arguments import IN_A_LOOP, own_names
 from gradcache_clip.integrations.transformers_checks import (
     METHODS,
     check_methods,
@@ -39,6 +39,7 @@ ModelLoss = Callable[..., Any]
 _CLIP, _SIGLIP = ClipLoss(), SigLipLoss()
 
 _OWN_NAMES = {
+    **IN_A_LOOP,
     " (_Towers)": " of towers",
     "say which with get_features, such as get_features=lambda output: "
     "output.last_hidden_state[:, 0] for a BERT": "let the encoder that towers returns pool it, "
