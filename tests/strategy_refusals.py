@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from strategy_steps import global_batch, rows_of, tower, two_towers
-from strategy_wraps import sharded
+from strategy_steps import PlainClip, global_batch, in_one_graph, rows_of, tower, two_towers
+from strategy_wraps import as_they_are, each_in_ddp, sharded
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -134,7 +134,68 @@ def sparse_gradients() -> dict[str, Any]:
     return {}
 
 
+def inputs_with_gradients() -> dict[str, Any]:
+    """Their rows would get the gradient times the number of ranks."""
+    encoders = doubles()
+    cache = GradCache(encoders, ClipLoss().double(), strategy=AllReduceStrategy(), chunk_size=3)
+    images, texts = rows_of(dist.get_rank(), global_batch(0))
+    with pytest.raises(ValueError, match="encoder 0 .*expected inputs that ask for no gradient"):
+        cache(images.requires_grad_(), texts)
+    assert all(p.grad is None for p in nn.ModuleList(encoders).parameters())
+    # By hand they are right.
+    alone = LocalStrategy(reduce_myself=True)
+    GradCache(encoders, ClipLoss().double(), strategy=alone, chunk_size=3)(images, texts)
+    expected = [inputs.requires_grad_() for inputs in global_batch(0)]
+    in_one_graph(encoders, PlainClip().double(), 0, expected, 3)
+    torch.testing.assert_close(images.grad, rows_of(dist.get_rank(), [expected[0].grad])[0])
+    return {}
+
+
+def parameters_of_a_function() -> dict[str, Any]:
+    """Nobody would reduce them; afterwards the next step says that gradients are left."""
+    for strategy, wrap in ((AllReduceStrategy, as_they_are), (DDPStrategy, each_in_ddp)):
+        torch.manual_seed(3)
+        head = nn.Linear(8, 4).double()
+        hidden = [lambda x, head=head: head(x), None]
+        short = nn.Sequential(tower(9), nn.Linear(8, 4)).double()
+        encoders = wrap([tower(6).double(), short])
+        cache = GradCache(
+            encoders, ClipLoss().double(), strategy=strategy(), chunk_size=3, get_features=hidden
+        )
+        inputs = rows_of(dist.get_rank(), global_batch(0))
+        with pytest.raises(ValueError, match="parameters that a module has registered.*reduce"):
+            cache(*inputs)
+        with pytest.raises(RuntimeError, match=r"call optimizer.zero_grad\(\)"):
+            cache(*inputs)
+    return {}
+
+
+def reduced_by_hand() -> dict[str, Any]:
+    """Sums over the ranks are the gradient; a rank with NaN stops all of them."""
+    encoders, loss = doubles(), ClipLoss().double()
+    truth, true_loss = doubles(), PlainClip().double()
+    refused(encoders, LocalStrategy(), r"pass strategy=AllReduceStrategy\(\)")
+    cache = GradCache(encoders, loss, chunk_size=3, strategy=LocalStrategy(reduce_myself=True))
+    batch = global_batch(0)
+    cache(*rows_of(dist.get_rank(), batch))
+    for parameter in nn.ModuleList(encoders).parameters():
+        dist.all_reduce(parameter.grad)
+    in_one_graph(truth, true_loss, 0, batch, 3)
+    sides = (nn.ModuleList(modules).parameters() for modules in (encoders, truth))
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    images, texts = rows_of(dist.get_rank(), batch)
+    if dist.get_rank() == 1:
+        images = images * float("nan")
+    with pytest.raises(ValueError, match="expected finite"):
+        cache(images, texts)
+    return {}
+
+
 REFUSALS = {
+    "inputs with gradients": inputs_with_gradients,
+    "parameters of a function": parameters_of_a_function,
+    "reduced by hand": reduced_by_hand,
     "wrong wrappers": wrong_wrappers,
     "not sharded as expected": not_sharded_as_expected,
     "heads beside ddp": heads_beside_ddp,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ def check_strategy(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
     """Refuse encoders that the strategy would give wrong gradients, and ranks that would hang."""
     heads = [head for tower in towers for head in tower.modules[1:]]
     strategy.check([tower.module for tower in towers], heads)
+    if strategy.talks and strategy.reduces:
+        _refuse_input_gradients(strategy, towers)
     if not strategy.collective_forward:
         return
     by_rank = strategy.gathered([(len(tower.chunks), tower.embed_together) for tower in towers])
@@ -42,6 +44,32 @@ def check_strategy(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
                 f"{tower.name}: expected as many chunks on every rank, got {counts} (chunks, and "
                 f"chunks embedded together) by rank; under {type(strategy).__name__} a forward "
                 "waits for all ranks: give each as many rows, and ByLength no max_tokens"
+            )
+
+
+def _refuse_input_gradients(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
+    for tower in towers:
+        if any(tensor.requires_grad for tensor in tensors_in(tower.inputs)):
+            raise ValueError(
+                f"{tower.name}: expected inputs that ask for no gradient, got one with "
+                f"requires_grad=True under {type(strategy).__name__} over several processes, where "
+                "its gradient would come out multiplied by their number; make it a parameter of "
+                "the encoder, or pass x.detach()"
+            )
+
+
+def check_leaves(tower: Tower, leaves: Iterable[Tensor], strategy: LocalStrategy) -> None:
+    """Refuse parameters that a strategy does not know of, and so would not reduce."""
+    if not (strategy.talks and strategy.reduces):
+        return
+    known = {id(leaf) for module in tower.modules for leaf in strategy.leaves(module)}
+    for leaf in leaves:
+        if id(leaf) not in known:
+            raise ValueError(
+                f"{tower.name}: expected parameters that a module has registered, got a tensor of "
+                f"shape {tuple(leaf.shape)} that only a function or attribute holds, and whose "
+                f"gradient {type(strategy).__name__} would not reduce; make it a parameter of the "
+                "encoder, or of a module in get_features"
             )
 
 

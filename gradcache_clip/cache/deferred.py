@@ -134,6 +134,7 @@ class _Deferred:
             with strategy.stepping(trained_modules(step.towers)):
                 check = step.replay()
             step.hooks.run_all()
+            self._cache._stepped = True
             failures = self._cache._failures(check)
         if failures:
             warnings.warn(failures, stacklevel=2)

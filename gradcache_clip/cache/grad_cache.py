@@ -149,7 +149,7 @@ class GradCache:
         self.gradient_hooks = one_of("gradient_hooks", gradient_hooks, HOOK_MODES)
         self.check_rows = check_rows
         self._record = ChunkRecord(None if chunk_record is None else Path(chunk_record))
-        self._warned_of_batch_norm = self._rows_checked = self._broken_off = False
+        self._warned_of_batch_norm = self._stepped = self._broken_off = False
 
     def __call__(
         self, *inputs: Any, loss_kwargs: Mapping[str, Any] | None = None, **unknown: NoReturn
@@ -232,9 +232,10 @@ class GradCache:
             output, check = step.run(budget, loss_kwargs)
         except BaseException:
             # A snapshot takes back what was added, and there is nothing before the loss.
-            self._broken_off = snapshot is None and step.phase != "embed"
+            undone = snapshot is not None and snapshot.changed is None
+            self._broken_off = not undone and step.phase != "embed"
             raise
-        self._rows_checked = True
+        self._stepped = True
         return output, self._failures(check)
 
     def _new_step(self, towers: list[Tower], snapshot: StepSnapshot | None = None) -> CachedStep:
@@ -246,14 +247,16 @@ class GradCache:
             snapshot,
             self.replay_check != "off",
             self._held_hooks(towers, snapshot),
-            check_rows=self.check_rows and not self._rows_checked,
+            first=not self._stepped,
+            check_rows=self.check_rows,
         )
 
     def _held_hooks(self, towers: list[Tower], snapshot: StepSnapshot | None = None) -> HeldHooks:
         """Hooks on gradients that wait until these are finished, as `gradient_hooks` says."""
         hooked = hooked_leaves(towers)
         check_hooks(self.gradient_hooks, hooked, self.strategy)
-        return HeldHooks(hooked if self.gradient_hooks == "once" else (), snapshot)
+        once, parts = self.gradient_hooks == "once", self.gradient_hooks == "every_chunk"
+        return HeldHooks(hooked if once or parts else (), snapshot, on_parts=parts)
 
     def _halve(self, phase: str, tried: list[int]) -> None:
         """Smaller chunks, and less memory for graphs, from here on."""

@@ -73,6 +73,12 @@ def check_hooks(mode: str, hooked: Sequence[Hooked], strategy: LocalStrategy) ->
             f'whose engine keeps the gradients to itself, got "once" and {what}; let the engine '
             "clip and step"
         )
+    if strategy.talks and not strategy.reduces:
+        raise ValueError(
+            'gradient_hooks: expected "every_chunk" or no hooks with reduce_myself=True, where '
+            f'gradients are finished after your own reduction, got "once" and {what}; pass '
+            "strategy=AllReduceStrategy(), or run them after the reduction"
+        )
 
 
 class HeldHooks:
@@ -82,8 +88,15 @@ class HeldHooks:
     of `register_post_accumulate_grad_hook` the leaf with their sum, as after a single backward.
     """
 
-    def __init__(self, hooked: Sequence[Hooked], snapshot: StepSnapshot | None = None) -> None:
-        self._waiting = {id(each.leaf): each for each in hooked}
+    def __init__(
+        self,
+        hooked: Sequence[Hooked],
+        snapshot: StepSnapshot | None = None,
+        *,
+        on_parts: bool = False,
+    ) -> None:
+        self._waiting = {} if on_parts else {id(each.leaf): each for each in hooked}
+        self._on_parts = hooked if on_parts else None
         self._snapshot = snapshot
         self._left: Counter[int] = Counter()
         self._earlier: dict[int, Tensor | None] = {}
@@ -110,23 +123,54 @@ class HeldHooks:
         # Empty ones, for None leaves the C++ side of the old ones in place.
         leaf._backward_hooks = OrderedDict()
         leaf._post_accumulate_grad_hooks = OrderedDict()
-        self._earlier[id(leaf)], leaf.grad = leaf.grad, None
+        # A copy, for it may be a view of a bucket that the next backward fills.
+        self._earlier[id(leaf)] = None if leaf.grad is None else leaf.grad.clone()
+        leaf.grad = None
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def check_leaves(self, tower: Tower, leaves: Iterable[Tensor]) -> None:
+        """Refuse hooks on leaves that no module has registered, so that they could not be held."""
+        for leaf in leaves:
+            hooks = [*_before(leaf).values(), *_after(leaf).values()]
+            if self._on_parts is None and not all(map(_is_wrappers, hooks)):
+                raise ValueError(
+                    f"{tower.name}: expected hooks on parameters that a module has registered, got "
+                    f"{_described(hooks[0])} on a tensor of shape {tuple(leaf.shape)} that only a "
+                    "function or attribute holds; make it a parameter of the encoder, or of a "
+                    'module in get_features, or pass gradient_hooks="every_chunk"'
+                )
 
     def expect(self, replays: Iterable[Tower]) -> None:
         """Towers as often as they will be replayed; a leaf of none of them is finished."""
+        if any(_after(each.leaf) for each in self._on_parts or ()):
+            self._note_change()
         self._left = Counter(map(id, replays))
         self._run_finished()
 
+    def leave_to_autograd(self, leaves: Iterable[Tensor]) -> None:
+        """Hooks of the loss's own parameters, which get their gradient at once, and all of it."""
+        for leaf in leaves:
+            if self._snapshot is not None and _after(leaf):
+                leaf.grad = self._snapshot.taken_back(leaf)
+                self._note_change()
+
+    def _note_change(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.changed = "hooks have run on gradients, such as an optimizer's"
+
     def replayed(self, towers: Iterable[Tower]) -> None:
         """Run the hooks of leaves to which no replay is left to add."""
-        if self._waiting:
-            self._left.subtract(map(id, towers))
-            self._run_finished()
+        self._left.subtract(map(id, towers))
+        self._run_finished()
 
     def _run_finished(self) -> None:
         for hooked in list(self._waiting.values()):
             if not any(self._left[id(tower)] for tower in hooked.towers):
                 self._run(hooked.leaf)
+                hooked.leaf._backward_hooks = OrderedDict({0: partial(_refuse, hooked.name)})
 
     def run_all(self) -> None:
         """Run those that wait for the gradients of all ranks."""
@@ -139,14 +183,15 @@ class HeldHooks:
         if gradient is None:
             leaf.grad = earlier
             return
-        if self._snapshot is not None:
-            self._snapshot.changed = "hooks have run on gradients, such as an optimizer's"
-            earlier = self._snapshot.taken_back(leaf)
         for hook in self._before[id(leaf)].values():
             result = hook(gradient)
             gradient = gradient if result is None else result
+        after = list(self._after[id(leaf)].values())
+        if after and self._snapshot is not None:
+            self._note_change()
+            earlier = self._snapshot.taken_back(leaf)
         leaf.grad = gradient if earlier is None else earlier + gradient
-        for hook in self._after[id(leaf)].values():
+        for hook in after:
             hook(leaf)
 
 
@@ -163,6 +208,16 @@ def _named_leaves(tower: Tower) -> Iterator[tuple[str, Tensor]]:
     for tensor in tensors_in(tower.inputs):
         if tensor.requires_grad and tensor.is_leaf:
             yield "an input", tensor
+
+
+def _refuse(name: str, gradient: Tensor | None) -> None:
+    """A tower that uses the parameter, but has not registered it, was not waited for."""
+    if gradient is not None:
+        raise RuntimeError(
+            f"{name}: expected only encoders that have registered it to use a parameter with "
+            "hooks, got another use, after its hooks have run; register it in every encoder that "
+            'uses it, or pass gradient_hooks="every_chunk"'
+        )
 
 
 def _before(leaf: Tensor) -> Any:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.checks import check_finite, check_unchanged, scalar_loss_of
+from gradcache_clip.cache.checks import (
+    check_finite,
+    check_leaves,
+    check_unchanged,
+    scalar_loss_of,
+)
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.finished_loss import finished
 from gradcache_clip.cache.gradient_hooks import HeldHooks
@@ -44,11 +49,13 @@ class CachedStep:
         check_replay: bool,
         hooks: HeldHooks | None = None,
         *,
+        first: bool = False,
         check_rows: bool = False,
     ) -> None:
         self.towers, self.loss, self.strategy = towers, loss, strategy
         self.snapshot, self.check_replay = snapshot, check_replay
-        self.hooks, self.check_rows = hooks or HeldHooks(()), check_rows
+        self.hooks = hooks or HeldHooks(())
+        self.first, self.check_rows = first, first and check_rows
         self.phase = "embed"
         self._device_types: set[str] = set()
         self._autocasts = True
@@ -116,7 +123,9 @@ class CachedStep:
         loss = scalar_loss_of(output)
         check_unchanged(self.towers, versions)
         if self.snapshot is not None:
-            self.snapshot.set_aside(leaves_behind([loss]))
+            leaves = list(leaves_behind([loss]))
+            self.snapshot.set_aside(leaves)
+            self.hooks.leave_to_autograd(leaves)
         with autocast_off(self._device_types):
             self.strategy.backward_of_loss(loss, [leaf for flat in leaves for leaf in flat])
         factor = self.strategy.gradient_factor()
@@ -137,6 +146,7 @@ class CachedStep:
         upcoming = [*order[1:], []] if copies else [[]] * len(order)
         if not self.strategy.reduces:
             self.hooks.expect(tower for tower, _ in chain(*order))
+        once = self.hooks.waiting and not self.strategy.reduces
         turns = zip(map(_is_kept, order), order, _encoders(order), upcoming, strict=True)
         try:
             for kept, same in groupby(turns, key=itemgetter(0)):
@@ -144,7 +154,7 @@ class CachedStep:
                     for _, group, (modules, finished), following in same:
                         with self.strategy.replaying(modules, finished):
                             self._replay_together(group, check, kept)
-                        if not self.strategy.reduces:
+                        if once:
                             self.hooks.replayed(tower for tower, _ in group)
                         for tower, chunk in following:
                             if chunk.graph is None:
@@ -162,6 +172,7 @@ class CachedStep:
         """Forward the chunks that left no graph, then one backward for all of them."""
         if not kept:
             forget_autocast_casts()
+        looks = self.first or self.snapshot is not None
         reached: list[Tensor] = []
         gradients: list[Tensor] = []
         for tower, chunk in group:
@@ -169,8 +180,8 @@ class CachedStep:
             features = tower.replay(chunk) if graph is None else graph
             if self.check_replay and graph is None:
                 check.compare(tower, chunk, features)
-            if self.snapshot is not None and tower.name not in self._looked_behind:
-                self._set_gradients_aside(self.snapshot, tower, features)
+            if looks and tower.name not in self._looked_behind:
+                self._look_behind(tower, features)
             for feature, gradient in zip(features, tower.gradients, strict=True):
                 if gradient is not None and feature.requires_grad:
                     reached.append(feature)
@@ -181,11 +192,14 @@ class CachedStep:
         else:
             self.strategy.backward(reached, gradients)
 
-    def _set_gradients_aside(
-        self, snapshot: StepSnapshot, tower: Tower, features: Sequence[Tensor]
-    ) -> None:
-        """Also those of parameters that no module has registered."""
-        snapshot.set_aside(leaves_behind(features))
+    def _look_behind(self, tower: Tower, features: Sequence[Tensor]) -> None:
+        """Leaves that no module has registered: refused where they go wrong, or set aside."""
+        leaves = list(leaves_behind(features))
+        if self.first:
+            check_leaves(tower, leaves, self.strategy)
+            self.hooks.check_leaves(tower, leaves)
+        if self.snapshot is not None:
+            self.snapshot.set_aside(leaves)
         # One chunk shows what an encoder hides; a function may use other parameters each time.
         if tower.get_features is None or isinstance(tower.get_features, nn.Module):
             self._looked_behind.add(tower.name)

@@ -3,6 +3,7 @@
 A strategy tells the engine
 
 - `check`: which modules it would give wrong gradients for, before any gradient is touched;
+- `leaves`: parameters that it takes care of;
 - `bare`: which module embeds;
 - `stepping`: a context around all of a step, whose normal end reduces what is left to reduce;
 - `backward_of_loss`: how the loss gives the features their gradients, and `gradient_factor`, what
@@ -18,12 +19,13 @@ A strategy tells the engine
   makes them those of all ranks;
 - `recovers`: whether a step that ran out of memory may start again, not where others would wait;
 - `embedded`: called between embed and loss, where ranks that went different ways are told;
+- `talks`: whether other ranks take the step together with this one;
 - `on_any_rank`, `anywhere`, `gathered`, `smallest`: what happened, or was found, elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -52,7 +54,6 @@ class LocalStrategy:
     kept_graphs_first = True
     collective_forward = False
     plain_backward = True
-    recovers = True
     fills_grad = True
     reduces = False
 
@@ -61,6 +62,10 @@ class LocalStrategy:
     ) -> None:
         self.grad_scaler = grad_scaler
         self.reduce_myself = reduce_myself
+
+    @property
+    def recovers(self) -> bool:
+        return not self.talks
 
     def check(self, modules: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> None:
         """Refuse modules that exchange gradients by themselves, and gradients nobody reduces.
@@ -82,6 +87,10 @@ class LocalStrategy:
                 "strategy=AllReduceStrategy(), or LocalStrategy(reduce_myself=True) if your own "
                 "code sums .grad over the processes"
             )
+
+    def leaves(self, module: nn.Module) -> Iterable[Tensor]:
+        """Tensors that a graph of the module ends in, and whose gradients this takes care of."""
+        return module.parameters()
 
     def bare(self, module: nn.Module) -> nn.Module:
         """The module to embed with: no graph is built, so nothing needs to be exchanged."""
@@ -120,17 +129,30 @@ class LocalStrategy:
         """Add to the parameters what features, with their graphs, and cached gradients give."""
         torch.autograd.backward(features, gradients)
 
+    @property
+    def talks(self) -> bool:
+        """Whether there are other ranks, which take this step together with this one."""
+        return self.reduce_myself and world_size() > 1
+
     def on_any_rank(self, flag: Tensor) -> bool:
         """Whether a 0-dim boolean is true on this or another rank; waits for the device."""
-        return bool(flag)
+        if not self.talks:
+            return bool(flag)
+        anywhere = flag.to(torch.int32)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return bool(anywhere)
 
     def anywhere(self, found: bool, device: torch.device) -> bool:
         """The same of what this rank knows already; ranks tell each other through `device`."""
-        return found
+        return self.on_any_rank(torch.tensor(found, device=device)) if self.talks else found
 
     def gathered(self, value: Any) -> list[Any]:
         """A small object of every rank, in rank order."""
-        return [value]
+        if not self.talks:
+            return [value]
+        values: list[Any] = [None] * world_size()
+        dist.all_gather_object(values, value)
+        return values
 
     def smallest(self, value: int) -> int:
         """The smallest of a number that each rank has found."""
@@ -150,28 +172,18 @@ class ManyRanks(LocalStrategy):
     rank and are not reduced.
     """
 
-    recovers = False
     reduces = True
 
     def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         super().__init__(grad_scaler)
 
+    @property
+    def talks(self) -> bool:
+        return world_size() > 1
+
+    @property
+    def recovers(self) -> bool:
+        return False
+
     def gradient_factor(self) -> float:
         return float(world_size())
-
-    def on_any_rank(self, flag: Tensor) -> bool:
-        if world_size() == 1:
-            return bool(flag)
-        anywhere = flag.to(torch.int32)
-        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
-        return bool(anywhere)
-
-    def anywhere(self, found: bool, device: torch.device) -> bool:
-        return self.on_any_rank(torch.tensor(found, device=device))
-
-    def gathered(self, value: Any) -> list[Any]:
-        if world_size() == 1:
-            return [value]
-        values: list[Any] = [None] * world_size()
-        dist.all_gather_object(values, value)
-        return values

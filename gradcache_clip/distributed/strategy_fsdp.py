@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -79,6 +80,13 @@ class FSDPStrategy(ManyRanks):
             if any(parameter.requires_grad for parameter in module.parameters()):
                 _check_sharded(uncompiled(module), index)
             _gather_for_trunk(uncompiled(module))
+
+    def leaves(self, module: nn.Module) -> Iterable[Tensor]:
+        """Also the gathered parameters, in which graphs end."""
+        groups = chain.from_iterable(_groups(part) for part in _sharded_parts([module]))
+        sharded = chain.from_iterable(group.fsdp_params for group in groups)
+        gathered = (getattr(parameter, "_unsharded_param", None) for parameter in sharded)
+        return chain(module.parameters(), (tensor for tensor in gathered if tensor is not None))
 
     @contextmanager
     def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
