@@ -13,15 +13,27 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradcache_clip import ClipLoss, InfoNCELoss, NTXentLoss, SupConLoss
 from gradcache_clip.ops import prefixes
-from gradcache_clip.ops.matryoshka import (
-    clip_prefix_losses,
-    info_nce_prefix_losses,
-    nt_xent_prefix_losses,
-    sup_con_prefix_losses,
-)
 from gradcache_clip.ops.prefixes_tiled import prefix_gradient_tiled, prefix_statistics_tiled
 from gradcache_clip.ops.tiles import TileShape
+
+_LOSSES: dict[str, Callable[..., Any]] = {
+    "clip": ClipLoss,
+    "info_nce": InfoNCELoss,
+    "nt_xent": NTXentLoss,
+    "sup_con": SupConLoss,
+}
+# What a call of the losses takes; all else belongs to the loss.
+_GIVEN = {"labels", "ids", "logit_scale"}
+
+
+def prefix_losses(
+    build: Callable[..., Any], widths: Sequence[int], *features: Tensor, **options: Any
+) -> list[Any]:
+    """One result for each width of a loss that is built with those of `options` that it takes."""
+    given = {name: options.pop(name) for name in _GIVEN & options.keys()}
+    return build(**options).prefixes(widths, *features, **given)
 
 
 class Summed(NamedTuple):
@@ -42,15 +54,16 @@ def prefix_case(
     """A loss in one pass over rows of any length, and the same loss once for each prefix."""
     given = case(name, B, D, dtype)
     call: Any = given.call
-    one_pass: Callable[..., Any] = {
-        "clip": clip_prefix_losses,
-        "info_nce": _info_nce,
-        "nt_xent": nt_xent_prefix_losses,
-        "sup_con": _sup_con,
-    }[name.partition(",")[0]]
+    build = _LOSSES[name.partition(",")[0]]
+    of_call = {name: value for name, value in call.keywords.items() if name in _GIVEN}
+    of_loss = {name: value for name, value in call.keywords.items() if name not in _GIVEN}
+    # Built here, because torch.compile cannot trace how parameters are made.
+    losses: dict[str, Any] = {impl: build(impl=impl, **of_loss) for impl in ("tiled", "reference")}
 
     def together(*leaves: Tensor, impl: Any = "tiled") -> Summed:
-        return summed(one_pass(*leaves, widths, impl=impl, **call.keywords), widths)
+        *features, logit_scale = leaves
+        results = losses[impl].prefixes(widths, *features, logit_scale=logit_scale, **of_call)
+        return summed(results, widths)
 
     def separate(*leaves: Tensor, impl: Any = "reference") -> Summed:
         def unit(width: int) -> Iterator[Tensor]:
@@ -62,16 +75,6 @@ def prefix_case(
     lengths = [torch.rand(*x.shape[:-1], 1, dtype=dtype) + 0.1 for x in given.leaves[:-1]]
     longer = [x.detach() * y for x, y in zip(given.leaves, lengths, strict=False)]
     return Case(together, []).with_leaves(*longer, given.leaves[-1]), separate
-
-
-def _info_nce(queries: Tensor, documents: Tensor, *rest: Any, **options: Any) -> Any:
-    *negatives, logit_scale, widths = rest
-    options["hard_negatives"] = negatives[0] if negatives else None
-    return info_nce_prefix_losses(queries, documents, logit_scale, widths, **options)
-
-
-def _sup_con(features: Tensor, logit_scale: Tensor, widths: Any, **options: Any) -> Any:
-    return sup_con_prefix_losses(features, options.pop("labels"), logit_scale, widths, **options)
 
 
 def outcome(

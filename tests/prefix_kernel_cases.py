@@ -23,9 +23,13 @@ from clip_inputs import (
     random_inputs,
     relative_errors,
 )
+from prefix_inputs import (
+    prefix_losses,
+)
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from gradcache_clip import ClipLoss, InfoNCELoss, NTXentLoss, SupConLoss
 from gradcache_clip.kernels import prefix_gradient, prefix_statistics
 from gradcache_clip.kernels.launch_config import (
     INTERPRETED,
@@ -35,12 +39,6 @@ from gradcache_clip.kernels.launch_config import (
     stripe_rows,
 )
 from gradcache_clip.kernels.prefix_statistics import Segments, prefix_config
-from gradcache_clip.ops.matryoshka import (
-    clip_prefix_losses,
-    info_nce_prefix_losses,
-    nt_xent_prefix_losses,
-    sup_con_prefix_losses,
-)
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Products of bfloat16 in the interpreter are silently wrong.
@@ -53,7 +51,9 @@ def total(results: Sequence[Any]) -> Tensor:
 
 def clip(widths: Sequence[int], impl: Any = "triton") -> Callable[..., Tensor]:
     def loss(q: Tensor, k: Tensor, logit_scale: Tensor) -> Tensor:
-        return total(clip_prefix_losses(q, k, logit_scale, widths, impl=impl))
+        # The CLIP loss under the name that takes a batch of one.
+        options = {"logit_scale": logit_scale, "symmetric": True, "impl": impl}
+        return total(prefix_losses(InfoNCELoss, widths, q, k, **options))
 
     return loss
 
@@ -141,8 +141,8 @@ def test_queries_over_documents_and_hard_negatives(
 
         def loss(*leaves: Tensor, impl: Any = "triton", symmetric: bool = symmetric) -> Tensor:
             q, k, hard, scale = leaves
-            options = {"hard_negatives": hard, "symmetric": symmetric, "impl": impl}
-            return total(info_nce_prefix_losses(q, k, scale, (8, 24), **options))
+            options = {"logit_scale": scale, "symmetric": symmetric, "impl": impl}
+            return total(prefix_losses(InfoNCELoss, (8, 24), q, k, hard, **options))
 
         launched.clear()
         got = loss_and_gradients(loss, leaves)
@@ -227,15 +227,15 @@ def test_other_rules_take_one_pass_for_each_width(launched: Counter[str]) -> Non
     labels = torch.arange(30, device=DEVICE) % 7
 
     def losses(impl: Any) -> list[Callable[..., Tensor]]:
-        options = {"widths": (5, 12), "impl": impl}
+        def of(build: Any, *features: Tensor, **options: Any) -> Tensor:
+            return total(prefix_losses(build, (5, 12), *features, impl=impl, **options))
+
         return [
-            lambda q, k, s: total(clip_prefix_losses(q, k, s, labels=labels, **options)),
-            lambda q, k, s: total(
-                info_nce_prefix_losses(q, k, s, false_negative_margin=0.3, **options)
-            ),
-            lambda q, k, s: total(nt_xent_prefix_losses(q, k, s, **options)),
-            lambda q, k, s: total(
-                sup_con_prefix_losses(torch.cat((q, k)), labels.repeat(2), s, **options)
+            lambda q, k, s: of(ClipLoss, q, k, logit_scale=s, labels=labels),
+            lambda q, k, s: of(InfoNCELoss, q, k, logit_scale=s, false_negative_margin=0.3),
+            lambda q, k, s: of(NTXentLoss, q, k, logit_scale=s),
+            lambda q, k, s: of(
+                SupConLoss, torch.cat((q, k)), logit_scale=s, labels=labels.repeat(2)
             ),
         ]
 

@@ -136,9 +136,7 @@ class ClipLoss(ScaledLoss):
         q, k, labels, ids = self._checked(image_features, text_features, labels, ids)
         check_widths("widths", widths, q.shape[1])
         scale, pairing = self._scale_for(logit_scale, q, k), Pairing(labels, labels, ids, ids)
-        each = prefixes_over_ranks(
-            "clip_prefix_losses", q, k, scale, pairing, widths, self.impl, self.ranks
-        )
+        each = prefixes_over_ranks("clip_loss", q, k, scale, pairing, widths, self.impl, self.ranks)
         targets = ClipTargets(labels, ids, self.label_smoothing)
         outputs = []
         for statistics, width in zip(each, widths, strict=True):

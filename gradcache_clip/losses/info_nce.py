@@ -142,7 +142,7 @@ class InfoNCELoss(ScaledLoss):
             cosine = torch.stack([each.cosines(scale.dtype) for each in prefixes])
         features, pairing = (batch.queries, batch.columns), batch.pairing(cosine, scale)
         statistics = prefixes_over_ranks(
-            "info_nce_prefix_losses", *features, scale, pairing, widths, self.impl, self.ranks
+            "info_nce_loss", *features, scale, pairing, widths, self.impl, self.ranks
         )
         return [
             RetrievalOutput(*prefix.result(of_prefix, scale))

@@ -110,7 +110,7 @@ class NTXentLoss(ScaledLoss):
         check_widths("widths", widths, views.shape[1])
         scale, pairing = self._scale_for(logit_scale, views), views_pairing(len(views) // 2)
         each = prefixes_over_ranks(
-            "nt_xent_prefix_losses", views, views, scale, pairing, widths, self.impl, self.ranks
+            "nt_xent_loss", views, views, scale, pairing, widths, self.impl, self.ranks
         )
         results = (nt_xent_result(statistics, scale, self.tau_plus) for statistics in each)
         return [SelfContrastOutput(*result) for result in results]
@@ -180,7 +180,7 @@ class SupConLoss(ScaledLoss):
         check_widths("widths", widths, features.shape[1])
         scale, pairing = self._scale_for(logit_scale, features), classes_pairing(labels)
         each = prefixes_over_ranks(
-            "sup_con_prefix_losses",
+            "sup_con_loss",
             features,
             features,
             scale,
