@@ -23,8 +23,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 from distributed_ranks import measure
-from fresh_process import provenance
-from memory_rows import bytes_text
+from results import bytes_text, provenance
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress

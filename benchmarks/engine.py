@@ -31,8 +31,8 @@ from engine_points import (
     measure_overhead,
     measure_times,
 )
-from fresh_process import Limits, call_in_fresh_process, provenance
-from memory_rows import bytes_text
+from fresh_process import Limits, call_in_fresh_process
+from results import bytes_text, provenance
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress

@@ -6,22 +6,18 @@ and prints what it returned as JSON.
 
 from __future__ import annotations
 
-import datetime
 import inspect
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
 # What torch, NumPy and the C++ library say when an allocation fails.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "MemoryError")
 _KILLED = -9
@@ -127,65 +123,10 @@ def interleaved_times_ms(
     return rounds or [warm_up]
 
 
-def provenance() -> dict[str, str]:
-    """Columns for every row of a result: machine, versions, commit and date (UTC)."""
-    return {
-        "machine": f"{_processor()}, {os.cpu_count()} threads, {_memory_gib():.0f} GiB",
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "timm": _version("timm"),
-        "transformers": _version("transformers"),
-        "commit": _commit(),
-        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
-    }
-
-
-def available_bytes() -> int:
-    """Physical memory that could be used now without swapping."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
 def _time_ms(step: Callable[[], object]) -> float:
     begin = time.perf_counter()
     step()
     return (time.perf_counter() - begin) * 1e3
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _memory_gib() -> float:
-    import psutil
-
-    return psutil.virtual_memory().total / 2**30
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _commit() -> str:
-    """Short hash of the checkout; a "+" marks changes not committed, other than of results."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(_REPOSITORY), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _limit_data(data_bytes: int | None) -> None:

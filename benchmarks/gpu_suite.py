@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fresh_process import provenance
+from results import provenance
 from rich.console import Console
 from rich.table import Table
 

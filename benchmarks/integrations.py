@@ -24,10 +24,9 @@ from fresh_process import (
     PeakGrowth,
     call_in_fresh_process,
     interleaved_times_ms,
-    provenance,
 )
 from integrations_cases import CASES, OURS, THEIRS, Run
-from memory_rows import bytes_text
+from results import bytes_text, provenance
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 import triton
-from fresh_process import provenance
 from machine_code import compile_kernel
+from results import provenance
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -1,6 +1,8 @@
-"""The contestants of loss.py: one small adapter each, (q, k, scale[, bias]) -> loss.
+"""The contestants of loss.py, their inputs, and the losses as a person writes them.
 
-Adapters call what a package exports, with its defaults, and import it when they are built.
+An adapter is (q, k, scale[, bias]) -> loss: it calls what a package exports, with its defaults, and
+imports it when it is built. B pairs, D features. q are image, k text features; in the NT-Xent loss
+the two views of a picture.
 """
 
 from __future__ import annotations
@@ -9,16 +11,103 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from loss_truth import PLAIN
+from results import installed
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
+# Inputs, and the losses as a person writes them
+
+Leaves = tuple[Tensor, ...]
+"""q and k (B, D), the scale of the logits and, for the sigmoid loss, their bias."""
 LossFunction = Callable[..., Tensor]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OUTPUTS = {
+    "clip": ("loss", "dq", "dk", "dscale"),
+    "siglip": ("loss", "dq", "dk", "dscale", "dbias"),
+    "nt_xent": ("loss", "dq", "dk", "dscale"),
+}
+SIGLIP_BIAS = -10.0
 _GPU = ("cuda",)
 NEEDS_GPU = "needs an NVIDIA GPU"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where the vectors lie, and the scale of their logits."""
+
+    scale: float
+    cosine: float | None = None
+    """Of every q to every k, about; unrelated vectors when None."""
+    slipped: bool = False
+    """The vector equal to q_i is k_(i+1)."""
+    dtype: str = ""
+    """Replaces the dtype of the run."""
+
+
+CASES = {
+    "random": Case(1 / 0.07),
+    # A modality gap.
+    "gap": Case(100.0, -0.6),
+    # As in a list that is off by a row.
+    "slipped": Case(100.0, slipped=True),
+    "near": Case(100.0, 0.9, dtype="bf16"),
+}
+
+
+def make_leaves(
+    loss: str, case: Case, batch_size: int, width: int, dtype: str, device: str
+) -> Leaves:
+    """The same tensors for every contestant: unit vectors, rounded to their dtype; fp32 scalars."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(batch_size, width, generator=generator) for _ in range(2))
+    if case.slipped:
+        k = q.roll(1, 0)
+    if case.cosine is not None:
+        q, k = q.mul_(0.02), k.mul_(0.02)
+        q[:, 0] += 1
+        k[:, 0] += case.cosine
+        k[:, 1] += (1 - case.cosine**2) ** 0.5
+    scalars = [case.scale, SIGLIP_BIAS][: len(OUTPUTS[loss]) - 3]
+    tensors = [
+        *(normalize(x, dim=1).to(device, DTYPES[case.dtype or dtype]) for x in (q, k)),
+        *(torch.tensor(value, device=device) for value in scalars),
+    ]
+    return tuple(tensor.requires_grad_() for tensor in tensors)
+
+
+def plain_clip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    """What a person writes: the matrix and two cross-entropies, in the dtype of the features."""
+    logits = scale * q @ k.T
+    labels = torch.arange(len(q), device=q.device)
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+
+
+def plain_siglip(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The pseudocode of the SigLIP paper (Zhai et al. 2023, algorithm 1)."""
+    signs = 2 * torch.eye(len(q), dtype=q.dtype, device=q.device) - 1
+    return -logsigmoid(signs * (scale * q @ k.T + bias)).sum() / len(q)
+
+
+def plain_nt_xent(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    """SimCLR (Chen et al. 2020, equation 1): each view against the 2B - 1 others."""
+    views = torch.cat([q, k])
+    logits = (scale * views @ views.T).fill_diagonal_(-torch.inf)
+    return cross_entropy(logits, torch.arange(len(views), device=q.device).roll(len(q)))
+
+
+PLAIN: dict[str, Callable[..., Tensor]] = {
+    "clip": plain_clip,
+    "siglip": plain_siglip,
+    "nt_xent": plain_nt_xent,
+}
+
+
+# Adapters
 
 
 class NotOffered(Exception):
@@ -49,10 +138,7 @@ class Contestant:
         return "" if self.version() else "not installed"
 
     def version(self) -> str:
-        try:
-            return version(self.package)
-        except PackageNotFoundError:
-            return ""
+        return installed(self.package)
 
 
 def ours(device: str) -> str:

@@ -21,9 +21,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from fresh_process import provenance
 from memory_predicted_plot import LOSSES, METHODS, Predicted, draw
-from memory_rows import bytes_text
+from results import bytes_text, provenance
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track

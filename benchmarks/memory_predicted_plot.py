@@ -20,7 +20,7 @@ from memory_axes import (
     pairs_axis,
     spread,
 )
-from memory_rows import bytes_text
+from results import bytes_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from fresh_process import Limits, available_bytes, call_in_fresh_process, provenance
+from fresh_process import Limits, call_in_fresh_process
 from memory_count import count_pair_flops, count_step
 from memory_methods import METHODS, step_flops
 from memory_models import SIZES
@@ -43,6 +43,7 @@ from memory_rows import (
     show_tables,
     write_rows,
 )
+from results import available_bytes, provenance
 from rich.console import Console
 from rich.progress import (
     BarColumn,

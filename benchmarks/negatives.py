@@ -26,12 +26,12 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from fresh_process import provenance
 from negatives_data import Unavailable
 from negatives_experiments import EXPERIMENTS
 from negatives_plot import draw
 from negatives_rows import Row, Run, append_row, read_rows, results_table, summaries
 from negatives_training import train_and_evaluate
+from results import provenance
 from rich.console import Console
 from rich.progress import Progress
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from memory_rows import bytes_text
+from results import bytes_text
 from rich.box import SIMPLE
 from rich.table import Table
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fresh_process import provenance
+from results import provenance
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table

@@ -11,12 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memory_rows import bytes_text
+from loss_figures import BLOCKS as LOSS
 from report_integrations import BLOCKS as INTEGRATIONS
 from report_integrations import FILE as INTEGRATIONS_FILE
-from report_loss import bf16_errors, full_batch, quoted_losses
 from report_recipes import BLOCKS as RECIPES
 from report_tables import UNMEASURED, bold, paragraph, read_csv, read_json, table
+from results import bytes_text
 
 if TYPE_CHECKING:
     from negatives_rows import Summary
@@ -277,9 +277,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "engine-lemma-gloss": engine_lemma_gloss,
     "engine-error": engine_error,
     "engine-overhead": engine_overhead,
-    "loss": quoted_losses,
-    "loss-full": full_batch,
-    "loss-bf16": bf16_errors,
+    **LOSS,
     "distributed": distributed,
     "scaling": scaling,
     "scaling-setting": scaling_setting,

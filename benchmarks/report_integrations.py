@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from memory_rows import bytes_text
 from report_tables import read_csv, table
+from results import bytes_text
 
 FILE = "integrations.csv"
 LIBRARIES = ("open_clip", "sentence_transformers", "transformers", "lightning")

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from memory_rows import bytes_text
 from report_tables import UNMEASURED, paragraph, read_json, table
+from results import bytes_text
 
 FILE = "recipes.json"
 _SETTINGS = Path(__file__).resolve().parents[1] / "recipes"

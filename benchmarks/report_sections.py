@@ -5,14 +5,12 @@ Each function takes the folder of the results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loss_rows import read_origin, read_results
-from loss_run import TITLES
-from memory_rows import bytes_text
+from loss_figures import section as loss  # noqa: F401
 from report_blocks import (
     engine_error,
     engine_image_text,
@@ -21,8 +19,8 @@ from report_blocks import (
     memory_table,
     scaling_setting,
 )
-from report_loss import absent, contestants
 from report_tables import paragraph, read_csv, read_json, table
+from results import bytes_text
 
 if TYPE_CHECKING:
     from negatives_rows import Summary
@@ -31,13 +29,6 @@ FOLDER = "../benchmarks/results"
 """Of the results, from the page."""
 _PREDICTED_LOSSES = {"loss, B x B matrix": "with the B x B matrix", "loss, tiles": "in tiles"}
 _PREDICTED_BATCHES = ("1024", "32768", "1048576")
-_LOSS_LEGEND = (
-    "Forward and backward with {threads} threads. Time: median of rounds in which all take turns, "
-    "and over ours with its lowest and highest ratio. Rate: operations over time (whatever a "
-    "contestant really does), over the rate of a matrix product in the same rounds. Memory: growth "
-    "of the peak over the inputs in a fresh process. Error: the worst of loss and gradients "
-    "against fp64, largest difference over largest entry. Bold: fastest, and least memory."
-)
 
 
 def memory(results: Path) -> str:
@@ -119,22 +110,6 @@ def _budget(budget: Mapping[str, Mapping[str, float]]) -> str:
     ]
     head = ("`memory_budget`, share of all graphs", "`memory_budget`", "time over the plain step")
     return table(head, lines, "rrr")
-
-
-def loss(device: str, dtype: str) -> Callable[[Path], str]:
-    """The section of one device and dtype: all contestants of every loss."""
-
-    def section(results: Path) -> str:
-        stem = results / f"loss_{device}_{dtype}"
-        found, threads = read_results(stem), read_origin(stem)["used_threads"]
-        parts = [paragraph(_LOSS_LEGEND.format(threads=threads))]
-        for name, title in TITLES.items():
-            if (own := found.of(name)).memory:
-                parts += [f"### {title}", f"![{title}]({FOLDER}/{stem.name}_{name}.png)"]
-                parts += [contestants(name, own, device), absent(own)]
-        return "\n\n".join(filter(None, parts))
-
-    return section
 
 
 def negatives(results: Path) -> str:

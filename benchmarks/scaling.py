@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fresh_process import provenance
-from memory_rows import bytes_text
+from results import bytes_text, provenance
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from fresh_process import provenance
+from results import provenance
 from rich.console import Console
 from rich.table import Table
 

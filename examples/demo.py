@@ -118,7 +118,7 @@ def report(cached: Path, accumulated: Path, console: Console, results: Path | No
 def save(figures: list[RunFigures], results: Path) -> Path:
     """Write demo.json, which benchmarks/report.py reads, with machine, versions and commit."""
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
-    from fresh_process import provenance
+    from results import provenance
 
     record = {"origin": provenance(), "figures": [asdict(each) for each in figures]}
     results.mkdir(parents=True, exist_ok=True)

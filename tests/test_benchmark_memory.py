@@ -23,7 +23,7 @@ sys.path.insert(0, str(_ROOT / "benchmarks"))
 import memory_axes  # noqa: E402
 import memory_methods  # noqa: E402
 import memory_vs_batch  # noqa: E402
-from fresh_process import Limits, Outcome, provenance  # noqa: E402
+from fresh_process import Limits, Outcome  # noqa: E402
 from memory_axes import spread  # noqa: E402
 from memory_count import count_pair_flops  # noqa: E402
 from memory_methods import METHODS, step_flops  # noqa: E402
@@ -37,6 +37,7 @@ from memory_rows import (  # noqa: E402
     show_tables,
     write_rows,
 )
+from results import provenance  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 _GIB, _MLP = 2**30, SIZES["mlp"]

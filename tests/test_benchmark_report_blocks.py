@@ -17,8 +17,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import report_blocks  # noqa: E402
 import report_recipes  # noqa: E402
-from loss_rows import ErrorRow, MemoryRow, Results, TimeRow, write_results  # noqa: E402
-from report_loss import contestants, quoted_losses  # noqa: E402
+from loss_figures import (  # noqa: E402
+    ErrorRow,
+    MemoryRow,
+    Results,
+    TimeRow,
+    contestants,
+    quoted_losses,
+    write_results,
+)
 from report_page import page  # noqa: E402
 from report_tables import UNMEASURED, origin_words, table  # noqa: E402
 
