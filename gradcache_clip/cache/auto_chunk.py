@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gradcache_clip.cache.chunks import Chunk
+from gradcache_clip.cache.chunks import Chunk, row_count
 from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
 from gradcache_clip.cache.retained import SavedBytes, budget_bytes
 from gradcache_clip.cache.settings import autocast_off, forget_autocast_casts
 from gradcache_clip.cache.tower import Tower, device_of
 from gradcache_clip.distributed.graph import leaves_behind
+from gradcache_clip.distributed.strategies import LocalStrategy
 
 _FIRST_SIZE = 8
 # Less than this is no reason to spend twice the memory.
@@ -71,6 +72,22 @@ def measured_chunk_size(tower: Tower, rows: int, modules: Sequence[nn.Module]) -
     finally:
         snapshot.restore()
         snapshot.finish()
+
+
+def settled_chunk_sizes(
+    towers: Sequence[Tower],
+    modules: Sequence[nn.Module],
+    record: ChunkRecord,
+    strategy: LocalStrategy,
+) -> tuple[int, ...]:
+    """One size for each tower, the same on every rank, from the record or measured."""
+    found = []
+    for tower in towers:
+        key, rows = record_key(tower), row_count(tower.chunks)
+        size = record.get(key) or measured_chunk_size(tower, rows, modules)
+        found.append(strategy.smallest(size))
+        record.put(key, found[-1])
+    return tuple(found)
 
 
 def _measure(

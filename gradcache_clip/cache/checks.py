@@ -21,6 +21,17 @@ def one_for_each(given: Any, count: int, name: str) -> list[Any]:
     return list(given)
 
 
+def module_for_each(encoders: nn.Module | Sequence[nn.Module], count: int) -> list[nn.Module]:
+    if isinstance(encoders, nn.Module):
+        return [encoders] * count
+    if len(encoders) != count:
+        raise ValueError(
+            f"inputs: expected {len(encoders)}, one for each encoder, got {count}; an encoder with "
+            "several arguments takes them as one tuple or dict"
+        )
+    return list(encoders)
+
+
 def one_of(name: str, given: str, choices: tuple[str, ...]) -> str:
     if given not in choices:
         named = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"

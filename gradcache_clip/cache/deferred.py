@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from gradcache_clip.cache.checks import check_plain_backward, check_unchanged, scalar_loss_of
 from gradcache_clip.cache.finished_loss import LossOnly
 from gradcache_clip.cache.grad_cache import GradCache
+from gradcache_clip.cache.replay_check import failures_of
 from gradcache_clip.cache.retained import GraphBudget
 from gradcache_clip.cache.settings import forget_autocast_casts
 from gradcache_clip.cache.step import CachedStep, device_types, trained_modules
@@ -130,12 +131,16 @@ class _Deferred:
         factor = strategy.gradient_factor()
         for tower in step.towers:
             tower.gradients = [_times(next(flat), factor) for _ in tower.features]
-        with torch.enable_grad(), self._autocast.as_it_was(), step.hooks.held():
-            with strategy.stepping(trained_modules(step.towers)):
-                check = step.replay()
-            step.hooks.run_all()
-            self._cache._stepped = True
-            failures = self._cache._failures(check)
+        try:
+            with torch.enable_grad(), self._autocast.as_it_was(), step.hooks.held():
+                with strategy.stepping(trained_modules(step.towers)):
+                    check = step.replay()
+                step.hooks.run_all()
+                failures = failures_of(check, self._cache.replay_check, strategy)
+        except BaseException:
+            self._cache._broken_off = True
+            raise
+        self._cache._stepped = True
         if failures:
             warnings.warn(failures, stacklevel=2)
 

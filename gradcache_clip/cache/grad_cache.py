@@ -22,32 +22,23 @@ from gradcache_clip.cache.arguments import (
     names_checked,
     refuse_keywords,
 )
-from gradcache_clip.cache.auto_chunk import ChunkRecord, measured_chunk_size, record_key
+from gradcache_clip.cache.auto_chunk import ChunkRecord, settled_chunk_sizes
 from gradcache_clip.cache.checks import (
     check_inputs,
     check_no_partial_gradients,
     check_plain_backward,
     check_strategy,
+    module_for_each,
     one_for_each,
     one_of,
 )
-from gradcache_clip.cache.chunks import Chunk, row_count
+from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.cutting import cut_all
 from gradcache_clip.cache.gradient_hooks import MODES as HOOK_MODES
-from gradcache_clip.cache.gradient_hooks import (
-    HeldHooks,
-    check_hooks,
-    hooked_leaves,
-    without_hooks,
-)
+from gradcache_clip.cache.gradient_hooks import held_hooks, without_hooks
 from gradcache_clip.cache.lengths import ByLength
-from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
-from gradcache_clip.cache.replay_check import (
-    ON_ANOTHER_RANK,
-    ReplayCheck,
-    ReplayMismatchError,
-    describe,
-)
+from gradcache_clip.cache.recovery import StepSnapshot, halved, is_out_of_memory
+from gradcache_clip.cache.replay_check import failures_of
 from gradcache_clip.cache.retained import GraphBudget, MemoryBudget, checked_budget
 from gradcache_clip.cache.settings import refuse_cached_parametrizations, warn_of_batch_norm
 from gradcache_clip.cache.step import CachedStep
@@ -230,13 +221,14 @@ class GradCache:
         budget = GraphBudget(self.memory_budget, device_of(towers), agree)
         try:
             output, check = step.run(budget, loss_kwargs)
+            failures = failures_of(check, self.replay_check, self.strategy)
         except BaseException:
             # A snapshot takes back what was added, and there is nothing before the loss.
             undone = snapshot is not None and snapshot.changed is None
             self._broken_off = not undone and step.phase != "embed"
             raise
         self._stepped = True
-        return output, self._failures(check)
+        return output, failures
 
     def _new_step(self, towers: list[Tower], snapshot: StepSnapshot | None = None) -> CachedStep:
         """A step that is checked as far as this cache asks for it."""
@@ -246,30 +238,17 @@ class GradCache:
             self.strategy,
             snapshot,
             self.replay_check != "off",
-            self._held_hooks(towers, snapshot),
+            held_hooks(self.gradient_hooks, towers, self.strategy, snapshot),
             first=not self._stepped,
             check_rows=self.check_rows,
         )
 
-    def _held_hooks(self, towers: list[Tower], snapshot: StepSnapshot | None = None) -> HeldHooks:
-        """Hooks on gradients that wait until these are finished, as `gradient_hooks` says."""
-        hooked = hooked_leaves(towers)
-        check_hooks(self.gradient_hooks, hooked, self.strategy)
-        once, parts = self.gradient_hooks == "once", self.gradient_hooks == "every_chunk"
-        return HeldHooks(hooked if once or parts else (), snapshot, on_parts=parts)
-
     def _halve(self, phase: str, tried: list[int]) -> None:
         """Smaller chunks, and less memory for graphs, from here on."""
         assert self.chunk_size != "auto"
-        if isinstance(self.chunk_size, int):
-            self.chunk_size = max(1, min(self.chunk_size, tried[-1]) // 2)
-        else:
-            self.chunk_size = tuple(max(1, min(n, tried[-1]) // 2) for n in self.chunk_size)
+        self.chunk_size = halved(self.chunk_size, lambda size: max(1, min(size, tried[-1]) // 2))
         self.embed_chunk_size = None
-        if isinstance(self.sort_by_length, (list, tuple)):
-            self.sort_by_length = [each and each.halved() for each in self.sort_by_length]
-        elif isinstance(self.sort_by_length, ByLength):
-            self.sort_by_length = self.sort_by_length.halved()
+        self.sort_by_length = halved(self.sort_by_length, ByLength.halved)
         if isinstance(self.memory_budget, (int, float)):
             self.memory_budget = type(self.memory_budget)(self.memory_budget / 2)
         warnings.warn(
@@ -283,11 +262,11 @@ class GradCache:
         candidates = [*(tower.module for tower in towers), *extractors, self.loss]
         return [module for module in candidates if isinstance(module, nn.Module)]
 
-    def _towers(self, inputs: tuple[Any, ...]) -> list[Tower]:
-        modules = self._modules_for(len(inputs))
+    def _towers(self, inputs: tuple[Any, ...], chunk_size: Any = None) -> list[Tower]:
+        modules = module_for_each(self.encoders, len(inputs))
         extractors = one_for_each(self.get_features, len(inputs), "get_features")
         embed_sizes = one_for_each(self.embed_chunk_size, len(inputs), "embed_chunk_size")
-        cut, towers = self._cut(inputs), []
+        cut, towers = self._cut(inputs, chunk_size or self.chunk_size), []
         for index, (module, given) in enumerate(zip(modules, inputs, strict=True)):
             one_for_all = isinstance(self.encoders, nn.Module)
             encode: Encode = partial(_call_tower, index) if one_for_all else call_encoder
@@ -316,50 +295,17 @@ class GradCache:
         if self.chunk_size != "auto":
             return
         check_plain_backward(self.strategy, "chunk_size='auto'", "pass a number")
-        self.chunk_size, found = 1, []
-        try:
-            towers = self._towers(inputs)
-            check_inputs(towers)
-            modules = self._modules_with_gradients(towers)
-            for tower in towers:
-                key, rows = record_key(tower), row_count(tower.chunks)
-                with without_hooks([tower]):
-                    size = self._record.get(key) or measured_chunk_size(tower, rows, modules)
-                # All ranks cut alike.
-                size = self.strategy.smallest(size)
-                self._record.put(key, size)
-                found.append(size)
-        finally:
-            self.chunk_size = tuple(found) if len(found) == len(inputs) else "auto"
+        towers = self._towers(inputs, chunk_size=1)
+        check_inputs(towers)
+        modules = self._modules_with_gradients(towers)
+        with without_hooks(towers):
+            self.chunk_size = settled_chunk_sizes(towers, modules, self._record, self.strategy)
 
-    def _cut(self, inputs: tuple[Any, ...]) -> list[list[Chunk]]:
+    def _cut(self, inputs: tuple[Any, ...], chunk_size: Any) -> list[list[Chunk]]:
         """The chunks of every input."""
-        sizes = one_for_each(self.chunk_size, len(inputs), "chunk_size")
+        sizes = one_for_each(chunk_size, len(inputs), "chunk_size")
         sorting = one_for_each(self.sort_by_length, len(inputs), "sort_by_length")
         return cut_all(inputs, sizes, sorting, two_at_least=self.strategy.joint_ends)
-
-    def _modules_for(self, count: int) -> list[nn.Module]:
-        if isinstance(self.encoders, nn.Module):
-            return [self.encoders] * count
-        if len(self.encoders) != count:
-            raise ValueError(
-                f"inputs: expected {len(self.encoders)}, one for each encoder, got {count}; an "
-                "encoder with several arguments takes them as one tuple or dict"
-            )
-        return list(self.encoders)
-
-    def _failures(self, check: ReplayCheck) -> str:
-        """What to warn of, if anything."""
-        if self.replay_check == "off" or check.device is None:
-            return ""
-        failures = check.failures()
-        # On the features' device: NCCL reduces nothing that lies on the host.
-        if not self.strategy.anywhere(bool(failures), check.device):
-            return ""
-        message = describe(failures) if failures else ON_ANOTHER_RANK
-        if self.replay_check == "error":
-            raise ReplayMismatchError(message)
-        return message
 
 
 def _call_tower(index: int, module: nn.Module, inputs: Any) -> Any:

@@ -195,6 +195,19 @@ class HeldHooks:
             hook(leaf)
 
 
+def held_hooks(
+    mode: str, towers: Sequence[Tower], strategy: LocalStrategy, snapshot: StepSnapshot | None
+) -> HeldHooks:
+    """Hooks on gradients for one step, checked and held as `mode` says.
+
+    Raises:
+        ValueError: as `check_hooks`.
+    """
+    hooked = hooked_leaves(towers)
+    check_hooks(mode, hooked, strategy)
+    return HeldHooks(hooked, snapshot, on_parts=mode == "every_chunk")
+
+
 @contextmanager
 def without_hooks(towers: Iterable[Tower]) -> Iterator[None]:
     """Around backwards that are no step, such as those that measure a chunk size."""

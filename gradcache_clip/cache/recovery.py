@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,13 @@ class StepSnapshot:
                 if changed and id(buffer) not in self._statistics:
                     return f"it had changed the buffer {name} of {type(module).__name__}"
         return None
+
+
+def halved(setting: Any, halve: Callable[[Any], Any]) -> Any:
+    """A setting for all inputs, or one for each, halved where there is one."""
+    if isinstance(setting, (list, tuple)):
+        return tuple(each and halve(each) for each in setting)
+    return setting and halve(setting)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.settings import kernels_as_with_gradients
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.cache.verify_state import Kept, named_tensors
+from gradcache_clip.distributed.strategies import LocalStrategy
 
 # Relative change of a chunk's features that rounding alone may cause, by the precision computed in.
 _TOLERANCE = {
@@ -25,8 +26,7 @@ _TOLERANCE = {
 # Replayed features that wait to be compared: a share of all features, and not many bytes.
 _COLLECTED_SHARE, _COLLECTED_BYTES = 4, 2**20
 
-
-ON_ANOTHER_RANK = (
+_ON_ANOTHER_RANK = (
     "expected every rank's replay to repeat its embed, got another rank where it did not, whose "
     "error says where. The gradients in .grad are not exact: call optimizer.zero_grad() and do not "
     "step."
@@ -90,13 +90,10 @@ class _Compared:
 class ReplayCheck:
     """Keeps one number per row on the device, and reads one per feature at the end of the step."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """`device`: where the features are, also on a rank that has nothing to compare."""
+        self.device = device
         self._compared: dict[int, list[_Compared]] = {}
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the compared features are; None when nothing was compared."""
-        return next((each.moved.device for each in self._begun()), None)
 
     def compare(self, tower: Tower, chunk: Chunk, replayed: list[Tensor]) -> None:
         compared = self._compared.get(id(tower))
@@ -122,6 +119,24 @@ class ReplayCheck:
             if not change <= each.tolerance
         )
         return [failure for each in failing for failure in each.failures()]
+
+
+def failures_of(check: ReplayCheck, mode: str, strategy: LocalStrategy) -> str:
+    """What to warn of, on every rank if on one; empty if nothing.
+
+    Raises:
+        ReplayMismatchError: with mode "error", instead of a warning.
+    """
+    if mode == "off":
+        return ""
+    failures = check.failures()
+    # On the features' device: NCCL reduces nothing that lies on the host.
+    if not strategy.anywhere(bool(failures), check.device):
+        return ""
+    message = describe(failures) if failures else _ON_ANOTHER_RANK
+    if mode == "error":
+        raise ReplayMismatchError(message)
+    return message
 
 
 def _rows_of(chunks: Sequence[Chunk]) -> slice | Tensor:

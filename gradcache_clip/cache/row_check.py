@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from gradcache_clip.cache.chunks import Chunk, merged
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
+from gradcache_clip.cache.recovery import is_out_of_memory
 from gradcache_clip.cache.replay_check import relative_change, tolerance_of
 from gradcache_clip.cache.settings import (
     frozen_running_statistics,
@@ -32,13 +33,28 @@ def check_rows(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
         ValueError: a row's features change with the rows beside it; on every rank.
     """
     for tower in towers:
-        if not _comparable(tower, strategy):
-            continue
-        again = _again(tower, _otherwise(tower))
-        change, tolerance = _change(tower, again), max(map(tolerance_of, tower.features))
-        mixes = not change <= tolerance and _repeats(tower, tolerance)
-        if strategy.anywhere(mixes, tower.features[0].device):
-            raise ValueError(_message(tower, change, tolerance) if mixes else _elsewhere(tower))
+        if _comparable(tower, strategy):
+            _check(tower, strategy)
+
+
+def _check(tower: Tower, strategy: LocalStrategy) -> None:
+    """Every rank runs the same passes, also those after a difference on another one."""
+    device, tolerance = tower.features[0].device, max(map(tolerance_of, tower.features))
+    otherwise = _otherwise(tower, strategy)
+    try:
+        again = _again(tower, otherwise)
+    except Exception as error:
+        # Two chunks of one row may be more than memory holds.
+        if not (is_out_of_memory(error) and strategy.recovers and len(tower.chunks[0]) == 1):
+            raise
+        return
+    change = _change(tower, again)
+    if not strategy.anywhere(not change <= tolerance, device):
+        return
+    mixes = _repeats(tower, tolerance) and not change <= tolerance
+    if strategy.anywhere(mixes, device):
+        place = _first_module(tower, otherwise[0], tolerance)
+        raise ValueError(_message(tower, change, place) if mixes else _elsewhere(tower))
 
 
 def _comparable(tower: Tower, strategy: LocalStrategy) -> bool:
@@ -49,17 +65,24 @@ def _comparable(tower: Tower, strategy: LocalStrategy) -> bool:
     return not strategy.anywhere(cannot, tower.features[0].device)
 
 
-def _otherwise(tower: Tower) -> list[Chunk]:
+def _otherwise(tower: Tower, strategy: LocalStrategy) -> list[Chunk]:
     """Its first chunk in halves; chunks of one row two at a time."""
     first = tower.chunks[0]
-    if len(first) == 1:
+    one_row = len(first) == 1
+    # One pass rather than two on every rank, where a pass waits for the others.
+    once = strategy.collective_forward and strategy.anywhere(one_row, tower.features[0].device)
+    if one_row:
         return [merged(tower.chunks[:2])]
-    middle = len(first) // 2
-    if isinstance(first.rows, Tensor):
-        return [Chunk(first.rows[:middle], first.trim), Chunk(first.rows[middle:], first.trim)]
-    start, stop = first.rows.start, first.rows.stop
-    parts = slice(start, start + middle), slice(start + middle, stop)
-    return [Chunk(part, first.trim) for part in parts]
+    halves = [_part(first, 0, len(first) // 2), _part(first, len(first) // 2, len(first))]
+    return halves[:1] if once else halves
+
+
+def _part(chunk: Chunk, start: int, stop: int) -> Chunk:
+    rows = chunk.rows
+    if isinstance(rows, Tensor):
+        return replace(chunk, rows=rows[start:stop], random_state=None, graph=None)
+    part = slice(rows.start + start, rows.start + stop)
+    return replace(chunk, rows=part, random_state=None, graph=None)
 
 
 def _as_given(tower: Tower) -> Tower:
@@ -72,20 +95,36 @@ def _again(tower: Tower, chunks: Sequence[Chunk]) -> list[tuple[Chunk, list[Tens
     """Features of these chunks, in passes that leave no trace."""
     alone, modules = _as_given(tower), tower.modules
     state = RandomState.capture(accelerators_among(tower.known_tensors()))
-    buffers = [(b, b._version, b.clone()) for b in _buffers(modules)]
     try:
-        with frozen_running_statistics(modules), kernels_as_with_gradients():
-            return [(chunk, alone.forward(tower.bare_module, chunk)) for chunk in chunks]
+        with _kept_buffers(modules), frozen_running_statistics(modules):
+            return [(chunk, _copies(alone, chunk)) for chunk in chunks]
     finally:
         state.restore()
-        for buffer, version, before in buffers:
+
+
+def _copies(alone: Tower, chunk: Chunk) -> list[Tensor]:
+    """An encoder may write every output into the same memory."""
+    with kernels_as_with_gradients():
+        return [part.detach().clone() for part in alone.forward(alone.bare_module, chunk)]
+
+
+@contextmanager
+def _kept_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Buffers that an encoder changes, in place or by another tensor, are as before."""
+    parts = {id(part): part for module in modules for part in module.modules()}.values()
+    before = [(p, n, b, b._version, b.clone()) for p in parts for n, b in _own_buffers(p)]
+    try:
+        yield
+    finally:
+        for part, name, buffer, version, value in before:
             if buffer._version != version:
-                buffer.copy_(before)
+                buffer.copy_(value)
+            if part._buffers.get(name) is not buffer:
+                part._buffers[name] = buffer
 
 
-def _buffers(modules: Sequence[nn.Module]) -> list[Tensor]:
-    found = {id(b): b for b in chain.from_iterable(module.buffers() for module in modules)}
-    return list(found.values())
+def _own_buffers(part: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, buffer) for name, buffer in part._buffers.items() if buffer is not None]
 
 
 def _change(tower: Tower, again: Sequence[tuple[Chunk, list[Tensor]]]) -> float:
@@ -110,7 +149,7 @@ def _repeats(tower: Tower, tolerance: float) -> bool:
     return _change(tower, _again(tower, tower.chunks[:1])) <= tolerance
 
 
-def _message(tower: Tower, change: float, tolerance: float) -> str:
+def _message(tower: Tower, change: float, place: str) -> str:
     padded = (
         ", and whether padding to the longest row of a list changes the features"
         if isinstance(tower.given, list)
@@ -119,19 +158,19 @@ def _message(tower: Tower, change: float, tolerance: float) -> str:
     return (
         f"{tower.name}: expected features of a row that do not depend on the other rows of its "
         f"chunk, got features that change by {change:.1e} (relative) when the first chunk is "
-        f"embedded in other company{_first_module(tower, tolerance)}. Gradients of chunks are then "
+        f"embedded in other company{place}. Gradients of chunks are then "
         "not those of the whole batch. Look for statistics or attention over the batch"
         f"{padded}; or pass check_rows=False if chunks are meant to stand alone"
     )
 
 
 @torch.no_grad()
-def _first_module(tower: Tower, tolerance: float) -> str:
+def _first_module(tower: Tower, other: Chunk, tolerance: float) -> str:
     """Where rows first meet, if a look module by module finds it."""
-    few, many = sorted([tower.chunks[0], _otherwise(tower)[0]], key=len)
+    few, many = sorted([tower.chunks[0], other], key=len)
     alone = _as_given(tower)
     try:
-        with frozen_running_statistics(tower.modules):
+        with _kept_buffers(tower.modules), frozen_running_statistics(tower.modules):
             place = watch(alone, many, expected=watch(alone, few), tolerance=tolerance).difference
     except Exception:  # The search must not hide what was found.
         return ""

@@ -123,9 +123,9 @@ class CachedStep:
         loss = scalar_loss_of(output)
         check_unchanged(self.towers, versions)
         if self.snapshot is not None:
-            leaves = list(leaves_behind([loss]))
-            self.snapshot.set_aside(leaves)
-            self.hooks.leave_to_autograd(leaves)
+            reached = list(leaves_behind([loss]))
+            self.snapshot.set_aside(reached)
+            self.hooks.leave_to_autograd(reached)
         with autocast_off(self._device_types):
             self.strategy.backward_of_loss(loss, [leaf for flat in leaves for leaf in flat])
         factor = self.strategy.gradient_factor()
@@ -136,7 +136,8 @@ class CachedStep:
     def replay(self) -> ReplayCheck:
         """Every tower's `gradients` go into the parameters; what both passes computed, compared."""
         towers = [tower for tower in self.towers if tower.trainable]
-        check, order = ReplayCheck(), _replays(towers, self.strategy)
+        device = self.towers[0].features[0].device
+        check, order = ReplayCheck(device), _replays(towers, self.strategy)
         replayed = [chunk for _, chunk in chain(*order) if not chunk.graph]
         states = [chunk.random_state for chunk in replayed if chunk.random_state is not None]
         after_embed = RandomState.capture(_drawn_on(states)) if states else None

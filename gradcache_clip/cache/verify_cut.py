@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcache_clip.cache.checks import one_for_each
+from gradcache_clip.cache.checks import module_for_each, one_for_each
 from gradcache_clip.cache.chunks import Chunk, row_count
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.nested import count_rows
@@ -40,7 +40,7 @@ def indices(chunk: Chunk) -> Tensor:
 
 def with_small_chunks(cache: GradCache, inputs: Sequence[Any]) -> GradCache:
     """Copy the cache; the copy cuts each input into several chunks and records no chunk size."""
-    cache._modules_for(len(inputs))
+    module_for_each(cache.encoders, len(inputs))
     small = copy.copy(cache)
     rows = [count_rows(given, f"input {index}") for index, given in enumerate(inputs)]
     wished = rows if cache.chunk_size == "auto" else cache.chunk_size
