@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcache_clip import ByLength, ClipLoss, FrozenTrunk, GradCache
 from gradcache_clip.distributed import DDPStrategy
+
+# Encoders count their calls, among which those of the check would be.
+GradCache = partial(GradCache, check_rows=False)
 
 ROWS, CHUNK = 14, 4
 CHUNKS = 4

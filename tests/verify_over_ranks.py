@@ -226,7 +226,8 @@ def a_hook_that_steps() -> None:
         weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
     before = [weight.detach().clone() for weight in weights]
     for strategy in (AllReduceStrategy(), LocalStrategy(reduce_myself=True)):
-        cache = GradCache(encoders, loss, strategy=strategy, gradient_hooks="once")
+        mode = "every_chunk" if strategy.reduce_myself else "once"
+        cache = GradCache(encoders, loss, strategy=strategy, gradient_hooks=mode)
         report = verify(cache, *rows_of(dist.get_rank(), global_batch(0)))
         assert all(map(torch.equal, weights, before)) and not optimizer.state
         assert report.exact != strategy.reduce_myself, str(report)
