@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from engine_contestants import _SentenceEmbedding
-from engine_models import image_text, lemma_gloss
+from engine_steps import SentenceEmbedding, image_text, lemma_gloss
 from torch import Tensor, nn
 
 from gradcache_clip import GradCache
@@ -90,7 +89,7 @@ def _sentences(side: str, pairs: int, folder: Path) -> Run:
     else:
         from sentence_transformers.sentence_transformer import losses as library
     work = lemma_gloss(pairs, folder, small=pairs < 256)
-    model = nn.Sequential(_SentenceEmbedding(work.encoders[0]))
+    model = nn.Sequential(SentenceEmbedding(work.encoders[0]))
     loss = library.CachedMultipleNegativesRankingLoss(model, mini_batch_size=32)
 
     def step() -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,7 +96,7 @@ def bytes_axis(axes: Axes, low: float, high: float) -> None:
 
 
 def label_ends(
-    axes: Axes, labels: Sequence[Label], gap: float, *, at: float = 1.015, tied: bool = False
+    axes: Axes, labels: Iterable[Label], gap: float, *, at: float = 1.015, tied: bool = False
 ) -> None:
     """Write labels at the right, each as near to its line's end as the others let it.
 
@@ -105,6 +105,7 @@ def label_ends(
         at: where they begin, as a share of the axes' width.
         tied: draw a thin line from each label to its end.
     """
+    labels = list(labels)
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((label.x, label.y))[1]) for label in labels]
     heights = spread([min(max(height, 0.0), 1.0) for height in wanted], gap)

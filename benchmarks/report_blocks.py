@@ -9,120 +9,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from engine import BLOCKS as ENGINE
 from loss_figures import BLOCKS as LOSS
+from memory_vs_batch import BLOCKS as MEMORY
 from report_integrations import BLOCKS as INTEGRATIONS
 from report_integrations import FILE as INTEGRATIONS_FILE
 from report_recipes import BLOCKS as RECIPES
-from report_tables import UNMEASURED, bold, paragraph, read_csv, read_json, table
+from report_tables import UNMEASURED, paragraph, read_csv, read_json, table
 from results import bytes_text
 
 if TYPE_CHECKING:
     from negatives_rows import Summary
 
 _FROM_DOCS = "../benchmarks/results"
-METHODS = {
-    "plain": "plain",
-    "checkpointed": "checkpointed",
-    "accumulated": "open_clip's accumulation",
-    "published": "gradient cache as published",
-    "cached": "gradient caching, chunk {chunk_size}",
-}
-"""Columns of the memory tables."""
-_README_BATCHES = (64, 512, 1024, 2048, 4096, 16384, 65536)
-IMAGE_TEXT = {
-    "plain step": "plain step",
-    "gradcache-clip": "**gradient caching**",
-    "gradcache-clip, room for all graphs": "gradient caching, room for all graphs",
-    "gradient cache as published": "gradient cache as published",
-    "open_clip accumulation": "open_clip's accumulation",
-}
-LEMMA_GLOSS = {
-    "gradcache-clip, sorted by length": "**sorted by length**",
-    "sentence-transformers": "sentence-transformers' cached loss",
-    "gradcache-clip": "in the order they come",
-    "gradient cache as published": "gradient cache as published",
-}
 _NEGATIVES_MEMORY = {
     "cached_step_bytes": "tensors of this step",
     "plain_step_bytes": "of a plain step over as many pairs",
 }
 _TABLE_HEAD = 2
 _SCALING_WORLDS = (8, 128, 1024)
-
-
-def memory(results: Path) -> str:
-    """Peak memory of a step by batch size, some batches."""
-    rows = read_csv(results, "memory_vs_batch.csv")
-    return memory_table([row for row in rows if int(row["batch_size"]) in _README_BATCHES])
-
-
-def memory_table(rows: list[dict[str, str]]) -> str:
-    """One line a batch size, one column a method, and the time of ours against the plain step."""
-    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
-    chunk = max(int(row["chunk_size"]) for row in rows if row["method"] == "cached")
-    titles = [METHODS[name].format(chunk_size=chunk) for name in methods]
-    lines = []
-    rows = sorted(rows, key=lambda row: int(row["batch_size"]))
-    for batch, group in groupby(rows, key=lambda row: int(row["batch_size"])):
-        found = {row["method"]: row for row in group}
-        cells = [memory_cell(found[name]) if name in found else "" for name in methods]
-        ratio = found.get("cached", {}).get("cached_over_plain_time", "")
-        lines.append([f"{batch:,}", *cells, f"{float(ratio):.2f}" if ratio else ""])
-    return table(["batch", *titles, "time against plain"], lines, "r" * (len(titles) + 2))
-
-
-def memory_cell(row: Mapping[str, str]) -> str:
-    """What was measured; else why not, and what was counted."""
-    if row["status"] == "measured":
-        return bytes_text(float(row["peak_growth_bytes"]))
-    return f"{row['status'].split(':')[0]}; {bytes_text(float(row['counted_bytes']))} counted"
-
-
-def engine_image_text(results: Path) -> str:
-    """The engine beside other ways, on images and texts."""
-    found = read_json(results, "engine.json")["image-text"]
-    return _engine_table("ViT-S (64 px) and a 6-layer BERT", found, IMAGE_TEXT)
-
-
-def engine_lemma_gloss(results: Path) -> str:
-    """The same on texts of unequal length."""
-    found = read_json(results, "engine.json")["lemma-gloss"]
-    return _engine_table("WordNet lemmas and glosses, MiniLM's shape", found, LEMMA_GLOSS)
-
-
-def _engine_table(what: str, found: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    contestants = found["contestants"]
-    names = [*(name for name in titles if name in contestants)]
-    names += [name for name in contestants if name not in titles]
-    head = f"{what}, {found['batch_size']:,} pairs, chunks of {found['chunk_size']}"
-    lines = [_engine_line(titles.get(name, name), contestants[name]) for name in names]
-    return table([head, "peak memory", "time of a step"], lines)
-
-
-def _engine_line(title: str, row: Mapping[str, Any]) -> list[str]:
-    if "failure" in row:
-        return [title, row["failure"], ""]
-    cells = bytes_text(row["peak_growth_bytes"]), f"{row['time_ratio']:.2f}"
-    return [title, *(map(bold, cells) if title.startswith("**") else cells)]
-
-
-def engine_error(results: Path) -> str:
-    """The power of ten below which all gradients differ from those of the first contestant."""
-    record = read_json(results, "engine.json")
-    rows = [row for name in ("image-text", "lemma-gloss") for row in _contestants(record, name)]
-    worst = max(row["gradient_error"] for row in rows if "failure" not in row)
-    return f"1e{math.ceil(math.log10(worst))}"
-
-
-def _contestants(record: Mapping[str, Any], workload: str) -> list[Mapping[str, Any]]:
-    return list(record[workload]["contestants"].values()) if workload in record else []
-
-
-def engine_overhead(results: Path) -> str:
-    """Time of a step over linear layers against that of the loop written by hand."""
-    return f"{read_json(results, 'engine.json')['overhead']['time_ratio']:.2f} times"
 
 
 def demo(results: Path) -> str:
@@ -271,12 +178,9 @@ def _once_measured(block: Callable[[Path], str]) -> Callable[[Path], str]:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "demo": demo,
-    "memory": memory,
+    **MEMORY,
     "negatives": negatives,
-    "engine-image-text": engine_image_text,
-    "engine-lemma-gloss": engine_lemma_gloss,
-    "engine-error": engine_error,
-    "engine-overhead": engine_overhead,
+    **ENGINE,
     **LOSS,
     "distributed": distributed,
     "scaling": scaling,

@@ -10,15 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine import section as engine  # noqa: F401
 from loss_figures import section as loss  # noqa: F401
-from report_blocks import (
-    engine_error,
-    engine_image_text,
-    engine_lemma_gloss,
-    engine_overhead,
-    memory_table,
-    scaling_setting,
-)
+from memory_predicted import section as predicted  # noqa: F401
+from memory_vs_batch import section as memory  # noqa: F401
+from report_blocks import scaling_setting
 from report_tables import paragraph, read_csv, read_json, table
 from results import bytes_text
 
@@ -27,89 +23,6 @@ if TYPE_CHECKING:
 
 FOLDER = "../benchmarks/results"
 """Of the results, from the page."""
-_PREDICTED_LOSSES = {"loss, B x B matrix": "with the B x B matrix", "loss, tiles": "in tiles"}
-_PREDICTED_BATCHES = ("1024", "32768", "1048576")
-
-
-def memory(results: Path) -> str:
-    """Every batch size and every way to train."""
-    rows = read_csv(results, "memory_vs_batch.csv")
-    text = (
-        f"One training step of {rows[0]['encoders']}: how far the peak resident memory of a fresh "
-        "process rises. Of steps that were not run stands what their tensors would take, counted. "
-        "Time: gradient caching over the plain step, median ratio of steps that take turns."
-    )
-    return f"{paragraph(text)}\n\n{memory_table(rows)}"
-
-
-def predicted(results: Path) -> str:
-    """The largest batch of every way to train on every card, and the loss alone."""
-    rows = read_csv(results, "memory_predicted.csv")
-    cards = {row["card"]: int(row["card_bytes"]) for row in rows if row["card"]}
-    largest = {(row["method"], row["card"]): _largest_batch(row) for row in rows if row["card"]}
-    lines = [
-        [_planned(method), *(largest.get((method, card), "") for card in cards)]
-        for method in dict.fromkeys(method for method, _ in largest)
-    ]
-    head = ["", *(f"{card}, {bytes_text(held)}" for card, held in cards.items())]
-    text = (
-        f"Predicted from traces of the models, not measured: {rows[0]['setting']}. Largest batch:"
-    )
-    alone = "The loss alone, forward and backward, with the features and their gradients:"
-    return f"{paragraph(text)}\n\n{table(head, lines)}\n\n{alone}\n\n{_predicted_losses(rows)}"
-
-
-def _planned(method: str) -> str:
-    from memory_predicted_plot import METHODS
-
-    return METHODS[method].label.replace("\n", " ") if method in METHODS else method
-
-
-def _largest_batch(row: Mapping[str, str]) -> str:
-    batch = int(row["largest_batch"])
-    over = "over " if row["at_least"] == "True" else ""
-    return f"{over}{batch:,}" if batch else "none"
-
-
-def _predicted_losses(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows are batch sizes, columns the two ways to evaluate it."""
-    held = {(row["method"], row["batch_size"]): float(row["predicted_bytes"]) for row in rows}
-    batches = [each for each in _PREDICTED_BATCHES if ("loss, tiles", each) in held]
-    lines = [
-        [f"{int(each):,}", *(bytes_text(held[name, each]) for name in _PREDICTED_LOSSES)]
-        for each in batches
-    ]
-    return table(["pairs", *_PREDICTED_LOSSES.values()], lines, "rrr")
-
-
-def engine(results: Path) -> str:
-    """Both workloads, and what more memory buys."""
-    record = read_json(results, "engine.json")
-    overhead = record["overhead"]
-    tables = [engine_image_text(results)]
-    tables += [engine_lemma_gloss(results)] if "lemma-gloss" in record else []
-    text = paragraph(
-        "Memory: growth of the peak of a fresh process. Time: median ratio of steps that take "
-        f"turns. Every gradient equals that of the first row to within {engine_error(results)}. "
-        f"Over linear layers on one thread, in {overhead['chunks']} chunks of "
-        f"{overhead['chunk_size']} rows, a step takes {engine_overhead(results)} as long as a "
-        f"two-pass loop written by hand: {overhead['engine_us_per_chunk']:.0f} microseconds a "
-        f"chunk and tower where the loop takes {overhead['loop_us_per_chunk']:.0f}."
-    )
-    return "\n\n".join([*tables, text, _budget(record["budget"])])
-
-
-def _budget(budget: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [
-        [
-            f"{100 * float(share):.0f} %",
-            bytes_text(each["budget_bytes"]),
-            f"{each['time_ratio']:.2f}",
-        ]
-        for share, each in budget.items()
-    ]
-    head = ("`memory_budget`, share of all graphs", "`memory_budget`", "time over the plain step")
-    return table(head, lines, "rrr")
 
 
 def negatives(results: Path) -> str:

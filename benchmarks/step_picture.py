@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from engine_models import Workload, image_text
+from engine_steps import Workload, image_text
 from torch import Tensor, nn
 
 from gradcache_clip import ClipLoss, GradCache

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import doctest
-import io
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT / "benchmarks"))
 
-import memory_axes  # noqa: E402
-import memory_methods  # noqa: E402
+import memory_steps  # noqa: E402
 import memory_vs_batch  # noqa: E402
 from fresh_process import Limits, Outcome  # noqa: E402
-from memory_axes import spread  # noqa: E402
-from memory_count import count_pair_flops  # noqa: E402
-from memory_methods import METHODS, step_flops  # noqa: E402
-from memory_models import SIZES  # noqa: E402
-from memory_plot import draw, finding  # noqa: E402
-from memory_rows import (  # noqa: E402
-    Row,
-    bytes_text,
-    find_earlier,
-    read_rows,
-    show_tables,
-    write_rows,
-)
-from results import provenance  # noqa: E402
-from rich.console import Console  # noqa: E402
+from memory_steps import METHODS, SIZES, count_pair_flops, step_flops  # noqa: E402
+from memory_vs_batch import Row, draw, find_earlier, finding  # noqa: E402
+from results import provenance, read_rows, write_rows  # noqa: E402
 
 _GIB, _MLP = 2**30, SIZES["mlp"]
 
@@ -63,19 +45,9 @@ def _rows() -> list[Row]:
     return rows
 
 
-def test_rows_survive_the_csv(tmp_path):
-    path = tmp_path / "rows.csv"
-    write_rows(_rows(), path)
-    assert read_rows(path) == _rows()
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert all(line[name] for line in lines for name in ("machine", "torch", "commit", "code"))
-    assert lines[-2]["step_ms"] == "", "what was not measured is empty, not zero"
-
-
 def test_redrawing_without_a_csv_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="run without --redraw"):
-        read_rows(tmp_path / "rows.csv")
+        memory_vs_batch.main(["--redraw", "--results", str(tmp_path)])
 
 
 def test_a_measured_point_is_found_again_unless_something_that_counts_changed():
@@ -92,24 +64,14 @@ def test_a_measured_point_is_found_again_unless_something_that_counts_changed():
     assert find_earlier(replace(earlier[4], status=""), earlier) is None, "it was not run"
 
 
-def test_the_tables_say_what_was_measured_and_what_was_not():
-    console = Console(width=120, file=io.StringIO())
-    show_tables(_rows(), {"plain": "plain step", "cached": "ours"}, console)
-    text = console.file.getvalue()
-    assert "1.00 GiB" in text and "4.00 GiB*" in text and "0.10" in text and "0.02 (1.25 x)" in text
-    assert "* plain step, 256: not run: would take about 7 minutes" in text
-    assert "* plain step, 512: over cap" in text and "* ours" not in text
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [
-        *((0, "0 MiB"), (2**20, "1 MiB"), (1.5 * _GIB, "1.50 GiB"), (200 * _GIB, "200 GiB")),
-        *((2560 * _GIB, "2.50 TiB"), (999 * 2**20, "999 MiB")),
-    ],
-)
-def test_bytes_read_with_three_figures(nbytes, text):
-    assert bytes_text(nbytes) == text
+def test_the_tables_say_what_was_measured_and_what_was_not(tmp_path, capsys):
+    write_rows(Row, _rows(), tmp_path / "memory_vs_batch.csv")
+    memory_vs_batch.main(["--redraw", "--results", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "1.00 GiB" in text and "over cap; 8.00 GiB counted" in text
+    assert "0.10" in text and "0.02" in text and "1.25" in text
+    assert "plain step, 256: not run: would take about 7 minutes\n" in text
+    assert "plain step, 512: over cap\n" in text and "gradcache-clip, 64" not in text
 
 
 def test_the_picture_says_the_finding_and_what_its_marks_mean(tmp_path):
@@ -129,7 +91,7 @@ def test_the_picture_says_the_finding_and_what_its_marks_mean(tmp_path):
 
 def test_points_that_did_not_run_are_hollow_marks_at_their_counted_bytes():
     from matplotlib.figure import Figure
-    from memory_plot import _draw_method
+    from memory_vs_batch import _draw_method
 
     axes = Figure().add_subplot()
     _draw_method(axes, [row for row in _rows() if row.method == "plain"])
@@ -142,18 +104,8 @@ def test_points_that_did_not_run_are_hollow_marks_at_their_counted_bytes():
     assert faces[0] == line.get_color() and faces[1:] == ["white", "white"]
 
 
-@given(st.lists(st.floats(1e-3, 1e12), min_size=1, max_size=8), st.floats(1.01, 3.0))
-def test_labels_are_spread_in_order_and_no_further_than_needed(values, factor):
-    values = sorted(values)
-    placed = spread(values, factor)
-    assert all(b >= a * factor * (1 - 1e-9) for a, b in pairwise(placed))
-    if all(b >= a * factor for a, b in pairwise(values)):
-        assert placed == pytest.approx(values)
-
-
-@pytest.mark.parametrize("module", [memory_axes, memory_methods])
-def test_examples_in_docstrings(module):
-    found = doctest.testmod(module)
+def test_examples_in_docstrings():
+    found = doctest.testmod(memory_steps)
     assert found.attempted and not found.failed
 
 
@@ -185,7 +137,7 @@ def machine(monkeypatch):
 
 def _run(tmp_path: Path, *more: str) -> dict[str, list[Row]]:
     memory_vs_batch.main([*_OPTIONS.split(), *more, "--results", str(tmp_path)])
-    rows = read_rows(tmp_path / "memory_vs_batch.csv")
+    rows = read_rows(Row, tmp_path / "memory_vs_batch.csv")
     return {name: [row for row in rows if row.method == name] for name in METHODS}
 
 
@@ -242,14 +194,15 @@ def test_an_interrupted_second_run_keeps_what_the_first_one_measured(tmp_path, m
     _run(tmp_path)
     path = tmp_path / "memory_vs_batch.csv"
     missing = "plain", 16
-    write_rows([row for row in read_rows(path) if (row.method, row.batch_size) != missing], path)
+    kept = [r for r in read_rows(Row, path) if (r.method, r.batch_size) != missing]
+    write_rows(Row, kept, path)
     machine.ends_at, machine.asked = missing, []
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path)
-    assert machine.asked == [] and len(read_rows(path)) == 4 * len(METHODS) - 1
+    assert machine.asked == [] and len(read_rows(Row, path)) == 4 * len(METHODS) - 1
     machine.ends_at = None
     _run(tmp_path)
-    assert machine.asked == [missing] and len(read_rows(path)) == 4 * len(METHODS)
+    assert machine.asked == [missing] and len(read_rows(Row, path)) == 4 * len(METHODS)
 
 
 def test_methods_can_be_chosen(tmp_path, machine):
@@ -280,7 +233,7 @@ def test_the_script_writes_tables_csv_and_pictures(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "two MLPs" in done.stdout and str(tmp_path / "memory_vs_batch.png") in done.stdout
     assert (tmp_path / "memory_vs_batch.png").read_bytes().startswith(b"\x89PNG")
-    rows = read_rows(tmp_path / "memory_vs_batch.csv")
+    rows = read_rows(Row, tmp_path / "memory_vs_batch.csv")
     assert [row.method for row in rows] == ["plain", "published", "cached"]
     for row in rows:
         assert row.measured and row.step_ms > 0

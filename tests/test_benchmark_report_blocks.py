@@ -47,6 +47,7 @@ def memory_row(method: str, batch_size: int, measured: int = 0, **more: Any) -> 
         "batch_size": batch_size,
         "chunk_size": 32 if method == "cached" else batch_size,
         "encoders": "two encoders",
+        "cap_bytes": 2**40,
         "status": "measured" if measured else "not run: would take 9 minutes",
         "peak_growth_bytes": measured or "",
         "counted_bytes": 3 * 2**30,
@@ -92,7 +93,7 @@ def test_the_memory_of_every_method_and_why_one_did_not_run(tmp_path: Path):
         memory_row("plain", 128, 2**20),
     ]
     write_csv(tmp_path / "memory_vs_batch.csv", rows)
-    assert report_blocks.memory(tmp_path).splitlines() == [
+    assert report_blocks.BLOCKS["memory"](tmp_path).splitlines() == [
         "| batch | plain | gradient caching, chunk 32 | time against plain |",
         "|--:|--:|--:|--:|",
         "| 64 | 1.00 GiB | 300 MiB | 1.08 |",
@@ -117,14 +118,14 @@ def test_the_engine_in_the_order_of_its_titles_and_with_failures(tmp_path: Path)
     workload = {"batch_size": 1024, "chunk_size": 8, "contestants": contestants}
     record = {"image-text": workload, "overhead": {"time_ratio": 1.5449}}
     (tmp_path / "engine.json").write_text(json.dumps(record))
-    assert report_blocks.engine_image_text(tmp_path).splitlines()[2:] == [
+    assert report_blocks.BLOCKS["engine-image-text"](tmp_path).splitlines()[2:] == [
         "| plain step | 10.0 GiB | 1.00 |",
         "| **gradient caching** | **1.00 GiB** | **1.15** |",
         "| a new one | out of memory |  |",
     ]
-    assert "1,024 pairs, chunks of 8" in report_blocks.engine_image_text(tmp_path)
-    assert report_blocks.engine_error(tmp_path) == "1e-6"
-    assert report_blocks.engine_overhead(tmp_path) == "1.54 times"
+    assert "1,024 pairs, chunks of 8" in report_blocks.BLOCKS["engine-image-text"](tmp_path)
+    assert report_blocks.BLOCKS["engine-error"](tmp_path) == "1e-6"
+    assert report_blocks.BLOCKS["engine-overhead"](tmp_path) == "1.54 times"
 
 
 def test_the_losses_beside_the_nearest_libraries(tmp_path: Path):
@@ -190,14 +191,14 @@ def test_what_recipes_came_to_and_which_are_still_to_train(tmp_path: Path):
 def test_negatives_and_engines_as_the_pages_quote_them(tmp_path: Path):
     from negatives_rows import Row, append_row
 
-    assert report_blocks.negatives(tmp_path) == UNMEASURED
+    assert report_blocks.BLOCKS["negatives"](tmp_path) == UNMEASURED
     setting = ("emoji", 16, 0, 1e-3, 300, 1024, 16, "heads")
     few = Row(*setting, 0.1, 0.2, 0.002, 0.002, 500, 500, 30 * 2**20, 2**20, 1.0)
     many = replace(few, block_size=1024, forward_recall=0.15, plain_step_bytes=2**30)
     for seed in (0, 1):
         append_row(tmp_path / "negatives.csv", replace(few, seed=seed), ORIGIN)
         append_row(tmp_path / "negatives.csv", replace(many, seed=seed), ORIGIN)
-    _, _, *lines = report_blocks.negatives(tmp_path).splitlines()
+    _, _, *lines = report_blocks.BLOCKS["negatives"](tmp_path).splitlines()
     assert lines[0] == "| pairs that compete | 16 | 1,024 (the batch) | chance |"
     assert lines[2] == "| emoji, R@1, image → name | 10.0 ± 0.0 % | 15.0 ± 0.0 % | 0.2 % |"
     assert lines[5] == "| emoji, of a plain step over as many pairs | 1 MiB | 1.00 GiB |  |"
@@ -205,7 +206,7 @@ def test_negatives_and_engines_as_the_pages_quote_them(tmp_path: Path):
     row = {**engine, "bytes_received": 2**20, "time_ratio": 1.3, **ORIGIN}
     both = [{**row, "world": 2}, {**row, "world": 4, "time_ratio": 1.4, "error": 2e-6}]
     write_csv(tmp_path / "distributed.csv", both)
-    line = report_blocks.distributed(tmp_path).splitlines()[-1]
+    line = report_blocks.BLOCKS["distributed"](tmp_path).splitlines()[-1]
     assert line == "| `DDPStrategy` | 1.30 | 1.40 | 18 | 1 MiB | 1 MiB | 2e-6 |"
 
 
@@ -231,7 +232,7 @@ def test_the_demo_keeps_the_figures_of_its_table(tmp_path: Path, monkeypatch):
     path = demo.save([RunFigures("cached", recall, 1024, 5000.0, 3 << 30)], tmp_path / "new")
     assert path == tmp_path / "new" / "demo.json"
     assert all(json.loads(path.read_text())["origin"].get(name) for name in ("machine", "commit"))
-    assert "| R@1 image → text | 50.0 % | 1.0 % |" in report_blocks.demo(path.parent)
+    assert "| R@1 image → text | 50.0 % | 1.0 % |" in report_blocks.BLOCKS["demo"](path.parent)
 
 
 def test_the_page_tells_where_figures_are_from_and_what_is_missing(tmp_path: Path):
