@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 from negatives_data import DataSet, Unavailable, Vocabulary, image_text, read_captioned, stored
 from torch import Tensor
 
-from gradcache_clip.train.sources import make_emoji, make_glyphs
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "data"))
+
+from emoji import make_emoji
+from glyphs import make_glyphs
 
 # The vendors' pictures have 64 to 256 pixels; the encoder was trained on 224.
 _EMOJI_SIZE = 128
