@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from silent_habits import HABITS
+from torch import nn
+
+from gradcache_clip import ClipLoss, GradCache
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "exact-or-an-error.md").read_text(encoding="utf-8")
@@ -46,6 +49,12 @@ def test_what_the_page_says_of_a_habit_happens(name: str):
     assert re.match(r"\w+(Error|Warning): ", found), found
     assert ("Warning: " in found) == (kind == "warning")
     assert words[1] in found
+
+
+def test_the_loss_that_refuses_a_backward_prints_as_any_other():
+    x = torch.eye(4)
+    loss = GradCache((nn.Linear(4, 3), nn.Linear(4, 3)), ClipLoss(), chunk_size=3)(x, x).loss
+    assert f"{loss:.3f}" == f"{loss.item():.3f}" and repr(loss) == repr(torch.tensor(loss.item()))
 
 
 @pytest.mark.parametrize("node", [name for name in ROWS if "::" in name])

@@ -48,6 +48,9 @@ class FinishedLoss(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return repr(_plain(self))
 
+    def __format__(self, spec: str) -> str:
+        return format(_plain(self), spec)
+
     def __deepcopy__(self, memo: Any) -> Tensor:
         return copy.deepcopy(_plain(self), memo)
 
