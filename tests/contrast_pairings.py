@@ -46,20 +46,20 @@ def pairing(rules: str, M: int, N: int, device: str) -> Pairing:
 
 
 def outcome(rules: Pairing, impl: str, inputs: Inputs) -> list[Tensor]:
-    """Log-sum-exps, positives and rivals, and the gradients of a weighted loss over them."""
+    """Statistics as log-sum-exps, and the gradients of a weighted loss over them."""
     q, k, logit_scale = inputs
     k = q if rules.self_contrast else k
     rows_and_columns = contrast.contrast_statistics("loss", q, k, logit_scale, rules, impl)
     sides = [rows_and_columns[:4]] + [rows_and_columns[4:]] * rules.both_ways
     values, loss = [], torch.zeros((), device=q.device)
-    for side, (positive, peak, total, rival) in enumerate(sides):
+    for side, (positive, peak, total, hardest) in enumerate(sides):
         lse = torch.where(total > 0, peak + total.clamp_min(1e-30).log(), 0)
         weight = torch.linspace(0.5, 1.5, len(lse), device=q.device) / len(lse)
         loss = loss + (weight * lse).sum()
         values += [lse, peak]
         if side == 0 or rules.row_labels is not None:
             loss = loss - (weight.flip(0) * positive).sum() / 4
-            values += [positive, rival]
+            values += [positive, hardest]
     leaves = (q, logit_scale) if rules.self_contrast else inputs
     gradients = torch.autograd.grad(loss, leaves)
     return [each.detach().double() for each in (*values, *gradients)]

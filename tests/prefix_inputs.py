@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradcache_clip import ClipLoss, InfoNCELoss, NTXentLoss, SupConLoss
-from gradcache_clip.ops import prefixes
+from gradcache_clip.ops import contrast
 from gradcache_clip.ops.prefixes_tiled import prefix_gradient_tiled, prefix_statistics_tiled
 from gradcache_clip.ops.tiles import TileShape
 
@@ -100,8 +100,8 @@ def small_tiles(edge: int, *, watched_by: TorchDispatchMode | None = None) -> It
         return run
 
     with (
-        patch.dict(prefixes._STATISTICS, tiled=watched(prefix_statistics_tiled)),
-        patch.dict(prefixes._GRADIENT, tiled=watched(prefix_gradient_tiled)),
+        patch.dict(contrast._PREFIX_STATISTICS, tiled=watched(prefix_statistics_tiled)),
+        patch.dict(contrast._PREFIX_GRADIENT, tiled=watched(prefix_gradient_tiled)),
     ):
         if watched_by is None:
             yield

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from gradcache_clip import ClipLoss, GradCache, InfoNCELoss, NTXentLoss, SupConLoss
 from gradcache_clip.losses.matryoshka import MatryoshkaLoss
 from gradcache_clip.losses.siglip import SigLipLoss
-from gradcache_clip.ops import prefixes
+from gradcache_clip.ops import contrast
 
 B, D, WORLD = 24, 20, 2
 LABELS, IDS = torch.arange(B) % 7, torch.arange(B) % 11
@@ -62,13 +62,13 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 def passes() -> Iterator[Counter[str]]:
     """Counts passes over the tiles of several prefixes."""
     count: Counter[str] = Counter()
-    original = prefixes._STATISTICS["tiled"]
+    original = contrast._PREFIX_STATISTICS["tiled"]
 
     def counted(*arguments: Any) -> Any:
         count["forward"] += 1
         return original(*arguments)
 
-    with patch.dict(prefixes._STATISTICS, tiled=counted):
+    with patch.dict(contrast._PREFIX_STATISTICS, tiled=counted):
         yield count
 
 

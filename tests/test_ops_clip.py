@@ -32,7 +32,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from gradcache_clip.ops import ClipLossResult, clip_loss, clip_loss_with_accuracy
+from gradcache_clip.ops import ContrastiveOutput, clip_loss, clip_loss_with_accuracy
 
 SHAPES = [(1, 3), (2, 3), (63, 16), (64, 16), (65, 33), (252, 123)]
 OPTIONS = list(itertools.product([False, True], [False, True], [0.0, 0.2]))
@@ -92,7 +92,7 @@ def test_accuracies_count_ranks_and_ties_are_wrong() -> None:
     # Logits of texts: column 0 right, 1 right, 2 belongs to image 1, 3 ties.
     for impl in ("reference", "tiled"):
         result = clip_loss_with_accuracy(q, k, 10.0, impl=impl)
-        assert isinstance(result, ClipLossResult)
+        assert isinstance(result, ContrastiveOutput)
         assert result.image_to_text_accuracy.item() == 0.25
         assert result.text_to_image_accuracy.item() == 0.5
         assert not result.image_to_text_accuracy.requires_grad

@@ -167,8 +167,8 @@ def test_statistics_of_column_blocks_add_up(seed: int, cuts: list[int]) -> None:
         blocks.append(statistics_tiled(q, k[columns], SCALE, of_block, shape=OBLONG))
     torch.testing.assert_close(sum(b.row_positive for b in blocks), whole.row_positive)
     torch.testing.assert_close(torch.stack([b.row_max for b in blocks]).amax(0), whole.row_max)
-    rival = torch.stack([b.row_rival for b in blocks]).amax(0)
-    torch.testing.assert_close(rival, whole.row_rival)
+    hardest = torch.stack([b.row_hardest_negative for b in blocks]).amax(0)
+    torch.testing.assert_close(hardest, whole.row_hardest_negative)
     sums = [b.row_sum * (b.row_max - whole.row_max).exp() for b in blocks]
     torch.testing.assert_close(sum(sums), whole.row_sum)
 

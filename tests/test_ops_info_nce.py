@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gradcache_clip.ops import (
-    InfoNCEResult,
+    RetrievalOutput,
     clip_loss,
     info_nce_loss,
     info_nce_loss_with_accuracy,
@@ -102,7 +102,7 @@ def test_tiles_equal_the_reference(combination: tuple[Any, ...], B: int, D: int)
 def test_symmetric_without_negatives_is_the_clip_loss() -> None:
     (q, k, scale), _ = make(COMBINATIONS[0], 50, 7)
     got = info_nce_loss_with_accuracy(q, k, scale, symmetric=True, impl="tiled")
-    assert isinstance(got, InfoNCEResult)
+    assert isinstance(got, RetrievalOutput)
     assert torch.equal(got.loss, clip_loss(q, k, scale, impl="tiled"))
 
 

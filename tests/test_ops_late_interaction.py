@@ -23,13 +23,13 @@ from late_interaction_inputs import (
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from gradcache_clip.ops import ContrastiveOutput, late_interaction_op
 from gradcache_clip.ops import late_interaction as module
-from gradcache_clip.ops import late_interaction_op
 from gradcache_clip.ops.late_interaction import (
-    LateInteractionResult,
     late_interaction_loss,
     late_interaction_loss_with_accuracy,
 )
+from gradcache_clip.ops.late_interaction_op import TokenRules
 
 reference = partial(late_interaction_loss, impl="reference")
 tiled = partial(late_interaction_loss, impl="tiled")
@@ -104,7 +104,7 @@ def test_accuracies_count_ranks_and_ties_are_wrong() -> None:
     texts = torch.stack([tokens[0], tokens[1], tokens[1] + tokens[2], tokens[0] * 2])
     for impl in ("reference", "tiled"):
         result = late_interaction_loss_with_accuracy(tokens, texts, 10.0, impl=impl)
-        assert isinstance(result, LateInteractionResult)
+        assert isinstance(result, ContrastiveOutput)
         # Image 0 prefers text 3, 1 ties with text 2, 2 is right, 3 finds nothing.
         assert result.image_to_text_accuracy.item() == 0.25
         assert result.text_to_image_accuracy.item() == 0.5
@@ -203,8 +203,9 @@ def test_registered_as_torch_wants_it() -> None:
     masks = random_masks(inputs)
     for mask in (None, masks["text_mask"]):
         for one_way in (False, True):
-            arguments = (*inputs, None, mask, one_way, "mean", "tiled")
-            torch.library.opcheck(late_interaction_op.late_interaction_forward, arguments)
+            masks_and_numbers = TokenRules(None, mask, one_way, "mean").packed()
+            arguments = (*inputs, *masks_and_numbers, "tiled", "late_interaction_loss")
+            torch.library.opcheck(late_interaction_op._statistics, arguments)
 
 
 def test_second_derivative_and_transforms_are_refused() -> None:

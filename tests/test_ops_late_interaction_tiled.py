@@ -25,8 +25,9 @@ from late_interaction_inputs import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradcache_clip.ops import late_interaction_op, late_interaction_tiled
+from gradcache_clip.ops import late_interaction_tiled
 from gradcache_clip.ops.late_interaction import late_interaction_loss
+from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules
 from gradcache_clip.ops.late_interaction_passes import gradient, statistics
 from gradcache_clip.ops.pairing import SideGradient
 
@@ -154,15 +155,15 @@ def watched(
     inputs: TokenInputs, needs: tuple[bool, bool, bool], **options: Any
 ) -> tuple[Watch, Watch]:
     """Forward and backward of the tiled op, seen from inside."""
-    masks = options.get("image_mask"), options.get("text_mask")
+    rules = TokenRules(options.get("image_mask"), options.get("text_mask"), False, "mean")
     x, y, scale = (each.detach() for each in inputs)
     with Watch() as forward:
-        tiles = late_interaction_op._tiles(x, y, scale, masks, False, "mean", "tiled")
+        tiles = TokenPasses("tiled").tiles(x, y, scale.dtype, rules)
         found = statistics(tiles, scale)
     ones = torch.ones_like(found.row_max)
     sides = (SideGradient(peak, ones, -ones) for peak in (found.row_max, found.column_max))
     with Watch() as backward:
-        tiles = late_interaction_op._tiles(x, y, scale, masks, False, "mean", "tiled")
+        tiles = TokenPasses("tiled").tiles(x, y, scale.dtype, rules)
         gradient(tiles, scale, tuple(sides), needs)
     return forward, backward
 

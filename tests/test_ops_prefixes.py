@@ -33,7 +33,7 @@ from torch.nn.functional import normalize
 
 from gradcache_clip import ClipLoss, InfoNCELoss, NTXentLoss, SupConLoss
 from gradcache_clip.memory.counter import LiveBytes
-from gradcache_clip.ops import prefixes
+from gradcache_clip.ops import contrast
 from gradcache_clip.ops.pairing import Pairing
 
 every_loss = pytest.mark.parametrize("name", CASES)
@@ -232,14 +232,16 @@ def test_opcheck(needs: tuple[bool, ...], labelled: bool) -> None:
     inputs = random_inputs(9, 5, torch.float32, scale=5.0)
     labels = torch.arange(9) % 4 if labelled else None
     leaves = [x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True)]
-    packed = Pairing(labels, labels).packed()
-    opcheck(prefixes._statistics, (*leaves, *packed, [2, 5], "tiled", "loss"))
+    vectors, numbers = Pairing(labels, labels).packed()
+    rest = "tiled", "loss"
+    opcheck(contrast._statistics, (*leaves, vectors, [*numbers, 2, 5], *rest))
     features = inputs.q[:8].detach()
-    packed = Pairing(positive_shift=4, both_ways=False, self_contrast=True).packed()
-    arguments = features, features, inputs.logit_scale.detach(), *packed, [2, 5], "tiled", "loss"
-    opcheck(prefixes._statistics, arguments)
+    vectors, numbers = Pairing(positive_shift=4, both_ways=False, self_contrast=True).packed()
+    scale = inputs.logit_scale.detach()
+    arguments = features, features, scale, vectors, [*numbers, 2, 5], *rest
+    opcheck(contrast._statistics, arguments)
     sides = [torch.rand(2, 8), torch.rand(2, 8), torch.rand(2, 8)], [torch.empty(2, 0)] * 3
-    opcheck(prefixes._gradient, (*arguments, *sides, [True, True, needs[0]]))
+    opcheck(contrast._gradient, (*arguments, *sides, [True, True, needs[0]]))
 
 
 @pytest.mark.parametrize("widths", [[], [0, 2], [2, 2], [3, 2], [2, 5]])

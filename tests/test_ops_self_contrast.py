@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gradcache_clip.ops import (
-    SelfContrastResult,
+    SelfContrastOutput,
     clip_loss,
     nt_xent_loss,
     nt_xent_loss_with_accuracy,
@@ -58,7 +58,7 @@ def test_nt_xent_equals_the_loops(tau_plus: float, impl: Any) -> None:
     leaves = views(6, 4)
     with small_tiles(5, 5):
         got = nt_xent_loss_with_accuracy(*leaves, tau_plus=tau_plus, impl=impl)
-    assert isinstance(got, SelfContrastResult)
+    assert isinstance(got, SelfContrastOutput)
     expected = loop_losses.nt_xent(*leaves, tau_plus=tau_plus)
     torch.testing.assert_close(list(got), expected, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(loss, leaves) for loss in (got[0], expected[0])]
@@ -72,7 +72,7 @@ def test_sup_con_equals_the_loops(labels: list[int], impl: Any) -> None:
     features, _, scale = views(9, 4)
     with small_tiles(4, 4):
         got = sup_con_loss_with_accuracy(features, torch.tensor(labels), scale, impl=impl)
-    assert isinstance(got, SelfContrastResult)
+    assert isinstance(got, SelfContrastOutput)
     expected = loop_losses.sup_con(features, labels, scale)
     torch.testing.assert_close(list(got), expected, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(loss, (features, scale)) for loss in (got[0], expected[0])]

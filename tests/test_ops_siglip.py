@@ -21,7 +21,8 @@ from siglip_inputs import (
 )
 
 from gradcache_clip.ops import siglip, siglip_tiled
-from gradcache_clip.ops.siglip import SigLipLossResult, siglip_loss, siglip_loss_with_accuracy
+from gradcache_clip.ops.results import ContrastiveOutput
+from gradcache_clip.ops.siglip import siglip_loss, siglip_loss_with_accuracy
 from gradcache_clip.ops.siglip_tiled import Wanted
 from gradcache_clip.ops.tiles import TileShape
 
@@ -124,7 +125,7 @@ def test_accuracies_count_ranks_and_ties_are_wrong() -> None:
     # Logits of texts: column 0 right, 1 right, 2 belongs to image 1, 3 ties.
     for impl in ("reference", "tiled"):
         result = siglip_loss_with_accuracy(q, k, 10.0, -10.0, impl=impl)
-        assert isinstance(result, SigLipLossResult)
+        assert isinstance(result, ContrastiveOutput)
         assert result.image_to_text_accuracy.item() == 0.25
         assert result.text_to_image_accuracy.item() == 0.5
         assert not result.image_to_text_accuracy.requires_grad

@@ -18,9 +18,9 @@ from gradcache_clip.ops.groups import dense_groups, group_sums, occurrences
 from gradcache_clip.ops.smoothing import mean_logits
 from gradcache_clip.ops.softmax import (
     Direction,
-    debiased_gap,
+    debiased,
     many_positives_loss,
-    negative_gap,
+    negative_lse_minus_positive,
     one_positive_loss,
 )
 
@@ -112,14 +112,14 @@ def test_cross_entropy_from_statistics(positive: float, logits: list[float]) -> 
     each = direction(positive, logits)
     everything = torch.tensor([positive, *logits], dtype=torch.float64)
     expected = -everything.log_softmax(0)[:1]
-    got = one_positive_loss(negative_gap(each))
+    got = one_positive_loss(negative_lse_minus_positive(each))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert each.accuracy() == float(all(positive > x for x in logits))
 
 
 def test_small_losses_keep_their_digits() -> None:
     """One logarithm of all, less the positive, would give 0."""
-    loss = one_positive_loss(negative_gap(direction(40.0, [0.0, 0.0, -1.0])))
+    loss = one_positive_loss(negative_lse_minus_positive(direction(40.0, [0.0, 0.0, -1.0])))
     expected = math.log1p((2 + math.exp(-1)) * math.exp(-40.0))
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
@@ -128,7 +128,7 @@ def test_small_losses_keep_their_digits() -> None:
 def test_no_negatives(positive: float) -> None:
     """Loss 0, and a gradient of 0 rather than NaN."""
     each = Direction(*(x.requires_grad_() for x in direction(positive, [])))
-    loss = one_positive_loss(negative_gap(each))
+    loss = one_positive_loss(negative_lse_minus_positive(each))
     assert loss.item() == 0
     for gradient in torch.autograd.grad(loss, (each.positive, each.total)):
         assert gradient.item() == 0
@@ -157,8 +157,8 @@ def test_debiased_equals_the_equation(tau_plus: float, scale: float) -> None:
     for cosine in (-0.9, -0.2, 0.3, 0.99):
         cosines = torch.rand(7, dtype=torch.float64) - 0.5
         p, negatives = s * cosine, s * cosines
-        gap = (negatives.logsumexp(0) - p)[None]
-        got = one_positive_loss(debiased_gap(gap, p[None], 7, s, tau_plus))[0]
+        difference = (negatives.logsumexp(0) - p)[None]
+        got = one_positive_loss(debiased(difference, p[None], 7, s, tau_plus))[0]
         expected = chuang(p, negatives, s, tau_plus)
         floored += bool(negatives.exp().mean() < tau_plus * p.exp() + (1 - tau_plus) * (-s).exp())
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-15)
@@ -192,6 +192,6 @@ def test_debiased_without_negatives_is_zero() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_debiasing_hides_no_bad_number(bad: float) -> None:
-    gap, positive = torch.tensor([bad, 0.0]), torch.tensor([1.0, 1.0])
-    loss = one_positive_loss(debiased_gap(gap, positive, 5, torch.tensor(2.0), 0.1))
+    difference, positive = torch.tensor([bad, 0.0]), torch.tensor([1.0, 1.0])
+    loss = one_positive_loss(debiased(difference, positive, 5, torch.tensor(2.0), 0.1))
     assert not loss[0].isfinite() and loss[1].isfinite()

@@ -1,13 +1,16 @@
 """Losses as modules, over the ops."""
 
-from gradcache_clip.losses.clip import ClipLoss, ContrastiveOutput
-from gradcache_clip.losses.info_nce import InfoNCELoss, RetrievalOutput
+from gradcache_clip.losses.clip import ClipLoss
+from gradcache_clip.losses.info_nce import InfoNCELoss
 from gradcache_clip.losses.late_interaction import LateInteractionLoss
 from gradcache_clip.losses.matryoshka import MatryoshkaLoss
-from gradcache_clip.losses.moco import MoCoLoss, MoCoOutput
+from gradcache_clip.losses.moco import MoCoLoss
 from gradcache_clip.losses.queue import FeatureQueue
-from gradcache_clip.losses.self_contrast import NTXentLoss, SelfContrastOutput, SupConLoss
+from gradcache_clip.losses.self_contrast import NTXentLoss, SupConLoss
 from gradcache_clip.losses.siglip import SigLipLoss
+from gradcache_clip.ops.results import ContrastiveOutput, RetrievalOutput, SelfContrastOutput
+
+MoCoOutput = SelfContrastOutput  # its earlier name
 
 __all__ = [
     "ClipLoss",

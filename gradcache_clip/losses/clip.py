@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere, gather_rows
-from gradcache_clip.distributed.exchange import Exchange
-from gradcache_clip.losses.over_ranks import contrast_over_ranks, prefixes_over_ranks
-from gradcache_clip.losses.scaled import ScaledLoss, check_has_negatives, check_rows
-from gradcache_clip.ops import ClipLossResult, Impl
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives, check_rows
 from gradcache_clip.ops.arguments import check_integers, check_pairs, check_share
 from gradcache_clip.ops.clip import ClipTargets, clip_result
 from gradcache_clip.ops.pairing import Pairing
-from gradcache_clip.ops.prefixes import check_widths
-from gradcache_clip.ops.prefixes_reference import unit_prefix
+from gradcache_clip.ops.results import ContrastiveOutput
+from gradcache_clip.ops.unit import wide_unit
 
-
-class ContrastiveOutput(NamedTuple):
-    """A loss and how often the right partner wins within the batch, all 0-dim tensors."""
-
-    loss: Tensor
-    image_to_text_accuracy: Tensor
-    text_to_image_accuracy: Tensor
-
-    @property
-    def accuracy(self) -> Tensor:
-        """Mean of both directions, between 0 and 1; chance is 1/B."""
-        return (self.image_to_text_accuracy + self.text_to_image_accuracy) / 2
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ClipLoss(ScaledLoss):
@@ -41,21 +27,15 @@ class ClipLoss(ScaledLoss):
     beyond features and gradients is O(B) and one tile. Source: Radford et al. 2021 (CLIP),
     figure 3.
 
-    The scale is learned as `log_logit_scale`, its logarithm, and held at `max_logit_scale` or
-    below. Where torch.distributed is initialised the batch is that of all ranks: each computes its
-    share of S, and every rank returns the loss of the global batch.
+    The scale is learned as its logarithm, `log_logit_scale`, and clamped to `max_logit_scale`.
+    Where torch.distributed is initialised the batch is that of all ranks: each computes its share
+    of S, and every rank returns the loss of the global batch.
 
     Args:
-        init_logit_scale: first value of the multiplier of the cosine similarity (1/temperature).
-        max_logit_scale: its upper bound; CLIP uses 100.
-        normalize: L2-normalise the features first (equation 2 of the CLIP objective).
-        label_smoothing: share of the target that is spread evenly over all that compete.
-        impl: "auto", "reference", "tiled" or "triton"; see `gradcache_clip.ops.clip_loss`.
-        group: process group whose ranks share the batch; the default group when None. With
-            `DDPStrategy` it must be the default one.
-        exchange: how features of other ranks arrive: "gather" holds all of them on each rank,
-            "ring" passes them on from rank to rank and never holds those of more than two others.
-            Label smoothing gathers them.
+        label_smoothing: share of the target that is spread evenly over all competitors. It needs
+            the features of all ranks on each, whatever the exchange.
+        options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
+            `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:
         >>> import torch
@@ -65,25 +45,8 @@ class ClipLoss(ScaledLoss):
         (True, 1.0)
     """
 
-    def __init__(
-        self,
-        *,
-        init_logit_scale: float = 1 / 0.07,
-        max_logit_scale: float = 100.0,
-        normalize: bool = True,
-        label_smoothing: float = 0.0,
-        impl: Impl = "auto",
-        group: dist.ProcessGroup | None = None,
-        exchange: Exchange = "gather",
-    ) -> None:
-        super().__init__(
-            init_logit_scale=init_logit_scale,
-            max_logit_scale=max_logit_scale,
-            normalize=normalize,
-            impl=impl,
-            group=group,
-            exchange=exchange,
-        )
+    def __init__(self, *, label_smoothing: float = 0.0, **options: Unpack[ScaleOptions]) -> None:
+        super().__init__(**options)
         check_share("label_smoothing", label_smoothing)
         self.label_smoothing = label_smoothing
 
@@ -97,7 +60,7 @@ class ClipLoss(ScaledLoss):
         labels: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> ContrastiveOutput:
-        """Loss of all pairs; row i of both inputs belongs together.
+        """Compute the loss of all pairs; row i of both inputs is a pair.
 
         Args:
             image_features: (b, D) floating tensor.
@@ -106,20 +69,15 @@ class ClipLoss(ScaledLoss):
                 module's.
             logit_bias: accepted for callers of open_clip's losses; added to all logits alike it
                 changes no softmax, and its gradient is zero.
-            labels: (b,) integers; pairs of an equal label are positives of each other.
-            ids: (b,) integers; pairs of an equal id are no negatives of each other.
+            labels: (b,) integers; pairs with equal labels are positives of each other.
+            ids: (b,) integers; pairs with equal ids are not negatives of each other.
 
         Raises:
-            TypeError: labels or ids that are no integers.
+            TypeError: labels or ids that are not integers.
             ValueError: shapes differ, or the whole batch is a single pair.
         """
-        q, k, labels, ids = self._checked(image_features, text_features, labels, ids)
-        q, k = self._unit(q), self._unit(k)
-        scale, pairing = self._scale_for(logit_scale, q, k), Pairing(labels, labels, ids, ids)
-        statistics = contrast_over_ranks("clip_loss", q, k, scale, pairing, self.impl, self.ranks)
-        targets = ClipTargets(labels, ids, self.label_smoothing)
-        result = clip_result(statistics, targets, *self._smoothed_over(q, k), scale)
-        return _output(result, logit_bias)
+        given = image_features, text_features, logit_scale, logit_bias, labels, ids
+        return self._outputs(None, *given)[0]
 
     def prefixes(
         self,
@@ -132,16 +90,31 @@ class ClipLoss(ScaledLoss):
         labels: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> list[ContrastiveOutput]:
-        """`forward` over prefixes of the features, each normalised anew; see `MatryoshkaLoss`."""
-        q, k, labels, ids = self._checked(image_features, text_features, labels, ids)
-        check_widths("widths", widths, q.shape[1])
+        """Compute `forward` for each prefix of the features, normalised; see `MatryoshkaLoss`."""
+        given = image_features, text_features, logit_scale, logit_bias, labels, ids
+        return self._outputs(widths, *given)
+
+    def _outputs(
+        self,
+        widths: Sequence[int] | None,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | None,
+        logit_bias: Tensor | None,
+        labels: Tensor | None,
+        ids: Tensor | None,
+    ) -> list[ContrastiveOutput]:
+        labels, ids = self._checked(image_features, text_features, labels, ids)
+        q, k = self._prepared(widths, image_features, text_features)
         scale, pairing = self._scale_for(logit_scale, q, k), Pairing(labels, labels, ids, ids)
-        each = prefixes_over_ranks("clip_loss", q, k, scale, pairing, widths, self.impl, self.ranks)
         targets = ClipTargets(labels, ids, self.label_smoothing)
-        outputs = []
-        for statistics, width in zip(each, widths, strict=True):
-            smoothed = self._smoothed_over(q, k, width)
-            outputs.append(_output(clip_result(statistics, targets, *smoothed, scale), logit_bias))
+        each = self._statistics("clip_loss", q, k, scale, pairing, widths)
+        outputs, prefixes = [], [None] if widths is None else widths
+        for statistics, width in zip(each, prefixes, strict=True):
+            output = clip_result(statistics, targets, *self._smoothed_over(q, k, width), scale)
+            if logit_bias is not None:
+                output = output._replace(loss=output.loss + 0 * logit_bias)
+            outputs.append(output)
         return outputs
 
     def _checked(
@@ -150,8 +123,8 @@ class ClipLoss(ScaledLoss):
         text_features: Tensor,
         labels: Tensor | None,
         ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Features of this rank, labels and ids of all ranks, after checks."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Check everything; return labels and ids of all ranks."""
         check_rows(image_features=image_features, text_features=text_features)
         check_pairs(("image_features", "text_features"), image_features, text_features)
         given = {"labels": labels, "ids": ids}
@@ -163,19 +136,13 @@ class ClipLoss(ScaledLoss):
         )
         check_has_negatives(len(image_features) * self.ranks.size)
         labels, ids = (None if each is None else self.ranks.joined(each) for each in given.values())
-        return image_features, text_features, labels, ids
+        return labels, ids
 
-    def _smoothed_over(
-        self, q: Tensor, k: Tensor, width: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Features of all ranks whose mean logits smoothing needs; any will do where it is off."""
+    def _smoothed_over(self, q: Tensor, k: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
+        """Return the features of all ranks for the mean logits that smoothing needs."""
         if self.label_smoothing == 0:
+            # Not read; any will do.
             return q, k
         if width is not None:
-            q, k = unit_prefix(q, width), unit_prefix(k, width)
+            q, k = wide_unit(q, width), wide_unit(k, width)
         return gather_rows(q, self.group), gather_rows(k, self.group)
-
-
-def _output(result: ClipLossResult, logit_bias: Tensor | None) -> ContrastiveOutput:
-    loss, *accuracies = result
-    return ContrastiveOutput(loss if logit_bias is None else loss + 0 * logit_bias, *accuracies)

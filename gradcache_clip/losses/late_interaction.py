@@ -6,21 +6,18 @@ B: pairs of the whole batch, b: of this rank, P and R: image and text tokens, D:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere, gather_rows
-from gradcache_clip.distributed.exchange import Exchange, Ranks
-from gradcache_clip.losses.clip import ContrastiveOutput
-from gradcache_clip.losses.scaled import ScaledLoss, check_has_negatives
-from gradcache_clip.losses.spread_contrast import SpreadContrast, StatisticsOverRanks
+from gradcache_clip.distributed.exchange import Ranks
+from gradcache_clip.losses.distributed_contrast import DistributedContrast
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.ops.implementations import Impl, refuse_transforms, resolve_impl
 from gradcache_clip.ops.late_interaction import (
-    LateInteractionResult,
     TokenReduction,
     check_mask,
     check_token_reduction,
@@ -29,19 +26,22 @@ from gradcache_clip.ops.late_interaction import (
     late_interaction_result,
 )
 from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules
-from gradcache_clip.ops.pairing import Statistics
+from gradcache_clip.ops.results import ContrastiveOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LateInteractionLoss(ScaledLoss):
-    """Cross-entropy over B pairs whose similarity is that of their best matching tokens.
+    """Cross-entropy over B pairs scored by their best matching tokens.
 
-    An image finds a text as similar as its tokens, on average, find their best match among the
-    text's tokens, and the reverse; see `gradcache_clip.ops.late_interaction_loss`. No matrix of
-    B x B scores is stored, nor one of token similarities. Source: Yao et al. 2021 (FILIP),
-    equations 3 to 6.
+    The score of an image for a text is the mean, over its tokens, of the best match among the
+    text's tokens, and the reverse; see `gradcache_clip.ops.late_interaction_loss_with_accuracy`.
+    Neither the B x B scores nor the similarities of tokens are stored. Source: Yao et al. 2021
+    (FILIP), equations 3 to 6.
 
-    The scale is learned as `log_logit_scale`, its logarithm, and held at `max_logit_scale` or
-    below. Where torch.distributed is initialised the batch is that of all ranks: each computes its
+    The scale is learned as its logarithm, `log_logit_scale`, and clamped to `max_logit_scale`.
+    Where torch.distributed is initialised the batch is that of all ranks: each computes its
     share of the scores, and every rank returns the loss of the global batch. Ranks may hold tokens
     of different lengths: shorter ones are padded to the longest, and masked.
 
@@ -49,13 +49,8 @@ class LateInteractionLoss(ScaledLoss):
         one_way: texts look for images only, as queries do in MaxSim (ColBERT).
         token_reduction: "mean" over the tokens that look (FILIP), or "sum" (ColBERT), whose scores
             grow with the number of tokens: start with a smaller scale.
-        init_logit_scale: first value of the multiplier of the similarity (1/temperature).
-        max_logit_scale: its upper bound.
-        normalize: L2-normalise each token first.
-        impl: "auto", "reference", "tiled" or "triton".
-        group: process group whose ranks share the batch; the default group when None. With
-            `DDPStrategy` it must be the default one.
-        exchange: "gather" or "ring": how tokens of other ranks arrive; see `ClipLoss`.
+        options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True` (each token),
+            `impl="auto"`, `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:
         >>> import torch
@@ -71,21 +66,9 @@ class LateInteractionLoss(ScaledLoss):
         *,
         one_way: bool = False,
         token_reduction: TokenReduction = "mean",
-        init_logit_scale: float = 1 / 0.07,
-        max_logit_scale: float = 100.0,
-        normalize: bool = True,
-        impl: Impl = "auto",
-        group: dist.ProcessGroup | None = None,
-        exchange: Exchange = "gather",
+        **options: Unpack[ScaleOptions],
     ) -> None:
-        super().__init__(
-            init_logit_scale=init_logit_scale,
-            max_logit_scale=max_logit_scale,
-            normalize=normalize,
-            impl=impl,
-            group=group,
-            exchange=exchange,
-        )
+        super().__init__(**options)
         check_token_reduction(token_reduction)
         self.one_way = one_way
         self.token_reduction: TokenReduction = token_reduction
@@ -99,7 +82,7 @@ class LateInteractionLoss(ScaledLoss):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> ContrastiveOutput:
-        """Loss of all pairs; sample i of both inputs belongs together.
+        """Compute the loss of all pairs; sample i of both inputs is a pair.
 
         Args:
             image_tokens: (b, P, D) floating tensor.
@@ -110,14 +93,14 @@ class LateInteractionLoss(ScaledLoss):
             text_mask: (b, R) bool, the same for text tokens.
 
         Raises:
-            TypeError: tokens that are no floating tensor, masks that are no bool tensor.
+            TypeError: tokens that are not floating tensors, masks that are not bool tensors.
             ValueError: shapes that do not fit together, or the whole batch is a single pair.
         """
         images, texts = self._checked(
             _Side(image_tokens, image_mask), _Side(text_tokens, text_mask)
         )
         image_mask, text_mask = (_of_all_ranks(side.mask, self.ranks) for side in (images, texts))
-        result = tokens_over_ranks(
+        return distributed_late_interaction(
             self._unit(images.tokens),
             self._unit(texts.tokens),
             self._scale_for(logit_scale, images.tokens, texts.tokens),
@@ -125,10 +108,9 @@ class LateInteractionLoss(ScaledLoss):
             self.impl,
             self.ranks,
         )
-        return ContrastiveOutput(*result)
 
     def _checked(self, images: _Side, texts: _Side) -> list[_Side]:
-        """Both sides as long as on any rank, after checks."""
+        """Check both sides; pad each to its greatest length on any rank."""
         check_tokens(images.tokens, texts.tokens)
         check_mask("image_mask", images.mask, images.tokens)
         check_mask("text_mask", texts.mask, texts.tokens)
@@ -142,15 +124,15 @@ class LateInteractionLoss(ScaledLoss):
         return f"{own}, {super().extra_repr()}"
 
 
-def tokens_over_ranks(
+def distributed_late_interaction(
     images: Tensor,
     texts: Tensor,
     logit_scale: Tensor,
     rules: TokenRules,
     impl: Impl,
     ranks: Ranks,
-) -> LateInteractionResult:
-    """`late_interaction_loss_with_accuracy` of the samples of all ranks, the same on every rank.
+) -> ContrastiveOutput:
+    """Compute `late_interaction_loss_with_accuracy` of all ranks' samples, on every rank.
 
     Over W ranks of b samples a rank does 6 b B P R D flops in "tiled" and 10 b B P R D in "triton",
     B = W b, where one process alone would do 4 B^2 P R D and 8 B^2 P R D.
@@ -160,7 +142,7 @@ def tokens_over_ranks(
         texts: (b, R, D), the same.
         logit_scale: 0-dim, the same on every rank; its gradient is complete on every rank.
         rules: of all images and texts.
-        impl: "reference" gathers all tokens on every rank; the others never do the same twice.
+        impl: "reference" gathers all tokens on every rank; the others share the work.
         ranks: who shares the batch, and how tokens travel.
     """
     dtype = torch.promote_types(images.dtype, texts.dtype)
@@ -177,12 +159,8 @@ def tokens_over_ranks(
             impl=impl,
         )
     refuse_transforms("late_interaction_loss", images, texts, logit_scale)
-    # These passes read rules of their own, which are cut and turned like a `Pairing`.
-    passes: Any = TokenPasses(resolved)
-    pairing: Any = rules
-    contrast = SpreadContrast("late_interaction_loss", passes, pairing, ranks)
-    inputs = images.to(dtype), texts.to(dtype), logit_scale
-    statistics = Statistics(*StatisticsOverRanks.apply(*inputs, contrast))
+    contrast = DistributedContrast("late_interaction_loss", TokenPasses(resolved), rules, ranks)
+    statistics = contrast.differentiable(images.to(dtype), texts.to(dtype), logit_scale)
     return late_interaction_result(statistics, one_way=rules.one_way)
 
 
@@ -193,7 +171,7 @@ class _Side(NamedTuple):
     mask: Tensor | None
 
     def padded(self, length: int, *, masked: bool) -> _Side:
-        """To `length` tokens, with a mask where any rank needs one."""
+        """Pad to `length` tokens, with a mask where any rank needs one."""
         (tokens, mask), missing = self, length - self.tokens.shape[1]
         if masked and mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -205,7 +183,7 @@ class _Side(NamedTuple):
 
 
 def _as_long_everywhere(sides: Sequence[_Side], ranks: Ranks) -> list[_Side]:
-    """Sides as long as those of the rank with the longest."""
+    """Pad both sides to the length of the longest on any rank."""
     if ranks.size == 1:
         return list(sides)
     mine = [[side.tokens.shape[1], side.mask is not None] for side in sides]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gradcache_clip.ops.unit import unit
 
 
 @runtime_checkable
 class _OnePass(Protocol):
-    """A loss that knows its prefixes."""
+    """A loss that computes all prefixes at once."""
 
     def prefixes(self, widths: Sequence[int], *features: Any, **options: Any) -> list[Any]: ...
 
@@ -23,22 +24,22 @@ class MatryoshkaLoss(nn.Module):
 
         loss = sum_p weights[p] * loss_(dims[p])
 
-    For `ClipLoss`, `InfoNCELoss`, `NTXentLoss` and `SupConLoss` inner products of a prefix go on
-    from those of the one before. With impl="tiled" one pass over the tiles serves all prefixes, at
-    the flops of the widest. With impl="triton" one pass serves all where each row has one positive
-    and nothing is left out; with labels, ids or a margin, and for a batch against itself, it makes
-    one pass for each. Nothing of B x B numbers is stored unless impl="reference". Any other loss,
-    such as `SigLipLoss`, is called once for each prefix. One scale serves all.
+    For `ClipLoss`, `InfoNCELoss`, `NTXentLoss` and `SupConLoss` the products of a prefix continue
+    those of the one before. With impl="tiled" one pass over the tiles serves all prefixes, at the
+    flops of the widest. With impl="triton" one pass serves all where each row has one positive
+    and all columns compete; with labels, ids or a margin, and in a self-contrast, it makes one pass
+    per prefix. Nothing of B x B numbers is stored unless impl="reference". Any other loss,
+    such as `SigLipLoss`, is called once per prefix. One scale serves all.
 
     Source: Kusupati et al. 2022, "Matryoshka representation learning", equation 1.
 
     Args:
         loss: the loss of one width, with its parameters; it must normalise.
         dims: widths of the prefixes, in any order, at most D.
-        weights: a weight for each of `dims`; 1 each when None.
+        weights: one per width; 1 each when None.
 
     Raises:
-        TypeError: a loss that is no module.
+        TypeError: a loss that is not a module.
         ValueError: no, repeated or non-positive dims; not as many weights; a loss built with
             normalize=False.
 
@@ -64,22 +65,22 @@ class MatryoshkaLoss(nn.Module):
 
     @property
     def logit_scale(self) -> Any:
-        """That of the wrapped loss."""
+        """The scale of the wrapped loss."""
         return self.loss.logit_scale
 
     def forward(self, *features: Any, **options: Any) -> Any:
-        """The call of the wrapped loss.
+        """Call the wrapped loss for every prefix, and add up.
 
         Args:
-            features: what the wrapped loss takes; features are (B, D), not normalised.
-            options: what it takes by name.
+            features: positional arguments of the wrapped loss; features are (B, D), not normalised.
+            options: its keyword arguments.
 
         Returns:
-            What the wrapped loss returns for the widest prefix, its accuracies among it, with the
-            sum as `loss`; the sum alone if it returns a tensor.
+            The output of the wrapped loss for the widest prefix, accuracies included, with the sum
+            as `loss`; the sum alone if it returns a tensor.
 
         Raises:
-            ValueError: dims beyond D, and what the wrapped loss raises.
+            ValueError: dims beyond D; and the errors of the wrapped loss.
         """
         self._check_features(features)
         if isinstance(self.loss, _OnePass):
@@ -101,7 +102,7 @@ class MatryoshkaLoss(nn.Module):
             )
 
     def _of_prefix(self, width: int, features: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        cut = (_unit_prefix(each, width) if _is_matrix(each) else each for each in features)
+        cut = (unit(each, width) if _is_matrix(each) else each for each in features)
         return self.loss(*cut, **options)
 
     def extra_repr(self) -> str:
@@ -110,13 +111,6 @@ class MatryoshkaLoss(nn.Module):
 
 def _is_matrix(given: Any) -> bool:
     return isinstance(given, Tensor) and given.is_floating_point() and given.dim() > 1
-
-
-def _unit_prefix(features: Tensor, width: int) -> Tensor:
-    # In 16 bits a norm may overflow.
-    prefix = features[..., :width]
-    wide = prefix if prefix.dtype.itemsize > 2 else prefix.float()
-    return F.normalize(wide, dim=-1).to(features.dtype)
 
 
 def _check_loss(loss: nn.Module) -> None:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradcache_clip.losses.info_nce import InfoNCELoss
 from gradcache_clip.losses.queue import FeatureQueue
-
-
-class MoCoOutput(NamedTuple):
-    """A loss and how often a query finds its key among all of a queue, 0-dim tensors."""
-
-    loss: Tensor
-    accuracy: Tensor
+from gradcache_clip.ops.results import SelfContrastOutput
 
 
 class MoCoLoss(nn.Module):
@@ -32,11 +26,12 @@ class MoCoLoss(nn.Module):
     keys of a, and the loss is the mean of both. Source: He et al. 2020 (MoCo), equation 1 and
     algorithm 1.
 
-    A call changes nothing but what `push` will push, so a step may be started again.
+    A call changes nothing but the keys that `push` will add, so a step may be repeated.
 
     Args:
-        contrast: the scale, the implementation and the process group; without options of its own.
-        queues: one for each input of queries, of one size; an empty one is filled at random.
+        contrast: holds the scale, the implementation and the process group; leave its own options
+            at their defaults.
+        queues: one per input of queries, of equal size; an empty one is filled at random.
 
     Example:
         >>> import torch
@@ -65,40 +60,41 @@ class MoCoLoss(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The multiplier of the similarity, with its graph."""
+        """The multiplier of the similarities, with its graph."""
         return self.contrast.logit_scale
 
-    def forward(self, *features: Tensor, order: Tensor | None = None) -> MoCoOutput:
-        """Loss of all queries of all ranks.
+    def forward(self, *features: Tensor, order: Tensor | None = None) -> SelfContrastOutput:
+        """Compute the loss of the queries of all ranks.
 
         Args:
             features: (b, D) each, queries and then as many keys; keys get no gradient.
-            order: (b,) integers; row i of the keys in the order of the queries is row order[i] as
-                it was given.
+            order: (b,) integers: row order[i] of the given keys belongs to query i.
 
         Raises:
-            ValueError: another number of features, and what the contrast raises.
+            ValueError: a wrong number of features, and what the contrast raises.
         """
         queries, keys = self._halves(features)
         keys = [each.detach() if order is None else each.detach()[order] for each in keys]
         self._keys = keys[::-1]
         sides = zip(queries, self._keys, self.queues, strict=True)
         outputs = [self._against(q, k, queue) for q, k, queue in sides]
-        return MoCoOutput(*(torch.stack(each).mean() for each in zip(*outputs, strict=True)))
+        return SelfContrastOutput(
+            *(torch.stack(each).mean() for each in zip(*outputs, strict=True))
+        )
 
     def push(self) -> None:
-        """Put the keys of the last call into the queues, of all ranks, after the optimizer step."""
+        """Append the keys of the last call, of all ranks, to the queues; call after the step."""
         for queue, keys in zip(self.queues, self._keys, strict=True):
             queue.push(keys)
         self._keys = []
 
-    def _against(self, queries: Tensor, keys: Tensor, queue: FeatureQueue) -> MoCoOutput:
+    def _against(self, queries: Tensor, keys: Tensor, queue: FeatureQueue) -> SelfContrastOutput:
         negatives = queue.local_features
-        # A column with the id of a query's own key does not compete: here, all keys of the batch.
+        # One id for all keys of the batch: only the queue competes with a query's own key.
         ids = torch.ones(len(keys) + len(negatives), dtype=torch.long, device=keys.device)
         ids[: len(keys)] = 0
         output = self.contrast(queries, keys, negatives, ids=ids)
-        return MoCoOutput(output.loss, output.accuracy)
+        return SelfContrastOutput(output.loss, output.accuracy)
 
     def _halves(self, features: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         count = len(self.queues)

@@ -1,4 +1,4 @@
-"""A queue of features from earlier steps, negatives that cost no encoder pass. D: width."""
+"""A queue of features from earlier steps: negatives without an encoder pass. D: width."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import gather_rows
 from gradcache_clip.distributed.exchange import Ranks
-from gradcache_clip.losses.scaled import unit
 from gradcache_clip.ops.arguments import check_features, check_integers
+from gradcache_clip.ops.unit import unit
 
 
 class FeatureQueue(nn.Module):
-    """The last `size` features that were pushed, oldest overwritten first.
+    """The last `size` features that were pushed, as a ring buffer.
 
     They carry no gradient: pass `queue.features` as the hard negatives of `InfoNCELoss`, and push
     the keys after the step. The queue starts empty and travels with the module: `.to(device)`,
     checkpoints. Where torch.distributed is initialised a push takes the rows of all ranks, so that
-    every rank holds the same queue: there pass `queue.local_features`, or each of its rows would
-    be a negative once for every rank. Source: He et al. 2019 (MoCo), section 3.2.
+    every rank holds the same queue: pass `queue.local_features` there, or each of its rows would
+    be a negative once per rank. Source: He et al. 2019 (MoCo), section 3.2.
 
     Args:
         size: rows that the full queue holds, of all ranks together.
@@ -61,20 +61,20 @@ class FeatureQueue(nn.Module):
 
     @property
     def features(self) -> Tensor:
-        """(rows so far, at most `size`, D); None of them carries a gradient."""
+        """The rows so far, at most `size`, (rows, D), without a gradient."""
         return self.features_of_all[: min(self._count, self.size)]
 
     @property
     def ids(self) -> Tensor:
-        """Ids of `features`; -1 where none were pushed."""
+        """Ids of `features`; -1 where none was pushed."""
         return self.ids_of_all[: min(self._count, self.size)]
 
     @property
     def local_features(self) -> Tensor:
-        """This rank's part of `features`: all ranks' together are all rows, once each.
+        """This rank's share of `features`; the shares of all ranks hold each row once.
 
         Raises:
-            ValueError: the rows so far do not divide by the number of ranks.
+            ValueError: the number of rows so far is not divisible by the number of ranks.
         """
         return self.features[self._local_rows()]
 
@@ -94,9 +94,9 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def fill_at_random(self) -> None:
-        """Be full of random unit rows, as the queue of MoCo's own code is at first.
+        """Fill the queue with random unit rows, as MoCo's own code does.
 
-        Every rank draws them from torch's generator on the host: seed all ranks alike.
+        Every rank draws them from torch's CPU generator: seed all ranks alike.
         """
         rows = torch.randn(self.features_of_all.shape)
         self.features_of_all.copy_(unit(rows))
@@ -109,7 +109,7 @@ class FeatureQueue(nn.Module):
 
         Args:
             features: (b, D) floating tensor, as many rows on every rank.
-            ids: (b,) integers, for `InfoNCELoss(...)(..., ids=)`.
+            ids: (b,) integers, later passed on as `ids=` of `InfoNCELoss`.
 
         Raises:
             ValueError: another width, or more rows than the queue holds.
@@ -140,7 +140,7 @@ class FeatureQueue(nn.Module):
         self._count += len(rows)
 
     def get_extra_state(self) -> Tensor:
-        # Where the rest of the state is, so that a checkpoint can look at all of it at once.
+        # On the device of the rest of the state, so that a checkpoint reads all of it at once.
         return torch.tensor(self._count, device=self.features_of_all.device)
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere
-from gradcache_clip.distributed.exchange import Exchange
-from gradcache_clip.losses.over_ranks import contrast_over_ranks, prefixes_over_ranks
-from gradcache_clip.losses.scaled import ScaledLoss, check_rows
-from gradcache_clip.ops import Impl
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_rows
 from gradcache_clip.ops.arguments import check_features, check_integers, check_pairs, check_share
-from gradcache_clip.ops.groups import occurrences
-from gradcache_clip.ops.prefixes import check_widths
+from gradcache_clip.ops.results import SelfContrastOutput
 from gradcache_clip.ops.self_contrast import (
     classes_pairing,
     nt_xent_result,
@@ -24,29 +19,20 @@ from gradcache_clip.ops.self_contrast import (
     views_pairing,
 )
 
-
-class SelfContrastOutput(NamedTuple):
-    """A loss and how often a positive wins within the batch, 0-dim tensors."""
-
-    loss: Tensor
-    accuracy: Tensor
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class NTXentLoss(ScaledLoss):
-    """Cross-entropy of each of 2B views over all others, its partner being the right answer.
+    """Cross-entropy of each of 2B views over all others, with its partner as the target.
 
-    See `gradcache_clip.ops.nt_xent_loss`; the 2B x 2B matrix is never stored. Source: Chen et al.
-    2020 (SimCLR), equation 1.
+    See `gradcache_clip.ops.nt_xent_loss_with_accuracy`; the 2B x 2B matrix is never stored. Source:
+    Chen et al. 2020 (SimCLR), equation 1, which fixes the scale at 2 to 10.
 
     Args:
-        tau_plus: share of positives among the negatives that the debiased loss takes out.
-        init_logit_scale: first value of the learned multiplier (1/temperature); SimCLR uses 2 to
-            10, fixed.
-        max_logit_scale: its upper bound.
-        normalize: L2-normalise the features first.
-        impl: "auto", "reference", "tiled" or "triton".
-        group: process group whose ranks share the batch; the default group when None.
-        exchange: "gather" or "ring": how features of other ranks arrive; see `ClipLoss`.
+        tau_plus: share of positives among the negatives that the debiased loss subtracts.
+        options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
+            `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:
         >>> import torch
@@ -56,32 +42,15 @@ class NTXentLoss(ScaledLoss):
         0.5944 1.0
     """
 
-    def __init__(
-        self,
-        *,
-        tau_plus: float = 0.0,
-        init_logit_scale: float = 1 / 0.07,
-        max_logit_scale: float = 100.0,
-        normalize: bool = True,
-        impl: Impl = "auto",
-        group: dist.ProcessGroup | None = None,
-        exchange: Exchange = "gather",
-    ) -> None:
-        super().__init__(
-            init_logit_scale=init_logit_scale,
-            max_logit_scale=max_logit_scale,
-            normalize=normalize,
-            impl=impl,
-            group=group,
-            exchange=exchange,
-        )
+    def __init__(self, *, tau_plus: float = 0.0, **options: Unpack[ScaleOptions]) -> None:
+        super().__init__(**options)
         check_share("tau_plus", tau_plus)
         self.tau_plus = tau_plus
 
     def forward(
         self, features_a: Tensor, features_b: Tensor, logit_scale: Tensor | None = None
     ) -> SelfContrastOutput:
-        """Loss of all views; row i of both inputs are two views of one sample.
+        """Compute the loss of all views; row i of both inputs are two views of one sample.
 
         Args:
             features_a: (b, D) floating tensor.
@@ -91,12 +60,7 @@ class NTXentLoss(ScaledLoss):
         Raises:
             ValueError: shapes differ.
         """
-        views = self._views(self._unit(features_a), self._unit(features_b))
-        scale, pairing = self._scale_for(logit_scale, views), views_pairing(len(views) // 2)
-        statistics = contrast_over_ranks(
-            "nt_xent_loss", views, views, scale, pairing, self.impl, self.ranks
-        )
-        return SelfContrastOutput(*nt_xent_result(statistics, scale, self.tau_plus))
+        return self._outputs(None, features_a, features_b, logit_scale)[0]
 
     def prefixes(
         self,
@@ -105,37 +69,34 @@ class NTXentLoss(ScaledLoss):
         features_b: Tensor,
         logit_scale: Tensor | None = None,
     ) -> list[SelfContrastOutput]:
-        """`forward` over prefixes of the features, each normalised anew; see `MatryoshkaLoss`."""
-        views = self._views(features_a, features_b)
-        check_widths("widths", widths, views.shape[1])
-        scale, pairing = self._scale_for(logit_scale, views), views_pairing(len(views) // 2)
-        each = prefixes_over_ranks(
-            "nt_xent_loss", views, views, scale, pairing, widths, self.impl, self.ranks
-        )
-        results = (nt_xent_result(statistics, scale, self.tau_plus) for statistics in each)
-        return [SelfContrastOutput(*result) for result in results]
+        """Compute `forward` for each prefix of the features, normalised; see `MatryoshkaLoss`."""
+        return self._outputs(widths, features_a, features_b, logit_scale)
 
-    def _views(self, features_a: Tensor, features_b: Tensor) -> Tensor:
-        """Both views of this rank's samples, after checks."""
+    def _outputs(
+        self,
+        widths: Sequence[int] | None,
+        features_a: Tensor,
+        features_b: Tensor,
+        logit_scale: Tensor | None,
+    ) -> list[SelfContrastOutput]:
         check_rows(features_a=features_a, features_b=features_b)
         check_pairs(("features_a", "features_b"), features_a, features_b)
         check_same_everywhere(self.group, features_a=features_a, features_b=features_b)
-        return torch.cat((features_a, features_b))
+        views = torch.cat(self._prepared(widths, features_a, features_b))
+        scale, pairing = self._scale_for(logit_scale, views), views_pairing(len(features_a))
+        each = self._statistics("nt_xent_loss", views, views, scale, pairing, widths)
+        return [nt_xent_result(statistics, scale, self.tau_plus) for statistics in each]
 
 
 class SupConLoss(ScaledLoss):
-    """Cross-entropy of each row over all others, rows of its label sharing the target evenly.
+    """Cross-entropy of each row over all others, uniform over the rows of its label.
 
-    See `gradcache_clip.ops.sup_con_loss`; neither the matrix nor a mask of labels is ever stored.
-    Source: Khosla et al. 2020, equation 2.
+    See `gradcache_clip.ops.sup_con_loss_with_accuracy`; neither the matrix nor a mask of labels is
+    ever stored. Source: Khosla et al. 2020, equation 2.
 
     Args:
-        init_logit_scale: first value of the learned multiplier (1/temperature).
-        max_logit_scale: its upper bound.
-        normalize: L2-normalise the features first.
-        impl: "auto", "reference", "tiled" or "triton".
-        group: process group whose ranks share the batch; the default group when None.
-        exchange: "gather" or "ring": how features of other ranks arrive; see `ClipLoss`.
+        options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
+            `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:
         >>> import torch
@@ -149,24 +110,18 @@ class SupConLoss(ScaledLoss):
     def forward(
         self, features: Tensor, labels: Tensor, logit_scale: Tensor | None = None
     ) -> SelfContrastOutput:
-        """Loss of all rows that share their label with another one.
+        """Compute the loss of all rows that share their label with another one.
 
         Args:
-            features: (n, D) floating tensor; views of a sample are rows of one label.
+            features: (n, D) floating tensor; views of a sample are rows with one label.
             labels: (n,) integers.
             logit_scale: a scale of the caller's own in place of the module's.
 
         Raises:
-            TypeError: labels that are no integers.
+            TypeError: labels that are not integers.
             ValueError: shapes that do not fit together.
         """
-        labels = self._checked(features, labels)
-        features = self._unit(features)
-        scale, pairing = self._scale_for(logit_scale, features), classes_pairing(labels)
-        statistics = contrast_over_ranks(
-            "sup_con_loss", features, features, scale, pairing, self.impl, self.ranks
-        )
-        return SelfContrastOutput(*sup_con_result(statistics, occurrences(labels, labels) - 1))
+        return self._outputs(None, features, labels, logit_scale)[0]
 
     def prefixes(
         self,
@@ -175,27 +130,22 @@ class SupConLoss(ScaledLoss):
         labels: Tensor,
         logit_scale: Tensor | None = None,
     ) -> list[SelfContrastOutput]:
-        """`forward` over prefixes of the features, each normalised anew; see `MatryoshkaLoss`."""
-        labels = self._checked(features, labels)
-        check_widths("widths", widths, features.shape[1])
-        scale, pairing = self._scale_for(logit_scale, features), classes_pairing(labels)
-        each = prefixes_over_ranks(
-            "sup_con_loss",
-            features,
-            features,
-            scale,
-            pairing,
-            widths,
-            self.impl,
-            self.ranks,
-        )
-        positives = occurrences(labels, labels) - 1
-        return [SelfContrastOutput(*sup_con_result(statistics, positives)) for statistics in each]
+        """Compute `forward` for each prefix of the features, normalised; see `MatryoshkaLoss`."""
+        return self._outputs(widths, features, labels, logit_scale)
 
-    def _checked(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Labels of all ranks, after checks."""
+    def _outputs(
+        self,
+        widths: Sequence[int] | None,
+        features: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor | None,
+    ) -> list[SelfContrastOutput]:
         check_rows(features=features)
         check_features("features", features)
         check_integers("labels", labels, (len(features),), features.device)
         check_same_everywhere(self.group, features=features, labels=labels)
-        return self.ranks.joined(labels)
+        labels = self.ranks.joined(labels)
+        (q,) = self._prepared(widths, features)
+        scale, pairing = self._scale_for(logit_scale, q), classes_pairing(labels)
+        each = self._statistics("sup_con_loss", q, q, scale, pairing, widths)
+        return [sup_con_result(statistics, labels) for statistics in each]

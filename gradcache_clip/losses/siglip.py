@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import check_same_everywhere
-from gradcache_clip.distributed.exchange import Exchange
-from gradcache_clip.losses.clip import ContrastiveOutput
-from gradcache_clip.losses.scaled import ScaledLoss
-from gradcache_clip.losses.spread_sigmoid import sigmoid_over_ranks
-from gradcache_clip.ops.implementations import Impl
+from gradcache_clip.losses.distributed_sigmoid import distributed_sigmoid
+from gradcache_clip.losses.scaled import LossOptions, ScaledLoss
+from gradcache_clip.ops.results import ContrastiveOutput
 from gradcache_clip.ops.siglip import checked_labels
 from gradcache_clip.ops.siglip_tiled import Labels
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 class SigLipLoss(ScaledLoss):
-    """Every image against every text as a decision of its own: do the two belong together?
+    """Decides for every image and every text on its own whether the two belong together.
 
     With I and T the L2-normalised features and S = logit_scale * I T^T + logit_bias, the loss is
     sum_ij log(1 + exp(-z_ij S_ij)) / B, z_ij = 1 for pairs and -1 otherwise. S is never stored, and
@@ -27,19 +28,16 @@ class SigLipLoss(ScaledLoss):
     is one tile. Source: Zhai et al. 2023, "Sigmoid loss for language image pre-training",
     algorithm 1.
 
-    The scale is learned as `log_logit_scale`, its logarithm, the bias as `logit_bias`. Where
+    The scale is learned as its logarithm, `log_logit_scale`, the bias as `logit_bias`. Where
     torch.distributed is initialised the batch is that of all ranks: each computes its share of S,
-    and every rank returns the loss of the global batch. A single pair is a batch like any other.
+    and every rank returns the loss of the global batch. A batch may be a single pair.
 
     Args:
-        init_logit_scale: first value of the multiplier of the cosine similarity (1/temperature).
-        init_logit_bias: first value of the bias; at -10 the many negatives start out as such.
+        init_logit_scale: initial multiplier of the cosine similarities (1/temperature).
+        init_logit_bias: initial bias; at -10 the many negatives are classified as such.
         max_logit_scale: upper bound of the scale; none, as in the paper, when None.
-        normalize: L2-normalise the features first.
-        impl: "auto", "reference", "tiled" or "triton"; see `gradcache_clip.ops.siglip_loss`.
-        group: process group whose ranks share the batch; the default group when None. With
-            `DDPStrategy` it must be the default one.
-        exchange: "gather" or "ring": how features of other ranks arrive; see `ClipLoss`.
+        options: `normalize=True`, `impl="auto"`, `group=None`, `exchange="gather"`; see
+            `ScaledLoss`.
 
     Example:
         >>> import torch
@@ -55,18 +53,12 @@ class SigLipLoss(ScaledLoss):
         init_logit_scale: float = 10.0,
         init_logit_bias: float = -10.0,
         max_logit_scale: float | None = None,
-        normalize: bool = True,
-        impl: Impl = "auto",
-        group: dist.ProcessGroup | None = None,
-        exchange: Exchange = "gather",
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(
             init_logit_scale=init_logit_scale,
             max_logit_scale=math.inf if max_logit_scale is None else max_logit_scale,
-            normalize=normalize,
-            impl=impl,
-            group=group,
-            exchange=exchange,
+            **options,
         )
         self.logit_bias = nn.Parameter(torch.tensor(float(init_logit_bias)))
 
@@ -79,7 +71,7 @@ class SigLipLoss(ScaledLoss):
         *,
         labels: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> ContrastiveOutput:
-        """Loss of the whole batch; row i of both inputs belongs together unless labels say else.
+        """Compute the loss of the whole batch; row i of both inputs is a pair unless labels differ.
 
         Args:
             image_features: (b, D) floating tensor, the same shape on every rank.
@@ -93,11 +85,11 @@ class SigLipLoss(ScaledLoss):
                 every rank or on none.
 
         Raises:
-            TypeError: features of a wrong type, or labels that are no integers.
+            TypeError: features of a wrong type, or labels that are not integers.
             ValueError: shapes that do not fit together.
         """
         label_pair = self._checked(image_features, text_features, labels)
-        result = sigmoid_over_ranks(
+        return distributed_sigmoid(
             self._unit(image_features),
             self._unit(text_features),
             self._bounded_scale(
@@ -108,7 +100,6 @@ class SigLipLoss(ScaledLoss):
             self.impl,
             self.ranks,
         )
-        return ContrastiveOutput(*result)
 
     def _checked(
         self,
@@ -116,7 +107,7 @@ class SigLipLoss(ScaledLoss):
         text_features: Tensor,
         labels: Tensor | tuple[Tensor, Tensor] | None,
     ) -> Labels | None:
-        """Labels of all ranks, after checks of everything."""
+        """Check everything; return the labels of all ranks."""
         pair = checked_labels(image_features, text_features, labels)
         of_images, of_texts = pair or (None, None)
         features = {"image_features": image_features, "text_features": text_features}

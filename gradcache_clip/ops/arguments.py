@@ -1,6 +1,8 @@
-"""Checks of what a caller hands to a loss: name, expected, got, remedy."""
+"""Checks of arguments; their errors say name, expected, got and remedy."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,12 +17,12 @@ def check_features(name: str, features: Tensor) -> None:
     if features.ndim != 2 or features.numel() == 0:
         raise ValueError(
             f"{name}: expected a non-empty (B, D) matrix, got shape {tuple(features.shape)}; "
-            "pool tokens to one vector for each sample first"
+            "pool tokens to one vector per sample first"
         )
 
 
 def check_floating(name: str, features: Tensor) -> None:
-    """Raise unless `features` is a tensor of a dtype that the ops compute with."""
+    """Raise unless `features` is a tensor of a floating dtype that the ops take."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
     if features.dtype not in _DTYPES:
@@ -60,7 +62,7 @@ def check_integers(
     if values.ndim != 1 or len(values) not in lengths:
         expected = " or ".join(f"({length},)" for length in dict.fromkeys(lengths))
         raise ValueError(
-            f"{name}: expected shape {expected}, got {tuple(values.shape)}; one number for each row"
+            f"{name}: expected shape {expected}, got {tuple(values.shape)}; one number per row"
         )
     if values.device != device:
         raise ValueError(
@@ -71,7 +73,7 @@ def check_integers(
 def scalar_tensor(
     name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """`value` as a 0-dim tensor in the dtype of the logits, without a synchronisation."""
+    """Return `value` as a 0-dim tensor in the dtype of the logits, without a synchronisation."""
     dtype = torch.promote_types(dtype, torch.float32)
     if isinstance(value, (int, float)):
         return torch.full((), float(value), device=device, dtype=dtype)
@@ -96,3 +98,13 @@ def check_share(name: str, value: float) -> None:
     """Raise unless 0 <= value < 1."""
     if not 0 <= value < 1:
         raise ValueError(f"{name}: expected a share from 0 to below 1, got {value}; 0 turns it off")
+
+
+def check_widths(name: str, widths: Sequence[int], D: int) -> None:
+    """Raise unless the widths are increasing whole numbers from 1 to D."""
+    increasing = all(a < b for a, b in zip((0, *widths), widths, strict=False))
+    if not widths or not increasing or widths[-1] > D:
+        raise ValueError(
+            f"{name}: expected increasing widths from 1 to the width of the features, {D}, got "
+            f"{list(widths)}; the last one may be {D} itself"
+        )

@@ -5,7 +5,7 @@ B pairs, D feature width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,56 +14,20 @@ from gradcache_clip.ops.arguments import check_integers, check_pairs, check_shar
 from gradcache_clip.ops.contrast import contrast_statistics
 from gradcache_clip.ops.groups import occurrences
 from gradcache_clip.ops.implementations import Impl, autocast_disabled
+from gradcache_clip.ops.loss_alone import loss_alone
 from gradcache_clip.ops.pairing import Pairing, Statistics
+from gradcache_clip.ops.results import ContrastiveOutput
 from gradcache_clip.ops.smoothing import mean_logits
 from gradcache_clip.ops.softmax import (
     columns_of,
     many_positives_loss,
-    negative_gap,
+    negative_lse_minus_positive,
     one_positive_loss,
     rows_of,
 )
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-
-class ClipLossResult(NamedTuple):
-    """Loss and rank-1 accuracies of a batch, as 0-dim tensors; the accuracies carry no gradient."""
-
-    loss: Float[Tensor, ""]
-    image_to_text_accuracy: Float[Tensor, ""]
-    text_to_image_accuracy: Float[Tensor, ""]
-
-
-def clip_loss(
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "b d"],
-    logit_scale: float | Float[Tensor, ""],
-    *,
-    labels: Int[Tensor, " b"] | None = None,
-    ids: Int[Tensor, " b"] | None = None,
-    label_smoothing: float = 0.0,
-    impl: Impl = "auto",
-) -> Float[Tensor, ""]:
-    """The loss of `clip_loss_with_accuracy` alone; same arguments, errors and source.
-
-    Example:
-        >>> import torch
-        >>> from gradcache_clip.ops import clip_loss
-        >>> features = torch.eye(4)
-        >>> print(f"{clip_loss(features, features, 2.0):.4f}")
-        0.3408
-    """
-    return clip_loss_with_accuracy(
-        image_features,
-        text_features,
-        logit_scale,
-        labels=labels,
-        ids=ids,
-        label_smoothing=label_smoothing,
-        impl=impl,
-    ).loss
 
 
 def clip_loss_with_accuracy(
@@ -75,8 +39,8 @@ def clip_loss_with_accuracy(
     ids: Int[Tensor, " b"] | None = None,
     label_smoothing: float = 0.0,
     impl: Impl = "auto",
-) -> ClipLossResult:
-    """Symmetric cross-entropy over the similarities of B pairs, and how often the pair wins.
+) -> ContrastiveOutput:
+    """Compute the symmetric cross-entropy over the similarities of B pairs, and the accuracies.
 
     With S = logit_scale * image_features @ text_features.T (B x B) and the target T = identity:
 
@@ -84,7 +48,7 @@ def clip_loss_with_accuracy(
 
     "tiled" and "triton" never hold S, nor anything else of B x B numbers; logits, sums and gradient
     accumulators are fp32 (fp64 for fp64 features) whatever the dtype of the features, and whatever
-    autocast surrounds the call or its backward. Two runs give the same bits. They differentiate
+    autocast surrounds the call or its backward. Two runs give the same bits. Both differentiate
     once; "reference" is plain autograd, differentiable twice, and its backward follows an autocast
     that surrounds it.
 
@@ -95,11 +59,11 @@ def clip_loss_with_accuracy(
             each gradient returns in its own input's dtype.
         logit_scale: multiplier of the similarities (1/temperature, already exponentiated): a number
             or a tensor of one element on the same device.
-        labels: (B,) integers. Pairs of an equal label are positives of each other, and T is uniform
+        labels: (B,) integers. Pairs with equal labels are positives of each other, and T is uniform
             over the positives of a row: captions that share an image, classes.
-        ids: (B,) integers. Pairs of an equal id are no negatives of each other: duplicates. Where
+        ids: (B,) integers. Pairs with equal ids are not negatives of each other: duplicates. Where
             labels are equal as well they stay positives.
-        label_smoothing: share of T, from 0 to below 1, that is spread evenly over all that compete,
+        label_smoothing: share of T, from 0 to below 1, that is spread evenly over all competitors,
             positives included, as in `torch.nn.functional.cross_entropy`.
         impl: "reference" stores S and is the specification; "tiled" runs on any device; "triton"
             needs an NVIDIA GPU of compute capability 8.0 or later, or a CPU under Triton's
@@ -112,8 +76,8 @@ def clip_loss_with_accuracy(
         text_to_image_accuracy: the same over the images for each text.
 
     Raises:
-        TypeError: features or logit_scale that are no floating-point tensor (logit_scale: number);
-            labels or ids that are no integers.
+        TypeError: features that are not floating-point tensors, a logit_scale that is neither
+            that nor a number, labels or ids that are not integers.
         ValueError: unequal shapes or devices, an empty batch, a smoothing out of range, an unknown
             impl.
         RuntimeError: impl="triton" where it cannot run; torch.func or forward-mode differentiation
@@ -138,6 +102,10 @@ def clip_loss_with_accuracy(
     return clip_result(statistics, targets, image_features, text_features, scale)
 
 
+clip_loss = loss_alone(clip_loss_with_accuracy)
+"""The loss of `clip_loss_with_accuracy` alone, with the same arguments."""
+
+
 class ClipTargets:
     """The target distribution of each row."""
 
@@ -154,7 +122,7 @@ def checked_scale(
     ids: Tensor | None,
     label_smoothing: float,
 ) -> Tensor:
-    """The scale as a tensor, after checks of everything."""
+    """Check all arguments, and return the scale as a tensor."""
     check_pairs(("image_features", "text_features"), q, k)
     for name, integers in (("labels", labels), ("ids", ids)):
         if integers is not None:
@@ -170,24 +138,24 @@ def clip_result(
     q: Tensor,
     k: Tensor,
     logit_scale: Tensor,
-) -> ClipLossResult:
-    """Loss and accuracies of a contrast of q and k."""
+) -> ContrastiveOutput:
+    """Compute loss and accuracies from the statistics of q and k."""
     rows, columns = rows_of(statistics), columns_of(statistics)
     if targets.positives is None:
-        losses = [one_positive_loss(negative_gap(each)) for each in (rows, columns)]
+        losses = [one_positive_loss(negative_lse_minus_positive(each)) for each in (rows, columns)]
     else:
         losses = [many_positives_loss(each, targets.positives) for each in (rows, columns)]
     loss = (losses[0].mean() + losses[1].mean()) / 2
     if targets.smoothing > 0:
         above = _positive_above_mean(q, k, logit_scale, statistics, targets)
         loss = loss + targets.smoothing * above
-    return ClipLossResult(loss, rows.accuracy(), columns.accuracy())
+    return ContrastiveOutput(loss, rows.accuracy(), columns.accuracy())
 
 
 def _positive_above_mean(
     q: Tensor, k: Tensor, logit_scale: Tensor, statistics: Statistics, targets: ClipTargets
 ) -> Float[Tensor, ""]:
-    """Mean of both directions: mean positive logit less mean competing logit."""
+    """Average both directions of: mean positive logit minus mean competing logit."""
     positive = statistics.row_positive, statistics.row_positive
     if targets.positives is not None:
         positive = (

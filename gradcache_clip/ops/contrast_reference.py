@@ -9,7 +9,7 @@ from gradcache_clip.ops.pairing import Pairing, Statistics
 
 
 def contrast_reference(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing) -> Statistics:
-    """Plain autograd over the full logits, in at least fp32."""
+    """Compute them by plain autograd over the full logits, in at least fp32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = logit_scale.to(dtype) * (q.to(dtype) @ k.to(dtype).T)
     positives, competes = _masks(pairing, len(q), len(k), q.device)
@@ -28,7 +28,7 @@ def contrast_reference(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairi
 def _masks(
     pairing: Pairing, rows: int, columns: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Positives and competitors (positives among them), both M x N."""
+    """Return masks of positives and of competitors, positives among them; both M x N."""
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)[None, :]
     positives = column == (row + pairing.positive_shift) % columns
@@ -49,20 +49,22 @@ def _side(
     labels: Tensor | None,
     threshold: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """positive, max, sum and rival of each row."""
+    """Return positive, max, sum and hardest_negative of each row."""
     if threshold is not None:
         competes = competes & (logits <= threshold[:, None])
     positive = logits.where(positives, 0).sum(1)
+    # With labels the sum holds the positives too; without, the loss adds its one positive itself.
     summed = competes if labels is not None else competes & ~positives
     peak, total = _max_and_sum(logits.masked_fill(~summed, -torch.inf))
     empty = logits.new_empty(0)
     if labels is None:
         return positive, peak, total, empty
-    rival = logits.detach().masked_fill(positives | ~competes, -torch.inf).amax(1)
-    return positive, peak, total, rival
+    hardest_negative = logits.detach().masked_fill(positives | ~competes, -torch.inf).amax(1)
+    return positive, peak, total, hardest_negative
 
 
 def _max_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
     peak = logits.detach().amax(1)
+    # Where nothing competes there is no finite maximum to subtract.
     reference = peak.masked_fill(peak == -torch.inf, 0)
     return peak, torch.exp(logits - reference[:, None]).sum(1)

@@ -1,8 +1,8 @@
 """The softmax family tile by tile in plain PyTorch, on any device.
 
 M rows q_i, N columns k_j. A tile of S = logit_scale q k^T stays in the cache, serves rows and
-columns at once, and is overwritten by the next one. The backward computes it again. A self-contrast
-has a symmetric S: tiles below its diagonal are never computed, for each is another one transposed.
+columns at once, and is overwritten by the next one; the backward computes it again. In a
+self-contrast S is symmetric: tiles below its diagonal, transposes of those above, are skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def statistics_tiled(
     *,
     shape: TileShape = DEFAULT_TILE,
 ) -> Statistics:
-    """Statistics in one pass; nothing larger than one tile is allocated."""
+    """Compute the statistics in one pass; allocate nothing larger than one tile."""
     tiles = Tiles(q, k, logit_scale, tile_shape(shape, pairing))
     statistics = TileStatistics(tiles, pairing)
     for stripe, panel in walk(tiles, pairing):
@@ -43,9 +43,9 @@ def gradient_tiled(
     *,
     shape: TileShape = DEFAULT_TILE,
 ) -> Gradients:
-    """dq, dk and dlogit_scale in a second pass; None where `needs` says False.
+    """Compute dq, dk and dlogit_scale in a second pass; None where `needs` says False.
 
-    Of a self-contrast dq is the gradient through both sides, and dk is None.
+    In a self-contrast dq is the gradient through both sides, and dk is None.
     """
     tiles = Tiles(q, k, logit_scale, tile_shape(shape, pairing))
     gradient = TileGradient(tiles, pairing, rows, columns)
@@ -82,7 +82,7 @@ def _two_sided(gradient: TileGradient, needs: Needs) -> Gradients:
 
 
 def _self_contrast(gradient: TileGradient, needs: Needs) -> Gradients:
-    """Each tile above the diagonal serves its rows, and transposed its columns."""
+    """Multiply each tile above the diagonal into its rows and, transposed, into its columns."""
     needs_q, needs_k, needs_scale = needs
     tiles, q = gradient.tiles, gradient.tiles.q
     dtype = tiles.logit_scale.dtype
@@ -92,14 +92,14 @@ def _self_contrast(gradient: TileGradient, needs: Needs) -> Gradients:
         dq[stripe].addmm_(tile, q[panel].to(dtype))
         if stripe != panel:
             dq[panel].addmm_(tile.T, q[stripe].to(dtype))
-    # G + G^T meets S twice.
+    # dq came from G + G^T, which meets each entry of S twice.
     dlogit_scale = _rowwise_sum(q, dq, tiles) / 2 if needs_scale else None
     needed = needs_q or needs_k
     return dq.mul_(tiles.logit_scale).to(q.dtype) if needed else None, None, dlogit_scale
 
 
 def _rowwise_sum(features: Tensor, product: Tensor, tiles: Tiles) -> Tensor:
-    """Sum of features * product without a temporary of their size."""
+    """Sum features * product without a temporary of their size."""
     total = torch.zeros_like(tiles.logit_scale)
     for stripe in (slice(i, i + tiles.rows) for i in range(0, len(features), tiles.rows)):
         total += (features[stripe] * product[stripe]).sum()

@@ -21,7 +21,7 @@ _LOG2_E = 1 / _LOG_2
 
 
 def statistics_triton(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing) -> Statistics:
-    """Statistics by the tile kernel and its merges; memory: vectors, and a bounded workspace."""
+    """Launch the tile kernel and its merges; memory beyond vectors: a workspace of bounded size."""
     from gradcache_clip.kernels.contrast_statistics import contrast_statistics
 
     q, k = _contiguous(q, k, pairing)
@@ -42,7 +42,7 @@ def gradient_triton(
     columns: SideGradient | None,
     needs: Needs,
 ) -> Gradients:
-    """dq, dk and dlogit_scale; None where `needs` says False. A self-contrast has no dk."""
+    """Compute dq, dk and dlogit_scale; None where `needs` says False. A self-contrast has no dk."""
     from gradcache_clip.kernels.contrast_gradient import contrast_gradient
 
     q, k = _contiguous(q, k, pairing)
@@ -66,7 +66,7 @@ def _competition(pairing: Pairing) -> Competition:
 
 
 def _in_nats(planes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """positive, max, sum and rival; what there is not is empty.
+    """Convert to positive, max, sum and hardest_negative; what is missing is empty.
 
     A maximum is rounded on its way into nats, and again on its way back in the backward. The sum is
     taken relative to what comes back, so that the two passes agree to the last bit.
@@ -74,8 +74,8 @@ def _in_nats(planes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     maximum, total = planes[:2]
     reference = maximum * _LOG_2
     moved = torch.where(maximum > -torch.inf, maximum - reference * _LOG2_E, 0)
-    positive, rival = planes[2:] * _LOG_2 if len(planes) == 4 else planes.new_empty(2, 0)
-    return positive.clone(), reference, total * torch.exp2(moved), rival.clone()
+    positive, hardest_negative = planes[2:] * _LOG_2 if len(planes) == 4 else planes.new_empty(2, 0)
+    return positive.clone(), reference, total * torch.exp2(moved), hardest_negative.clone()
 
 
 def _in_log2(side: SideGradient) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def occurrences(values: Int[Tensor, " m"], among: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
-    """How often each of `values` occurs in `among`."""
+    """Count how often each of `values` occurs in `among`."""
     ordered = among.sort().values
     last = torch.searchsorted(ordered, values, right=True)
     return last - torch.searchsorted(ordered, values)
 
 
 def dense_groups(*values: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Numbers from 0 to n - 1, equal where all of `values` are equal."""
+    """Number the rows from 0 to n - 1, with equal numbers where all of `values` are equal."""
     group = torch.zeros_like(values[0], dtype=torch.int64)
     for each in values:
         ranks = _ranks(each)
@@ -28,7 +28,7 @@ def dense_groups(*values: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
 
 
 def group_sums(features: Float[Tensor, "n d"], group: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-    """For each row the sum of all rows of its group; accumulates in a fixed order."""
+    """Return for each row the sum over its group, accumulated in a fixed order."""
     zeros = torch.zeros_like(features)
     # index_put sorts before it adds; index_add would add in any order on a GPU.
     return zeros.index_put((group,), features, accumulate=True)[group]

@@ -21,63 +21,19 @@ from gradcache_clip.ops.arguments import (
 from gradcache_clip.ops.contrast import contrast_statistics
 from gradcache_clip.ops.groups import dense_groups, occurrences
 from gradcache_clip.ops.implementations import Impl, autocast_disabled
+from gradcache_clip.ops.loss_alone import loss_alone
 from gradcache_clip.ops.pairing import Pairing, Statistics
+from gradcache_clip.ops.results import RetrievalOutput
 from gradcache_clip.ops.softmax import (
-    Direction,
     columns_of,
-    debiased_gap,
-    negative_gap,
+    debiased,
+    negative_lse_minus_positive,
     one_positive_loss,
     rows_of,
 )
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-
-class InfoNCEResult(NamedTuple):
-    """Loss and rank-1 accuracies of a batch, as 0-dim tensors; the accuracies carry no gradient."""
-
-    loss: Float[Tensor, ""]
-    query_to_document_accuracy: Float[Tensor, ""]
-    document_to_query_accuracy: Float[Tensor, ""] | None
-    """None unless the loss is symmetric."""
-
-
-def info_nce_loss(
-    queries: Float[Tensor, "b d"],
-    documents: Float[Tensor, "b d"],
-    logit_scale: float | Float[Tensor, ""],
-    *,
-    hard_negatives: Float[Tensor, "h d"] | Float[Tensor, "b k d"] | None = None,
-    ids: Int[Tensor, " b"] | Int[Tensor, " b+h"] | None = None,
-    false_negative_margin: float | None = None,
-    symmetric: bool = False,
-    tau_plus: float = 0.0,
-    impl: Impl = "auto",
-) -> Float[Tensor, ""]:
-    """The loss of `info_nce_loss_with_accuracy` alone; same arguments, errors and source.
-
-    Example:
-        >>> import torch
-        >>> from gradcache_clip.ops import info_nce_loss
-        >>> queries, documents = torch.eye(4), torch.eye(4)
-        >>> print(f"{info_nce_loss(queries, documents, 2.0):.4f}")
-        0.3408
-        >>> print(f"{info_nce_loss(queries, documents, 2.0, hard_negatives=-documents):.4f}")
-        0.6045
-    """
-    return info_nce_loss_with_accuracy(
-        queries,
-        documents,
-        logit_scale,
-        hard_negatives=hard_negatives,
-        ids=ids,
-        false_negative_margin=false_negative_margin,
-        symmetric=symmetric,
-        tau_plus=tau_plus,
-        impl=impl,
-    ).loss
 
 
 def info_nce_loss_with_accuracy(
@@ -91,8 +47,8 @@ def info_nce_loss_with_accuracy(
     symmetric: bool = False,
     tau_plus: float = 0.0,
     impl: Impl = "auto",
-) -> InfoNCEResult:
-    """Cross-entropy of each query over all documents of the batch and the hard negatives.
+) -> RetrievalOutput:
+    """Compute the cross-entropy of each query over all documents and the hard negatives.
 
     With columns k = [documents; hard_negatives] and S = logit_scale * queries @ k.T:
 
@@ -110,10 +66,10 @@ def info_nce_loss_with_accuracy(
         hard_negatives: (H, D), negatives of every query (also what a momentum queue holds), or
             (B, K, D), K negatives for each query alone.
         ids: (B,) integers of the documents, or (B + H,) of documents and shared hard negatives. A
-            column whose id is that of a query's own document is no negative of this query.
+            column with the id of a query's own document is not a negative of this query.
         false_negative_margin: columns whose logit exceeds the positive's by more than
-            logit_scale * margin (a margin of similarities, which may be negative) are no negatives.
-            Own hard negatives are never left out.
+            logit_scale * margin (a margin of similarities, which may be negative) are not
+            negatives. Own hard negatives are never left out.
         symmetric: both directions; hard negatives compete for queries only.
         tau_plus: share of positives among the negatives, from 0 to below 1, taken out of their
             mean: the debiased loss. For unit features.
@@ -153,6 +109,10 @@ def info_nce_loss_with_accuracy(
     return info_nce_result(statistics, own_logits, len(columns), scale, rules)
 
 
+info_nce_loss = loss_alone(info_nce_loss_with_accuracy)
+"""The loss of `info_nce_loss_with_accuracy` alone, with the same arguments."""
+
+
 class RetrievalRules(NamedTuple):
     """The options of the loss."""
 
@@ -168,37 +128,44 @@ def info_nce_result(
     columns: int,
     logit_scale: Float[Tensor, ""],
     rules: RetrievalRules,
-) -> InfoNCEResult:
-    """Loss and accuracies of a contrast with this many columns, own hard negatives apart."""
+) -> RetrievalOutput:
+    """Compute loss and accuracies from the statistics of `columns` columns and the own logits."""
     rows = rows_of(statistics)
-    gap, count = negative_gap(rows), columns - 1
+    difference, count = negative_lse_minus_positive(rows), columns - 1
     if own_logits is not None:
-        gap = torch.logaddexp(gap, own_logits.logsumexp(1) - rows.positive)
-        rows = rows._replace(rival=torch.maximum(rows.rival, own_logits.detach().amax(1)))
+        difference = torch.logaddexp(difference, own_logits.logsumexp(1) - rows.positive)
+        hardest = torch.maximum(rows.hardest_negative, own_logits.detach().amax(1))
+        rows = rows._replace(hardest_negative=hardest)
         count += own_logits.shape[1]
-    if rules.tau_plus > 0:
-        negatives = _negatives(rules.ids, count, len(gap))
-        gap = debiased_gap(gap, rows.positive, negatives, logit_scale, rules.tau_plus)
-    loss = one_positive_loss(gap).mean()
+    loss = _direction_loss(difference, rows.positive, count, logit_scale, rules.ids, rules.tau_plus)
     if not rules.symmetric:
-        return InfoNCEResult(loss, rows.accuracy(), None)
-    back = columns_of(statistics)
-    document_loss = _document_loss(back, logit_scale, rules.ids, rules.tau_plus)
-    return InfoNCEResult((loss + document_loss) / 2, rows.accuracy(), back.accuracy())
+        return RetrievalOutput(loss, rows.accuracy(), None)
+    back, B = columns_of(statistics), len(rows.positive)
+    ids = None if rules.ids is None else rules.ids[:B]
+    back_difference = negative_lse_minus_positive(back)
+    document_loss = _direction_loss(
+        back_difference, back.positive, B - 1, logit_scale, ids, rules.tau_plus
+    )
+    return RetrievalOutput((loss + document_loss) / 2, rows.accuracy(), back.accuracy())
 
 
-def _document_loss(
-    back: Direction, logit_scale: Tensor, ids: Tensor | None, tau_plus: float
+def _direction_loss(
+    difference: Tensor,
+    positive: Tensor,
+    count: int,
+    logit_scale: Tensor,
+    ids: Tensor | None,
+    tau_plus: float,
 ) -> Tensor:
-    gap, B = negative_gap(back), len(back.positive)
+    """Average the loss of one direction, debiased if asked, over `count` negatives per row."""
     if tau_plus > 0:
-        negatives = _negatives(None if ids is None else ids[:B], B - 1, B)
-        gap = debiased_gap(gap, back.positive, negatives, logit_scale, tau_plus)
-    return one_positive_loss(gap).mean()
+        negatives = _negatives(ids, count, len(positive))
+        difference = debiased(difference, positive, negatives, logit_scale, tau_plus)
+    return one_positive_loss(difference).mean()
 
 
 def _negatives(ids: Tensor | None, count: int, rows: int) -> Tensor | int:
-    """Number of negatives of each row: `count` less the other columns of its id."""
+    """Return the number of negatives of each row: `count` minus the other columns of its id."""
     return count if ids is None else count + 1 - occurrences(ids[:rows], ids)
 
 
@@ -209,7 +176,7 @@ def retrieval_pairing(
     logit_scale: Float[Tensor, ""],
     rules: RetrievalRules,
 ) -> Pairing:
-    """Which columns compete; `cosine` are the similarities of the pairs where a margin is given."""
+    """Return which columns compete; a margin needs `cosine`, the similarities of the pairs."""
     row_ids = column_ids = row_threshold = column_threshold = None
     if rules.ids is not None:
         column_ids = _extended(rules.ids, columns)
@@ -224,19 +191,19 @@ def retrieval_pairing(
 
 @torch.no_grad()
 def pair_products(queries: Tensor, documents: Tensor, dtype: torch.dtype) -> Float[Tensor, " b"]:
-    """Inner product of each query with its document."""
+    """Return the inner product of each query with its document."""
     with autocast_disabled(queries.device):
         return torch.linalg.vecdot(queries.to(dtype), documents.to(dtype))
 
 
 def _extended(ids: Tensor, columns: int) -> Tensor:
-    """Ids of documents, then of hard negatives: without their own, one that no document has."""
+    """Extend the ids of documents by -1, which none of them has, for hard negatives without ids."""
     groups = dense_groups(ids)
     return torch.cat((groups, groups.new_full((columns - len(ids),), -1)))
 
 
 def own_negative_logits(queries: Tensor, own: Tensor, logit_scale: Tensor) -> Float[Tensor, "b k"]:
-    """Logits of each query with its own hard negatives."""
+    """Compute the logits of each query with its own hard negatives."""
     wide = logit_scale.dtype
     # Not as a matrix product, whose backward would follow an autocast that surrounds it.
     with autocast_disabled(queries.device):
@@ -246,7 +213,7 @@ def own_negative_logits(queries: Tensor, own: Tensor, logit_scale: Tensor) -> Fl
 def retrieval_columns(
     queries: Tensor, documents: Tensor, hard_negatives: Tensor | None, rules: RetrievalRules
 ) -> tuple[Tensor, Tensor | None]:
-    """Columns that compete for every query, and hard negatives of each alone; checks them all."""
+    """Check everything; return the columns of all queries, and the hard negatives of each alone."""
     check_pairs(("queries", "documents"), queries, documents)
     shared, own = _hard_negatives(queries, hard_negatives)
     columns = documents if shared is None else _appended(documents, shared)
@@ -262,7 +229,7 @@ def _appended(documents: Tensor, hard_negatives: Tensor) -> Tensor:
 def _hard_negatives(
     queries: Tensor, hard_negatives: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(shared, own): at most one of them."""
+    """Return (shared, own), of which at most one is given."""
     if hard_negatives is None:
         return None, None
     check_floating("hard_negatives", hard_negatives)

@@ -5,7 +5,7 @@ B pairs, P image tokens, R text tokens, D feature width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,56 +18,18 @@ from gradcache_clip.ops.implementations import (
     refuse_transforms,
     resolve_impl,
 )
-from gradcache_clip.ops.late_interaction_op import late_interaction_forward
+from gradcache_clip.ops.late_interaction_op import TokenRules, token_statistics
 from gradcache_clip.ops.late_interaction_passes import TokenReduction
 from gradcache_clip.ops.late_interaction_reference import late_interaction_reference
+from gradcache_clip.ops.loss_alone import loss_alone
 from gradcache_clip.ops.pairing import Statistics
-from gradcache_clip.ops.softmax import Direction, negative_gap, one_positive_loss
+from gradcache_clip.ops.results import ContrastiveOutput
+from gradcache_clip.ops.softmax import Direction, negative_lse_minus_positive, one_positive_loss
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 _NAMES = "image_tokens", "text_tokens"
-
-
-class LateInteractionResult(NamedTuple):
-    """Loss and rank-1 accuracies of a batch, as 0-dim tensors; the accuracies carry no gradient."""
-
-    loss: Float[Tensor, ""]
-    image_to_text_accuracy: Float[Tensor, ""]
-    text_to_image_accuracy: Float[Tensor, ""]
-
-
-def late_interaction_loss(
-    image_tokens: Float[Tensor, "b p d"],
-    text_tokens: Float[Tensor, "b r d"],
-    logit_scale: float | Float[Tensor, ""],
-    *,
-    image_mask: Bool[Tensor, "b p"] | None = None,
-    text_mask: Bool[Tensor, "b r"] | None = None,
-    one_way: bool = False,
-    token_reduction: TokenReduction = "mean",
-    impl: Impl = "auto",
-) -> Float[Tensor, ""]:
-    """The loss of `late_interaction_loss_with_accuracy` alone; same arguments, errors and source.
-
-    Example:
-        >>> import torch
-        >>> from gradcache_clip.ops.late_interaction import late_interaction_loss
-        >>> tokens = torch.eye(12).view(4, 3, 12)
-        >>> print(f"{late_interaction_loss(tokens, tokens[:, :2], 3.0):.4f}")
-        0.2400
-    """
-    return late_interaction_loss_with_accuracy(
-        image_tokens,
-        text_tokens,
-        logit_scale,
-        image_mask=image_mask,
-        text_mask=text_mask,
-        one_way=one_way,
-        token_reduction=token_reduction,
-        impl=impl,
-    ).loss
 
 
 def late_interaction_loss_with_accuracy(
@@ -80,8 +42,8 @@ def late_interaction_loss_with_accuracy(
     one_way: bool = False,
     token_reduction: TokenReduction = "mean",
     impl: Impl = "auto",
-) -> LateInteractionResult:
-    """Cross-entropy over B pairs whose similarity is that of their best matching tokens.
+) -> ContrastiveOutput:
+    """Compute the cross-entropy over B pairs scored by their best matching tokens.
 
     With x_ip the tokens of image i and y_jr those of text j, over the tokens that the masks keep:
 
@@ -93,12 +55,12 @@ def late_interaction_loss_with_accuracy(
     `one_way` keeps the second half alone, undivided: MaxSim, where the texts are queries and the
     images the documents. For a search among texts pass the documents as `image_tokens`.
 
-    Of equal maxima the first token gets the gradient. The similarities of all tokens would be
+    Where maxima tie, the first token gets the gradient. The similarities of all tokens would be
     B x P x B x R numbers, the winners of the maxima B x B x (P + R), the scores B x B: "tiled" and
     "triton" hold none of them beyond a tile, and compute each tile again in the backward (flops of
     "tiled" about 4 B^2 P R D in all, of "triton" 8 B^2 P R D). Similarities, sums and gradient
     accumulators are fp32 (fp64 for fp64 tokens) whatever the dtype of the tokens, and whatever
-    autocast surrounds the call or its backward. Two runs give the same bits. They differentiate
+    autocast surrounds the call or its backward. Two runs give the same bits. Both differentiate
     once; "reference" is plain autograd, differentiable twice, and its backward follows an autocast
     that surrounds it.
 
@@ -125,11 +87,11 @@ def late_interaction_loss_with_accuracy(
         text_to_image_accuracy: share of texts j with T_jj above every other T_ij.
 
     Raises:
-        TypeError: tokens or logit_scale that are no floating-point tensor (logit_scale: number),
-            masks that are no bool tensor.
+        TypeError: tokens that are not floating-point tensors, a logit_scale that is neither that
+            nor a number, masks that are not bool tensors.
         ValueError: shapes or devices that do not match, an empty batch, an unknown token_reduction
             or impl; on the CPU a sample without any token that counts. On other devices that is
-            not looked for, as it would wait for the device: such a sample scores 0 with every
+            not checked, as the check would wait for the device: such a sample scores 0 with every
             other, and gets no gradient.
         RuntimeError: impl="triton" where it cannot run; torch.func or forward-mode differentiation
             through "tiled" or "triton".
@@ -154,25 +116,31 @@ def late_interaction_loss_with_accuracy(
     scale = scalar_tensor("logit_scale", logit_scale, image_tokens.device, dtype)
     resolved = resolve_impl(impl, image_tokens.device, dtype)
     images, texts = image_tokens.to(dtype), text_tokens.to(dtype)
-    arguments = images, texts, scale, image_mask, text_mask, one_way, token_reduction
     if resolved == "reference":
+        options = image_mask, text_mask, one_way, token_reduction
         with autocast_disabled(images.device):
-            return LateInteractionResult(*late_interaction_reference(*arguments))
+            return ContrastiveOutput(*late_interaction_reference(images, texts, scale, *options))
     refuse_transforms("late_interaction_loss", images, texts, scale)
-    found = late_interaction_forward(*arguments, resolved)
-    image_side, text_side = ((*side, side[1]) for side in (found[:3], found[3:]))
-    return late_interaction_result(Statistics(*image_side, *text_side), one_way=one_way)
+    rules = TokenRules(image_mask, text_mask, one_way, token_reduction)
+    statistics = token_statistics(images, texts, scale, rules, resolved)
+    return late_interaction_result(statistics, one_way=one_way)
 
 
-def late_interaction_result(statistics: Statistics, *, one_way: bool) -> LateInteractionResult:
-    """Loss and accuracies from the statistics of images and texts."""
+late_interaction_loss = loss_alone(late_interaction_loss_with_accuracy)
+"""The loss of `late_interaction_loss_with_accuracy` alone, with the same arguments."""
+
+
+def late_interaction_result(statistics: Statistics, *, one_way: bool) -> ContrastiveOutput:
+    """Compute loss and accuracies from the statistics of images and texts."""
     images, texts = (
         Direction(positive, peak, total, positive, peak)
         for positive, peak, total, _ in (statistics[:4], statistics[4:])
     )
     each = [texts] if one_way else [images, texts]
-    losses = [one_positive_loss(negative_gap(direction)).mean() for direction in each]
-    return LateInteractionResult(torch.stack(losses).mean(), images.accuracy(), texts.accuracy())
+    losses = [
+        one_positive_loss(negative_lse_minus_positive(direction)).mean() for direction in each
+    ]
+    return ContrastiveOutput(torch.stack(losses).mean(), images.accuracy(), texts.accuracy())
 
 
 def check_tokens(images: Tensor, texts: Tensor) -> None:
@@ -195,7 +163,7 @@ def check_tokens(images: Tensor, texts: Tensor) -> None:
 
 
 def check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
-    """Raise unless the mask fits the tokens and, where it can be seen, leaves each sample some."""
+    """Raise unless the mask fits the tokens and, where it can be read, leaves each sample some."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -219,7 +187,7 @@ def check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
 
 
 def check_token_reduction(token_reduction: str) -> None:
-    """Raise unless it is one that the loss knows."""
+    """Raise unless it is "mean" or "sum"."""
     if token_reduction not in ("mean", "sum"):
         raise ValueError(
             f'token_reduction: expected "mean" or "sum", got {token_reduction!r}; '
@@ -228,7 +196,7 @@ def check_token_reduction(token_reduction: str) -> None:
 
 
 def _readable(mask: Tensor) -> bool:
-    """Whether its values can be seen now and without waiting for a device."""
+    """Say whether its values can be read now, without waiting for a device."""
     if torch.compiler.is_compiling() or type(mask) is not Tensor:
         return False
     return mask.device.type == "cpu" and not is_functorch_wrapped_tensor(mask)

@@ -123,7 +123,8 @@ def statistics(tiles: TokenTiles, logit_scale: Tensor, *, paired: bool = True) -
             if paired:
                 side.take_positives(logits, stripe)
             side.add(logits, where, dim)
-    images, texts = ((side.positive, side.max, side.sum, side.max) for side in sides)
+    # With one positive per sample the hardest negative is the maximum; ops return no aliases.
+    images, texts = ((side.positive, side.max, side.sum, side.max.clone()) for side in sides)
     return Statistics(*images, *texts)
 
 

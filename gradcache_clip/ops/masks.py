@@ -1,4 +1,4 @@
-"""The rules of a contrast inside one tile."""
+"""Applies the rules of a contrast inside one tile."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class TileMasks:
         self.tiles, self.pairing = tiles, pairing
         self.labelled = pairing.row_labels is not None
         shift, columns = pairing.positive_shift, len(tiles.k)
+        # (i + shift) mod N lies on two diagonals.
         self._shifts = (shift, shift - columns) if shift > 0 else (shift,)
 
     def exclude(self, tile: Tensor, stripe: slice, panel: slice, value: float) -> None:
@@ -34,7 +35,7 @@ class TileMasks:
             diagonal(tile, stripe, panel)[0].fill_(value)
 
     def positives(self, stripe: slice, panel: slice) -> Tensor:
-        """With labels: where they are equal, without the row itself in a self-contrast."""
+        """With labels: mask equal ones, but not the row itself in a self-contrast."""
         rows, columns = self.pairing.row_labels, self.pairing.column_labels
         assert rows is not None and columns is not None
         mask = self._equal("labels", rows, columns, stripe, panel)
@@ -64,7 +65,7 @@ class TileMasks:
     def _diagonals(
         self, tile: Tensor, stripe: slice, panel: slice
     ) -> Iterator[tuple[Tensor, slice, slice]]:
-        """Positive entries of a tile, their rows and their columns."""
+        """Yield the positive entries of a tile, their rows and their columns."""
         for shift in self._shifts:
             entries, rows = diagonal(tile, stripe, panel, shift)
             if len(entries) > 0:

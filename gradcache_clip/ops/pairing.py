@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Pairing(NamedTuple):
-    """The rules of a contrast. They hold inside a tile; no M x N mask exists.
+    """The rules of a contrast, applied inside each tile; no M x N mask exists.
 
     Without labels the only positive of row i is column (i + positive_shift) mod N. With labels
-    every column of an equal label is one. All other columns are negatives, but for those that leave
+    every column of an equal label is one. All other columns are negatives, except those that leave
     the competition: equal ids, logits above a threshold, and the row itself in a self-contrast.
     """
 
@@ -31,19 +31,26 @@ class Pairing(NamedTuple):
     """Logits above it are no negatives of their row; only without labels."""
     column_threshold: Float[Tensor, " n"] | None = None
     positive_shift: int = 0
-    """Far outside of the columns, see `without_positives`, no row has a positive."""
+    """Beyond all columns, as `without_positives` sets it, no row has a positive."""
     both_ways: bool = True
     """Whether rows compete for each column as well."""
     self_contrast: bool = False
-    """k is q: S is symmetric, its diagonal is out, and one gradient serves both sides."""
+    """k is q: S is symmetric, its diagonal is left out, and one gradient serves both sides."""
 
     def packed(self) -> tuple[list[Tensor | None], list[int]]:
-        """The six vectors and the three numbers, as an op of torch.library takes them."""
+        """Return the six vectors and the three numbers, as an op of torch.library takes them."""
         vectors: list[Any] = list(self[:6])
         return vectors, [self.positive_shift, int(self.both_ways), int(self.self_contrast)]
 
+    @staticmethod
+    def unpacked(vectors: Sequence[Tensor | None], numbers: Sequence[int]) -> Pairing:
+        """Invert `packed`."""
+        shift, both_ways, self_contrast = numbers
+        options: list[Any] = [*vectors, shift, bool(both_ways), bool(self_contrast)]
+        return Pairing(*options)
+
     def of_block(self, rows: slice, columns: slice) -> Pairing:
-        """The rules of these rows and columns alone; shift and flags stay."""
+        """Keep these rows and columns; shift and flags stay."""
         places = rows, columns
         vectors: list[Any] = [
             None if vector is None else vector[..., places[index % 2]]
@@ -52,13 +59,24 @@ class Pairing(NamedTuple):
         rules: list[Any] = [*vectors, *self[6:]]
         return Pairing(*rules)
 
+    def of_prefixes(self, count: int) -> list[Pairing]:
+        """Return the rules of each of `count` prefixes, which differ in their thresholds."""
+        rows, columns = self.row_threshold, self.column_threshold
+        return [
+            self._replace(
+                row_threshold=None if rows is None else rows[index],
+                column_threshold=None if columns is None else columns[index],
+            )
+            for index in range(count)
+        ]
+
     def transposed(self) -> Pairing:
-        """Rows as columns and the reverse."""
+        """Swap rows and columns."""
         rules: list[Any] = [*(self[index ^ 1] for index in range(6)), *self[6:]]
         return Pairing(*rules)
 
     def with_columns(self, order: Int[Tensor, " n"] | None) -> Pairing:
-        """Column `order[j]` as column j; without an order the rules as they are."""
+        """Make column `order[j]` column j; without an order return the rules as they are."""
         if order is None:
             return self
         rules: list[Any] = [
@@ -69,15 +87,8 @@ class Pairing(NamedTuple):
         return Pairing(*rules)
 
     def without_positives(self, M: int, N: int) -> Pairing:
-        """The rules of M rows and N columns that hold no pair, unless labels make one."""
+        """Return the rules of M rows and N columns without a pair, unless labels make one."""
         return self._replace(positive_shift=2 * (M + N), self_contrast=False)
-
-    @staticmethod
-    def unpacked(vectors: Sequence[Tensor | None], rules: Sequence[int]) -> Pairing:
-        """The inverse of `packed`."""
-        shift, both_ways, self_contrast = rules
-        options: list[Any] = [*vectors, shift, bool(both_ways), bool(self_contrast)]
-        return Pairing(*options)
 
 
 class Statistics(NamedTuple):
@@ -89,39 +100,58 @@ class Statistics(NamedTuple):
     """
 
     row_positive: Float[Tensor, " m"]
-    """The positive logit, or with labels the sum of the positive logits."""
+    """The positive logit; with labels the sum of the positive logits."""
     row_max: Float[Tensor, " m"]
     row_sum: Float[Tensor, " m"]
     """Sum of exp(S_ij - row_max_i)."""
-    row_rival: Float[Tensor, " m"]
-    """With labels the largest logit of a negative; without, row_max is that."""
+    row_hardest_negative: Float[Tensor, " m"]
+    """The largest logit of a negative; only with labels, for without them it is row_max."""
     column_positive: Float[Tensor, " n"]
     """Only with labels."""
     column_max: Float[Tensor, " n"]
     column_sum: Float[Tensor, " n"]
-    column_rival: Float[Tensor, " n"]
+    column_hardest_negative: Float[Tensor, " n"]
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """The fields without a gradient."""
+        return (
+            self.row_max,
+            self.row_hardest_negative,
+            self.column_max,
+            self.column_hardest_negative,
+        )
 
     def with_columns(self, order: Int[Tensor, " n"]) -> Statistics:
-        """Column `order[j]` as column j."""
+        """Make column `order[j]` column j."""
         columns = (each[..., order] if each.numel() else each for each in self[4:])
         return Statistics(*self[:4], *columns)
 
+    def unstacked(self) -> list[Statistics]:
+        """Split along the leading dimension, that of prefixes."""
+        return [Statistics(*each) for each in zip(*(x.unbind() for x in self), strict=True)]
+
 
 class SideGradient(NamedTuple):
-    """What the backward knows of the rows, or of the columns: G_ij = exp(S_ij - max) dsum."""
+    """The backward's view of the rows, or of the columns: G_ij = exp(S_ij - max) dsum."""
 
     max: Float[Tensor, " m"]
     dsum: Float[Tensor, " m"]
     dpositive: Float[Tensor, " m"]
 
     def of(self, where: slice) -> SideGradient:
-        """Of these rows alone; what is empty stays so."""
+        """Keep these rows; what is empty stays so."""
         return SideGradient(*(each[..., where] for each in self))
 
+    def unstacked(self) -> list[SideGradient]:
+        """Split along the leading dimension, that of prefixes."""
+        return [SideGradient(*each) for each in zip(*self, strict=True)]
+
     @staticmethod
-    def silent(like: Tensor, size: int) -> SideGradient:
-        """Of `size` rows that sum nothing: a direction that a loss does not have."""
+    def zeros(like: Tensor, size: int) -> SideGradient:
+        """Return `size` rows without a gradient: a direction that a loss does not have."""
         zeros = like.new_zeros((*like.shape[:-1], size))
+        # exp(S - inf) is 0 whatever S is.
         return SideGradient(zeros + math.inf, zeros, zeros)
 
 

@@ -1,4 +1,4 @@
-"""Several prefixes of the same features in one pass over the tiles, in plain PyTorch.
+"""Statistics and gradients of several prefixes in one pass over the tiles, in plain PyTorch.
 
 M rows q_i, N columns k_j, widths d_1 < ... < d_P; segment t of the features are the entries from
 d_{t-1} to d_t. S^p_ij = logit_scale r^p_i c^p_j <q_i, k_j>_p with the product over the first d_p
@@ -23,10 +23,9 @@ from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, 
 from gradcache_clip.ops.tile_gradient import TileGradient
 from gradcache_clip.ops.tile_statistics import TileStatistics, tile_shape, walk
 from gradcache_clip.ops.tiles import Tiles, TileShape
+from gradcache_clip.ops.unit import SMALLEST_NORM, inverse_norms, segments
 
-# F.normalize divides by no less.
-SMALLEST_NORM = 1e-12
-# Half the usual edge leaves room for one buffer a prefix.
+# Half the usual edge leaves room for one buffer per prefix.
 PREFIX_TILE = TileShape(rows=512, columns=512)
 
 
@@ -39,7 +38,7 @@ def prefix_statistics_tiled(
     *,
     shape: TileShape = PREFIX_TILE,
 ) -> list[Statistics]:
-    """Statistics of every prefix; nothing larger than one tile is allocated."""
+    """Compute the statistics of every prefix; allocate nothing larger than one tile."""
     products = _Products(Tiles(q, k, logit_scale, tile_shape(shape, pairings[0])), widths)
     prefixes = [
         TileStatistics(tiles, pairing)
@@ -51,34 +50,21 @@ def prefix_statistics_tiled(
     return [prefix.result() for prefix in prefixes]
 
 
-def segments(widths: Sequence[int]) -> list[slice]:
-    """What each width adds to the one before."""
-    return [slice(a, b) for a, b in zip((0, *widths[:-1]), widths, strict=True)]
-
-
-def prefix_norms(features: Tensor, widths: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """L2 norm of each prefix of each row, (P, rows)."""
-    parts = [features[:, segment].to(dtype) for segment in segments(widths)]
-    return torch.stack([torch.linalg.vecdot(part, part) for part in parts]).cumsum(0).sqrt()
-
-
 class _Products:
-    """A tile of <q_i, k_j> that grows from prefix to prefix, and the factors that make it S."""
+    """Accumulates a tile of <q_i, k_j> from prefix to prefix; holds the factors that make it S."""
 
     def __init__(self, tiles: Tiles, widths: Sequence[int]) -> None:
         self.tiles, self.segments = tiles, segments(widths)
         dtype = tiles.logit_scale.dtype
-        norms = (prefix_norms(features, widths, dtype) for features in (tiles.q, tiles.k))
-        self.row_factor, self.column_factor = (
-            x.clamp_min(SMALLEST_NORM).reciprocal() for x in norms
-        )
+        self.row_factor = inverse_norms(tiles.q, widths, dtype)
+        self.column_factor = inverse_norms(tiles.k, widths, dtype)
 
     def prefixes(self, *, separate: bool = False) -> list[_PrefixTiles]:
-        """The tiles of every prefix, to be asked in this order; `separate` if all must stay."""
+        """Return the tiles of each prefix, to be computed in this order; `separate` keeps all."""
         return [_PrefixTiles(self, index, separate) for index in range(len(self.segments))]
 
     def extended(self, index: int, stripe: slice, panel: slice) -> Tensor:
-        """Products over prefix `index`; those over the prefix before are in the buffer."""
+        """Add segment `index` to the products; the buffer holds those over the prefix before."""
         segment, dtype = self.segments[index], self.tiles.logit_scale.dtype
         product = self.tiles.buffer("product", stripe, panel)
         left, right = self.tiles.q[stripe, segment], self.tiles.k[panel, segment]
@@ -116,9 +102,9 @@ def prefix_gradient_tiled(
     *,
     shape: TileShape = PREFIX_TILE,
 ) -> Gradients:
-    """dq, dk and dlogit_scale in a second pass; None where `needs` says False.
+    """Compute dq, dk and dlogit_scale in a second pass; None where `needs` says False.
 
-    Of a self-contrast dq is the gradient through both sides, and dk is None.
+    In a self-contrast dq is the gradient through both sides, and dk is None.
     """
     products = _Products(Tiles(q, k, logit_scale, tile_shape(shape, pairings[0])), widths)
     weighted = _WeightedTiles(products, pairings, rows, columns)
@@ -152,7 +138,7 @@ def _two_sided(weighted: _WeightedTiles, needs: Needs) -> Gradients:
 
 
 def _self_contrast(weighted: _WeightedTiles, needs: Needs) -> Gradients:
-    """Each tile above the diagonal serves its rows, and transposed its columns."""
+    """Multiply each tile above the diagonal into its rows and, transposed, into its columns."""
     tiles, logit_scale = weighted.tiles, weighted.tiles.logit_scale
     q, dtype = tiles.q, logit_scale.dtype
     needed = needs[0] or needs[1]
@@ -164,13 +150,13 @@ def _self_contrast(weighted: _WeightedTiles, needs: Needs) -> Gradients:
                 dq[panel, segment].addmm_(tile.T, q[stripe, segment].to(dtype))
     for stripe in tiles.stripes():
         weighted.project_rows(dq[stripe], stripe)
-    # G + G^T meets S twice.
+    # dq came from G + G^T, which meets each entry of S twice.
     dlogit_scale = weighted.row_sums.sum() / 2 if needs[2] else None
     return dq.mul_(logit_scale).to(q.dtype) if needed else None, None, dlogit_scale
 
 
 class _WeightedTiles:
-    """W^p = r G^p c summed over the prefixes of each segment, and the sums of G^p S^p."""
+    """Sums W^p = r G^p c over prefixes, and G^p S^p over rows and columns."""
 
     def __init__(
         self,
@@ -190,7 +176,7 @@ class _WeightedTiles:
             self.column_sums = torch.zeros_like(products.column_factor)
 
     def add(self, stripe: slice, panel: slice, *, multiply: bool) -> list[tuple[slice, Tensor]]:
-        """Each segment and its sum of W^p; none unless they will be multiplied."""
+        """Return each segment with its sum of W^p; nothing unless they are multiplied."""
         tiles = [self._weighted(index, stripe, panel) for index in range(len(self.gradients))]
         if not multiply:
             return []
@@ -210,12 +196,12 @@ class _WeightedTiles:
         return tile
 
     def project_rows(self, gradient: Tensor, stripe: slice) -> None:
-        """Take the part along each prefix out of the gradient of these rows."""
+        """Remove the part along each prefix from the gradient of these rows."""
         weights = _along(self.row_sums, self.products.row_factor, stripe)
         self._project(gradient, weights, self.tiles.q[stripe])
 
     def project_columns(self, gradient: Tensor, panel: slice) -> None:
-        """Take the part along each prefix out of the gradient of these columns."""
+        """Remove the part along each prefix from the gradient of these columns."""
         weights = _along(self.column_sums, self.products.column_factor, panel)
         self._project(gradient, weights, self.tiles.k[panel])
 
@@ -226,7 +212,8 @@ class _WeightedTiles:
 
 
 def _along(sums: Tensor, factor: Tensor, where: slice) -> Tensor:
-    """Sum of r^2 u over the prefixes that contain a segment; a clamped norm has no gradient."""
+    """Sum r^2 u over the prefixes that contain each segment."""
     factor = factor[:, where]
+    # A clamped norm is a constant: it adds nothing.
     free = factor < 1 / SMALLEST_NORM
     return (sums[:, where] * factor.square()).where(free, 0).flip(0).cumsum(0).flip(0)

@@ -1,6 +1,6 @@
 """Several prefixes in one pass of the Triton kernels, which are imported on first use only.
 
-The kernels count logits in units of log 2. What comes out of here is in nats.
+The kernels count logits in units of log 2; this file takes and returns nats.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
-from gradcache_clip.ops.prefixes_tiled import SMALLEST_NORM, prefix_norms
+from gradcache_clip.ops.unit import SMALLEST_NORM, inverse_norms
 
 _LOG2_E = 1 / math.log(2)
 
 
 def in_one_pass(pairing: Pairing) -> bool:
-    """Whether the kernels know these rules: one positive a row, and all columns compete."""
+    """Say whether the kernels take these rules: one positive per row, all columns compete."""
     return not pairing.self_contrast and all(vector is None for vector in pairing.packed()[0])
 
 
 def prefix_statistics_triton(
     q: Tensor, k: Tensor, logit_scale: Tensor, pairings: Sequence[Pairing], widths: Sequence[int]
 ) -> list[Statistics]:
-    """Statistics of every prefix by one tile kernel and its merges."""
+    """Launch one tile kernel and its merges for all prefixes."""
     from gradcache_clip.kernels.prefix_statistics import prefix_statistics
 
     rules = pairings[0]
-    inverse = [_inverse_norms(features, widths) for features in (q, k)]
+    inverse = [inverse_norms(features, widths, torch.float32) for features in (q, k)]
     positive, rows, columns = prefix_statistics(
         q,
         k,
@@ -55,10 +55,10 @@ def prefix_gradient_triton(
     columns: Sequence[SideGradient | None],
     needs: Needs,
 ) -> Gradients:
-    """dq, dk and dlogit_scale of every prefix by one tile kernel and the vendor's products."""
+    """Compute the gradients through all prefixes by one tile kernel and the vendor's products."""
     from gradcache_clip.kernels.prefix_gradient import prefix_gradient
 
-    inverse = [_inverse_norms(features, widths) for features in (q, k)]
+    inverse = [inverse_norms(features, widths, torch.float32) for features in (q, k)]
     row_max, *row_gradients = (torch.stack(field) for field in zip(*rows, strict=True))
     column_max = column_dsum = None
     given = [side for side in columns if side is not None]
@@ -78,13 +78,8 @@ def prefix_gradient_triton(
     )
 
 
-def _inverse_norms(features: Tensor, widths: Sequence[int]) -> Tensor:
-    norms = prefix_norms(features, widths, torch.float32)
-    return norms.clamp_min(SMALLEST_NORM).reciprocal()
-
-
 def _in_nats(running: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima in nats, and sums over exp(S - what the backward will make of these maxima)."""
+    """Convert maxima to nats, and sums to exp(S - the maxima that the backward converts back)."""
     maximum, total = running.unbind(1)
     nats = maximum * math.log(2)
     shift = (maximum - nats * _LOG2_E).nan_to_num(nan=0.0)
@@ -92,5 +87,5 @@ def _in_nats(running: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_log2(maximum: Tensor) -> Tensor:
-    """Maxima in units of log 2; +inf where nothing was summed, so that exp(S - maximum) is 0."""
+    """Convert maxima to units of log 2; +inf where nothing was summed, for exp(S - maximum) = 0."""
     return (maximum * _LOG2_E).masked_fill(maximum == -torch.inf, torch.inf)

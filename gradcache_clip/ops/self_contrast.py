@@ -5,7 +5,7 @@ B samples, N feature rows in all, D feature width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,45 +20,19 @@ from gradcache_clip.ops.arguments import (
 from gradcache_clip.ops.contrast import contrast_statistics
 from gradcache_clip.ops.groups import occurrences
 from gradcache_clip.ops.implementations import Impl
+from gradcache_clip.ops.loss_alone import loss_alone
 from gradcache_clip.ops.pairing import Pairing, Statistics
+from gradcache_clip.ops.results import SelfContrastOutput
 from gradcache_clip.ops.softmax import (
-    debiased_gap,
+    debiased,
     many_positives_loss,
-    negative_gap,
+    negative_lse_minus_positive,
     one_positive_loss,
     rows_of,
 )
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-
-class SelfContrastResult(NamedTuple):
-    """Loss and rank-1 accuracy, as 0-dim tensors; the accuracy carries no gradient."""
-
-    loss: Float[Tensor, ""]
-    accuracy: Float[Tensor, ""]
-
-
-def nt_xent_loss(
-    features_a: Float[Tensor, "b d"],
-    features_b: Float[Tensor, "b d"],
-    logit_scale: float | Float[Tensor, ""],
-    *,
-    tau_plus: float = 0.0,
-    impl: Impl = "auto",
-) -> Float[Tensor, ""]:
-    """The loss of `nt_xent_loss_with_accuracy` alone; same arguments, errors and source.
-
-    Example:
-        >>> import torch
-        >>> from gradcache_clip.ops import nt_xent_loss
-        >>> print(f"{nt_xent_loss(torch.eye(4), torch.eye(4), 2.0):.4f}")
-        0.5944
-    """
-    return nt_xent_loss_with_accuracy(
-        features_a, features_b, logit_scale, tau_plus=tau_plus, impl=impl
-    ).loss
 
 
 def nt_xent_loss_with_accuracy(
@@ -68,8 +42,8 @@ def nt_xent_loss_with_accuracy(
     *,
     tau_plus: float = 0.0,
     impl: Impl = "auto",
-) -> SelfContrastResult:
-    """Cross-entropy of each of 2B views over all others, its partner being the right answer.
+) -> SelfContrastOutput:
+    """Compute the cross-entropy of each of 2B views over all others, with its partner as target.
 
     With z = [features_a; features_b], S = logit_scale * z @ z.T and p(i) = i + B mod 2B:
 
@@ -116,38 +90,26 @@ def nt_xent_loss_with_accuracy(
     return nt_xent_result(statistics, scale, tau_plus)
 
 
+nt_xent_loss = loss_alone(nt_xent_loss_with_accuracy)
+"""The loss of `nt_xent_loss_with_accuracy` alone, with the same arguments."""
+
+
 def views_pairing(B: int) -> Pairing:
-    """Row i and row i + B mod 2B are views of one sample."""
+    """Pair row i with row (i + B) mod 2B, the other view of its sample."""
     return Pairing(positive_shift=B, both_ways=False, self_contrast=True)
 
 
 def nt_xent_result(
     statistics: Statistics, logit_scale: Float[Tensor, ""], tau_plus: float
-) -> SelfContrastResult:
-    """Loss and accuracy of views against each other."""
+) -> SelfContrastOutput:
+    """Compute loss and accuracy of views against each other."""
     rows = rows_of(statistics)
-    gap = negative_gap(rows)
+    difference = negative_lse_minus_positive(rows)
     if tau_plus > 0:
-        gap = debiased_gap(gap, rows.positive, len(gap) - 2, logit_scale, tau_plus)
-    return SelfContrastResult(one_positive_loss(gap).mean(), rows.accuracy())
-
-
-def sup_con_loss(
-    features: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    logit_scale: float | Float[Tensor, ""],
-    *,
-    impl: Impl = "auto",
-) -> Float[Tensor, ""]:
-    """The loss of `sup_con_loss_with_accuracy` alone; same arguments, errors and source.
-
-    Example:
-        >>> import torch
-        >>> from gradcache_clip.ops import sup_con_loss
-        >>> print(f"{sup_con_loss(torch.eye(4), torch.tensor([0, 0, 1, 1]), 2.0):.4f}")
-        1.0986
-    """
-    return sup_con_loss_with_accuracy(features, labels, logit_scale, impl=impl).loss
+        # Neither a view itself nor its partner is a negative.
+        negatives = len(difference) - 2
+        difference = debiased(difference, rows.positive, negatives, logit_scale, tau_plus)
+    return SelfContrastOutput(one_positive_loss(difference).mean(), rows.accuracy())
 
 
 def sup_con_loss_with_accuracy(
@@ -156,8 +118,8 @@ def sup_con_loss_with_accuracy(
     logit_scale: float | Float[Tensor, ""],
     *,
     impl: Impl = "auto",
-) -> SelfContrastResult:
-    """Cross-entropy of each row over all others, rows of its label sharing the target evenly.
+) -> SelfContrastOutput:
+    """Compute the cross-entropy of each row over all others, uniform over the rows of its label.
 
     With S = logit_scale * features @ features.T and P(i) the other rows of label i:
 
@@ -178,7 +140,7 @@ def sup_con_loss_with_accuracy(
             than every negative, 0 to 1; a tie is wrong. No gradient.
 
     Raises:
-        TypeError: features or logit_scale of a wrong type, labels that are no integers.
+        TypeError: features or logit_scale of a wrong type, labels that are not integers.
         ValueError: shapes or devices that do not fit together, an empty batch.
         RuntimeError: impl="triton" where it cannot run.
 
@@ -199,18 +161,22 @@ def sup_con_loss_with_accuracy(
     statistics = contrast_statistics(
         "sup_con_loss", features, features, scale, classes_pairing(labels), impl
     )
-    return sup_con_result(statistics, occurrences(labels, labels) - 1)
+    return sup_con_result(statistics, labels)
+
+
+sup_con_loss = loss_alone(sup_con_loss_with_accuracy)
+"""The loss of `sup_con_loss_with_accuracy` alone, with the same arguments."""
 
 
 def classes_pairing(labels: Int[Tensor, " n"]) -> Pairing:
-    """Rows of an equal label are positives of each other."""
+    """Make rows with equal labels positives of each other."""
     return Pairing(labels, labels, both_ways=False, self_contrast=True)
 
 
-def sup_con_result(statistics: Statistics, positives: Int[Tensor, " n"]) -> SelfContrastResult:
-    """Loss and accuracy over the rows that have positives."""
-    rows = rows_of(statistics)
+def sup_con_result(statistics: Statistics, labels: Int[Tensor, " n"]) -> SelfContrastOutput:
+    """Compute loss and accuracy over the rows that have positives."""
+    rows, positives = rows_of(statistics), occurrences(labels, labels) - 1
     count = (positives > 0).sum().clamp_min(1)
-    right = (rows.best.detach() > rows.rival) & (positives > 0)
+    right = rows.right() & (positives > 0)
     loss = many_positives_loss(rows, positives).sum() / count
-    return SelfContrastResult(loss, right.sum().to(loss.dtype) / count)
+    return SelfContrastOutput(loss, right.sum().to(loss.dtype) / count)

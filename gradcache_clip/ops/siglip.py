@@ -6,7 +6,7 @@ B pairs, M image rows, N text rows, D feature width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from gradcache_clip.ops.implementations import (
     resolve_impl,
     second_derivative_refused,
 )
+from gradcache_clip.ops.results import ContrastiveOutput
 from gradcache_clip.ops.siglip_reference import siglip_reference
 from gradcache_clip.ops.siglip_tiled import Labels, SigmoidPass, Wanted, siglip_tiled
 from gradcache_clip.ops.siglip_triton import siglip_triton
@@ -36,14 +37,6 @@ _NAMES = ("image_features", "text_features")
 _PASSES: dict[str, Callable[..., SigmoidPass]] = {"tiled": siglip_tiled, "triton": siglip_triton}
 
 
-class SigLipLossResult(NamedTuple):
-    """Loss and rank-1 accuracies of a batch, as 0-dim tensors; the accuracies carry no gradient."""
-
-    loss: Float[Tensor, ""]
-    image_to_text_accuracy: Float[Tensor, ""]
-    text_to_image_accuracy: Float[Tensor, ""]
-
-
 def siglip_loss(
     image_features: Float[Tensor, "m d"],
     text_features: Float[Tensor, "n d"],
@@ -53,7 +46,9 @@ def siglip_loss(
     labels: Int[Tensor, " b"] | tuple[Int[Tensor, " m"], Int[Tensor, " n"]] | None = None,
     impl: Impl = "auto",
 ) -> Float[Tensor, ""]:
-    """The loss of `siglip_loss_with_accuracy` alone; same arguments, errors and source.
+    """Return the loss of `siglip_loss_with_accuracy` alone, without the work for accuracies.
+
+    Same arguments, errors and source.
 
     Example:
         >>> import torch
@@ -74,8 +69,8 @@ def siglip_loss_with_accuracy(
     *,
     labels: Int[Tensor, " b"] | tuple[Int[Tensor, " m"], Int[Tensor, " n"]] | None = None,
     impl: Impl = "auto",
-) -> SigLipLossResult:
-    """Every image against every text as a decision of its own: do the two belong together?
+) -> ContrastiveOutput:
+    """Decide for every image and every text on its own whether the two belong together.
 
     With S = logit_scale * image_features @ text_features.T + logit_bias (M x N), z_ij = 1 where
     image i and text j are positives and z_ij = -1 elsewhere:
@@ -85,9 +80,9 @@ def siglip_loss_with_accuracy(
     "tiled" and "triton" never hold S, nor anything else of M x N numbers. Each tile of S gives its
     part of the loss and, where gradients are needed, of the gradients in one go (6 M N D flops, no
     second look at S in the backward); these wait for the backward in fp32 (fp64 for fp64 features),
-    4 D bytes a row, because the factor of a gradient scaler comes only then and 16 bits would have
-    lost what is below it. Logits and sums are of that dtype whatever the features are, and whatever
-    autocast surrounds the call or its backward. Two runs give the same bits. They differentiate
+    4 D bytes per row: the factor of a gradient scaler comes only then, and 16 bits would have lost
+    what is below it. Logits and sums are of that dtype whatever the features are, and whatever
+    autocast surrounds the call or its backward. Two runs give the same bits. Both differentiate
     once; "reference" is plain autograd, differentiable twice.
 
     Args:
@@ -107,15 +102,15 @@ def siglip_loss_with_accuracy(
             interpreter; "auto" is "triton" where that runs on a GPU, else "tiled".
 
     Returns:
-        loss: 0-dim, in nats an image: the sum over all texts, averaged over the M images; fp32
+        loss: 0-dim, in nats per image: the sum over all texts, averaged over the M images; fp32
             (fp64 for fp64 features).
         image_to_text_accuracy: share of images whose best positive has a larger logit than every
             negative, 0 to 1; a tie is wrong, and so is an image without a positive. No gradient.
         text_to_image_accuracy: the same over the images for each text.
 
     Raises:
-        TypeError: features, logit_scale or logit_bias that are no floating-point tensor (the latter
-            two: number); labels that are no integers.
+        TypeError: features that are not floating-point tensors, a logit_scale or logit_bias that
+            is neither that nor a number, labels that are not integers.
         ValueError: unequal shapes or devices, an empty batch, an unknown impl.
         RuntimeError: impl="triton" where it cannot run; torch.func or forward-mode differentiation
             through "tiled" or "triton".
@@ -135,7 +130,7 @@ def siglip_loss_with_accuracy(
         0.0269 1.0
     """
     arguments = image_features, text_features, logit_scale, logit_bias, labels, impl
-    return SigLipLossResult(*_result(*arguments, with_accuracy=True))
+    return ContrastiveOutput(*_result(*arguments, with_accuracy=True))
 
 
 def _result(
@@ -166,7 +161,7 @@ def _result(
 
 
 def wanted_of(*inputs: Tensor, accuracy: bool) -> Wanted:
-    """What a pass has to compute beside the loss."""
+    """Return what a pass must compute beside the loss."""
     q, k, scale, bias = (torch.is_grad_enabled() and each.requires_grad for each in inputs)
     return Wanted(q, k, scale, bias, accuracy)
 
@@ -174,7 +169,7 @@ def wanted_of(*inputs: Tensor, accuracy: bool) -> Wanted:
 def with_gradients(
     loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> Tensor:
-    """The loss with its gradients for those of (q, k, logit_scale, logit_bias) that need one."""
+    """Attach the gradients of those of (q, k, logit_scale, logit_bias) that need one."""
     for each, gradient in zip(inputs, gradients, strict=True):
         if gradient is not None and torch.is_grad_enabled() and each.requires_grad:
             loss = _attach_gradient(loss, each, gradient)
@@ -182,7 +177,7 @@ def with_gradients(
 
 
 def share_right(best: Float[Tensor, "2 m"]) -> Float[Tensor, ""]:
-    """Share of rows whose best positive is above their best negative."""
+    """Return the share of rows whose best positive is above their best negative."""
     return (best[0] > best[1]).to(best.dtype).mean()
 
 
@@ -194,13 +189,13 @@ def sigmoid_pass(
     *,
     paired: bool = True,
 ) -> SigmoidPass:
-    """Sums over q, k, logit_scale and logit_bias, below autograd and outside of any autocast."""
+    """Run one pass over the tiles, below autograd and outside of any autocast."""
     with autocast_disabled(inputs[0].device):
         return _PASSES[impl](*inputs, labels, wanted, paired=paired)
 
 
 def checked_labels(q: Tensor, k: Tensor, labels: Tensor | Labels | None) -> Labels | None:
-    """Labels of both sides, twice the same for one vector, after all checks of shapes."""
+    """Check shapes; return the labels of both sides, twice the same for one vector."""
     if not isinstance(labels, (tuple, list)):
         check_pairs(_NAMES, q, k)
         if labels is None:
@@ -234,17 +229,11 @@ def checked_labels(q: Tensor, k: Tensor, labels: Tensor | Labels | None) -> Labe
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _siglip(
-    q: Tensor,
-    k: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    row_labels: Tensor | None,
-    column_labels: Tensor | None,
-    wanted: Sequence[bool],
-    impl: str,
+    q: Tensor, k: Tensor, logit_scale: Tensor, logit_bias: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    """Loss, gradients and accuracies as constants; what is not wanted comes back empty."""
-    labels = None if row_labels is None or column_labels is None else (row_labels, column_labels)
+    # Loss, gradients and accuracies as constants; what is not wanted comes back empty.
+    row_labels, column_labels, wanted, impl = options
+    labels = None if row_labels is None else (row_labels, column_labels)
     inputs = q, k, logit_scale, logit_bias
     found = sigmoid_pass(impl, inputs, labels, Wanted(*wanted)).mean(logit_scale, len(q))
     accuracies = (None if best is None else share_right(best) for best in found[5:])
@@ -253,16 +242,8 @@ def _siglip(
 
 
 @_siglip.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    logit_scale: Tensor,
-    _bias: Tensor,
-    _rows: Any,
-    _columns: Any,
-    wanted: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, ...]:
+def _(q: Tensor, k: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, wanted, _impl = rest
     shapes = q.shape, k.shape, (), (), (), ()
     needed = *wanted, wanted[-1]
     results = (shape if need else (0,) for shape, need in zip(shapes, needed, strict=True))
@@ -275,7 +256,8 @@ def _(
     schema="(Tensor loss, Tensor x, Tensor gradient) -> Tensor",
 )
 def _attach_gradient(loss: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-    """The loss itself, with dloss/dx = gradient. One node an input, so that each lets go alone."""
+    # The loss itself, with dloss/dx = gradient. One node per input, so each frees its gradient
+    # independently.
     return loss.clone()
 
 
@@ -285,18 +267,12 @@ def _attach_gradient(loss: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
     schema="(Tensor gradient, Tensor factor, Tensor x) -> Tensor",
 )
 def _scale_gradient(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
-    """The gradient times the outer one, in the dtype of x; an edge to x lets a second one fail."""
+    # In the dtype of x. The edge to x is there to make a second derivative fail.
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
 
 
-@_attach_gradient.register_fake
-def _(loss: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(loss)
-
-
-@_scale_gradient.register_fake
-def _(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(gradient, dtype=x.dtype)
+_attach_gradient.register_fake(lambda loss, x, gradient: torch.empty_like(loss))
+_scale_gradient.register_fake(lambda gradient, factor, x: torch.empty_like(gradient, dtype=x.dtype))
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

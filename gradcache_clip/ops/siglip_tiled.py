@@ -1,8 +1,8 @@
 """The sigmoid loss tile by tile in plain PyTorch, on any device: loss and gradients in one pass.
 
 M rows q_i, N columns k_j, D feature width; S_ij = logit_scale <q_i, k_j> + logit_bias; z_ij is 1 on
-positives and -1 elsewhere. A pass sums over all i and j; of its sum G_ij = dloss/dS_ij is
--z sigmoid(-z S).
+positives and -1 elsewhere. A pass sums over all i and j; the gradient of its sum is
+G_ij = dloss/dS_ij = -z sigmoid(-z S).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPARE = 64
 
 
 class Wanted(NamedTuple):
-    """What a pass computes beside the loss."""
+    """Flags: what a pass computes beside the loss."""
 
     dq: bool
     dk: bool
@@ -53,7 +53,7 @@ class SigmoidPass(NamedTuple):
     column_best: Float[Tensor, "2 n"] | None
 
     def mean(self, logit_scale: Tensor, rows: int) -> SigmoidPass:
-        """The loss as a mean over rows, and its gradients; features' gradients in place."""
+        """Divide loss and gradients by `rows`; in place for the gradients of features."""
         for product in (self.dq, self.dk):
             if product is not None:
                 product.mul_(logit_scale / rows)
@@ -72,7 +72,7 @@ def siglip_tiled(
     paired: bool = True,
     shape: TileShape = DEFAULT_TILE,
 ) -> SigmoidPass:
-    """One walk over the tiles; no tensor larger than the features or one tile.
+    """Walk once over the tiles; allocate nothing larger than the features or one tile.
 
     Without labels the positives are those of the diagonal if `paired`, or none.
     """
@@ -103,12 +103,12 @@ def _softplus(x: Tensor, *, out: Tensor) -> Tensor:
 
 
 def _total(parts: list[Tensor]) -> Tensor:
-    """Sum of the sums of tiles, pairwise: one accumulator over M N terms would lose digits."""
+    """Sum the sums of tiles pairwise: one accumulator over M N terms would lose digits."""
     return torch.stack(parts).sum()
 
 
 class _Positives:
-    """Where the positives of a tile are: wherever labels are equal, on the diagonal, or nowhere."""
+    """Finds the positives of a tile: where labels are equal, on the diagonal, or nowhere."""
 
     def __init__(self, tiles: Tiles, labels: Labels | None, paired: bool) -> None:
         self.tiles, self.labels, self.paired = tiles, labels, paired
@@ -122,7 +122,7 @@ class _Positives:
             diagonal(tile, stripe, panel)[0].neg_()
 
     def mask(self, stripe: slice, panel: slice) -> Tensor:
-        """Only with labels."""
+        """Mask the positives; only with labels."""
         return self._equal(stripe, panel, self.tiles.buffer("mask", stripe, panel, torch.bool))
 
     def _equal(self, stripe: slice, panel: slice, out: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class _Positives:
 
 
 class _Gradients:
-    """Sums G k, G^T q and G over the tiles, as far as they are wanted."""
+    """Sums G k, G^T q and G over the tiles, where wanted."""
 
     def __init__(self, tiles: Tiles, wanted: Wanted) -> None:
         self.tiles, self.wanted = tiles, wanted
@@ -162,7 +162,7 @@ class _Gradients:
             self.scale_parts.append((self.rows * self.product).sum())
 
     def totals(self) -> tuple[Tensor | None, ...]:
-        """Both products, and the sums of G <q, k> and of G."""
+        """Return both products, and the sums of G <q, k> and of G."""
         if self.wanted.dlogit_scale and self.dk is not None and not self.through_q:
             for panel in self.tiles.panels():
                 self.scale_parts.append((self.tiles.k[panel] * self.dk[panel]).sum())
@@ -173,16 +173,14 @@ class _Gradients:
 
 
 def _zeros(scale: Tensor, like: Tensor) -> Tensor:
-    """Zeros in the shape of `like`, in memory that the scaled gradient of its size can take over.
-
-    The backward lets go of one before it asks for the next, but malloc finds aligned memory only
-    where there is a little more than asked for.
-    """
+    """Return zeros in the shape of `like`, in memory that a gradient of its size can reuse."""
+    # The backward frees one before it allocates the next, but malloc finds aligned memory in the
+    # hole only if that is a little larger.
     return scale.new_zeros(like.numel() + _SPARE)[: like.numel()].view(like.shape)
 
 
 class _Best:
-    """The largest logit of a positive and of a negative, for each row and each column."""
+    """Keeps the largest logit of a positive and of a negative, for each row and each column."""
 
     def __init__(self, tiles: Tiles, positives: _Positives) -> None:
         self.tiles, self.positives = tiles, positives
@@ -192,7 +190,7 @@ class _Best:
         self.nothing = tiles.logit_scale.new_full((), -torch.inf)
 
     def fold(self, tile: Tensor, stripe: slice, panel: slice) -> None:
-        """Take in the logits of a tile, and leave them as they were."""
+        """Add the logits of a tile, and leave them as they were."""
         if self.positives.labels is not None:
             self._fold_labelled(tile, stripe, panel)
         elif self.positives.paired:

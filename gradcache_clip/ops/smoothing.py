@@ -20,7 +20,9 @@ def mean_logits(
     labels: Int[Tensor, " b"] | None,
     ids: Int[Tensor, " b"] | None,
 ) -> Float[Tensor, " b"]:
-    """Mean of S_ij over the columns j that compete for row i: S summed over j is <q_i, sum k_j>.
+    """Average S_ij over the columns j that compete for row i.
+
+    S summed over j is <q_i, sum k_j>, so no logits are needed.
 
     Without ids all columns compete; with ids those of an equal id and another label (without labels
     all but column i itself) do not.

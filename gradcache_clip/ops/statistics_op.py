@@ -1,44 +1,104 @@
-"""What makes an op that returns `Statistics` differentiable, for torch.library.
+"""Registers passes over tiles with torch.library, so that autograd and torch.compile take them.
 
-Such an op takes (q, k, logit_scale, vectors, rules, ..., loss), the vectors and rules of a packed
-`Pairing`; its gradient op takes the same, then [max, dsum, dpositive] of the rows and of the
-columns, and which of the first three need a gradient.
+An op takes (q, k, logit_scale, vectors, rules, impl, loss): tensors and numbers into which the
+caller has packed what decides positives and competitors. It returns the fields of `Statistics`. A
+second op computes its gradients, and refuses to be differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gradcache_clip.ops.implementations import second_derivative_refused
-from gradcache_clip.ops.pairing import Pairing, Statistics
+from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
+
+_ARGUMENTS = (
+    "(Tensor q, Tensor k, Tensor logit_scale, Tensor?[] vectors, int[] rules, str impl, str loss"
+)
+_GRADIENT_ARGUMENTS = f"{_ARGUMENTS}, Tensor[] rows, Tensor[] columns, bool[] needs"
 
 
-def make_differentiable(statistics: Any, gradient: Any) -> None:
-    """Let autograd go through `gradient` after `statistics`, once."""
+class Passes(Protocol):
+    """Two passes over the tiles of a contrast, below autograd and outside of any autocast."""
+
+    def statistics(self, q: Tensor, k: Tensor, logit_scale: Tensor, rules: Any, /) -> Statistics:
+        """Reduce the logits of each row and column to a few numbers."""
+
+    def gradient(
+        self,
+        q: Tensor,
+        k: Tensor,
+        logit_scale: Tensor,
+        rules: Any,
+        rows: SideGradient,
+        columns: SideGradient | None,
+        needs: Needs,
+        /,
+    ) -> Gradients:
+        """Compute dq, dk and dlogit_scale; None where not needed."""
+
+    def shapes(self, M: int, N: int, rules: Any, /) -> list[tuple[int, ...]]:
+        """Return the shapes of what `statistics` returns for M rows and N columns."""
+
+
+# From packed vectors and numbers and an implementation to passes and their rules.
+Unpack = Callable[[Sequence["Tensor | None"], Sequence[int], str], tuple[Passes, Any]]
+
+
+def register(name: str, unpack: Unpack) -> tuple[Any, Any]:
+    """Register `gradcache_clip::<name>_statistics` and `<name>_gradient`, and return both."""
+
+    @_operator(f"{name}_statistics", f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})")
+    def statistics(
+        q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, loss: str
+    ) -> tuple[Tensor, ...]:
+        passes, unpacked = unpack(vectors, rules, impl)
+        return tuple(passes.statistics(q, k, logit_scale, unpacked))
+
+    @statistics.register_fake
+    def _(
+        q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, loss: str
+    ) -> tuple[Tensor, ...]:
+        passes, unpacked = unpack(vectors, rules, impl)
+        shapes = passes.shapes(len(q), len(k), unpacked)
+        return tuple(logit_scale.new_empty(shape) for shape in shapes)
+
+    @_operator(f"{name}_gradient", f"{_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+    def gradient(
+        q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        # An op returns no None: gradients that are not needed come back empty.
+        passes, unpacked = unpack(vectors, rules, impl)
+        _loss, rows, columns, needs = rest
+        column_side = SideGradient(*columns) if unpacked.both_ways else None
+        sides = SideGradient(*rows), column_side
+        found = passes.gradient(q, k, logit_scale, unpacked, *sides, tuple(needs))
+        return tuple(q.new_empty(0) if each is None else each for each in found)
+
+    @gradient.register_fake
+    def _(
+        q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        *_, needs = rest
+        self_contrast = unpack(vectors, rules, impl)[1].self_contrast
+        # In a self-contrast dq holds the gradients through both sides.
+        needed = needs[0] or (self_contrast and needs[1]), needs[1] and not self_contrast, needs[2]
+        return tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format) if need else q.new_empty(0)
+            for x, need in zip((q, k, logit_scale), needed, strict=True)
+        )
+
     statistics.register_autograd(_backward_through(gradient), setup_context=_save)
     gradient.register_autograd(_refuse, setup_context=_keep_name)
-    gradient.register_fake(_fake_gradient)
+    return statistics, gradient
 
 
-def fake_sizes(q: Tensor, k: Tensor, vectors: Sequence[Tensor | None], rules: Any) -> list[int]:
-    """Lengths of the fields of `Statistics`; what a contrast lacks is empty."""
-    pairing = Pairing.unpacked(vectors, rules)
-    labelled, M, N = pairing.row_labels is not None, len(q), len(k) if pairing.both_ways else 0
-    return [M, M, M, M * labelled, N * labelled, N, N, N * labelled]
-
-
-def _fake_gradient(q: Tensor, k: Tensor, logit_scale: Tensor, *arguments: Any) -> Any:
-    vectors, rules, *_, needs = arguments
-    self_contrast = Pairing.unpacked(vectors, rules).self_contrast
-    needed = needs[0] or (self_contrast and needs[1]), needs[1] and not self_contrast, needs[2]
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else q.new_empty(0)
-        for x, need in zip((q, k, logit_scale), needed, strict=True)
-    )
+def _operator(name: str, schema: str) -> Any:
+    return torch.library.custom_op(f"gradcache_clip::{name}", mutates_args=(), schema=schema)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -53,9 +113,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         statistics.column_max,
         *(vector for vector in vectors if vector is not None),
     )
-    ctx.mark_non_differentiable(
-        statistics.row_max, statistics.row_rival, statistics.column_max, statistics.column_rival
-    )
+    ctx.mark_non_differentiable(*statistics.constants)
 
 
 def _backward_through(gradient: Any) -> Callable[..., tuple[Any, ...]]:
@@ -74,7 +132,9 @@ def _backward_through(gradient: Any) -> Callable[..., tuple[Any, ...]]:
             ctx.needs_input_grad[:3],
         )
         needed = (each if each.numel() else None for each in gradients)
-        return (*needed, None, *(None for _ in ctx.options))
+        # torch.library takes a list as a list only if no None is among it.
+        of_vectors = [None] * len(vectors) if all(ctx.given) else None
+        return (*needed, of_vectors, *(None for _ in ctx.options))
 
     return backward
 

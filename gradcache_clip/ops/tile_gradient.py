@@ -11,7 +11,7 @@ from gradcache_clip.ops.tiles import Tiles
 
 
 class TileGradient:
-    """dloss/dS of a tile, over logit_scale <q, k>."""
+    """Computes G = dloss/dS, S = logit_scale <q, k>, of one tile at a time."""
 
     def __init__(
         self, tiles: Tiles, pairing: Pairing, rows: SideGradient, columns: SideGradient | None
@@ -22,7 +22,7 @@ class TileGradient:
         self.masks = TileMasks(tiles, pairing)
 
     def tile(self, stripe: slice, panel: slice) -> Tensor:
-        """G of these rows and columns; overwritten by the next call."""
+        """Return G of these rows and columns; the next call overwrites it."""
         tile, scratch = self.tiles.logits(stripe, panel), self._scratch(stripe, panel)
         if self.columns is not None:
             threshold = self.pairing.column_threshold
@@ -54,7 +54,7 @@ class TileGradient:
 def _softmax(
     tile: Tensor, where: slice, dim: int, side: SideGradient, threshold: Tensor | None, out: Tensor
 ) -> None:
-    """exp(S - max), and 0 above the threshold."""
+    """Write exp(S - max) to `out`, and 0 where S is above the threshold."""
     dropped = None if threshold is None else tile > threshold[where].unsqueeze(dim)
     torch.sub(tile, side.max[where].unsqueeze(dim), out=out).exp_()
     if dropped is not None:
@@ -62,5 +62,6 @@ def _softmax(
 
 
 def _finite(side: SideGradient) -> SideGradient:
-    """Where a row has nothing to sum, exp(S - inf) is 0 and no overflow meets its zero dsum."""
+    """Replace a maximum of -inf, of a row without competitors, by +inf."""
+    # exp(S + inf) would overflow and give NaN with the row's dsum of 0; exp(S - inf) is 0.
     return side._replace(max=side.max.masked_fill(side.max == -torch.inf, torch.inf))

@@ -1,6 +1,6 @@
 """Running statistics of the softmax family, one tile after another.
 
-M rows, N columns. Tiles of S may come from anywhere: from all features, or from a prefix of them.
+M rows, N columns. Tiles of S come from all features, or from a prefix of them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from gradcache_clip.ops.tiles import Tiles, TileShape
 
 
 def tile_shape(shape: TileShape, pairing: Pairing) -> TileShape:
-    """Square for a self-contrast: only then each tile below the diagonal has a mirror image."""
+    """Make tiles square in a self-contrast, so that each below the diagonal mirrors one above."""
     edge = min(shape.rows, shape.columns)
     return TileShape(edge, edge) if pairing.self_contrast else shape
 
 
 def walk(tiles: Tiles, pairing: Pairing) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of each tile that is computed."""
+    """Yield rows and columns of each tile to compute."""
     for stripe in tiles.stripes():
         for panel in tiles.panels(stripe.start if pairing.self_contrast else 0):
             yield stripe, panel
 
 
 class TileStatistics:
-    """Statistics of all rows and columns, as far as tiles were added."""
+    """Statistics of all rows and columns over the tiles so far."""
 
     def __init__(self, tiles: Tiles, pairing: Pairing) -> None:
         self.tiles, self.pairing = tiles, pairing
@@ -42,7 +42,7 @@ class TileStatistics:
         self.positive = logit_scale.new_empty(len(tiles.q))
 
     def fold(self, stripe: slice, panel: slice) -> None:
-        """Compute the tile of these rows and columns, and add it."""
+        """Compute the tile of these rows and columns, and add it to the statistics."""
         tile = self.tiles.logits(stripe, panel)
         sides = self._sides(stripe, panel)
         self.masks.exclude(tile, stripe, panel, -torch.inf)
@@ -54,7 +54,7 @@ class TileStatistics:
             self._fold_labelled(tile, stripe, panel, sides)
 
     def _sides(self, stripe: slice, panel: slice) -> _TileSides:
-        """What a tile is added to: its rows, and its columns unless they are none or the same."""
+        """Return its rows and, unless they are none or the same, its columns."""
         pairing = self.pairing
         sides: _TileSides = [(self.rows, stripe, 1, pairing.row_threshold)]
         if pairing.both_ways or (pairing.self_contrast and stripe != panel):
@@ -62,23 +62,23 @@ class TileStatistics:
         return sides
 
     def _fold_labelled(self, tile: Tensor, stripe: slice, panel: slice, sides: _TileSides) -> None:
-        """Add the positive logits and the rivals of a tile; leaves only negatives in it."""
+        """Add the positive logits and the hardest negatives; leaves only negatives in the tile."""
         positives = self.masks.positives(stripe, panel)
         scratch = self.tiles.buffer("scratch", stripe, panel)
         torch.where(positives, tile, tile.new_zeros(()), out=scratch)
         tile.masked_fill_(positives, -torch.inf)
         for side, where, dim, _ in sides:
             side.positive[where] += scratch.sum(dim)
-            torch.maximum(side.rival[where], tile.amax(dim), out=side.rival[where])
+            torch.maximum(side.hardest[where], tile.amax(dim), out=side.hardest[where])
 
     def result(self) -> Statistics:
-        """What all tiles together left."""
+        """Return the statistics over all tiles."""
         rows, columns, empty = self.rows, self.columns, self.positive.new_empty(0)
         positive = rows.positive if self.masks.labelled else self.positive
-        row = positive, rows.max, rows.sum, rows.rival
+        row = positive, rows.max, rows.sum, rows.hardest
         if not self.pairing.both_ways:
             return Statistics(*row, empty, empty.clone(), empty.clone(), empty.clone())
-        return Statistics(*row, columns.positive, columns.max, columns.sum, columns.rival)
+        return Statistics(*row, columns.positive, columns.max, columns.sum, columns.hardest)
 
 
 class _Side:
@@ -88,12 +88,12 @@ class _Side:
         self.max = logit_scale.new_full((size,), -torch.inf)
         self.sum = logit_scale.new_zeros(size)
         self.positive = logit_scale.new_zeros(size if labelled else 0)
-        self.rival = logit_scale.new_full((size if labelled else 0,), -torch.inf)
+        self.hardest = logit_scale.new_full((size if labelled else 0,), -torch.inf)
 
     def fold(
         self, tile: Tensor, scratch: Tensor, where: slice, dim: int, threshold: Tensor | None
     ) -> None:
-        """Add a tile to the running (max, sum of exp)."""
+        """Add a tile to the running (max, sum of exp): an online softmax."""
         if threshold is not None:
             limit = threshold[where].unsqueeze(dim)
             tile = torch.where(tile > limit, tile.new_full((), -torch.inf), tile, out=scratch)

@@ -21,7 +21,7 @@ DEFAULT_TILE = TileShape()
 
 
 class Tiles:
-    """Tiles of S = logit_scale q k^T (M x N); each overwrites the one before."""
+    """Computes tiles of S = logit_scale q k^T (M x N); each overwrites the one before."""
 
     def __init__(self, q: Tensor, k: Tensor, logit_scale: Tensor, shape: TileShape) -> None:
         self.q, self.k, self.logit_scale = q, k, logit_scale
@@ -35,7 +35,7 @@ class Tiles:
         return slices(first_column, len(self.k), self.columns)
 
     def logits(self, stripe: slice, panel: slice) -> Tensor:
-        """S of these rows and columns."""
+        """Return S of these rows and columns."""
         dtype = self.logit_scale.dtype
         scaled = self.q[stripe].to(dtype) * self.logit_scale
         return torch.mm(scaled, self.k[panel].to(dtype).T, out=self.buffer("S", stripe, panel))
@@ -43,7 +43,7 @@ class Tiles:
     def buffer(
         self, name: str, stripe: slice, panel: slice, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Memory in the shape of the tile; the same for every tile."""
+        """Return memory in the shape of the tile, reused for every tile."""
         dtype = dtype or self.logit_scale.dtype
         if (name, dtype) not in self._buffers:
             size = self.rows * self.columns
@@ -53,12 +53,12 @@ class Tiles:
 
 
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:
-    """Consecutive slices of at most `step` that cover range(start, stop)."""
+    """Yield consecutive slices of at most `step` that cover range(start, stop)."""
     return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 
 
 def diagonal(tile: Tensor, stripe: slice, panel: slice, shift: int = 0) -> tuple[Tensor, slice]:
-    """The entries (i, i + shift) inside a tile (often none), and the rows they belong to."""
+    """Return the entries (i, i + shift) inside a tile (often none), and their rows."""
     entries = tile.diagonal(stripe.start + shift - panel.start)
     first = max(stripe.start, panel.start - shift)
     return entries, slice(first, first + len(entries))

@@ -7,78 +7,62 @@ of the columns are reduced over the ranks, a few numbers each. Every rank then h
 all rows and columns, and the same loss. In the backward it computes its own rows against all
 columns once more, and all rows against its own columns: the gradients of its own features are
 complete without any gradient being sent. A rank does 10 m N D flops where one process alone would
-do 8 M N D; of a batch against itself 6 m N D.
+do 8 M N D; in a self-contrast 6 m N D.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradcache_clip.distributed.exchange import Block, Ranks
-from gradcache_clip.losses.statistics_side import StatisticsSide
-from gradcache_clip.ops.implementations import (
-    second_derivative_refused,
-)
-from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
-
-
-class Passes(Protocol):
-    """What computes a block: `ContrastPasses` or `PrefixPasses`."""
-
-    def statistics(
-        self, q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing, /
-    ) -> Statistics: ...
-
-    def gradient(
-        self,
-        q: Tensor,
-        k: Tensor,
-        logit_scale: Tensor,
-        pairing: Pairing,
-        rows: SideGradient,
-        columns: SideGradient | None,
-        needs: Needs,
-        /,
-    ) -> Gradients: ...
+from gradcache_clip.losses.partial_softmax import PartialSoftmax
+from gradcache_clip.ops.implementations import second_derivative_refused
+from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
+from gradcache_clip.ops.statistics_op import Passes
 
 
 @dataclass(frozen=True)
-class SpreadContrast:
+class DistributedContrast:
     """One contrast of all ranks, and the share of this one."""
 
     loss: str
     passes: Passes
-    pairing: Pairing
-    """Of all rows and columns; its shift is that within a rank."""
+    pairing: Any
+    """`Pairing` or `TokenRules` of all rows and columns; its shift is that within a rank."""
     ranks: Ranks
     arrived: list[Block] = field(default_factory=list)
-    """Columns of other ranks that the backward need not ask for again."""
+    """Columns of other ranks, kept for the backward where all are held anyway."""
+
+    def differentiable(self, q: Tensor, k: Tensor, logit_scale: Tensor) -> Statistics:
+        """Compute the statistics of all rows and columns, with a graph."""
+        return Statistics(*_DistributedStatistics.apply(q, k, logit_scale, self))
 
     def statistics(self, q: Tensor, k: Tensor, logit_scale: Tensor) -> Statistics:
-        """Of all rows and columns, the same on every rank."""
+        """Compute the statistics of all rows and columns, the same on every rank."""
         arriving, rows, columns = self.ranks.others(k), self._own(q), self._own(k)
         own = self.passes.statistics(q, k, logit_scale, self.pairing.of_block(rows, columns))
-        row_side, column_sides = StatisticsSide(*own[:4]), {columns.start: own[4:]}
+        row_side, column_sides = PartialSoftmax(*own[:4]), {columns.start: own[4:]}
         for where, block in arriving:
             rules = self._apart(rows, where)
             part = self.passes.statistics(q, block, logit_scale, rules)
-            row_side = row_side.merged(StatisticsSide(*part[:4]))
+            row_side = row_side.merged(PartialSoftmax(*part[:4]))
             column_sides[where.start] = part[4:]
             if self.ranks.exchange == "gather":
                 self.arrived.append((where, block))
+        # A ring delivers blocks in another order than that of the ranks.
         ordered = zip(*(column_sides[start] for start in sorted(column_sides)), strict=True)
-        column_side = StatisticsSide(*(torch.cat(each, -1) for each in ordered))
+        column_side = PartialSoftmax(*(torch.cat(each, -1) for each in ordered))
         return Statistics(*row_side.joined(self.ranks), *column_side.reduced(self.ranks))
 
     def gradient(
         self, q: Tensor, k: Tensor, logit_scale: Tensor, sides: _TwoSides, needs: Needs
     ) -> Gradients:
-        """Of this rank's q and k, and of the scale over all ranks; `sides` are of all ranks."""
-        # Under way while the own block is at work.
+        """Compute the gradients of this rank's q and k, and of the scale over all ranks."""
+        # Features travel while the own block is computed.
         columns_arriving = self.arrived or self.ranks.others(k)
         rows_arriving = self.ranks.others(q) if needs[1] and not self._symmetric else ()
         total = _Total(logit_scale, self._of_own_block(q, k, logit_scale, sides, needs))
@@ -107,24 +91,25 @@ class SpreadContrast:
         sides: _TwoSides,
         needs: Needs,
     ) -> Gradients:
-        """Own rows against columns of another rank."""
+        """Compute the gradients of own rows against columns of another rank."""
         rows = self._own(q)
-        # A batch against itself has one side, through which both ranks see the pair.
+        # A self-contrast has one side, through which both ranks see the pair.
         columns = sides.rows if self._symmetric else sides.columns
         rules = self._apart(rows, where)._replace(both_ways=columns is not None)
         both = sides.rows.of(rows), columns and columns.of(where)
         dq, _, dlogit_scale = self.passes.gradient(q, block, logit_scale, rules, *both, needs)
         if dlogit_scale is not None and self._symmetric:
+            # The other rank counts this block as well.
             dlogit_scale = dlogit_scale / 2
         return dq, None, dlogit_scale
 
     def _of_rows(
         self, k: Tensor, where: slice, block: Tensor, logit_scale: Tensor, sides: _TwoSides
     ) -> Tensor | None:
-        """Own columns against rows of another rank."""
+        """Compute the gradient of own columns against rows of another rank."""
         columns = self._own(k)
         rules = self._apart(where, columns).transposed()._replace(both_ways=True)
-        own = SideGradient.silent(sides.rows.max, len(k))
+        own = SideGradient.zeros(sides.rows.max, len(k))
         if sides.columns is not None:
             max, dsum, dpositive = sides.columns.of(columns)
             # Without labels there are no positives here, nor gradients of any.
@@ -132,8 +117,8 @@ class SpreadContrast:
         both = own, sides.rows.of(where)
         return self.passes.gradient(k, block, logit_scale, rules, *both, (True, False, False))[0]
 
-    def _apart(self, rows: slice, columns: slice) -> Pairing:
-        """The rules of rows and columns that are not on the same rank."""
+    def _apart(self, rows: slice, columns: slice) -> Any:
+        """Return the rules of rows and columns of different ranks."""
         block = self.pairing.of_block(rows, columns)
         return block.without_positives(rows.stop - rows.start, columns.stop - columns.start)
 
@@ -142,11 +127,11 @@ class SpreadContrast:
 
     @property
     def _symmetric(self) -> bool:
-        return self.pairing.self_contrast
+        return bool(self.pairing.self_contrast)
 
 
 class _TwoSides(NamedTuple):
-    """What the backward knows of the rows and columns of all ranks."""
+    """The backward's view of the rows and columns of all ranks."""
 
     rows: SideGradient
     columns: SideGradient | None
@@ -154,7 +139,7 @@ class _TwoSides(NamedTuple):
 
 
 class _Total:
-    """Sums of the gradients of blocks, in the dtype of the logits."""
+    """Sums the gradients of blocks, in the dtype of the logits."""
 
     def __init__(self, logit_scale: Tensor, first: Gradients) -> None:
         self.dtype = logit_scale.dtype
@@ -163,31 +148,31 @@ class _Total:
         )
 
     def add(self, part: Gradients) -> None:
-        """Gradients of own rows and of the scale."""
+        """Add the gradients of own rows and of the scale."""
         for total, each in ((self.dq, part[0]), (self.dlogit_scale, part[2])):
             if total is not None and each is not None:
                 total += each
 
     def add_columns(self, part: Tensor | None) -> None:
+        """Add the gradient of own columns."""
         if self.dk is not None and part is not None:
             self.dk += part
 
     def gradients(self, dtype: torch.dtype, ranks: Ranks) -> Gradients:
+        """Return the sums in the dtype of the features; that of the scale over all ranks."""
         dq, dk = (None if each is None else each.to(dtype) for each in (self.dq, self.dk))
         return dq, dk, None if self.dlogit_scale is None else ranks.total(self.dlogit_scale)
 
 
-class StatisticsOverRanks(torch.autograd.Function):
+class _DistributedStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, logit_scale: Tensor, contrast: SpreadContrast
+        ctx: Any, q: Tensor, k: Tensor, logit_scale: Tensor, contrast: DistributedContrast
     ) -> tuple[Tensor, ...]:
         result = contrast.statistics(q, k, logit_scale)
         ctx.contrast = contrast
         ctx.save_for_backward(q, k, logit_scale, result.row_max, result.column_max)
-        ctx.mark_non_differentiable(
-            result.row_max, result.row_rival, result.column_max, result.column_rival
-        )
+        ctx.mark_non_differentiable(*result.constants)
         return tuple(result)
 
     @staticmethod

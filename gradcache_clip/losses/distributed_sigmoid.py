@@ -21,8 +21,8 @@ from gradcache_clip.distributed.collectives import gather_rows
 from gradcache_clip.distributed.exchange import Block, Ranks
 from gradcache_clip.ops.arguments import scalar_tensor
 from gradcache_clip.ops.implementations import Impl, refuse_transforms, resolve_impl
+from gradcache_clip.ops.results import ContrastiveOutput
 from gradcache_clip.ops.siglip import (
-    SigLipLossResult,
     share_right,
     siglip_loss_with_accuracy,
     sigmoid_pass,
@@ -34,7 +34,7 @@ from gradcache_clip.ops.siglip_tiled import Labels, SigmoidPass, Wanted
 _ONLY_ROWS = Wanted(dq=True, dk=False, dlogit_scale=False, dlogit_bias=False, accuracy=False)
 
 
-def sigmoid_over_ranks(
+def distributed_sigmoid(
     q: Tensor,
     k: Tensor,
     logit_scale: Tensor,
@@ -42,8 +42,8 @@ def sigmoid_over_ranks(
     labels: Labels | None,
     impl: Impl,
     ranks: Ranks,
-) -> SigLipLossResult:
-    """`siglip_loss_with_accuracy` of the rows and columns of all ranks, the same on every rank.
+) -> ContrastiveOutput:
+    """Compute `siglip_loss_with_accuracy` of the rows and columns of all ranks, on every rank.
 
     Args:
         q: (m, D) rows of this rank, as many on every rank.
@@ -51,7 +51,7 @@ def sigmoid_over_ranks(
         logit_scale: one element, the same on every rank; its gradient is complete on every rank.
         logit_bias: like logit_scale.
         labels: (M,) and (N,) of all ranks, or None.
-        impl: "reference" gathers all features on every rank; the others never do the same twice.
+        impl: "reference" gathers all features on every rank; the others share the work.
         ranks: who shares the batch, and how features travel.
     """
     dtype = torch.promote_types(q.dtype, k.dtype)
@@ -66,14 +66,14 @@ def sigmoid_over_ranks(
     inputs = q.to(dtype), k.to(dtype), scale, bias
     refuse_transforms("siglip_loss", *inputs)
     q, k, scale, bias = (each.detach() for each in inputs)
-    spread = SpreadSigmoid(resolved, q, k, scale, bias, labels, ranks)
-    found, row_accuracy, column_accuracy = spread.result(wanted_of(*inputs, accuracy=True))
+    contrast = DistributedSigmoid(resolved, q, k, scale, bias, labels, ranks)
+    found, row_accuracy, column_accuracy = contrast.result(wanted_of(*inputs, accuracy=True))
     loss = with_gradients(found.loss, inputs, found[1:5])
-    return SigLipLossResult(loss, row_accuracy, column_accuracy)
+    return ContrastiveOutput(loss, row_accuracy, column_accuracy)
 
 
 @dataclass(frozen=True)
-class SpreadSigmoid:
+class DistributedSigmoid:
     """One sigmoid loss of all ranks, and the share of this one."""
 
     impl: str
@@ -87,7 +87,7 @@ class SpreadSigmoid:
     ranks: Ranks
 
     def result(self, wanted: Wanted) -> tuple[SigmoidPass, Tensor, Tensor]:
-        """Loss and gradients of the mean over all rows, and both accuracies, after all exchange."""
+        """Compute loss and gradients of the mean over all rows, and both accuracies."""
         found = self.share(wanted)
         row_best, column_best = found.row_best, found.column_best
         assert row_best is not None and column_best is not None
@@ -105,12 +105,12 @@ class SpreadSigmoid:
         return mean, right / self.ranks.size, column_accuracy
 
     def share(self, wanted: Wanted) -> SigmoidPass:
-        """Sums over this rank's rows; the best logits of all columns among these rows."""
+        """Sum over this rank's rows; keep the best logits of all columns among these rows."""
         rows, columns = self._own
         columns_arriving = self.ranks.others(self.k)
         labels = self._labels_of(rows, columns)
         total = self._pass(self.q, self.k, labels, wanted, paired=True)
-        # Under way while the columns of the others are at work.
+        # These travel while the columns of the others are computed.
         rows_arriving = self.ranks.others(self.q) if wanted.dk else ()
         total = self._with_columns(total, columns_arriving, wanted._replace(dk=False))
         for where, block in rows_arriving:
@@ -122,7 +122,7 @@ class SpreadSigmoid:
     def _with_columns(
         self, total: SigmoidPass, arriving: Iterator[Block], wanted: Wanted
     ) -> SigmoidPass:
-        """Own rows against the columns of the other ranks as well."""
+        """Add own rows against the columns of the other ranks."""
         rows, columns = self._own
         best = {columns.start: total.column_best}
         for where, block in arriving:
@@ -155,7 +155,7 @@ class SpreadSigmoid:
 
 
 def _together(total: SigmoidPass, part: SigmoidPass) -> SigmoidPass:
-    """The same rows over the columns of both, in the memory of the first; dk is the first's."""
+    """Join the same rows over other columns, in the memory of the first; dk is the first's."""
     assert total.row_best is not None and part.row_best is not None
     best = torch.maximum(total.row_best, part.row_best, out=total.row_best)
     for index in (0, 1, 3, 4):

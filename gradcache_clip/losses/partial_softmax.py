@@ -1,4 +1,4 @@
-"""Statistics of the rows, or of the columns, of a contrast in parts that become one."""
+"""Statistics over part of a contrast, and how the parts become one."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-class StatisticsSide(NamedTuple):
-    """One half of `Statistics`; what a contrast lacks is empty."""
+class PartialSoftmax(NamedTuple):
+    """The row half, or the column half, of `Statistics`; what a contrast lacks is empty."""
 
     positive: Float[Tensor, "... m"]
     max: Float[Tensor, "... m"]
     sum: Float[Tensor, "... m"]
-    rival: Float[Tensor, "... m"]
+    hardest_negative: Float[Tensor, "... m"]
     """Only with labels."""
 
-    def merged(self, other: StatisticsSide) -> StatisticsSide:
-        """The same rows over the columns of both; without labels the positives are this one's."""
+    def merged(self, other: PartialSoftmax) -> PartialSoftmax:
+        """Join the same rows over other columns; without labels the positives are this one's."""
         peak = torch.maximum(self.max, other.max)
         total = self._sum_relative_to(peak) + other._sum_relative_to(peak)
         if not self._labelled:
-            return StatisticsSide(self.positive, peak, total, self.rival)
-        rival = torch.maximum(self.rival, other.rival)
-        return StatisticsSide(self.positive + other.positive, peak, total, rival)
+            return PartialSoftmax(self.positive, peak, total, self.hardest_negative)
+        hardest = torch.maximum(self.hardest_negative, other.hardest_negative)
+        return PartialSoftmax(self.positive + other.positive, peak, total, hardest)
 
-    def joined(self, ranks: Ranks) -> StatisticsSide:
-        """The rows of all ranks, one rank's after another's."""
+    def joined(self, ranks: Ranks) -> PartialSoftmax:
+        """Gather the rows of all ranks, in rank order."""
+        # One collective for all fields that are there.
         there = [index for index, each in enumerate(self) if each.numel() > 0]
         fields = list(self)
         for index, each in zip(
             there, ranks.joined(torch.stack([self[i] for i in there])), strict=True
         ):
             fields[index] = each
-        return StatisticsSide(*fields)
+        return PartialSoftmax(*fields)
 
-    def reduced(self, ranks: Ranks) -> StatisticsSide:
-        """The same rows over the columns of all ranks, each of which has seen its own."""
+    def reduced(self, ranks: Ranks) -> PartialSoftmax:
+        """Merge the same rows over all ranks, each of which has seen its own columns."""
         if self.max.numel() == 0:
             return self
-        peak, *rival = ranks.maximum(self._stacked(self.max, self.rival))
+        peak, *hardest = ranks.maximum(self._stacked(self.max, self.hardest_negative))
         total, *positive = ranks.total(self._stacked(self._sum_relative_to(peak), self.positive))
-        fields = (positive or [self.positive])[0], peak, total, (rival or [self.rival])[0]
-        return StatisticsSide(*fields)
+        first, last = (positive or [self.positive])[0], (hardest or [self.hardest_negative])[0]
+        return PartialSoftmax(first, peak, total, last)
 
     def _stacked(self, always: Tensor, with_labels: Tensor) -> Tensor:
         return torch.stack([always, with_labels] if self._labelled else [always])
@@ -59,4 +60,4 @@ class StatisticsSide(NamedTuple):
 
     @property
     def _labelled(self) -> bool:
-        return self.rival.numel() > 0
+        return self.hardest_negative.numel() > 0
