@@ -37,7 +37,8 @@ class DDPStrategy(ManyRanks):
 
     def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         super().__init__(grad_scaler)
-        self._finishing: list[DistributedDataParallel] = []
+        self._finishing: list[tuple[DistributedDataParallel, list[nn.Parameter]]] = []
+        self._zeros: list[Tensor] = []
 
     def check(self, modules: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> None:
         """Refuse wrappers, or their absence, that would give wrong gradients or fail midway.
@@ -75,7 +76,11 @@ class DDPStrategy(ManyRanks):
             for module in dict.fromkeys(modules)
             if isinstance(module, DistributedDataParallel)
         ]
-        self._finishing = [module for module in wrapped if module in finished]
+        last = [(module, _reduced(module)) for module in wrapped if module in finished]
+        self._finishing = [(module, parameters) for module, parameters in last if parameters]
+        # Autograd runs last what was made first. These zeros, made before the forwards, come after
+        # all of them, so that wrappers reduce one after another in one order on every rank.
+        self._zeros = [reach(parameters) for _, parameters in self._finishing[:-1]]
         with ExitStack() as stack:
             for module in wrapped:
                 if module not in finished:
@@ -84,14 +89,15 @@ class DDPStrategy(ManyRanks):
 
     def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """The last one reaches what these features do not depend on, for DDP waits for it."""
-        # DDP finds out by itself what a single forward has left out, if it is told to.
-        waiting = [_reduced(ddp) for ddp in self._finishing if not ddp.find_unused_parameters]
-        waiting = [parameters for parameters in waiting if parameters]
-        if not waiting:
+        if not self._finishing:
             super().backward(features, gradients)
             return
-        zeros = [reach(parameters) for parameters in waiting]
-        with unused_stay_none([p for parameters in waiting for p in parameters]):
+        zeros, self._zeros = [*self._zeros, reach(self._finishing[-1][1])], []
+        for (ddp, _), zero in zip(self._finishing, zeros, strict=True):
+            if ddp.find_unused_parameters:
+                # It has looked behind the last forward alone; every parameter will be reached.
+                ddp.reducer.prepare_for_backward([zero])
+        with unused_stay_none([p for _, parameters in self._finishing for p in parameters]):
             super().backward(
                 [*features, *zeros], [*gradients, *(torch.zeros_like(zero) for zero in zeros)]
             )

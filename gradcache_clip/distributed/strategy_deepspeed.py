@@ -122,11 +122,11 @@ class DeepSpeedStrategy(ManyRanks):
         with self._noting_breaks(), ExitStack() as stack:
             if self.collective_forward:
                 root = self.engine.module
-                named = {name or "the engine": part for name, part in root.named_modules()}
-                gathers = {n: p for n, p in named.items() if p is root or _owns_parameters(p)}
-                stack.enter_context(self._log.watching(gathers))
-                # ZeRO-3 keeps a list of all modules that a backward visits, and prefetches by it.
-                parts = named if self._stage == 3 else gathers
+                parts = {name or "the engine": part for name, part in root.named_modules()}
+                # ZeRO-3 keeps a list of all modules that run, prefetches by it, and compares ranks.
+                if self._stage < 3:
+                    parts = {n: p for n, p in parts.items() if p is root or _owns_parameters(p)}
+                stack.enter_context(self._log.watching(parts))
                 stack.enter_context(same_backward([root], [*parts.values()], _trained))
             yield
             if self._first and self._stage < 3:
