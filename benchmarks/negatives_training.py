@@ -1,20 +1,19 @@
 """One run of negatives.py: training with the softmax cut into blocks, then retrieval.
 
-B pairs of a batch, m pairs of a block, D feature width.
+B pairs of a batch, m pairs of a block, D feature width, L words a text.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from dataclasses import dataclass, fields
+from itertools import islice, pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from negatives_data import DataSet, HeldOut, Pairs
-from negatives_experiments import Experiment
-from negatives_models import Towers
-from negatives_rows import Row, Run
+from negatives_data import DataSet, HeldOut, Pairs, load_emoji, load_glyphs, load_verses
 from torch import Tensor, nn
 
 from gradcache_clip import ClipLoss, GradCache
@@ -23,8 +22,173 @@ from gradcache_clip.train.config import OptimizerConfig
 from gradcache_clip.train.evaluation import RetrievalMetrics, recall_at_k
 from gradcache_clip.train.optimizer import apply_learning_rate, build_optimizer, learning_rate_at
 
+FEATURES = 256
+Towers = tuple[nn.Module, nn.Module]
 _WEIGHT_DECAY = 0.1
 _EVALUATED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run before it is made."""
+
+    data: str
+    block_size: int
+    """Pairs that compete in one softmax; with the batch size, the whole batch."""
+    seed: int
+    """Of the first weights, the order of the data and dropout."""
+    learning_rate: float
+    steps: int
+    batch_size: int
+    chunk_size: int
+    """Pairs that go through a tower at once."""
+    towers: str
+    """What they are, in words."""
+
+
+@dataclass(frozen=True)
+class Row(Run):
+    """A run and what came out: retrieval of rows that no tower was trained on."""
+
+    forward_recall: float
+    """R@1: share of the first side's rows whose nearest of the second side is right."""
+    backward_recall: float
+    """R@1 from the second side to the first."""
+    forward_chance: float
+    backward_chance: float
+    forward_queries: int
+    backward_queries: int
+    cached_step_bytes: int
+    """Tensors at the peak of the step that was run, counted."""
+    plain_step_bytes: int
+    """Tensors at the peak of a plain step over `block_size` pairs, counted."""
+    seconds: float
+    """Of the training."""
+
+    @property
+    def run(self) -> Run:
+        """Its settings alone."""
+        return Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
+
+
+# Towers
+
+
+class BagOfWords(nn.Module):
+    """The mean of the vectors of a text's words, projected; 0 stands for no word."""
+
+    def __init__(self, words: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(words, width, mode="mean", padding_idx=0)
+        self.projection = nn.Linear(width, FEATURES)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(B, L) numbers of words to (B, FEATURES)."""
+        return self.projection(self.embedding(rows))
+
+
+class SmallConvNet(nn.Module):
+    """Three convolutions of stride two over uint8 images; no batch norm, so chunks matter not."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in pairwise((3, *widths)):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.GELU()]
+        self.layers = nn.Sequential(*layers)
+        self.projection = nn.Linear(widths[-1], FEATURES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, height, width) to (B, FEATURES)."""
+        return self.projection(self.layers(images.float() / 127.5 - 1).mean((2, 3)))
+
+
+def head(width: int) -> nn.Sequential:
+    """What is trained on top of a frozen encoder's (B, width) features."""
+    layers = (nn.LayerNorm(width), nn.Linear(width, 512), nn.GELU(), nn.Dropout(0.2))
+    return nn.Sequential(*layers, nn.Linear(512, FEATURES))
+
+
+def two_heads(pairs: Pairs) -> Towers:
+    """For features of frozen encoders on both sides."""
+    return head(pairs.first.shape[1]), head(pairs.second.shape[1])
+
+
+def two_bags(pairs: Pairs) -> Towers:
+    """For texts on both sides, each with its own words."""
+    return _bag(pairs.first, 256), _bag(pairs.second, 256)
+
+
+def images_and_bags(pairs: Pairs) -> Towers:
+    """For uint8 images and texts."""
+    return SmallConvNet(), _bag(pairs.second, 128)
+
+
+def _bag(rows: Tensor, width: int) -> BagOfWords:
+    return BagOfWords(int(torch.max(rows)) + 1, width)
+
+
+# What is trained, and on what
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One panel of the picture."""
+
+    title: str
+    held_out: str
+    """What is retrieved, in words."""
+    sides: tuple[str, str]
+    towers: str
+    """What they are, in words."""
+    load: Callable[[Path], DataSet]
+    """From the folder that keeps the data; raises `Unavailable`."""
+    build: Callable[[Pairs], Towers]
+    """New towers for data of this shape."""
+    learning_rate: float
+    steps: int
+    chunk_size: int
+
+
+EXPERIMENTS = {
+    "emoji": Experiment(
+        title="Emoji and their names",
+        held_out="emoji of which no variant was seen",
+        sides=("image", "name"),
+        towers="heads with 512 hidden units on frozen EfficientNet-Lite0 and MiniLM-L6",
+        load=load_emoji,
+        build=two_heads,
+        learning_rate=1e-3,
+        steps=300,
+        chunk_size=16,
+    ),
+    "verses": Experiment(
+        title="Bible verses in old and new English",
+        held_out="3,000 verses not seen",
+        sides=("1769", "today"),
+        towers="mean of 256-wide word vectors, projected, from scratch",
+        load=load_verses,
+        build=two_bags,
+        learning_rate=3e-3,
+        steps=300,
+        # Every chunk adds a gradient as large as its whole table of words.
+        chunk_size=128,
+    ),
+    "glyphs": Experiment(
+        title="Characters and their names",
+        held_out="characters not seen",
+        sides=("image", "name"),
+        towers="three convolutions at 32 px, mean of 128-wide word vectors, from scratch",
+        load=load_glyphs,
+        build=images_and_bags,
+        learning_rate=3e-3,
+        steps=300,
+        chunk_size=64,
+    ),
+}
+
+
+# One run
 
 
 class BlockLoss(nn.Module):

@@ -7,27 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from engine import BLOCKS as ENGINE
 from loss_figures import BLOCKS as LOSS
 from memory_vs_batch import BLOCKS as MEMORY
+from negatives import BLOCKS as NEGATIVES
 from report_integrations import BLOCKS as INTEGRATIONS
 from report_integrations import FILE as INTEGRATIONS_FILE
 from report_recipes import BLOCKS as RECIPES
 from report_tables import UNMEASURED, paragraph, read_csv, read_json, table
 from results import bytes_text
 
-if TYPE_CHECKING:
-    from negatives_rows import Summary
-
 _FROM_DOCS = "../benchmarks/results"
-_NEGATIVES_MEMORY = {
-    "cached_step_bytes": "tensors of this step",
-    "plain_step_bytes": "of a plain step over as many pairs",
-}
 _TABLE_HEAD = 2
 _SCALING_WORLDS = (8, 128, 1024)
 
@@ -38,44 +30,6 @@ def demo(results: Path) -> str:
 
     record = read_json(results, "demo.json")
     return to_markdown([RunFigures(**figures) for figures in record["figures"]]).strip()
-
-
-def negatives(results: Path) -> str:
-    """The picture; recall and memory by the number of pairs that compete, a few lines a set."""
-    from negatives_rows import read_rows, summaries
-
-    if not (results / "negatives.csv").exists():
-        return UNMEASURED
-    found = summaries(read_rows(results / "negatives.csv"))
-    sets = [list(group) for _, group in groupby(found, key=lambda each: each.first.data)]
-    blocks = [each.first.block_size for each in sets[0]]
-    batch = sets[0][0].first.batch_size
-    head = [f"{m:,}" + (" (the batch)" if m == batch else "") for m in blocks]
-    lines = [line for each in sets for line in _negatives_lines(each)]
-    picture = f"![Held-out recall against the pairs that compete]({_FROM_DOCS}/negatives.png)"
-    return f"{picture}\n\n{table(['pairs that compete', *head, 'chance'], lines)}"
-
-
-def _negatives_lines(found: Sequence[Summary]) -> list[list[str]]:
-    from negatives_experiments import EXPERIMENTS
-
-    first, second = EXPERIMENTS[found[0].first.data].sides
-    one, name = found[0].first, found[0].first.data
-    ways = {"forward": f"{first} → {second}", "backward": f"{second} → {first}"}
-    chances = {"forward": one.forward_chance, "backward": one.backward_chance}
-    recalls = [
-        [
-            f"{name}, R@1, {title}",
-            *(f"{100 * each.mean(way):.1f} ± {100 * each.deviation(way):.1f} %" for each in found),
-            f"{100 * chances[way]:.2g} %",
-        ]
-        for way, title in ways.items()
-    ]
-    held = [
-        [f"{name}, {title}", *(bytes_text(getattr(each.first, field)) for each in found), ""]
-        for field, title in _NEGATIVES_MEMORY.items()
-    ]
-    return [*recalls, *held]
 
 
 def distributed(results: Path) -> str:
@@ -179,7 +133,7 @@ def _once_measured(block: Callable[[Path], str]) -> Callable[[Path], str]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "demo": demo,
     **MEMORY,
-    "negatives": negatives,
+    **NEGATIVES,
     **ENGINE,
     **LOSS,
     "distributed": distributed,

@@ -8,59 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from engine import section as engine  # noqa: F401
 from loss_figures import section as loss  # noqa: F401
 from memory_predicted import section as predicted  # noqa: F401
 from memory_vs_batch import section as memory  # noqa: F401
+from negatives import section as negatives  # noqa: F401
 from report_blocks import scaling_setting
 from report_tables import paragraph, read_csv, read_json, table
 from results import bytes_text
 
-if TYPE_CHECKING:
-    from negatives_rows import Summary
-
 FOLDER = "../benchmarks/results"
 """Of the results, from the page."""
-
-
-def negatives(results: Path) -> str:
-    """Recall by the number of pairs that compete, a table a data set."""
-    from negatives_rows import read_rows, summaries
-
-    found = summaries(read_rows(results / "negatives.csv"))
-    groups = groupby(found, key=lambda each: each.first.data)
-    return "\n\n".join(_negatives_of(name, list(group)) for name, group in groups)
-
-
-def _negatives_of(name: str, found: Sequence[Summary]) -> str:
-    from negatives_experiments import EXPERIMENTS
-
-    experiment, one = EXPERIMENTS[name], found[0].first
-    first, second = experiment.sides
-    head = (
-        *("pairs that compete", "learning rate", f"R@1, %, {first} → {second}"),
-        *(f"R@1, %, {second} → {first}", "seeds", "tensors of this step"),
-        "of a plain step over as many pairs",
-    )
-    words = (
-        f"Held out: {experiment.held_out}. Towers: {one.towers}. {one.steps:,} steps of "
-        f"{one.batch_size:,} pairs. Mean and standard deviation over the seeds; chance "
-        f"{100 * one.forward_chance:.2g} % and {100 * one.backward_chance:.2g} %."
-    )
-    lines = table(head, map(_negatives_line, found), "r" * len(head))
-    return f"### {experiment.title}\n\n{paragraph(words)}\n\n{lines}"
-
-
-def _negatives_line(each: Summary) -> list[str]:
-    recalls = [
-        f"{100 * each.mean(way):.1f} ± {100 * each.deviation(way):.1f}"
-        for way in ("forward", "backward")
-    ]
-    held = bytes_text(each.first.cached_step_bytes), bytes_text(each.first.plain_step_bytes)
-    setting = f"{each.first.block_size:,}", f"{each.first.learning_rate:g}"
-    return [*setting, *recalls, str(len(each.rows)), *held]
 
 
 def integrations(results: Path) -> str:

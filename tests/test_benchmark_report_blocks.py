@@ -189,15 +189,16 @@ def test_what_recipes_came_to_and_which_are_still_to_train(tmp_path: Path):
 
 
 def test_negatives_and_engines_as_the_pages_quote_them(tmp_path: Path):
-    from negatives_rows import Row, append_row
+    from negatives_training import Row
+    from results import append_row
 
     assert report_blocks.BLOCKS["negatives"](tmp_path) == UNMEASURED
     setting = ("emoji", 16, 0, 1e-3, 300, 1024, 16, "heads")
     few = Row(*setting, 0.1, 0.2, 0.002, 0.002, 500, 500, 30 * 2**20, 2**20, 1.0)
     many = replace(few, block_size=1024, forward_recall=0.15, plain_step_bytes=2**30)
     for seed in (0, 1):
-        append_row(tmp_path / "negatives.csv", replace(few, seed=seed), ORIGIN)
-        append_row(tmp_path / "negatives.csv", replace(many, seed=seed), ORIGIN)
+        append_row(replace(few, seed=seed), tmp_path / "negatives.csv", ORIGIN)
+        append_row(replace(many, seed=seed), tmp_path / "negatives.csv", ORIGIN)
     _, _, *lines = report_blocks.BLOCKS["negatives"](tmp_path).splitlines()
     assert lines[0] == "| pairs that compete | 16 | 1,024 (the batch) | chance |"
     assert lines[2] == "| emoji, R@1, image → name | 10.0 ± 0.0 % | 15.0 ± 0.0 % | 0.2 % |"
