@@ -214,13 +214,13 @@ def test_a_row_without_competitors_has_an_empty_sum(side: str) -> None:
 @pytest.mark.parametrize("both_ways", [True, False])
 def test_tiles_really_cut_the_matrix(both_ways: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     folded: list[int] = []
-    original = tile_statistics._Side.fold
+    original = tile_statistics.RunningSoftmax.fold
 
-    def fold(self: Any, tile: Tensor, scratch: Tensor, where: slice, dim: int, *rest: Any) -> None:
+    def fold(self: Any, tile: Tensor, where: slice, dim: int, scratch: Tensor) -> None:
         folded.append(dim)
-        original(self, tile, scratch, where, dim, *rest)
+        original(self, tile, where, dim, scratch)
 
-    monkeypatch.setattr(tile_statistics._Side, "fold", fold)
+    monkeypatch.setattr(tile_statistics.RunningSoftmax, "fold", fold)
     q, k, pairing = make({}, 252, 507, 8, both_ways=both_ways)
     statistics_tiled(q, k, SCALE, pairing, shape=OBLONG)
     assert folded == ([1, 0] if both_ways else [1]) * (6 * 7)

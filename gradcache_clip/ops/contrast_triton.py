@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gradcache_clip.kernels.competition import Competition
 
 _LOG_2 = math.log(2)
-_LOG2_E = 1 / _LOG_2
+LOG2_E = 1 / _LOG_2
 
 
 def statistics_triton(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing) -> Statistics:
@@ -61,22 +61,26 @@ def _competition(pairing: Pairing) -> Competition:
     from gradcache_clip.kernels.competition import Competition
 
     integers = (None if each is None else each.to(torch.int64).contiguous() for each in pairing[:4])
-    thresholds = (None if each is None else each * _LOG2_E for each in pairing[4:6])
+    thresholds = (None if each is None else each * LOG2_E for each in pairing[4:6])
     return Competition(*integers, *thresholds, *pairing[6:])
 
 
 def _in_nats(planes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Convert to positive, max, sum and hardest_negative; what is missing is empty.
+    """Convert to positive, max, sum and hardest_negative; what is missing is empty."""
+    positive, hardest_negative = planes[2:] * _LOG_2 if len(planes) == 4 else planes.new_empty(2, 0)
+    return positive.clone(), *softmax_in_nats(*planes[:2]), hardest_negative.clone()
+
+
+def softmax_in_nats(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert maxima to nats, and sums of exp(S - maximum) to these maxima.
 
     A maximum is rounded on its way into nats, and again on its way back in the backward. The sum is
     taken relative to what comes back, so that the two passes agree to the last bit.
     """
-    maximum, total = planes[:2]
     reference = maximum * _LOG_2
-    moved = torch.where(maximum > -torch.inf, maximum - reference * _LOG2_E, 0)
-    positive, hardest_negative = planes[2:] * _LOG_2 if len(planes) == 4 else planes.new_empty(2, 0)
-    return positive.clone(), reference, total * torch.exp2(moved), hardest_negative.clone()
+    moved = torch.where(maximum > -torch.inf, maximum - reference * LOG2_E, 0)
+    return reference, total * torch.exp2(moved)
 
 
 def _in_log2(side: SideGradient) -> tuple[Tensor, Tensor, Tensor]:
-    return side.max * _LOG2_E, side.dsum.contiguous(), side.dpositive.contiguous()
+    return side.max * LOG2_E, side.dsum.contiguous(), side.dpositive.contiguous()

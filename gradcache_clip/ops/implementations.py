@@ -16,12 +16,12 @@ Impl = Literal["auto", "reference", "tiled", "triton"]
 
 _IMPLEMENTATIONS = ("reference", "tiled", "triton")
 _OLDEST_CAPABILITY = (8, 0)
-# Once, and not in a function with a cache, which torch.compile warns of.
+# At import, because torch.compile warns of functions with a cache.
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation to run: `impl` itself, or the choice for the device where it is "auto".
+    """Return the implementation to run: `impl`, or the choice for the device if it is "auto".
 
     Raises:
         ValueError: an unknown impl.
@@ -45,7 +45,7 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run here, or None if they can. Triton is imported on demand only."""
+    """Say why the kernels cannot run here; None if they can. Imports triton only if it must."""
     if not _TRITON_IS_INSTALLED:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -61,7 +61,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def refuse_transforms(loss: str, *tensors: Tensor) -> None:
-    """Raise for what the fused ops cannot differentiate: torch.func and forward-mode tensors.
+    """Raise for tensors under torch.func or forward-mode differentiation.
 
     Without this, forward mode would see a constant and report a derivative of zero.
     """
@@ -71,13 +71,13 @@ def refuse_transforms(loss: str, *tensors: Tensor) -> None:
         if is_functorch_wrapped_tensor(tensor) or unpack_dual(tensor).tangent is not None:
             raise RuntimeError(
                 f"{loss}: expected ordinary tensors, got a tensor under torch.func or forward-mode "
-                'differentiation; impl="tiled" and "triton" know reverse mode only, '
+                'differentiation; impl="tiled" and "triton" have reverse mode only, '
                 'use impl="reference"'
             )
 
 
 def second_derivative_refused(loss: str) -> RuntimeError:
-    """The error of a second derivative through an op that differentiates once."""
+    """Build the error of a second derivative through an op that differentiates once."""
     return RuntimeError(
         f'{loss}: expected one derivative, got a second one; impl="tiled" and "triton" '
         'differentiate once, impl="reference" as often as you like'
@@ -85,7 +85,7 @@ def second_derivative_refused(loss: str) -> RuntimeError:
 
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager[Any]:
-    """A region where products keep the dtype of their operands, whatever the caller's autocast."""
+    """Return a context in which products keep the dtype of their operands."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
+from gradcache_clip.ops.tile_statistics import RunningSoftmax
+from gradcache_clip.ops.tiles import diagonal
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -30,7 +32,7 @@ TokenReduction = Literal["mean", "sum"]
 
 
 class Tokens(NamedTuple):
-    """One side, made so that maxima need no mask."""
+    """One side, prepared so that maxima need no mask."""
 
     values: Float[Tensor, "b t d"]
     """Invalid tokens hold a copy of the first valid one of their sample, or 0 if it has none."""
@@ -40,7 +42,7 @@ class Tokens(NamedTuple):
 
 
 class Maxima(NamedTuple):
-    """What is kept of a tile: scores, and for the backward the token that won each maximum."""
+    """The scores of a tile, and for the backward the token that won each maximum."""
 
     image_to_text: Float[Tensor, "i j"] | None
     """None if one way, as `best_text_token` is."""
@@ -56,7 +58,7 @@ class TokenTiles(Protocol):
     texts: Tokens
     one_way: bool
     gradient_scale: float
-    """`add_gradients` adds this many times the gradient."""
+    """`add_gradients` adds the gradient times this factor."""
 
     def stripes(self) -> Iterator[slice]: ...
 
@@ -77,7 +79,7 @@ class TokenTiles(Protocol):
 def masked_tokens(
     tokens: Tensor, mask: Tensor | None, token_reduction: str, dtype: torch.dtype
 ) -> Tokens:
-    """One side as tiles take it; copied only where there is a mask."""
+    """Prepare one side for tiles; copy it only where there is a mask."""
     weight = torch.ones(tokens.shape[:2], dtype=dtype, device=tokens.device)
     if mask is not None:
         # A kernel reads it row by row, however the mask lies in memory.
@@ -95,9 +97,10 @@ def _first(mask: Tensor) -> Tensor:
 
 
 def _unmasked(dtokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Gradient of the tokens from that of `Tokens.values`, in place: copies give to the first."""
+    """Turn the gradient of `Tokens.values` into that of the tokens, in place."""
     if mask is None:
         return dtokens
+    # Invalid tokens are copies of the first valid one, which gets their gradients.
     copies = (~mask & mask.any(1, keepdim=True)).to(dtokens.dtype)
     sample, first = torch.arange(len(mask), device=mask.device), _first(mask)
     given = torch.bmm(copies[:, None], dtokens)[:, 0]
@@ -107,29 +110,36 @@ def _unmasked(dtokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def statistics(tiles: TokenTiles, logit_scale: Tensor, *, paired: bool = True) -> Statistics:
-    """The forward: of each image over the texts, and of each text over the images.
+    """Run the forward: each image over the texts, and each text over the images.
 
-    Both with sums over negatives alone. `paired`: image i and text i are positives of each other;
+    Sums are over negatives alone. With `paired` image i and text i are positives of each other;
     otherwise all pairs are negatives, and the positive logits are zeros. One way the statistics of
-    images are over the scores of texts that look for them.
+    images use the scores of texts that look for them.
     """
-    sides = [_Fold(logit_scale, len(side.values)) for side in (tiles.images, tiles.texts)]
+    sizes = len(tiles.images.values), len(tiles.texts.values)
+    sides = [RunningSoftmax(logit_scale, size) for size in sizes]
+    positives = [logit_scale.new_zeros(size) for size in sizes]
     for stripe in tiles.stripes():
         rows, columns = _stripe_scores(tiles, stripe, logit_scale)
         places = (stripe, 1), (slice(0, len(tiles.texts.values)), 0)
         both = columns if rows is None else rows, columns
-        for side, scores, (where, dim) in zip(sides, both, places, strict=True):
+        for side, positive, scores, place in zip(sides, positives, both, places, strict=True):
             logits = scores * logit_scale
             if paired:
-                side.take_positives(logits, stripe)
-            side.add(logits, where, dim)
+                pairs = logits.diagonal(stripe.start)
+                positive[stripe] = pairs
+                pairs.fill_(-torch.inf)
+            side.fold(logits, *place, scratch=logits)
     # With one positive per sample the hardest negative is the maximum; ops return no aliases.
-    images, texts = ((side.positive, side.max, side.sum, side.max.clone()) for side in sides)
+    images, texts = (
+        (positive, side.max, side.sum, side.max.clone())
+        for side, positive in zip(sides, positives, strict=True)
+    )
     return Statistics(*images, *texts)
 
 
 def _stripe_scores(tiles: TokenTiles, stripe: slice, like: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Scores of the images of a stripe with all texts, image to text and text to image."""
+    """Compute the scores of a stripe of images with all texts, in both directions."""
     shape = stripe.stop - stripe.start, len(tiles.texts.values)
     rows, columns = None if tiles.one_way else like.new_empty(shape), like.new_empty(shape)
     for panel in tiles.panels():
@@ -140,29 +150,6 @@ def _stripe_scores(tiles: TokenTiles, stripe: slice, like: Tensor) -> tuple[Tens
     return rows, columns
 
 
-class _Fold:
-    """Positive logits, and (max, sum of exp) over the negative ones so far, of each sample."""
-
-    def __init__(self, logit_scale: Tensor, size: int) -> None:
-        self.positive = logit_scale.new_zeros(size)
-        self.max = logit_scale.new_full((size,), -torch.inf)
-        self.sum = logit_scale.new_zeros(size)
-
-    def take_positives(self, logits: Tensor, stripe: slice) -> None:
-        """Leaves -inf in their place."""
-        self.positive[stripe] = logits.diagonal(stripe.start)
-        logits.diagonal(stripe.start).fill_(-torch.inf)
-
-    def add(self, negatives: Tensor, where: slice, dim: int) -> None:
-        before, total = self.max[where], self.sum[where]
-        peak = torch.maximum(before, negatives.amax(dim))
-        # Where there is no negative yet there is no finite maximum to subtract.
-        reference = peak.masked_fill(peak == -torch.inf, 0)
-        added = torch.exp(negatives - reference.unsqueeze(dim)).sum(dim)
-        total.mul_(torch.exp(before - reference)).add_(added)
-        before.copy_(peak)
-
-
 def gradient(
     tiles: TokenTiles,
     logit_scale: Tensor,
@@ -171,7 +158,7 @@ def gradient(
     *,
     paired: bool = True,
 ) -> Gradients:
-    """The backward, from what is known of images and of texts."""
+    """Run the backward from the gradients of both sides' statistics."""
     needs_images, needs_texts, needs_scale = needs
     images, texts, dtype = tiles.images, tiles.texts, logit_scale.dtype
     dimages = torch.empty_like(images.values) if needs_images else None
@@ -199,7 +186,7 @@ def gradient(
 def _in_units(
     sides: tuple[SideGradient, SideGradient],
 ) -> tuple[tuple[SideGradient, SideGradient], Tensor]:
-    """The sides over a common factor, so that gradients of scores are at most 1: 16 bits do."""
+    """Divide the sides by a common factor that keeps gradients of scores within 16 bits."""
     largest = torch.stack([side.dpositive.abs().amax() for side in sides]).amax()
     factor = largest.where(largest > 0, 1)
     images, texts = (
@@ -219,7 +206,7 @@ class _Scores(NamedTuple):
     def gradient(
         self, sides: tuple[SideGradient, SideGradient], dlogit_scale: Tensor, *, paired: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Of both directions, times the scale; adds to the gradient of the scale on the way."""
+        """Return dloss/dscores of both directions; add to the gradient of the scale on the way."""
         row, column = (
             None if scores is None else self._of(scores, side, dim, dlogit_scale, paired)
             for scores, side, dim in zip(self.maxima[:2], sides, (1, 0), strict=True)
@@ -233,16 +220,10 @@ class _Scores(NamedTuple):
         peak, dsum, _ = (each.unsqueeze(dim) for each in side.of(self.pair[1 - dim]))
         found = torch.exp(scores * self.logit_scale - peak).mul_(dsum)
         if paired:
-            entries, pairs = _diagonal(found, *self.pair)
+            entries, pairs = diagonal(found, *self.pair)
             entries.copy_(side.dpositive[pairs])
-        # Those of a sample sum to zero, so any score may be subtracted: the largest negative.
+        # These sum to zero over a sample, so subtracting one score from all changes nothing but
+        # rounding: the largest negative.
         largest = (peak / self.logit_scale).nan_to_num()
         dlogit_scale += (found * (scores - largest)).sum()
         return found
-
-
-def _diagonal(tile: Tensor, stripe: slice, panel: slice) -> tuple[Tensor, slice]:
-    """The pairs' entries inside a tile (often none), and which pairs they are."""
-    entries = tile.diagonal(stripe.start - panel.start)
-    first = max(stripe.start, panel.start)
-    return entries, slice(first, first + len(entries))

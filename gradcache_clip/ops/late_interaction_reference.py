@@ -1,4 +1,4 @@
-"""Late interaction with every token pair in memory: the specification the others meet.
+"""Late interaction with every token pair in memory: the specification that others meet.
 
 B pairs, P image tokens, R text tokens, D feature width.
 """
@@ -24,7 +24,7 @@ def late_interaction_reference(
     one_way: bool,
     token_reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, image-to-text and text-to-image accuracy from all B x P x B x R similarities."""
+    """Compute loss and both accuracies from all B x P x B x R similarities."""
     dtype = torch.promote_types(image_tokens.dtype, torch.float32)
     images, image_valid, image_weight = _side(image_tokens.to(dtype), image_mask, token_reduction)
     texts, text_valid, text_weight = _side(text_tokens.to(dtype), text_mask, token_reduction)
@@ -45,7 +45,7 @@ def late_interaction_reference(
 def _side(
     tokens: Tensor, mask: Tensor | None, token_reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens with zeros where the mask says no, the mask, and the weight of each token."""
+    """Return tokens, zero where masked, the mask, and the weight of each token."""
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     weight = mask.to(tokens.dtype)
@@ -55,13 +55,13 @@ def _side(
 
 
 def _best(similarity: Tensor, valid: Tensor, dim: int) -> Tensor:
-    """Maximum over the valid tokens; of equal ones the first. 0 where none is valid."""
+    """Return the maximum over the valid tokens, the first of equal ones; 0 where none is valid."""
     best = similarity.masked_fill(~valid, -torch.inf).max(dim).values
     return best.masked_fill(~valid.any(dim), 0)
 
 
 def _accuracy(logits: Tensor) -> Tensor:
-    """Share of rows whose diagonal entry is larger than every other one."""
+    """Return the share of rows whose diagonal entry is larger than every other one."""
     positive = logits.detach().diagonal()
     negatives = logits.detach().clone().fill_diagonal_(-torch.inf)
     return (positive > negatives.amax(1)).to(logits.dtype).mean()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from gradcache_clip.ops.late_interaction_passes import Maxima, Tokens
+from gradcache_clip.ops.tiles import slices
 
 # Tokens along the image side of a tile, and all its similarities: 4 MB in fp32.
 _SIDE, _ELEMENTS = 1024, 2**20
@@ -35,10 +36,10 @@ class TorchTiles:
         self._buffers: dict[str, Tensor] = {}
 
     def stripes(self) -> Iterator[slice]:
-        return _slices(len(self.images.weight), self._rows)
+        return slices(0, len(self.images.weight), self._rows)
 
     def panels(self) -> Iterator[slice]:
-        return _slices(len(self.texts.weight), self._columns)
+        return slices(0, len(self.texts.weight), self._columns)
 
     def maxima(self, stripe: slice, panel: slice, *, winners: bool) -> Maxima:
         image_weight, text_weight = self.images.weight[stripe], self.texts.weight[panel]
@@ -57,7 +58,7 @@ class TorchTiles:
         return Maxima(image_to_text, text_to_image, text_token, image_token)
 
     def _winners(self, tile: Tensor, best: Tensor, dim: int) -> Tensor:
-        """First index of the maximum; several times as fast as torch.max with indices."""
+        """Return the first index of each maximum, several times as fast as torch.max does."""
         size = tile.shape[dim]
         index = torch.arange(size, dtype=tile.dtype, device=tile.device)
         index = index.view(size, *[1] * (3 - dim))
@@ -88,7 +89,7 @@ class TorchTiles:
         maxima: Maxima,
         dscores: tuple[Tensor | None, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(image token, text token, weight) of each maximum, counted within the tile."""
+        """Return (image token, text token, weight) of each maximum, numbered within the tile."""
         image_weight, text_weight = self.images.weight[pair[0]], self.texts.weight[pair[1]]
         (I, P), (J, R) = image_weight.shape, text_weight.shape
         image, text = (
@@ -106,7 +107,7 @@ class TorchTiles:
         return image, text, weight
 
     def _rows_of(self, side: Tokens, where: slice) -> Tensor:
-        """Tokens of these samples, one a row, in the dtype of the similarities."""
+        """Return the tokens of these samples, one per row, in the dtype of the similarities."""
         return side.values[where].flatten(0, 1).to(side.weight.dtype)
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -118,14 +119,10 @@ class TorchTiles:
 
 
 def _add_sums(out: Tensor, to: Tensor, source: Tensor, weight: Tensor, tokens: Tensor) -> None:
-    """out[to] += weight * tokens[source], summed for each row of `out` in the order of entries."""
+    """out[to] += weight * tokens[source], in the order of entries: deterministic."""
     rows = out.flatten(0, 1)
     to, order = to.sort(stable=True)
     first = torch.arange(len(rows), dtype=to.dtype, device=to.device)
     offsets = torch.searchsorted(to, first, out_int32=True)
     source, weight = source[order], weight[order]
     rows += embedding_bag(source, tokens, offsets, per_sample_weights=weight, mode="sum")
-
-
-def _slices(size: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class TritonTiles:
-    """Tiles of a size that the workspace of the launch table allows."""
+    """Tiles as large as the workspace of the launch table allows."""
 
     def __init__(self, images: Tokens, texts: Tokens, *, one_way: bool) -> None:
         from gradcache_clip.kernels.late_interaction import TokenPanels
@@ -30,7 +30,7 @@ class TritonTiles:
         self.images, self.texts, self.one_way = images, texts, one_way
         self._panels: TokenPanels = TokenPanels(images.values, texts.values, both_ways=not one_way)
         self.gradient_scale = self._panels.gradient_scale
-        # Maxima on the device pass over NaN; a NaN or infinite token must reach every score.
+        # Maxima on the device ignore NaN; a NaN or infinite token must reach every score.
         self._guards = [_guard(side) for side in (images, texts)]
 
     def stripes(self) -> Iterator[slice]:
@@ -68,5 +68,5 @@ class TritonTiles:
 
 
 def _guard(side: Tokens) -> Tensor:
-    """0 for each sample, NaN where one of its tokens is not finite."""
+    """Return 0 for each sample, NaN where one of its tokens is not finite."""
     return side.values.sum((1, 2), dtype=torch.float32).mul_(0)

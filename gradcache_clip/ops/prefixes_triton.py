@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradcache_clip.ops.contrast_triton import LOG2_E, softmax_in_nats
 from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.unit import SMALLEST_NORM, inverse_norms
-
-_LOG2_E = 1 / math.log(2)
 
 
 def in_one_pass(pairing: Pairing) -> bool:
@@ -33,15 +32,19 @@ def prefix_statistics_triton(
     positive, rows, columns = prefix_statistics(
         q,
         k,
-        inverse[0] * (logit_scale * _LOG2_E),
+        inverse[0] * (logit_scale * LOG2_E),
         inverse[1],
         widths,
         rules.positive_shift,
         rules.both_ways,
     )
     empty = positive.new_empty(len(widths), 0)
-    column_max, column_sum = (empty, empty) if columns is None else _in_nats(columns)
-    fields = (positive * math.log(2), *_in_nats(rows), empty, empty, column_max, column_sum, empty)
+    column_max, column_sum = (
+        (empty, empty) if columns is None else softmax_in_nats(*columns.unbind(1))
+    )
+    row_max, row_sum = softmax_in_nats(*rows.unbind(1))
+    of_rows = positive * math.log(2), row_max, row_sum, empty
+    fields = *of_rows, empty, column_max, column_sum, empty
     return [Statistics(*each) for each in zip(*(field.unbind() for field in fields), strict=True)]
 
 
@@ -69,7 +72,7 @@ def prefix_gradient_triton(
         q,
         k,
         logit_scale,
-        (inverse[0] * (logit_scale * _LOG2_E), *inverse),
+        (inverse[0] * (logit_scale * LOG2_E), *inverse),
         (_in_log2(row_max), *row_gradients, column_max, column_dsum),
         widths,
         pairings[0].positive_shift,
@@ -78,14 +81,6 @@ def prefix_gradient_triton(
     )
 
 
-def _in_nats(running: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert maxima to nats, and sums to exp(S - the maxima that the backward converts back)."""
-    maximum, total = running.unbind(1)
-    nats = maximum * math.log(2)
-    shift = (maximum - nats * _LOG2_E).nan_to_num(nan=0.0)
-    return nats, total * torch.exp2(shift)
-
-
 def _in_log2(maximum: Tensor) -> Tensor:
     """Convert maxima to units of log 2; +inf where nothing was summed, for exp(S - maximum) = 0."""
-    return (maximum * _LOG2_E).masked_fill(maximum == -torch.inf, torch.inf)
+    return (maximum * LOG2_E).masked_fill(maximum == -torch.inf, torch.inf)

@@ -19,7 +19,7 @@ def siglip_reference(
     logit_bias: Float[Tensor, ""],
     labels: tuple[Int[Tensor, " m"], Int[Tensor, " n"]] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, row accuracy and column accuracy from the full M x N logits, in at least fp32."""
+    """Compute loss and both accuracies from the full M x N logits, in at least fp32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = logit_scale.to(dtype) * (q.to(dtype) @ k.to(dtype).T) + logit_bias.to(dtype)
     rows, columns = labels or (torch.arange(len(x), device=q.device) for x in (q, k))

@@ -49,7 +49,7 @@ class SigmoidPass(NamedTuple):
     dlogit_scale: Float[Tensor, ""] | None
     dlogit_bias: Float[Tensor, ""] | None
     row_best: Float[Tensor, "2 m"] | None
-    """The largest logit of a positive, and of a negative, or what grows with the logits."""
+    """The largest logit of a positive, and of a negative, or a monotone function of them."""
     column_best: Float[Tensor, "2 n"] | None
 
     def mean(self, logit_scale: Tensor, rows: int) -> SigmoidPass:

@@ -22,7 +22,7 @@ def siglip_triton(
     *,
     paired: bool = True,
 ) -> SigmoidPass:
-    """Loss and gradients in one pass; memory beyond them: a workspace of bounded size."""
+    """Launch one pass for loss and gradients; memory beyond them: a workspace of bounded size."""
     from gradcache_clip.kernels.sigmoid import sigmoid_loss
 
     q, k = q.contiguous(), k.contiguous()

@@ -49,7 +49,9 @@ class TileStatistics:
         if not self.masks.labelled:
             self.masks.take_positives(tile, stripe, panel, self.positive)
         for side, where, dim, threshold in sides:
-            side.fold(tile, self.tiles.buffer("scratch", stripe, panel), where, dim, threshold)
+            scratch = self.tiles.buffer("scratch", stripe, panel)
+            limit = None if threshold is None else threshold[where].unsqueeze(dim)
+            side.fold(_up_to(limit, tile, scratch), where, dim, scratch)
         if self.masks.labelled:
             self._fold_labelled(tile, stripe, panel, sides)
 
@@ -81,22 +83,22 @@ class TileStatistics:
         return Statistics(*row, columns.positive, columns.max, columns.sum, columns.hardest)
 
 
-class _Side:
-    """Running statistics of all rows (dim=1) or of all columns (dim=0)."""
+def _up_to(limit: Tensor | None, tile: Tensor, scratch: Tensor) -> Tensor:
+    """Return the tile with -inf above the limit."""
+    if limit is None:
+        return tile
+    return torch.where(tile > limit, tile.new_full((), -torch.inf), tile, out=scratch)
 
-    def __init__(self, logit_scale: Tensor, size: int, labelled: bool) -> None:
-        self.max = logit_scale.new_full((size,), -torch.inf)
-        self.sum = logit_scale.new_zeros(size)
-        self.positive = logit_scale.new_zeros(size if labelled else 0)
-        self.hardest = logit_scale.new_full((size if labelled else 0,), -torch.inf)
 
-    def fold(
-        self, tile: Tensor, scratch: Tensor, where: slice, dim: int, threshold: Tensor | None
-    ) -> None:
-        """Add a tile to the running (max, sum of exp): an online softmax."""
-        if threshold is not None:
-            limit = threshold[where].unsqueeze(dim)
-            tile = torch.where(tile > limit, tile.new_full((), -torch.inf), tile, out=scratch)
+class RunningSoftmax:
+    """Running (max, sum of exp) of all rows (dim=1), or of all columns (dim=0), of a matrix."""
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self.max = like.new_full((size,), -torch.inf)
+        self.sum = like.new_zeros(size)
+
+    def fold(self, tile: Tensor, where: slice, dim: int, scratch: Tensor) -> None:
+        """Add a tile: an online softmax."""
         before, total = self.max[where], self.sum[where]
         peak = torch.maximum(before, tile.amax(dim))
         # A tile whose entries of a row are all masked has no finite maximum to subtract.
@@ -104,6 +106,15 @@ class _Side:
         torch.sub(tile, reference.unsqueeze(dim), out=scratch).exp_()
         total.mul_(torch.exp(before - reference)).add_(scratch.sum(dim))
         before.copy_(peak)
+
+
+class _Side(RunningSoftmax):
+    """With labels also the sum of the positive logits and the hardest negative."""
+
+    def __init__(self, like: Tensor, size: int, labelled: bool) -> None:
+        super().__init__(like, size)
+        self.positive = like.new_zeros(size if labelled else 0)
+        self.hardest = like.new_full((size if labelled else 0,), -torch.inf)
 
 
 _TileSides = list[tuple[_Side, slice, int, "Tensor | None"]]
