@@ -34,7 +34,7 @@ class ClipLoss(ScaledLoss):
     Args:
         label_smoothing: share of the target that is spread evenly over all competitors. It needs
             the features of all ranks on each, whatever the exchange.
-        options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
+        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
             `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:

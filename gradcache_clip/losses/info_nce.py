@@ -31,7 +31,7 @@ class InfoNCELoss(ScaledLoss):
         false_negative_margin: columns that exceed the similarity of a query to its own document by
             more than this are not its negatives; None keeps all.
         tau_plus: share of positives among the negatives that the debiased loss subtracts.
-        options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
+        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
             `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:

@@ -49,7 +49,7 @@ class LateInteractionLoss(ScaledLoss):
         one_way: texts look for images only, as queries do in MaxSim (ColBERT).
         token_reduction: "mean" over the tokens that look (FILIP), or "sum" (ColBERT), whose scores
             grow with the number of tokens: start with a smaller scale.
-        options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True` (each token),
+        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True` (each token),
             `impl="auto"`, `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:

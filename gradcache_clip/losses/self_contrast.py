@@ -31,7 +31,7 @@ class NTXentLoss(ScaledLoss):
 
     Args:
         tau_plus: share of positives among the negatives that the debiased loss subtracts.
-        options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
+        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
             `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:
@@ -95,7 +95,7 @@ class SupConLoss(ScaledLoss):
     ever stored. Source: Khosla et al. 2020, equation 2.
 
     Args:
-        options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
+        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
             `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:

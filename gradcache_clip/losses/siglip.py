@@ -36,7 +36,7 @@ class SigLipLoss(ScaledLoss):
         init_logit_scale: initial multiplier of the cosine similarities (1/temperature).
         init_logit_bias: initial bias; at -10 the many negatives are classified as such.
         max_logit_scale: upper bound of the scale; none, as in the paper, when None.
-        options: `normalize=True`, `impl="auto"`, `group=None`, `exchange="gather"`; see
+        **options: `normalize=True`, `impl="auto"`, `group=None`, `exchange="gather"`; see
             `ScaledLoss`.
 
     Example:
