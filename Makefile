@@ -11,7 +11,7 @@ demo: $(VENV)/train.done  ## train on real image-caption pairs, evaluate, draw, 
 SHARDED = runs/demo-deepspeed
 demo-deepspeed: $(VENV)/train.done $(VENV)/deepspeed.done  ## the same training on two processes of the CPU, ZeRO-2
 	$(if $(FRESH),rm -rf $(SHARDED))
-	$(BIN)/gradcache-clip data $(DATA) data/$(DATA)
+	$(BIN)/python examples/data/$(DATA).py data/$(DATA)
 	$(BIN)/gradcache-clip launch --engine deepspeed --zero 2 --nproc 2 train examples/demo.yaml \
 	  data.train=data/$(DATA)/train data.validation=data/$(DATA)/validation train.device=cpu \
 	  train.output=$(SHARDED) $$(test -d $(SHARDED)/checkpoints && echo train.resume=true) $(DEMO_FLAGS)

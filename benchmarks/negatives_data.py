@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "data"))
 
 _DECODED_AT_ONCE = 64
 # The vendors' pictures have 64 to 256 pixels; the encoder was trained on 224.
@@ -239,7 +242,7 @@ def load_emoji(folder: Path) -> DataSet:
 
 def load_glyphs(folder: Path) -> DataSet:
     """Characters drawn at 32 pixels with the fonts of matplotlib, and the words of their names."""
-    from gradcache_clip.train.sources import make_glyphs
+    from glyphs import make_glyphs
 
     shards = make_glyphs(folder / "glyphs").out
     train, held_out = (read_captioned(shards / s, _GLYPH_SIZE) for s in ("train", "validation"))
@@ -248,7 +251,7 @@ def load_glyphs(folder: Path) -> DataSet:
 
 def _make_emoji(folder: Path) -> DataSet:
     try:
-        from gradcache_clip.train.sources import make_emoji
+        from emoji import make_emoji
 
         encode_images, encode_texts = _image_encoder(), _text_encoder()
         shards = make_emoji(folder / "emoji").out

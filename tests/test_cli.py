@@ -13,7 +13,7 @@ import torch
 
 from gradcache_clip.cache import ReplayMismatchError
 from gradcache_clip.cli import main
-from gradcache_clip.train import command, loop, sources
+from gradcache_clip.train import command, loop
 from gradcache_clip.train.checkpoint import CheckpointError, DamagedCheckpointError
 from gradcache_clip.train.config import ConfigError
 from gradcache_clip.train.evaluation import evaluate_run as evaluate_module
@@ -93,14 +93,6 @@ def test_an_interrupt_is_no_error(config: str, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(loop, "train", failing(KeyboardInterrupt()))
     assert main(["train", config]) == 130
     assert last_line(capsys.readouterr().err) == "gradcache-clip: interrupted"
-
-
-def test_npm_that_fails_ends_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    monkeypatch.setattr(sources, "make_emoji", failing(RuntimeError("npm pack: exit code 1")))
-    assert main(["data", "emoji", str(tmp_path)]) == 2
-    assert last_line(capsys.readouterr().err) == "gradcache-clip: npm pack: exit code 1"
 
 
 def test_before_checkpoints_are_loaded_there_are_no_errors_of_theirs(

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import subprocess
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,16 @@ from pathlib import Path
 import pytest
 from tiny_shards import picture
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "data"))
+
+import emoji
+import npm
+from emoji import FLUENT, GOOGLE, NAMES, PACKAGES, TWITTER, make_emoji
+from npm import NpmPackage, fetch_packages, read_members
+
 from gradcache_clip.train.data.loader import read_all
 from gradcache_clip.train.data.stream import LoaderOptions
-from gradcache_clip.train.sources import DataSummary, make_emoji, npm
-from gradcache_clip.train.sources.emoji import FLUENT, GOOGLE, NAMES, PACKAGES, TWITTER
-from gradcache_clip.train.sources.npm import NpmPackage, fetch_packages, read_members
+from gradcache_clip.train.sources import DataSummary
 
 
 def tarball(path: Path, members: dict[str, bytes]) -> str:
@@ -70,7 +76,7 @@ def emoji_packages(cache: Path, bases: int = 8) -> list[NpmPackage]:
     return packages
 
 
-def emoji(tmp_path: Path, packages: Sequence[NpmPackage] | None = None) -> DataSummary:
+def made(tmp_path: Path, packages: Sequence[NpmPackage] | None = None) -> DataSummary:
     packages = packages or emoji_packages(tmp_path / "cache")
     return make_emoji(
         tmp_path / "out",
@@ -81,7 +87,7 @@ def emoji(tmp_path: Path, packages: Sequence[NpmPackage] | None = None) -> DataS
 
 
 def test_emoji_join_vendors_with_names(tmp_path: Path) -> None:
-    summary = emoji(tmp_path)
+    summary = made(tmp_path)
     assert summary.train_samples + summary.validation_samples == 24 + 24 + 4
     parts = ("train", "validation")
     train, held_out = (list(read_all(tmp_path / "out" / part)) for part in parts)
@@ -109,7 +115,7 @@ def test_emoji_join_vendors_with_names(tmp_path: Path) -> None:
 
 
 def test_emoji_split_keeps_variants_and_vendors_together(tmp_path: Path) -> None:
-    emoji(tmp_path)
+    made(tmp_path)
     sides = [
         {sample.group.split("-")[0] for sample in read_all(tmp_path / "out" / split)}
         for split in ("train", "validation")
@@ -120,21 +126,21 @@ def test_emoji_split_keeps_variants_and_vendors_together(tmp_path: Path) -> None
 
 def test_a_second_emoji_run_returns_at_once(tmp_path: Path) -> None:
     packages = emoji_packages(tmp_path / "cache")
-    first = emoji(tmp_path, packages)
+    first = made(tmp_path, packages)
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
-    second = emoji(tmp_path, packages)
+    second = made(tmp_path, packages)
     assert second.reused and not first.reused
     assert (second.train_samples, second.bytes) == (first.train_samples, first.bytes)
 
 
 def test_a_damaged_output_is_made_again_and_another_one_is_kept(tmp_path: Path) -> None:
     packages = emoji_packages(tmp_path / "cache")
-    emoji(tmp_path, packages)
+    made(tmp_path, packages)
     shard = tmp_path / "out" / "train" / "shard-000000.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000])
-    assert not emoji(tmp_path, packages).reused
+    assert not made(tmp_path, packages).reused
     assert shard.read_bytes() == whole
     with pytest.raises(ValueError, match=r"\{'seed': 1\}, got shards of \{'seed': 0\}; choose"):
         make_emoji(
@@ -151,7 +157,7 @@ def test_without_npm_the_error_says_what_needs_no_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(npm.shutil, "which", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"make demo DATA=glyphs.*data glyphs OUT"):
+    with pytest.raises(FileNotFoundError, match=r"make demo DATA=glyphs.*data/glyphs.py OUT"):
         make_emoji(tmp_path / "out", cache_dir=tmp_path / "cache")
 
 
@@ -212,3 +218,12 @@ def test_links_in_a_tarball_are_not_followed(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         archive.addfile(link)
     assert list(read_members(tmp_path / "a.tgz", r"package/.*\.png")) == []
+
+
+def test_npm_that_fails_ends_the_script_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fake_npm(monkeypatch, subprocess.CalledProcessError(1, "npm", stderr="E404"))
+    assert emoji.main([str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "npm pack emojibase-data@17.0.0: expected a tarball, got exit code 1 (E404)" in line

@@ -16,14 +16,13 @@ from tiny_run import make_data, overrides
 from gradcache_clip.train import loop
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.loop import train
-from gradcache_clip.train.sources import make_glyphs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.mark.slow
 def test_minimal_loop(tmp_path: Path):
-    make_glyphs(tmp_path, characters=220)
+    make_data(tmp_path, characters=220)
     command = [sys.executable, str(EXAMPLES / "minimal_loop.py"), str(tmp_path / "train"), "1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

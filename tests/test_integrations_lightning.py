@@ -18,13 +18,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from one_shot import gradient_errors, worst
 from strategy_processes import result_of, run_cases
+from tiny_run import make_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from gradcache_clip import ClipLoss, GradCache
 from gradcache_clip.distributed import strategy_all_reduce
 from gradcache_clip.integrations.lightning import cached_step
-from gradcache_clip.train.sources import make_glyphs
 
 BATCH, STEPS = 12, 3
 
@@ -317,7 +317,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "lightning_training.py"
 
 @pytest.mark.slow
 def test_the_example_runs(tmp_path: Path):
-    make_glyphs(tmp_path, characters=220)
+    make_data(tmp_path, characters=220)
     command = [sys.executable, str(EXAMPLE), str(tmp_path), "2"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

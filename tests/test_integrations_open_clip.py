@@ -19,6 +19,7 @@ from losses_over_ranks import Place, relative_errors
 from one_shot import gradient_errors, twins, worst
 from rank_processes import Check, failures
 from siglip_inputs import random_inputs
+from tiny_run import make_data
 from torch import Tensor, nn
 
 from gradcache_clip import GradCache, deferred_step
@@ -322,7 +323,8 @@ def test_in_processes(world: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_learns(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLE), str(tmp_path / "glyphs"), "12"]
+    make_data(tmp_path, characters=500)
+    command = [sys.executable, str(EXAMPLE), str(tmp_path), "12"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     losses = [float(line.split()[3]) for line in result.stdout.splitlines()]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import WORST_ERROR
 from one_shot import gradient_errors, worst
+from tiny_run import make_data
 from tiny_trainer import (
     BATCH,
     STEPS,
@@ -33,7 +34,6 @@ from transformers import Trainer, default_data_collator
 
 from gradcache_clip.cache.nested import take_rows
 from gradcache_clip.integrations.transformers import GradCacheTrainer
-from gradcache_clip.train.sources import make_glyphs
 
 
 def assert_same_weights(ours: nn.Module, theirs: nn.Module, start: nn.Module, atol: float):
@@ -212,7 +212,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "trainer_training.py"
 
 @pytest.mark.slow
 def test_the_example_runs(tmp_path: Path):
-    make_glyphs(tmp_path, characters=220)
+    make_data(tmp_path, characters=220)
     command = [sys.executable, str(EXAMPLE), str(tmp_path), "5"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -336,10 +336,3 @@ def test_evaluate_prints_recall_and_zero_shot(whole, capsys):
 def test_evaluate_of_no_run(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "has no config.yaml" in capsys.readouterr().err
-
-
-def test_data_glyphs_then_again(tmp_path, capsys):
-    assert main(["data", "glyphs", str(tmp_path / "shards"), "--seed", "3"]) == 0
-    assert "held-out pairs" in capsys.readouterr().out
-    assert main(["data", "glyphs", str(tmp_path / "shards"), "--seed", "3"]) == 0
-    assert "already there" in capsys.readouterr().out

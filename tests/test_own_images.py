@@ -1,4 +1,4 @@
-"""Shards of drawn characters, and of a person's own images from folders and tables."""
+"""Shards of a person's own images, from folders and tables."""
 
 from __future__ import annotations
 
@@ -10,20 +10,7 @@ import pytest
 from tiny_shards import picture
 
 from gradcache_clip.train.data.loader import read_all
-from gradcache_clip.train.sources import TableColumns, make_folder, make_glyphs, make_table
-
-
-def test_glyphs_are_drawn_named_and_split_by_character(tmp_path: Path) -> None:
-    summary = make_glyphs(tmp_path, characters=60, validation_share=0.2)
-    train, held_out = (list(read_all(tmp_path / s)) for s in ("train", "validation"))
-    assert summary.train_samples == len(train) and summary.validation_samples == len(held_out)
-    assert not {s.group for s in train} & {s.group for s in held_out}
-    assert len({s.group for s in train}) == 48 and len({s.group for s in held_out}) == 12
-    assert len(train) > 100
-    for sample in train:
-        assert int(sample.image.min()) < 128 < int(sample.image.max())
-        assert sample.captions[0] == sample.captions[0].lower()
-    assert make_glyphs(tmp_path, characters=60, validation_share=0.2).reused
+from gradcache_clip.train.sources import TableColumns, make_folder, make_table
 
 
 def image_folder(folder: Path) -> Path:

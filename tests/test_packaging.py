@@ -78,3 +78,7 @@ def test_an_installed_archive_has_the_kernels(unpacked: Path, tmp_path: Path) ->
     expected = tmp_path / "lib" / "gradcache_clip" / "kernels" / "contrast_gradient.py"
     assert Path(found.stdout.strip()) == expected
     assert (tmp_path / "lib" / DATA).exists()
+    assert {path.name for path in (tmp_path / "lib").iterdir()} == {"gradcache_clip"}
+    makers = {path.name for path in (ROOT / "examples" / "data").glob("*.py")}
+    assert "emoji.py" in makers
+    assert not makers & {path.name for path in (tmp_path / "lib").rglob("*.py")}

@@ -6,15 +6,17 @@ import base64
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from gradcache_clip.cli import main
-from gradcache_clip.train import sources
-from gradcache_clip.train.sources import TripletSummary, make_wordnet, wordnet
-from gradcache_clip.train.sources.npm import NpmPackage
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "data"))
+
+import wordnet
+from npm import NpmPackage
+from wordnet import TripletSummary, make_wordnet
 
 LICENSE = "  1 This software and database is being provided to you\n"
 NOUNS = """\
@@ -115,8 +117,11 @@ def test_the_same_settings_make_the_same_lines(tmp_path: Path) -> None:
     assert (wordnet._FORMAT, digest[:16]) == (1, "f049d0b6e0d5fda1")
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     summary = TripletSummary(tmp_path, 1200, 24, 2_000_000, False)
-    monkeypatch.setattr(sources, "make_wordnet", lambda out, **options: summary)
-    assert main(["data", "wordnet", str(tmp_path)]) == 0
+    given = []
+    monkeypatch.setattr(wordnet, "make_wordnet", lambda **options: given.append(options) or summary)
+    assert wordnet.main([str(tmp_path)]) == 0
     assert "1,200 training and 24 held-out triplets (2 MB), written" in capsys.readouterr().out
+    (options,) = given
+    assert (options["out"], options["validation_share"], options["seed"]) == (tmp_path, 0.02, 0)

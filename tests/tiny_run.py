@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
-from gradcache_clip.train.sources import make_glyphs
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "data"))
+
+from glyphs import make_glyphs
 
 OVERRIDES = (
     "data.image_size=16",
@@ -29,9 +32,9 @@ OVERRIDES = (
 )
 
 
-def make_data(folder: Path) -> Path:
-    """Shards of about 150 training pairs."""
-    make_glyphs(folder, characters=60)
+def make_data(folder: Path, characters: int = 60) -> Path:
+    """Shards of drawn characters, about 150 training pairs of 60."""
+    make_glyphs(folder, characters=characters)
     return folder
 
 

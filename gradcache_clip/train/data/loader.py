@@ -54,11 +54,15 @@ class ImageCaptionLoader(ResumableLoader):
             ValueError for too many broken samples and for a set smaller than one batch.
 
     Example:
-        >>> import tempfile
-        >>> from gradcache_clip.train.sources.glyphs import make_glyphs
+        >>> import io, tempfile
+        >>> from PIL import Image
+        >>> from gradcache_clip.train.sources import Sample, write_shards
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (80, 60), "teal").save(file, "PNG")
+        >>> pairs = [Sample(f"a{i}", file.getvalue(), "png", ("teal",), "teal") for i in range(8)]
         >>> with tempfile.TemporaryDirectory() as out:
-        ...     _ = make_glyphs(Path(out), characters=40)
-        ...     batch = next(iter(ImageCaptionLoader(Path(out) / "train", 8)))
+        ...     _ = write_shards(pairs, Path(out), source="mine", license="CC0-1.0")
+        ...     batch = next(iter(ImageCaptionLoader(out, 8)))
         >>> batch.images.shape
         torch.Size([8, 3, 64, 64])
     """

@@ -132,7 +132,7 @@ def find_text_files(source: str | Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(
             f"{source}: expected a local .jsonl file, a folder of them or a glob, got none; "
-            "check the path, or make some with `gradcache-clip data wordnet`"
+            "check the path, or make some with `python examples/data/wordnet.py OUT`"
         )
     return files
 

@@ -117,8 +117,7 @@ def check_labels(config: Config) -> None:
         if not any(sample.label for sample in first):
             raise ConfigError(
                 f"label: expected the class of images in {source}, by which views are evaluated, "
-                'got none; write {"label": "cat"} into KEY.json (for emoji and glyphs: make the '
-                "shards again), or leave data.validation out"
+                'got none; write {"label": "cat"} into KEY.json, or leave data.validation out'
             )
 
 

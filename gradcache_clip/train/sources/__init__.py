@@ -1,34 +1,41 @@
-"""Makers of shards of images and captions, and of triplets of texts."""
+"""Import images and captions as shards: from folders, tables, COCO, or code of your own."""
 
 from gradcache_clip.train.sources.coco import CocoSplits, make_coco
-from gradcache_clip.train.sources.emoji import make_emoji
 from gradcache_clip.train.sources.folder import make_folder
-from gradcache_clip.train.sources.glyphs import make_glyphs
 from gradcache_clip.train.sources.shards import (
     Manifest,
     Sample,
+    file_digest,
     read_manifest,
     verify_manifest,
     write_shards,
 )
-from gradcache_clip.train.sources.splits import DataSummary
+from gradcache_clip.train.sources.splits import (
+    DataSummary,
+    Recipe,
+    SkippedSample,
+    finished_output,
+    track,
+    write_splits,
+)
 from gradcache_clip.train.sources.table import TableColumns, make_table
-from gradcache_clip.train.sources.wordnet import TripletSummary, make_wordnet
 
 __all__ = [
     "CocoSplits",
     "DataSummary",
     "Manifest",
+    "Recipe",
     "Sample",
+    "SkippedSample",
     "TableColumns",
-    "TripletSummary",
+    "file_digest",
+    "finished_output",
     "make_coco",
-    "make_emoji",
     "make_folder",
-    "make_glyphs",
     "make_table",
-    "make_wordnet",
     "read_manifest",
+    "track",
     "verify_manifest",
     "write_shards",
+    "write_splits",
 ]

@@ -93,6 +93,17 @@ class DataSummary:
     reused: bool
     test_samples: int = 0
 
+    def __str__(self) -> str:
+        test = f", {self.test_samples:,} test" if self.test_samples else ""
+        done = "already there" if self.reused else "written"
+        made = (
+            f"{self.out}: {self.train_samples:,} training{test} and "
+            f"{self.validation_samples:,} held-out pairs in {self.shards} shards "
+            f"({self.bytes / 1e6:.0f} MB), {done}"
+        )
+        skipped = (f"skipped {count:,}: {reason}" for reason, count in self.skipped.items())
+        return "\n".join((made, *skipped))
+
 
 def finished_output(out: Path, recipe: Recipe) -> DataSummary | None:
     """The summary of a complete output of this recipe, or None where there is work to do.

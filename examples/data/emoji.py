@@ -1,22 +1,23 @@
-"""Emoji of three vendors with their names: 10,944 image-caption pairs, fetched through npm."""
+"""Emoji of three vendors with their names: 10,944 image-caption pairs, fetched through npm.
+
+python examples/data/emoji.py data/emoji
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradcache_clip.train.sources.npm import (
-    NpmPackage,
-    default_cache_dir,
-    fetch_packages,
-    read_members,
-)
-from gradcache_clip.train.sources.shards import Sample
-from gradcache_clip.train.sources.splits import (
+from npm import NpmPackage, default_cache_dir, fetch_packages, read_members
+from script import maker_parser, run_maker
+
+from gradcache_clip.train.sources import (
     DataSummary,
     Recipe,
+    Sample,
     finished_output,
     track,
     write_splits,
@@ -192,3 +193,15 @@ def _hexcode(text: str) -> str:
 def _licenses(packages: Sequence[NpmPackage]) -> str:
     listed = ", ".join(f"{p.name}@{p.version}" for p in packages)
     return LICENSES_TEXT.format(packages=listed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script."""
+    parser = maker_parser(__doc__, validation_share=0.15)
+    text = "keeps the download of 158 MB (default: the user's cache folder)"
+    parser.add_argument("--cache-dir", type=Path, help=text)
+    return run_maker(make_emoji, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

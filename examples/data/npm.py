@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradcache_clip.train.sources.shards import file_digest
-from gradcache_clip.train.sources.splits import track
+from gradcache_clip.train.sources import file_digest, track
 
 TIMEOUT_S = 900
 MAX_MEMBER_BYTES = 64 * 2**20
 _WITHOUT_DOWNLOAD = (
-    "or use a set that needs no download: `make demo DATA=glyphs`, `gradcache-clip data glyphs OUT`"
+    "or use a set that needs no download: `make demo DATA=glyphs`, "
+    "`python examples/data/glyphs.py OUT`"
 )
 
 

@@ -1,20 +1,25 @@
-"""Characters drawn with the fonts that matplotlib ships, captioned with their Unicode names."""
+"""Characters drawn with the fonts that matplotlib ships, captioned with their Unicode names.
+
+python examples/data/glyphs.py data/glyphs
+"""
 
 from __future__ import annotations
 
 import io
 import random
+import sys
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from script import maker_parser, run_maker
 
-from gradcache_clip.train.sources.shards import Sample
-from gradcache_clip.train.sources.splits import (
+from gradcache_clip.train.sources import (
     DataSummary,
     Recipe,
+    Sample,
     finished_output,
     track,
     write_splits,
@@ -159,3 +164,15 @@ def _sample(glyph: _Glyph, font: ImageFont.FreeTypeFont) -> Sample:
         group=point,
         label=unicodedata.category(glyph.character),
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script."""
+    parser = maker_parser(__doc__, validation_share=0.15)
+    text = "how many to draw (default: %(default)s)"
+    parser.add_argument("--characters", type=int, default=1500, help=text)
+    return run_maker(make_glyphs, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
