@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere, gather_rows
-from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives, check_rows
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.ops.arguments import check_integers, check_pairs, check_share
 from gradcache_clip.ops.clip import ClipTargets, clip_result
 from gradcache_clip.ops.pairing import Pairing
@@ -34,8 +34,8 @@ class ClipLoss(ScaledLoss):
     Args:
         label_smoothing: share of the target that is spread evenly over all competitors. It needs
             the features of all ranks on each, whatever the exchange.
-        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
-            `group=None`, `exchange="gather"`; see `ScaledLoss`.
+        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`,
+            `impl="auto"`, `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:
         >>> import torch
@@ -125,7 +125,6 @@ class ClipLoss(ScaledLoss):
         ids: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Check everything; return labels and ids of all ranks."""
-        check_rows(image_features=image_features, text_features=text_features)
         check_pairs(("image_features", "text_features"), image_features, text_features)
         given = {"labels": labels, "ids": ids}
         for name, integers in given.items():

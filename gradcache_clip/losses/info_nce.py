@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere
 from gradcache_clip.losses.retrieval_batch import RetrievalBatch
-from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_rows
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions
 from gradcache_clip.ops.arguments import check_share
 from gradcache_clip.ops.info_nce import RetrievalRules, retrieval_columns
 from gradcache_clip.ops.results import RetrievalOutput
@@ -31,8 +31,8 @@ class InfoNCELoss(ScaledLoss):
         false_negative_margin: columns that exceed the similarity of a query to its own document by
             more than this are not its negatives; None keeps all.
         tau_plus: share of positives among the negatives that the debiased loss subtracts.
-        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
-            `group=None`, `exchange="gather"`; see `ScaledLoss`.
+        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`,
+            `impl="auto"`, `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:
         >>> import torch
@@ -125,7 +125,6 @@ class InfoNCELoss(ScaledLoss):
         ids: Tensor | None,
     ) -> RetrievalBatch:
         """Check everything; return the features of this rank with the ids of all ranks."""
-        check_rows(queries=queries, documents=documents)
         rules = RetrievalRules(ids, self.false_negative_margin, self.symmetric, self.tau_plus)
         columns, own = retrieval_columns(queries, documents, hard_negatives, rules)
         check_same_everywhere(self.group, queries=queries, columns=columns, own=own, ids=ids)

@@ -143,24 +143,6 @@ class ScaledLoss(nn.Module):
         return f"normalize={self.normalize}, impl={self.impl!r}"
 
 
-def check_rows(**features: Tensor) -> None:
-    """Raise unless all are (B, D) matrices of one shape."""
-    for name, given in features.items():
-        if not isinstance(given, Tensor) or given.dim() != 2:
-            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-            raise ValueError(
-                f"{name}: expected a (B, D) tensor, got {got}; pool each sample to one vector"
-            )
-    (first, one), *others = features.items()
-    for name, given in others:
-        if given.shape != one.shape:
-            raise ValueError(
-                f"{name}: expected the shape of {first}, {tuple(one.shape)}, got "
-                f"{tuple(given.shape)}; row i of both must be one pair: pass one row of each, and "
-                "project both to the same width"
-            )
-
-
 def check_has_negatives(pairs: int) -> None:
     """Raise if the batch of all ranks is a single pair."""
     if pairs < 2:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere
-from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_rows
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions
 from gradcache_clip.ops.arguments import check_features, check_integers, check_pairs, check_share
 from gradcache_clip.ops.results import SelfContrastOutput
 from gradcache_clip.ops.self_contrast import (
@@ -31,8 +31,8 @@ class NTXentLoss(ScaledLoss):
 
     Args:
         tau_plus: share of positives among the negatives that the debiased loss subtracts.
-        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
-            `group=None`, `exchange="gather"`; see `ScaledLoss`.
+        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`,
+            `impl="auto"`, `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:
         >>> import torch
@@ -79,7 +79,6 @@ class NTXentLoss(ScaledLoss):
         features_b: Tensor,
         logit_scale: Tensor | None,
     ) -> list[SelfContrastOutput]:
-        check_rows(features_a=features_a, features_b=features_b)
         check_pairs(("features_a", "features_b"), features_a, features_b)
         check_same_everywhere(self.group, features_a=features_a, features_b=features_b)
         views = torch.cat(self._prepared(widths, features_a, features_b))
@@ -95,8 +94,8 @@ class SupConLoss(ScaledLoss):
     ever stored. Source: Khosla et al. 2020, equation 2.
 
     Args:
-        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`, `impl="auto"`,
-            `group=None`, `exchange="gather"`; see `ScaledLoss`.
+        **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`,
+            `impl="auto"`, `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
     Example:
         >>> import torch
@@ -140,7 +139,6 @@ class SupConLoss(ScaledLoss):
         labels: Tensor,
         logit_scale: Tensor | None,
     ) -> list[SelfContrastOutput]:
-        check_rows(features=features)
         check_features("features", features)
         check_integers("labels", labels, (len(features),), features.device)
         check_same_everywhere(self.group, features=features, labels=labels)

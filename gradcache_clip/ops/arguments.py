@@ -17,7 +17,7 @@ def check_features(name: str, features: Tensor) -> None:
     if features.ndim != 2 or features.numel() == 0:
         raise ValueError(
             f"{name}: expected a non-empty (B, D) matrix, got shape {tuple(features.shape)}; "
-            "pool tokens to one vector per sample first"
+            "pool each sample to one vector"
         )
 
 
@@ -39,7 +39,8 @@ def check_pairs(names: tuple[str, str], q: Tensor, k: Tensor) -> None:
     if q.shape != k.shape:
         raise ValueError(
             f"{names[1]}: expected the shape of {names[0]} {tuple(q.shape)}, "
-            f"got {tuple(k.shape)}; row i of both must be one pair"
+            f"got {tuple(k.shape)}; row i of both must be one pair: pass one row of each, and "
+            "project both to the same width"
         )
     check_same_device(names, q, k)
 
