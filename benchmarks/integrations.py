@@ -6,31 +6,42 @@
 
 Of each case: how far loss and gradients are from the library's, the time of a step against its
 step (both in one process, taking turns), and the growth of a fresh process's peak memory. Writes
-integrations.csv into benchmarks/results (or --results). Cases are in integrations_cases.py.
+integrations.csv into benchmarks/results (or --results).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple
 
-from fresh_process import (
-    Limits,
-    PeakGrowth,
-    call_in_fresh_process,
-    interleaved_times_ms,
+import torch
+from engine_steps import SentenceEmbedding, image_text, lemma_gloss
+from fresh_process import Limits, PeakGrowth, call_in_fresh_process, interleaved_times_ms
+from results import (
+    UNMEASURED,
+    bytes_text,
+    paragraph,
+    parser,
+    power,
+    provenance,
+    read_rows,
+    show,
+    table,
+    write_rows,
 )
-from integrations_cases import CASES, OURS, THEIRS, Run
-from results import bytes_text, provenance
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
+
+from gradcache_clip import GradCache
+
+_FILE = "integrations.csv"
+_LIBRARIES = ("open_clip", "sentence_transformers", "transformers", "lightning")
+OURS, THEIRS = "ours", "theirs"
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,46 @@ class Row:
     peak_growth_bytes: int
     """Of the drop-in."""
     their_peak_growth_bytes: int
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, or with --redraw read, then print the table."""
+    options = _parser().parse_args(arguments)
+    if not options.redraw:
+        rows = [_measured(name, options) for name in _chosen(options)]
+        write_rows(Row, rows, options.results / _FILE, provenance())
+    show(section(options.results))
+
+
+def _chosen(options: argparse.Namespace) -> Iterator[str]:
+    for name in options.cases:
+        if name == "sentences" and not (options.wordnet / "data.noun").exists():
+            print(f"sentences: no WordNet in {options.wordnet}; see --wordnet")
+        else:
+            yield name
+
+
+def _measured(name: str, options: argparse.Namespace) -> Row:
+    case = CASES[name]
+    given = {"case": name, "wordnet": str(options.wordnet), "rounds": options.rounds}
+    given |= {"pairs": case.few if options.quick else case.pairs, "seconds": options.seconds}
+    limits = Limits(threads=options.threads)
+    peaks = []
+    for side in (OURS, THEIRS):
+        outcome = call_in_fresh_process(measure_memory, {**given, "side": side}, limits)
+        peaks.append(outcome.values["bytes"])
+    times = call_in_fresh_process(measure_times, given, limits).values
+    return Row(
+        case.drop_in,
+        case.beside,
+        given["pairs"],
+        **times,
+        peak_growth_bytes=peaks[0],
+        their_peak_growth_bytes=peaks[1],
+    )
+
+
+# Measurements, each in a process of its own
 
 
 def measure_memory(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -81,43 +132,6 @@ def measure_times(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or with --redraw read, then print the table."""
-    options = _parser().parse_args(arguments)
-    console, path = Console(), options.results / "integrations.csv"
-    if not options.redraw:
-        options.results.mkdir(parents=True, exist_ok=True)
-        _write([_measured(name, options) for name in _chosen(options, console)], path)
-    console.print(_table(_read(path)))
-
-
-def _chosen(options: argparse.Namespace, console: Console) -> list[str]:
-    if "sentences" in options.cases and not (options.wordnet / "data.noun").exists():
-        console.print(f"sentences: no WordNet in {options.wordnet}; see --wordnet")
-        return [name for name in options.cases if name != "sentences"]
-    return list(options.cases)
-
-
-def _measured(name: str, options: argparse.Namespace) -> Row:
-    case = CASES[name]
-    given = {"case": name, "wordnet": str(options.wordnet), "rounds": options.rounds}
-    given |= {"pairs": case.few if options.quick else case.pairs, "seconds": options.seconds}
-    limits = Limits(threads=options.threads)
-    peaks = []
-    for side in (OURS, THEIRS):
-        outcome = call_in_fresh_process(measure_memory, {**given, "side": side}, limits)
-        peaks.append(outcome.values["bytes"])
-    times = call_in_fresh_process(measure_times, given, limits).values
-    return Row(
-        case.drop_in,
-        case.beside,
-        given["pairs"],
-        **times,
-        peak_growth_bytes=peaks[0],
-        their_peak_growth_bytes=peaks[1],
-    )
-
-
 def _stepping(run: Run) -> Callable[[], float]:
     def stepped() -> float:
         for leaf in run.leaves:
@@ -134,53 +148,239 @@ def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     return float((difference / sum(b.double().square().sum() for _, b in pairs)).sqrt())
 
 
-def _write(rows: Sequence[Row], path: Path) -> None:
-    origin = provenance()
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), *origin])
-        writer.writeheader()
-        writer.writerows({**asdict(row), **origin} for row in rows)
+# The drop-ins, and what the libraries themselves offer
 
 
-def _read(path: Path) -> list[Row]:
-    types = get_type_hints(Row)
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    return [Row(**{name: types[name](line[name]) for name in types}) for line in lines]
+class Run(NamedTuple):
+    """One side of a case."""
+
+    step: Callable[[], float]
+    """Adds to `.grad` of the leaves; returns the loss."""
+    leaves: Sequence[Tensor]
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="drop-ins beside the libraries' own", box=SIMPLE)
-    errors = ("loss\ndiffers by", "gradients\ndiffer by")
-    table.add_column("drop-in\nbeside", overflow="fold")
-    for heading in ("pairs", *errors, "their time\nover ours", "memory\ntheirs"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            f"{row.drop_in.split('.', 1)[1]}\n{row.beside}",
-            f"{row.pairs:,}",
-            f"{row.loss_error:.0e}",
-            f"{row.gradient_error:.0e}",
-            f"{row.time_ratio:.2f}",
-            f"{bytes_text(row.peak_growth_bytes)}\n{bytes_text(row.their_peak_growth_bytes)}",
-        )
-    return table
+class Case(NamedTuple):
+    """A drop-in, what it stands in for, and how to build either side for a number of pairs."""
+
+    drop_in: str
+    beside: str
+    pairs: int
+    few: int
+    """Pairs of a quick run, and of the step before a measurement."""
+    build: Callable[[str, int, Path], Run]
+    """Called with the side, the pairs and WordNet's folder."""
+
+
+def _backward(loss: Tensor) -> float:
+    loss.backward()
+    return loss.item()
+
+
+def _features(name: str, side: str, pairs: int, folder: Path) -> Run:
+    """A loss of open_clip's over features of width 512."""
+    if side == OURS:
+        from gradcache_clip.integrations import open_clip as library
+    else:
+        from open_clip import loss as library
+    torch.manual_seed(0)
+    features = [nn.functional.normalize(torch.randn(pairs, 512)).requires_grad_() for _ in "it"]
+    scalars = [torch.tensor(value, requires_grad=True) for value in (20.0, -8.0)]
+    leaves, loss = [*features, *scalars], getattr(library, name)()
+    return Run(lambda: _backward(loss(*leaves)), leaves)
+
+
+def _clip(side: str, pairs: int, folder: Path) -> Run:
+    return _features("ClipLoss", side, pairs, folder)
+
+
+def _siglip(side: str, pairs: int, folder: Path) -> Run:
+    return _features("SigLipLoss", side, pairs, folder)
+
+
+def _open_clip_model(side: str, pairs: int, folder: Path) -> Run:
+    """A ViT on 64-pixel images and a text tower of open_clip, chunks of 32 or one graph."""
+    import open_clip
+
+    from gradcache_clip.integrations.open_clip import ClipLoss, OpenClipTowers
+
+    torch.manual_seed(0)
+    text = {"context_length": 32, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 6}
+    vision = {"image_size": 64, "patch_size": 8, "width": 384, "head_width": 64, "layers": 6}
+    model = open_clip.CLIP(256, vision_cfg=vision, text_cfg=text, output_dict=True)
+    images, texts = torch.randn(pairs, 3, 64, 64), torch.randint(1, 49408, (pairs, 32))
+    leaves = list(model.parameters())
+    if side == OURS:
+        towers = OpenClipTowers(model)
+        cache = GradCache(towers, towers.loss_with(ClipLoss()), chunk_size=32)
+        return Run(lambda: cache(images, texts).loss.item(), leaves)
+    loss = open_clip.ClipLoss()
+    return Run(lambda: _backward(loss(**model(images, texts))), leaves)
+
+
+def _sentences(side: str, pairs: int, folder: Path) -> Run:
+    """WordNet's lemmas and glosses through an encoder of the shape of MiniLM, chunks of 32."""
+    if side == OURS:
+        from gradcache_clip.integrations import sentence_transformers as library
+    else:
+        from sentence_transformers.sentence_transformer import losses as library
+    work = lemma_gloss(pairs, folder, small=pairs < 256)
+    model = nn.Sequential(SentenceEmbedding(work.encoders[0]))
+    loss = library.CachedMultipleNegativesRankingLoss(model, mini_batch_size=32)
+
+    def step() -> float:
+        return _backward(loss([dict(given) for given in work.inputs], torch.empty(0)))
+
+    return Run(step, list(model.parameters()))
+
+
+def _pairs_of_models(pairs: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A ViT on 64-pixel images and a BERT, as transformers joins them, and a batch."""
+    from transformers import BertConfig, BertModel, VisionTextDualEncoderModel, ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    size = {"num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = VisionTextDualEncoderModel(
+        vision_model=ViTModel(ViTConfig(hidden_size=384, image_size=64, patch_size=8, **size)),
+        text_model=BertModel(BertConfig(hidden_size=384, **size, **dropout)),
+    )
+    batch = {
+        "pixel_values": torch.randn(pairs, 3, 64, 64),
+        "input_ids": torch.randint(1, 30000, (pairs, 32)),
+        "attention_mask": torch.ones(pairs, 32, dtype=torch.long),
+    }
+    return model, batch
+
+
+def _trainer(side: str, pairs: int, folder: Path) -> Run:
+    """A step of a Trainer: the loss and its backward."""
+    from transformers import Trainer, TrainingArguments
+
+    from gradcache_clip.integrations.transformers import GradCacheTrainer
+
+    model, batch = _pairs_of_models(pairs)
+    arguments = TrainingArguments(tempfile.mkdtemp(), report_to=[], use_cpu=True)
+    if side == OURS:
+        trainer: Any = GradCacheTrainer(model, arguments, train_dataset=range(pairs), chunk_size=32)
+    else:
+        trainer = Trainer(model, arguments, train_dataset=range(pairs))
+    batch |= {} if side == OURS else {"return_loss": True}
+    return Run(lambda: _backward(trainer.compute_loss(model, batch)), list(model.parameters()))
+
+
+def _lightning(side: str, pairs: int, folder: Path) -> Run:
+    """A fit of one step; the rate is 0, so that each fit starts from the same weights."""
+    from lightning.pytorch import LightningModule, Trainer
+
+    from gradcache_clip import ClipLoss
+    from gradcache_clip.integrations.lightning import cached_step
+
+    work = image_text(pairs, small=pairs < 128)
+
+    class Pairs(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.text = work.encoders
+            self.loss = ClipLoss(impl="auto" if side == OURS else "reference")
+            self.cache = GradCache((self.image, self.text), self.loss, chunk_size=32)
+            self.last = 0.0
+
+        def training_step(self, _: Any, __: int) -> Tensor:
+            images, tokens = work.inputs
+            if side == OURS:
+                out = cached_step(self, self.cache, images, tokens)
+            else:
+                out = self.loss(self.image(images), self.text(**tokens))
+            self.last = float(out.loss.detach())
+            return out.loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module = Pairs()
+
+    def step() -> float:
+        Trainer(
+            max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, accelerator="cpu",
+        ).fit(module, [torch.zeros(1)])  # fmt: skip
+        return module.last
+
+    return Run(step, list(module.parameters()))
+
+
+CASES = {
+    "clip": Case("open_clip.ClipLoss", "open_clip's ClipLoss", 8192, 256, _clip),
+    "siglip": Case("open_clip.SigLipLoss", "open_clip's SigLipLoss", 8192, 256, _siglip),
+    "model": Case(
+        "open_clip.OpenClipTowers in GradCache", "open_clip's plain step", 512, 64, _open_clip_model
+    ),
+    "sentences": Case(
+        "sentence_transformers.CachedMultipleNegativesRankingLoss",
+        "sentence-transformers' loss of this name",
+        1024,
+        128,
+        _sentences,
+    ),
+    "trainer": Case("transformers.GradCacheTrainer", "transformers' Trainer", 256, 32, _trainer),
+    "lightning": Case("lightning.cached_step", "Lightning's own step", 256, 32, _lightning),
+}
+
+
+# The section of docs/benchmarks.md, and the tables on the pages of the libraries
+
+
+def section(results: Path) -> str:
+    """Each drop-in beside what the library itself offers."""
+    text = (
+        "Both sides of a case have equal weights and inputs. Time: median ratio of steps that take "
+        "turns in one process. Memory: growth of the peak of a fresh process."
+    )
+    return f"{paragraph(text)}\n\n{quoted(results)}"
+
+
+def quoted(results: Path, library: str = "") -> str:
+    """A line per drop-in, or per drop-in of one library."""
+    path = results / _FILE
+    rows = read_rows(Row, path) if path.exists() else []
+    head = (
+        *("drop-in", "beside", "pairs", "loss differs by", "gradients differ by"),
+        *("their time over ours", "memory", "theirs"),
+    )
+    lines = [_line(row) for row in rows if row.drop_in.startswith(library)]
+    return table(head, lines, "llrrrrrr") if lines else UNMEASURED
+
+
+def _line(row: Row) -> list[str]:
+    return [
+        f"`{row.drop_in.split('.', 1)[1]}`",
+        row.beside,
+        f"{row.pairs:,}",
+        power(row.loss_error),
+        power(row.gradient_error),
+        f"{row.time_ratio:.2f}",
+        bytes_text(row.peak_growth_bytes),
+        bytes_text(row.their_peak_growth_bytes),
+    ]
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "integrations": quoted,
+    **{f"integrations-{name}": partial(quoted, library=f"{name}.") for name in _LIBRARIES},
+}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    made = parser(__doc__)
+    add = made.add_argument
     add("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)} (all)")
     add("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="(default: %(default)s)")
     add("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     add("--seconds", type=float, default=120.0, help="no further round after this (120)")
     add("--threads", type=int, help="threads of torch (all cores)")
-    add("--results", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     add("--quick", action="store_true", help="small sizes, some two minutes")
     add("--redraw", action="store_true", help="measure nothing; show the last run again")
-    return parser
+    return made
 
 
 if __name__ == "__main__":

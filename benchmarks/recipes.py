@@ -10,65 +10,71 @@ the curves of each run into docs/images.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import resource
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from results import provenance
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from results import (
+    ROOT,
+    UNMEASURED,
+    bytes_text,
+    paragraph,
+    parser,
+    provenance,
+    read_json,
+    show,
+    table,
+    write_json,
+)
 from watched_process import run_watched
 
-from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.report.metrics_log import read_log
-
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("clip", "siglip", "filip", "beit3", "lit", "coco_drawn"),
     *("moco", "moco_image", "simclr", "text_embedding"),
 )
+FILE = "recipes.json"
 # What the settings of the file are, and what the run came to.
 _SETTINGS = ("batch_size", "chunk_size", "steps")
+_RECALL = re.compile(r"([a-z]+)_to_([a-z]+)_recall_at_(\d+)(?:_of_(\d+)_numbers)?")
+_LABELS = {
+    "knn_accuracy": "named by the 20 nearest training images",
+    "probe_accuracy": "named by a linear classifier",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is not finished; 1 if a run failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images", help="for curves")
-    options = parser.parse_args(arguments)
-    options.results.mkdir(parents=True, exist_ok=True)
-    options.images.mkdir(parents=True, exist_ok=True)
-    file = options.results / "recipes.json"
-    records: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    failed = [name for name in options.only if not _record(name, records, options)]
-    Console().print(_table(records))
+    made = parser(__doc__)
+    made.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    images = ROOT / "docs" / "images"
+    made.add_argument("--images", type=Path, default=images, help="folder of the curves")
+    options = made.parse_args(arguments)
+    for folder in (options.results / "logs", options.images):
+        folder.mkdir(parents=True, exist_ok=True)
+    failed = [name for name in options.only if not _trained(name, options.results, options.images)]
+    show(all_recipes(options.results))
     for name in failed:
-        print(f"{name}: no result; see {_log(name, options)}", file=sys.stderr)
+        print(f"{name}: no result; see {_log(name, options.results)}", file=sys.stderr)
     return int(bool(failed))
 
 
-def _record(name: str, records: dict[str, Any], options: argparse.Namespace) -> bool:
+def _trained(name: str, results: Path, images: Path) -> bool:
     """Train one recipe unless its result is known; whether there is one now."""
     command, run, settings = _work(name)
+    records = _records(results)
     known = records.get(name)
     if known and all(known.get(key) == value for key, value in settings.items()):
         return True
     before = _cpu_seconds()
-    if run_watched([sys.executable, *command], _log(name, options), ROOT, lambda: None):
+    if run_watched([sys.executable, *command], _log(name, results), ROOT, lambda: None):
         return False
-    summary = json.loads((ROOT / run / "summary.json").read_text())
+    summary = read_json(ROOT / run / "summary.json")
     records[name] = {
         **settings,
         "cpu_minutes": (_cpu_seconds() - before) / 60,
@@ -77,13 +83,15 @@ def _record(name: str, records: dict[str, Any], options: argparse.Namespace) -> 
         "metrics": {**summary["metrics"], **_before(run)},
         **provenance(),
     }
-    (options.results / "recipes.json").write_text(json.dumps(records, indent=2) + "\n")
-    shutil.copy(ROOT / run / "pictures" / "curves.png", options.images / f"recipe_{name}.png")
+    write_json(records, results / FILE, indent=2)
+    shutil.copy(ROOT / run / "pictures" / "curves.png", images / f"recipe_{name}.png")
     return True
 
 
 def _work(name: str) -> tuple[list[str], Path, dict[str, Any]]:
     """What Python runs, the folder of the run, and the settings that its result must have."""
+    from gradcache_clip.train.config_file import load_config
+
     config = load_config(ROOT / "recipes" / f"{name}.yaml")
     run = Path(config.train.output)
     resume = f"train.resume={str(run.exists()).lower()}"
@@ -98,15 +106,15 @@ def _work(name: str) -> tuple[list[str], Path, dict[str, Any]]:
 
 def _before(run: Path) -> dict[str, float]:
     """Held-out shares before the first step, where the run has looked."""
+    from gradcache_clip.train.report.metrics_log import read_log
+
     rows = [row for row in read_log(ROOT / run) if row["step"] == 0]
     shares = {key: share for row in rows for key, share in row.items() if "_recall_at_" in key}
     return {f"{key}_before": s for key, s in shares.items() if not key.endswith("_chance")}
 
 
-def _log(name: str, options: argparse.Namespace) -> Path:
-    folder: Path = options.results / "logs"
-    folder.mkdir(exist_ok=True)
-    return folder / f"recipe_{name}.log"
+def _log(name: str, results: Path) -> Path:
+    return results / "logs" / f"recipe_{name}.log"
 
 
 def _cpu_seconds() -> float:
@@ -115,19 +123,93 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _table(records: dict[str, Any]) -> Table:
-    table = Table("recipe", "batch", "steps", "CPU minutes", "held-out figures", box=SIMPLE)
-    for name, record in records.items():
-        shown = {
-            key: share
-            for key, share in record["metrics"].items()
-            if key.endswith(("_at_1", "accuracy")) or re.search(r"_at_1_of_\d+_numbers$", key)
-        }
-        figures = ", ".join(f"{key} {share:.1%}" for key, share in shown.items())
-        counts = f"{record['batch_size']:,}", str(record["steps"])
-        table.add_row(name, *counts, f"{record['cpu_minutes']:.0f}", figures)
-    return table
+# The tables on the pages of recipes
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def recipe(results: Path, name: str) -> str:
+    """What a recipe's held-out data say, and what it took."""
+    record = _records(results).get(name)
+    if record is None:
+        return UNMEASURED
+    metrics = record["metrics"]
+    shares = [key for key in metrics if _label(key)]
+    lines = [[_label(key), *_figures(metrics, key)] for key in shares]
+    head = ["held out", *(["before"] if _has_before(metrics) else []), "right", "chance"]
+    rows, unit = record.get("rows", "pairs"), record.get("chunk_of", "")
+    took = (
+        f"{record['steps']:,} steps of {record['batch_size']:,} {rows} in chunks of "
+        f"{record['chunk_size']:,}{unit and f' {unit}'}; {record['cpu_minutes']:.0f} CPU minutes, "
+        f"peak memory of the process {bytes_text(record['peak_memory_bytes'])} "
+        f"({record['machine']}; torch {record['torch']}, commit {record['commit']}, "
+        f"{record['date']}; one seed)."
+    )
+    return f"{table(head, lines)}\n\n{paragraph(took)}"
+
+
+def all_recipes(results: Path) -> str:
+    """A line for each recipe that was trained."""
+    records = _records(results)
+    lines = [_line(name, record) for name, record in records.items()]
+    head = ["recipe", "batch", "steps", "CPU minutes", "peak memory", "held out", "right", "chance"]
+    return table(head, lines, "lrrrrlrr") if lines else UNMEASURED
+
+
+def _line(name: str, record: Mapping[str, Any]) -> list[str]:
+    """With the first of its shares at rank 1."""
+    metrics = record["metrics"]
+    first = next(key for key in metrics if _label(key))
+    return [
+        f"`{name}`",
+        *(f"{record[key]:,}" for key in ("batch_size", "steps")),
+        f"{record['cpu_minutes']:.0f}",
+        bytes_text(record["peak_memory_bytes"]),
+        *(_label(first), _percent(metrics[first]), _chance(metrics, first)),
+    ]
+
+
+def _label(key: str) -> str:
+    """Of a share in words; empty for a figure that is none.
+
+    Example:
+        >>> _label("image_to_text_recall_at_5"), _label("image_to_text_recall_at_5_chance")
+        ('R@5 image → text', '')
+    """
+    if found := _RECALL.fullmatch(key):
+        first, second, k, width = found.groups()
+        return f"R@{k} {first} → {second}" + (f", {width} numbers" if width else "")
+    return _LABELS.get(key, "")
+
+
+def _figures(metrics: Mapping[str, float], key: str) -> list[str]:
+    """After training and by chance, and before training if any share has that."""
+    before = metrics.get(f"{key}_before")
+    first = ([_percent(before)] if before is not None else [""]) if _has_before(metrics) else []
+    return [*first, _percent(metrics[key]), _chance(metrics, key)]
+
+
+def _has_before(metrics: Mapping[str, float]) -> bool:
+    return any(key.endswith("_before") for key in metrics)
+
+
+def _chance(metrics: Mapping[str, float], key: str) -> str:
+    # That of all widths is the same.
+    whole = key.split("_of_")[0]
+    own = metrics.get(f"{whole}_chance", metrics.get("label_chance"))
+    return "" if own is None else _percent(own)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _records(results: Path) -> dict[str, Any]:
+    return read_json(results / FILE) if (results / FILE).exists() else {}
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "recipes": all_recipes,
+    **{
+        f"recipe-{name}": partial(recipe, name=name)
+        for name in sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+    },
+}

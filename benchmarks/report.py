@@ -5,23 +5,32 @@
                                           # the results, or stands outside of a marked block
 
 A marked block of README.md or docs/*.md is what lies between `<!-- results: NAME -->` and
-`<!-- end -->`; the names are those of report_blocks.py. A block within a line must not begin it:
+`<!-- end -->`; the names are those of `BLOCKS`. A block within a line must not begin it:
 Markdown would take the whole line for HTML.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from pathlib import Path
 
-from report_blocks import BLOCKS, NOT_YET
-from report_page import page
+import distributed
+import engine
+import integrations
+import loss_figures
+import memory_predicted
+import memory_vs_batch
+import negatives
+import scaling
+from catalogue import BENCHMARKS, find
+from results import FOLDER, ROOT, origin_words, paragraph, parser, read_csv, read_json, table
 
-ROOT = Path(__file__).resolve().parents[1]
+import recipes
+
 PAGE = "docs/benchmarks.md"
 SETTINGS = {
     ("README.md", "Two commands"): "the size of a download and the share that is held out",
@@ -42,12 +51,9 @@ class MarkError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pages, or with --check compare them; 1 if one is not as it should be."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if stale")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args(arguments)
+    made = parser(__doc__)
+    made.add_argument("--check", action="store_true", help="write nothing; 1 if stale")
+    options = made.parse_args(arguments)
     if not options.check:
         for name, text in wanted(ROOT, options.results).items():
             (ROOT / name).write_text(text, encoding="utf-8")
@@ -55,6 +61,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for complaint in complaints:
         print(complaint, file=sys.stderr)
     return 1 if complaints else 0
+
+
+# Marked blocks
+
+
+def _demo(results: Path) -> str:
+    """The table of `make demo`."""
+    from gradcache_clip.train.report import RunFigures, to_markdown
+
+    record = read_json(results / NOT_YET["demo"])
+    return to_markdown([RunFigures(**figures) for figures in record["figures"]]).strip()
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "demo": _demo,
+    **memory_vs_batch.BLOCKS,
+    **negatives.BLOCKS,
+    **engine.BLOCKS,
+    **loss_figures.BLOCKS,
+    **distributed.BLOCKS,
+    **scaling.BLOCKS,
+    **recipes.BLOCKS,
+    **integrations.BLOCKS,
+}
+NOT_YET = {"demo": "demo.json"}
+"""Blocks that stay as they are until their file is there."""
 
 
 def wanted(root: Path, results: Path) -> dict[str, str]:
@@ -140,6 +172,149 @@ def _first_difference(now: str, text: str) -> str:
         (1, "another end of the file", "a line break"),
     )
     return f"line {found[0]}: the results want {found[2]!r}, got {found[1]!r}"
+
+
+# docs/benchmarks.md: every result in full, with where it comes from and the command behind it
+
+_HEAD = """# Benchmarks
+
+{about}
+
+    python benchmarks/run_all.py           # measures all of it again; hours
+    python benchmarks/run_all.py --quick   # small versions, about five minutes
+    python benchmarks/report.py            # writes the figures into this page and the others
+"""
+_ABOUT = (
+    "Every figure on this page is read from the files in `benchmarks/results` by "
+    "`python benchmarks/report.py`; none is typed. A + behind a commit says that the code had "
+    "changes not committed."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One benchmark, or one part of it."""
+
+    title: str
+    benchmark: str
+    """Its name in catalogue.py."""
+    body: Callable[[Path], str]
+    picture: str = ""
+    """File in the folder of results, shown if it is there."""
+    files: tuple[str, ...] = ()
+    """What it reads; what the benchmark writes if empty."""
+
+    def reads(self) -> tuple[str, ...]:
+        return self.files or find(self.benchmark).writes
+
+
+def page(results: Path) -> str:
+    """The whole page; what has not been measured is listed at its end."""
+    there = [each for each in SECTIONS if all((results / name).exists() for name in each.reads())]
+    parts = [_HEAD.format(about=paragraph(_ABOUT)), *(_section(each, results) for each in there)]
+    return "\n".join([*parts, *_not_measured(results)])
+
+
+def _section(section: Section, results: Path) -> str:
+    links = ", ".join(f"[{name}]({FOLDER}/{name})" for name in section.reads())
+    parts = [
+        f"## {section.title}",
+        *_picture(section, results),
+        section.body(results),
+        f"    {find(section.benchmark).command()}",
+        paragraph(f"{origin_words(_origins(section, results))}. Data: {links}."),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _picture(section: Section, results: Path) -> list[str]:
+    if not section.picture or not (results / section.picture).exists():
+        return []
+    return [f"![{section.title}]({FOLDER}/{section.picture})"]
+
+
+def _origins(section: Section, results: Path) -> list[Mapping[str, str]]:
+    """Where each row of each file comes from."""
+    found: list[Mapping[str, str]] = []
+    for name in section.reads():
+        if name.endswith(".json"):
+            record = read_json(results / name)
+            # A part that can be measured alone has an origin of its own.
+            parts = [record, *(part for part in record.values() if isinstance(part, Mapping))]
+            found += [part["origin"] for part in parts if "origin" in part]
+        else:
+            found += read_csv(results / name)
+    return found
+
+
+def _not_measured(results: Path) -> list[str]:
+    """The benchmarks without results here, with their commands."""
+    without = [
+        f"- {one.name}: `{one.command()}`" + (", on an NVIDIA GPU" if one.needs_gpu else "")
+        for one in BENCHMARKS
+        if not all((results / name).exists() for name in one.writes)
+    ]
+    return ["## Not measured yet\n", *without, ""] if without else []
+
+
+def _kernels(results: Path) -> str:
+    """The worst kernel of each architecture and dtype."""
+    rows = read_csv(results / "kernel_resources.csv")
+    rows.sort(key=_machine)
+    lines = [_kernel_line(list(group)) for _, group in groupby(rows, key=_machine)]
+    head = (
+        *("sm", "dtype", "kernels", "most registers", "bytes spilled", "most shared memory"),
+        "matrix units",
+    )
+    text = f"Compiled to machine code with Triton {rows[0]['triton']}, without a GPU."
+    return f"{text}\n\n{table(head, lines, 'rlrrrrl')}"
+
+
+def _machine(row: Mapping[str, str]) -> tuple[int, str]:
+    return int(row["architecture"]), row["dtype"]
+
+
+def _kernel_line(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    limit = int(rows[0]["shared_limit_bytes"]) // 1024
+    units = sorted({unit for row in rows for unit in row["matrix_instructions"].split()})
+    return [
+        rows[0]["architecture"],
+        rows[0]["dtype"],
+        str(len(rows)),
+        str(max(int(row["registers"]) for row in rows)),
+        str(sum(int(row["spilled_bytes"]) for row in rows)),
+        f"{max(int(row['shared_bytes']) for row in rows) // 1024} of {limit} KiB",
+        " ".join(units),
+    ]
+
+
+def _gpu(results: Path) -> str:
+    """What became of each section of the suite."""
+    lines = [
+        [each["name"], each["outcome"], f"{each['seconds']:.0f}"]
+        for each in read_json(results / "gpu_suite.json")["sections"]
+    ]
+    return table(["section", "outcome", "seconds"], lines, "llr")
+
+
+SECTIONS = (
+    Section("Memory of a training step", "memory", memory_vs_batch.section, "memory_vs_batch.png"),
+    Section("Memory on named GPUs", "predicted", memory_predicted.section, "memory_predicted.png"),
+    Section("The engine beside other ways", "engine", engine.section, "engine_budget.png"),
+    Section("The losses, on the CPU in fp32", "loss", loss_figures.section("cpu", "fp32")),
+    Section(
+        "The losses, on a GPU in bf16",
+        "gpu",
+        loss_figures.section("cuda", "bf16"),
+        files=tuple(f"loss_cuda_bf16_{kind}.csv" for kind in ("times", "memory", "errors")),
+    ),
+    Section("What large batches buy", "negatives", negatives.section, "negatives.png"),
+    Section("One batch on several processes", "distributed", distributed.section),
+    Section("Drop-ins for other libraries", "integrations", integrations.section),
+    Section("From two processes to a thousand", "scaling", scaling.section, "scaling.png"),
+    Section("Resources of the kernels", "kernels", _kernels),
+    Section("The suite on a GPU", "gpu", _gpu),
+)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,12 @@ def write_rows(
     """
     lines = [_line(row, origin) for row in rows]
     own = [each.name for each in fields(kind) if each.name != "origin"]
-    names = dict.fromkeys([*own, *(origin or {}), *(name for line in lines for name in line)])
+    return write_csv(lines, path, [*own, *(origin or {})])
+
+
+def write_csv(lines: Sequence[Mapping[str, Any]], path: Path, first: Sequence[str] = ()) -> Path:
+    """Write lines as they are, under all of their names, some of which come first."""
+    names = dict.fromkeys([*first, *(name for line in lines for name in line)])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(names), lineterminator="\n")

@@ -11,17 +11,18 @@ Writes scaling.csv and scaling.{png,svg} into benchmarks/results (or --results).
 from __future__ import annotations
 
 import argparse
-import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from results import bytes_text, provenance
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from plots import MATRIX, OURS, files, picture, tidy
+from results import bytes_text, paragraph, parser, provenance, read_csv, show, table, write_csv
 
+_FILE = "scaling.csv"
 _WORLDS = (2, 8, 32, 128, 512, 1024)
+_QUOTED_WORLDS = (8, 128, 1024)
 # Statistics of a contrast are fp32: positive, max and sum of a row; max and sum of a column.
 _ROW_STATISTICS, _COLUMN_STATISTICS, _STATISTIC_BYTES = 3, 2, 4
 
@@ -115,15 +116,13 @@ def _state_memory(given: Setting) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, write the CSV and draw."""
+    """Write the CSV, print its table and draw."""
     options = _parser().parse_args(arguments)
-    options.results.mkdir(parents=True, exist_ok=True)
-    rows = [_row(given, options) for given in _settings(options)]
-    console = Console(width=max(Console().width, 130))
-    console.print(_table(rows, options))
-    _write(rows, options.results / "scaling.csv")
-    for path in _draw(rows, options.results / "scaling"):
-        console.print(str(path))
+    rows = [{**_row(given, options), **provenance()} for given in _settings(options)]
+    path = write_csv(rows, options.results / _FILE)
+    show(section(options.results))
+    for written in (path, *draw(rows, path.with_suffix(""))):
+        print(written)
 
 
 def _settings(options: argparse.Namespace) -> list[Setting]:
@@ -142,7 +141,7 @@ def _settings(options: argparse.Namespace) -> list[Setting]:
     ]
 
 
-def _row(given: Setting, options: argparse.Namespace) -> dict[str, float | int | str]:
+def _row(given: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """A setting, its cost, and the times that bytes and operations take by themselves."""
     found = cost(given)
     encoders = options.encoder_gflops * 1e9 * given.local_batch
@@ -161,96 +160,140 @@ def _row(given: Setting, options: argparse.Namespace) -> dict[str, float | int |
     }
 
 
-def _table(rows: list[dict[str, float | int | str]], options: argparse.Namespace) -> Table:
-    title = (
-        f"One process: {options.local_batch:,} pairs of width {options.width}, "
-        f"{options.parameters / 1e6:.0f} M parameters, {options.tflops:.0f} TFLOP/s, "
-        f"{options.gigabytes_per_s:.0f} GB/s between processes"
+# The section of docs/benchmarks.md, and what docs/scaling.md quotes
+
+
+def section(results: Path) -> str:
+    """Every number of processes, exchange and ZeRO stage."""
+    head = (
+        *("processes", "exchange", "ZeRO", "features received", "parameters received"),
+        *("held for the loss", "held of the model", "exchange, share of a step at most"),
     )
-    table = Table(title=title, box=SIMPLE)
-    for heading in ("processes", "global batch", "exchange", "ZeRO"):
-        table.add_column(heading, justify="right")
-    for heading in (
-        "features\nreceived",
-        "parameters\nreceived",
-        "held for\nthe loss",
-        "held of\nthe model",
-        "loss, share of\noperations",
-        "exchange, share of\na step at most",
-    ):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*_cells(row))
-    return table
-
-
-def _cells(row: dict[str, float | int | str]) -> list[str]:
-    world, local = int(row["world"]), int(row["local_batch"])
-    sizes = ("feature_bytes_received", "parameter_bytes_received")
-    held = ("loss_memory_bytes", "state_memory_bytes")
-    shares = ("loss_share", "exchange_share")
-    return [
-        f"{world:,}",
-        f"{world * local:,}",
-        str(row["exchange"]),
-        str(row["zero"]),
-        *(bytes_text(int(row[name])) for name in (*sizes, *held)),
-        *(f"{100 * float(row[name]):.1f} %" for name in shares),
+    text = f"Counted for each process, not measured. {_setting(results)}"
+    lines = [
+        [
+            *(f"{int(row['world']):,}", row["exchange"], row["zero"]),
+            *_sizes(row, "feature_bytes_received", "parameter_bytes_received"),
+            *_sizes(row, "loss_memory_bytes", "state_memory_bytes"),
+            _percent(row, "exchange_share"),
+        ]
+        for row in read_csv(results / _FILE)
     ]
+    return f"{paragraph(text)}\n\n{table(head, lines, 'rlrrrrrr')}"
 
 
-def _write(rows: list[dict[str, float | int | str]], path: Path) -> None:
-    origin = provenance()
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *origin], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **origin} for row in rows)
+def quoted(results: Path) -> str:
+    """What a process receives and holds for the loss, for some numbers of processes."""
+    head = (
+        *("processes", "global batch", "exchange", "features received", "held for the loss"),
+        *("loss, share of operations", "exchange, share of a step at most"),
+    )
+    lines = [
+        [
+            f"{int(row['world']):,}",
+            f"{int(row['world']) * int(row['local_batch']):,}",
+            row["exchange"],
+            *_sizes(row, "feature_bytes_received", "loss_memory_bytes"),
+            *(_percent(row, name) for name in ("loss_share", "exchange_share")),
+        ]
+        for row in read_csv(results / _FILE)
+        if row["zero"] == "0" and int(row["world"]) in _QUOTED_WORLDS
+    ]
+    return table(head, lines, align="rrlrrrr")
 
 
-def _draw(rows: list[dict[str, float | int | str]], stem: Path) -> list[Path]:
+def _sizes(row: Mapping[str, str], *names: str) -> list[str]:
+    return [bytes_text(float(row[name])) for name in names]
+
+
+def _percent(row: Mapping[str, str], name: str) -> str:
+    return f"{100 * float(row[name]):.1f} %"
+
+
+def _setting(results: Path) -> str:
+    """The models, the rate and the bandwidth that the table assumes."""
+    row = read_csv(results / _FILE)[0]
+    return paragraph(
+        f"ViT-B/16 and BERT-base ({float(row['parameters']) / 1e6:.0f} M parameters, "
+        f"{float(row['encoder_gflops']):.0f} GFLOP a pair in all passes), D = {row['width']}, "
+        f"{row['chunks']} chunks, {float(row['tflops']):.0f} TFLOP/s and "
+        f"{float(row['gigabytes_per_s']):.0f} GB/s a process:"
+    )
+
+
+def _gather(results: Path) -> str:
+    """What a gather holds of features at the largest batch."""
+    return bytes_text(_gathered_bytes(_largest_gather(results)))
+
+
+def _loss_share(results: Path) -> str:
+    """Share of the loss in the operations at the largest batch."""
+    return f"{100 * float(_largest_gather(results)['loss_share']):.0f} %"
+
+
+def _statistics(results: Path) -> str:
+    """What the statistics of all pairs take at the largest batch."""
+    row = _largest_gather(results)
+    held = int(row["loss_memory_bytes"]) - _gathered_bytes(row)
+    pairs = int(row["world"]) * int(row["local_batch"])
+    return f"{held // pairs} bytes a pair, {held / 1e6:.0f} MB"
+
+
+def _largest_gather(results: Path) -> dict[str, str]:
+    rows = [row for row in read_csv(results / _FILE) if row["exchange"] == "gather"]
+    return max(rows, key=lambda row: int(row["world"]))
+
+
+def _gathered_bytes(row: Mapping[str, str]) -> int:
+    """2 W b D numbers."""
+    return 2 * math.prod(int(row[n]) for n in ("world", "local_batch", "width", "feature_bytes"))
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "scaling": quoted,
+    "scaling-setting": _setting,
+    "scaling-gather": _gather,
+    "scaling-loss-share": _loss_share,
+    "scaling-statistics": _statistics,
+}
+
+
+def draw(rows: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
     """Memory of the loss and share of the exchange, against the number of processes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (memory, share) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for exchange, zero, color in (("gather", 0, "#1f6fb2"), ("ring", 0, "#d1662f")):
-        own = [row for row in rows if row["exchange"] == exchange and row["zero"] == zero]
-        worlds = [int(row["world"]) for row in own]
-        held = [int(row["loss_memory_bytes"]) for row in own]
-        memory.plot(worlds, held, "o-", color=color, label=exchange)
-        shares = [100 * float(row["exchange_share"]) for row in own]
-        share.plot(worlds, shares, "o-", color=color, label=exchange)
-    memory.set(title="Held for the loss, one process", yscale="log")
-    ticks = [4**power * 2**20 for power in range(1, 7)]
-    memory.set_yticks(ticks, [bytes_text(tick) for tick in ticks])
-    share.set(title="Exchange, share of a step at most", ylabel="%", ylim=(0, None))
-    for axes in (memory, share):
-        axes.set(xlabel="processes", xscale="log")
-        axes.set_xticks(_WORLDS, [f"{world:,}" for world in _WORLDS])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    return paths
+    with picture(stem, (11, 4), layout="constrained") as figure:
+        memory, share = figure.subplots(1, 2)
+        for exchange, color in (("gather", OURS), ("ring", MATRIX)):
+            own = [row for row in rows if row["exchange"] == exchange and row["zero"] == 0]
+            worlds = [row["world"] for row in own]
+            held = [row["loss_memory_bytes"] for row in own]
+            memory.plot(worlds, held, "o-", color=color, label=exchange)
+            shares = [100 * row["exchange_share"] for row in own]
+            share.plot(worlds, shares, "o-", color=color, label=exchange)
+        memory.set_title("Held for the loss, one process", loc="left")
+        memory.set_yscale("log")
+        ticks = [4**power * 2**20 for power in range(1, 7)]
+        memory.set_yticks(ticks, [bytes_text(tick) for tick in ticks])
+        share.set_title("Exchange, share of a step at most", loc="left")
+        share.set(ylabel="%", ylim=(0, None))
+        for axes in (memory, share):
+            axes.set(xlabel="processes", xscale="log")
+            axes.set_xticks(_WORLDS, [f"{world:,}" for world in _WORLDS])
+            axes.legend(frameon=False)
+            tidy(axes)
+    return files(stem)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--local-batch", type=int, default=1024, help="pairs of one process")
-    parser.add_argument("--width", type=int, default=512, help="feature width")
-    parser.add_argument("--parameters", type=float, default=196e6, help="of both towers")
-    parser.add_argument("--chunks", type=int, default=8, help="chunks of the local batch")
-    parser.add_argument(
-        "--encoder-gflops", type=float, default=190.0, help="of both towers, a pair, all passes"
-    )
-    parser.add_argument("--tflops", type=float, default=300.0, help="rate of a process")
-    parser.add_argument("--gigabytes-per-s", type=float, default=50.0, help="into a process")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    return parser
+    made = parser(__doc__)
+    add = made.add_argument
+    add("--local-batch", type=int, default=1024, help="pairs of one process")
+    add("--width", type=int, default=512, help="feature width")
+    add("--parameters", type=float, default=196e6, help="of both towers")
+    add("--chunks", type=int, default=8, help="chunks of the local batch")
+    add("--encoder-gflops", type=float, default=190.0, help="of both towers, a pair, all passes")
+    add("--tflops", type=float, default=300.0, help="rate of a process")
+    add("--gigabytes-per-s", type=float, default=50.0, help="into a process")
+    return made
 
 
 if __name__ == "__main__":

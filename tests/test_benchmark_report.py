@@ -17,11 +17,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import report  # noqa: E402
-import report_blocks  # noqa: E402
-import report_recipes  # noqa: E402
-from report_tables import UNMEASURED  # noqa: E402
+from results import UNMEASURED  # noqa: E402
 from run_state import NAME as STATE  # noqa: E402
 
+import recipes  # noqa: E402
 from gradcache_clip.train.report import RunFigures  # noqa: E402
 
 ORIGIN = {"machine": "a machine", "torch": "2.6", "commit": "abc", "date": "2026-01-01"}
@@ -47,8 +46,8 @@ def test_the_documentation_is_what_the_results_say():
 
 def test_a_number_altered_by_hand_is_found_in_every_block(pages: Path):
     waiting = {name for name, file in report.NOT_YET.items() if not (RESULTS / file).exists()}
-    written = set(report_blocks.BLOCKS) - waiting
-    waiting |= {name for name in written if report_blocks.BLOCKS[name](RESULTS) == UNMEASURED}
+    written = set(report.BLOCKS) - waiting
+    waiting |= {name for name in written if report.BLOCKS[name](RESULTS) == UNMEASURED}
     tried = set()
     for name in report._pages(pages):
         original = (pages / name).read_text()
@@ -62,7 +61,7 @@ def test_a_number_altered_by_hand_is_found_in_every_block(pages: Path):
             assert len(found) == 1 and found[0].startswith(f"{name}: line "), block[1]
             tried.add(block[1])
         (pages / name).write_text(original)
-    assert tried == set(report_blocks.BLOCKS) - waiting
+    assert tried == set(report.BLOCKS) - waiting
 
 
 def test_the_page_of_results_may_not_be_altered_or_missing(pages: Path):
@@ -165,5 +164,5 @@ def test_every_result_says_where_it_is_from():
                 assert all(row.get(name) for name in names), path.name
     for path in set(RESULTS.glob("*.json")) - {RESULTS / STATE}:
         record = json.loads(path.read_text())
-        origins = record.values() if path.name == report_recipes.FILE else [record["origin"]]
+        origins = record.values() if path.name == recipes.FILE else [record["origin"]]
         assert all(origin.get(name) for origin in origins for name in names), path.name

@@ -15,8 +15,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import report_blocks  # noqa: E402
-import report_recipes  # noqa: E402
 from loss_figures import (  # noqa: E402
     ErrorRow,
     MemoryRow,
@@ -26,8 +24,10 @@ from loss_figures import (  # noqa: E402
     quoted_losses,
     write_results,
 )
-from report_page import page  # noqa: E402
-from report_tables import UNMEASURED, origin_words, table  # noqa: E402
+from report import BLOCKS, page  # noqa: E402
+from results import UNMEASURED  # noqa: E402
+
+import recipes  # noqa: E402
 
 ORIGIN = {"machine": "a machine", "torch": "2.6", "commit": "abc", "date": "2026-01-01"}
 OURS, PLAIN = "gradcache_clip tiled", "plain loss"
@@ -93,7 +93,7 @@ def test_the_memory_of_every_method_and_why_one_did_not_run(tmp_path: Path):
         memory_row("plain", 128, 2**20),
     ]
     write_csv(tmp_path / "memory_vs_batch.csv", rows)
-    assert report_blocks.BLOCKS["memory"](tmp_path).splitlines() == [
+    assert BLOCKS["memory"](tmp_path).splitlines() == [
         "| batch | plain | gradient caching, chunk 32 | time against plain |",
         "|--:|--:|--:|--:|",
         "| 64 | 1.00 GiB | 300 MiB | 1.08 |",
@@ -118,14 +118,14 @@ def test_the_engine_in_the_order_of_its_titles_and_with_failures(tmp_path: Path)
     workload = {"batch_size": 1024, "chunk_size": 8, "contestants": contestants}
     record = {"image-text": workload, "overhead": {"time_ratio": 1.5449}}
     (tmp_path / "engine.json").write_text(json.dumps(record))
-    assert report_blocks.BLOCKS["engine-image-text"](tmp_path).splitlines()[2:] == [
+    assert BLOCKS["engine-image-text"](tmp_path).splitlines()[2:] == [
         "| plain step | 10.0 GiB | 1.00 |",
         "| **gradient caching** | **1.00 GiB** | **1.15** |",
         "| a new one | out of memory |  |",
     ]
-    assert "1,024 pairs, chunks of 8" in report_blocks.BLOCKS["engine-image-text"](tmp_path)
-    assert report_blocks.BLOCKS["engine-error"](tmp_path) == "1e-6"
-    assert report_blocks.BLOCKS["engine-overhead"](tmp_path) == "1.54 times"
+    assert "1,024 pairs, chunks of 8" in BLOCKS["engine-image-text"](tmp_path)
+    assert BLOCKS["engine-error"](tmp_path) == "1e-6"
+    assert BLOCKS["engine-overhead"](tmp_path) == "1.54 times"
 
 
 def test_the_losses_beside_the_nearest_libraries(tmp_path: Path):
@@ -170,36 +170,36 @@ def test_what_failed_is_told_and_never_best():
 
 
 def test_what_recipes_came_to_and_which_are_still_to_train(tmp_path: Path):
-    assert report_blocks.BLOCKS["recipe-clip"](tmp_path) == UNMEASURED
-    assert report_blocks.BLOCKS["recipes"](tmp_path) == UNMEASURED
+    assert BLOCKS["recipe-clip"](tmp_path) == UNMEASURED
+    assert BLOCKS["recipes"](tmp_path) == UNMEASURED
     took = {"batch_size": 1024, "chunk_size": 16, "steps": 300, "cpu_minutes": 11.6}
     took |= {"peak_memory_bytes": 2**30, **ORIGIN}
     recall = {"image_to_text_recall_at_1": 0.5, "image_to_text_recall_at_1_chance": 0.01}
     recall["image_to_text_mean_rank"] = 7.0
     classes = {"knn_accuracy": 0.4, "probe_accuracy": 0.6, "label_chance": 0.2}
     records = {"clip": {**took, "metrics": recall}, "simclr": {**took, "metrics": classes}}
-    (tmp_path / report_recipes.FILE).write_text(json.dumps(records))
-    text = report_blocks.BLOCKS["recipe-clip"](tmp_path)
+    (tmp_path / recipes.FILE).write_text(json.dumps(records))
+    text = BLOCKS["recipe-clip"](tmp_path)
     assert text.splitlines()[2:4] == ["| R@1 image → text | 50.0 % | 1.0 % |", ""]
     assert "300 steps of 1,024 pairs in chunks of 16; 12 CPU minutes" in text
-    lines = report_blocks.BLOCKS["recipe-simclr"](tmp_path)
+    lines = BLOCKS["recipe-simclr"](tmp_path)
     assert "| named by a linear classifier | 60.0 % | 20.0 % |" in lines
-    assert report_blocks.BLOCKS["recipe-lit"](tmp_path) == UNMEASURED
-    assert len(report_blocks.BLOCKS["recipes"](tmp_path).splitlines()) == 4
+    assert BLOCKS["recipe-lit"](tmp_path) == UNMEASURED
+    assert len(BLOCKS["recipes"](tmp_path).splitlines()) == 4
 
 
 def test_negatives_and_engines_as_the_pages_quote_them(tmp_path: Path):
     from negatives_training import Row
     from results import append_row
 
-    assert report_blocks.BLOCKS["negatives"](tmp_path) == UNMEASURED
+    assert BLOCKS["negatives"](tmp_path) == UNMEASURED
     setting = ("emoji", 16, 0, 1e-3, 300, 1024, 16, "heads")
     few = Row(*setting, 0.1, 0.2, 0.002, 0.002, 500, 500, 30 * 2**20, 2**20, 1.0)
     many = replace(few, block_size=1024, forward_recall=0.15, plain_step_bytes=2**30)
     for seed in (0, 1):
         append_row(replace(few, seed=seed), tmp_path / "negatives.csv", ORIGIN)
         append_row(replace(many, seed=seed), tmp_path / "negatives.csv", ORIGIN)
-    _, _, *lines = report_blocks.BLOCKS["negatives"](tmp_path).splitlines()
+    _, _, *lines = BLOCKS["negatives"](tmp_path).splitlines()
     assert lines[0] == "| pairs that compete | 16 | 1,024 (the batch) | chance |"
     assert lines[2] == "| emoji, R@1, image → name | 10.0 ± 0.0 % | 15.0 ± 0.0 % | 0.2 % |"
     assert lines[5] == "| emoji, of a plain step over as many pairs | 1 MiB | 1.00 GiB |  |"
@@ -207,16 +207,16 @@ def test_negatives_and_engines_as_the_pages_quote_them(tmp_path: Path):
     row = {**engine, "bytes_received": 2**20, "time_ratio": 1.3, **ORIGIN}
     both = [{**row, "world": 2}, {**row, "world": 4, "time_ratio": 1.4, "error": 2e-6}]
     write_csv(tmp_path / "distributed.csv", both)
-    line = report_blocks.BLOCKS["distributed"](tmp_path).splitlines()[-1]
+    line = BLOCKS["distributed"](tmp_path).splitlines()[-1]
     assert line == "| `DDPStrategy` | 1.30 | 1.40 | 18 | 1 MiB | 1 MiB | 2e-6 |"
 
 
 def test_drop_ins_of_a_library_and_those_not_measured(tmp_path: Path):
-    ours, others = (report_blocks.BLOCKS[f"integrations-{x}"] for x in ("open_clip", "lightning"))
+    ours, others = (BLOCKS[f"integrations-{x}"] for x in ("open_clip", "lightning"))
     assert ours(tmp_path) == UNMEASURED
     row = {"drop_in": "open_clip.ClipLoss", "beside": "its own", "pairs": 256, "loss_error": 0.0}
-    row |= {"gradient_error": 3e-7, "time_ratio": 1.5, "peak_growth_bytes": 2**20}
-    row |= {"their_peak_growth_bytes": 2**30, **ORIGIN}
+    row |= {"gradient_error": 3e-7, "time_ratio": 1.5, "step_ms": 1.0, "rounds": 5}
+    row |= {"peak_growth_bytes": 2**20, "their_peak_growth_bytes": 2**30, **ORIGIN}
     write_csv(tmp_path / "integrations.csv", [row])
     line = "| `ClipLoss` | its own | 256 | 0 | 3e-07 | 1.50 | 1 MiB | 1.00 GiB |"
     assert ours(tmp_path).splitlines()[2:] == [line]
@@ -233,7 +233,7 @@ def test_the_demo_keeps_the_figures_of_its_table(tmp_path: Path, monkeypatch):
     path = demo.save([RunFigures("cached", recall, 1024, 5000.0, 3 << 30)], tmp_path / "new")
     assert path == tmp_path / "new" / "demo.json"
     assert all(json.loads(path.read_text())["origin"].get(name) for name in ("machine", "commit"))
-    assert "| R@1 image → text | 50.0 % | 1.0 % |" in report_blocks.BLOCKS["demo"](path.parent)
+    assert "| R@1 image → text | 50.0 % | 1.0 % |" in BLOCKS["demo"](path.parent)
 
 
 def test_the_page_tells_where_figures_are_from_and_what_is_missing(tmp_path: Path):
@@ -247,9 +247,3 @@ def test_the_page_tells_where_figures_are_from_and_what_is_missing(tmp_path: Pat
     assert "- engine: `python benchmarks/engine.py`" in missing
     assert "- gpu: `python benchmarks/gpu_suite.py`, on an NVIDIA GPU" in missing
     assert "- memory" not in missing
-
-
-def test_tables_escape_bars_and_origins_name_all_that_differ():
-    assert table(["a"], [["x | y"]]).splitlines()[-1] == "| x \\| y |"
-    both = [ORIGIN, {**ORIGIN, "commit": "def"}]
-    assert origin_words(both) == "a machine; torch 2.6; commit abc and def, 2026-01-01"
