@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradcache_clip import ClipLoss
+from gradcache_clip import (
+    ClipLoss,
+    InfoNCELoss,
+    LateInteractionLoss,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
+)
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions
 
 
 def by_the_equations(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
@@ -116,3 +125,19 @@ def test_features_that_are_no_tensor():
 def test_bad_scale(scale):
     with pytest.raises(ValueError, match="init_logit_scale: expected 0 < init_logit_scale"):
         ClipLoss(init_logit_scale=scale)
+
+
+def test_every_loss_takes_the_keywords_of_the_base():
+    """`ScaleOptions` is what type checkers read; the base is what a call reaches."""
+    taken = set(inspect.signature(ScaledLoss.__init__).parameters) - {"self"}
+    assert set(ScaleOptions.__annotations__) == taken
+    options = {"init_logit_scale": 2.0, "max_logit_scale": 3.0, "normalize": False,
+               "impl": "tiled", "group": None, "exchange": "ring"}  # fmt: skip
+    assert set(options) == taken
+    for build in (ClipLoss, SigLipLoss, InfoNCELoss, NTXentLoss, SupConLoss, LateInteractionLoss):
+        loss = build(**options)
+        assert (loss.normalize, loss.impl, loss.exchange) == (False, "tiled", "ring")
+        assert math.isclose(loss.logit_scale.item(), 2.0, rel_tol=1e-6)
+        assert math.isclose(loss.max_log_logit_scale, math.log(3.0))
+        with pytest.raises(TypeError, match="normalise"):
+            build(normalise=False)

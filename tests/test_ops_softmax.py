@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import pickle
 from collections import Counter
 from functools import partial
 
@@ -13,6 +15,7 @@ from clip_inputs import clustered_inputs, loss_and_gradients, relative_errors, u
 from hypothesis import given, settings
 from torch import Tensor
 
+from gradcache_clip import ops
 from gradcache_clip.ops import clip_loss, info_nce_loss, sup_con_loss
 from gradcache_clip.ops.groups import dense_groups, group_sums, occurrences
 from gradcache_clip.ops.smoothing import mean_logits
@@ -195,3 +198,14 @@ def test_debiasing_hides_no_bad_number(bad: float) -> None:
     difference, positive = torch.tensor([bad, 0.0]), torch.tensor([1.0, 1.0])
     loss = one_positive_loss(debiased(difference, positive, 5, torch.tensor(2.0), 0.1))
     assert not loss[0].isfinite() and loss[1].isfinite()
+
+
+@pytest.mark.parametrize("name", ["clip", "info_nce", "nt_xent", "sup_con", "late_interaction"])
+def test_the_loss_alone_has_the_signature_of_loss_and_accuracy(name: str) -> None:
+    alone, both = (getattr(ops, f"{name}_loss{suffix}") for suffix in ("", "_with_accuracy"))
+    signatures = inspect.signature(alone), inspect.signature(both)
+    assert signatures[0].parameters == signatures[1].parameters
+    assert signatures[0].return_annotation == "Float[Tensor, '']"
+    assert signatures[1].return_annotation.endswith("Output")
+    assert f"`{name}_loss_with_accuracy` alone" in alone.__doc__
+    assert pickle.loads(pickle.dumps(alone)) is alone

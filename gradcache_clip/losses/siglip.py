@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SigLipLoss(ScaledLoss):
-    """Decides for every image and every text on its own whether the two belong together.
+    """Sigmoid loss: every image-text combination is a binary classification of its own.
 
     With I and T the L2-normalised features and S = logit_scale * I T^T + logit_bias, the loss is
     sum_ij log(1 + exp(-z_ij S_ij)) / B, z_ij = 1 for pairs and -1 otherwise. S is never stored, and

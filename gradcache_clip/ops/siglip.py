@@ -70,7 +70,7 @@ def siglip_loss_with_accuracy(
     labels: Int[Tensor, " b"] | tuple[Int[Tensor, " m"], Int[Tensor, " n"]] | None = None,
     impl: Impl = "auto",
 ) -> ContrastiveOutput:
-    """Decide for every image and every text on its own whether the two belong together.
+    """Compute the sigmoid loss: every image-text combination is a binary classification.
 
     With S = logit_scale * image_features @ text_features.T + logit_bias (M x N), z_ij = 1 where
     image i and text j are positives and z_ij = -1 elsewhere:

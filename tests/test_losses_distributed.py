@@ -1,6 +1,6 @@
 """Losses of a batch spread over two, three and four processes equal those of one process.
 
-`python test_losses_over_ranks.py FOLDER` runs the cases of the kernels, which need a process that
+`python test_losses_distributed.py FOLDER` runs the cases of the kernels, which need a process that
 has TRITON_INTERPRET set before its first import.
 """
 
