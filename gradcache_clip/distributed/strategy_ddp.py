@@ -68,6 +68,17 @@ class DDPStrategy(ManyRanks):
         return module.module if isinstance(module, DistributedDataParallel) else module
 
     @contextmanager
+    def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # Otherwise the next step would be refused, for a reduction that has not ended.
+            for module in modules:
+                if isinstance(module, DistributedDataParallel):
+                    getattr(module.reducer, "_reset_state", lambda: None)()
+            raise
+
+    @contextmanager
     def replaying(
         self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
     ) -> Iterator[None]:
