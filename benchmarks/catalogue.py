@@ -47,99 +47,44 @@ class Benchmark:
         return " ".join(["python", f"benchmarks/{self.script}", *self.full])
 
 
+_CPU = tuple(f"loss_cpu_fp32_{kind}.csv" for kind in ("times", "memory", "errors"))
+_PEERS = (
+    *("cut-cross-entropy", "info-nce-pytorch", "liger-kernel", "lightly"),
+    *("open_clip_torch", "pytorch-metric-learning", "sentence-transformers"),
+)
+_ONE_KERNEL = ("--architecture", "90", "--dtype", "bfloat16", "--variant", "plain")
+_THREE_METHODS = ("--methods", "plain", "checkpointed", "cached")
 BENCHMARKS = (
+    Benchmark("scaling", "scaling.py", ("scaling.csv",), 0.1, 0.1, quick=()),
     Benchmark(
-        name="scaling",
-        script="scaling.py",
-        writes=("scaling.csv",),
-        minutes=0.1,
-        quick_minutes=0.1,
-        quick=(),
+        "kernels", "kernel_resources.py", ("kernel_resources.csv",), 15, 0.4, quick=_ONE_KERNEL
     ),
+    Benchmark("predicted", "memory_predicted.py", ("memory_predicted.csv",), 3, 0.4),
+    Benchmark("distributed", "distributed.py", ("distributed.csv",), 5, 1),
+    Benchmark("loss", "loss.py", _CPU, 40, 1.1, full=("--full",), peers=_PEERS),
     Benchmark(
-        name="kernels",
-        script="kernel_resources.py",
-        writes=("kernel_resources.csv",),
-        minutes=15,
-        quick_minutes=0.4,
-        quick=("--architecture", "90", "--dtype", "bfloat16", "--variant", "plain"),
-    ),
-    Benchmark(
-        name="predicted",
-        script="memory_predicted.py",
-        writes=("memory_predicted.csv",),
-        minutes=3,
-        quick_minutes=0.4,
-    ),
-    Benchmark(
-        name="distributed",
-        script="distributed.py",
-        writes=("distributed.csv",),
-        minutes=5,
-        quick_minutes=1,
-    ),
-    Benchmark(
-        name="loss",
-        script="loss.py",
-        writes=tuple(f"loss_cpu_fp32_{kind}.csv" for kind in ("times", "memory", "errors")),
-        minutes=40,
-        quick_minutes=1.1,
-        full=("--full",),
-        peers=(
-            *("cut-cross-entropy", "info-nce-pytorch", "liger-kernel", "lightly"),
-            *("open_clip_torch", "pytorch-metric-learning", "sentence-transformers"),
-        ),
-    ),
-    Benchmark(
-        name="engine",
-        script="engine.py",
-        writes=("engine.json",),
-        minutes=40,
-        quick_minutes=1.1,
+        *("engine", "engine.py", ("engine.json",), 40, 1.1),
         peers=("sentence-transformers",),
         needs_wordnet=True,
     ),
     Benchmark(
-        name="integrations",
-        script="integrations.py",
-        writes=("integrations.csv",),
-        minutes=10,
-        quick_minutes=1,
+        *("integrations", "integrations.py", ("integrations.csv",), 10, 1),
         quick=("clip", "--quick"),
         needs_wordnet=True,
     ),
     Benchmark(
-        name="memory",
-        script="memory_vs_batch.py",
-        writes=("memory_vs_batch.csv",),
-        minutes=35,
-        quick_minutes=1.0,
-        quick=("--quick", "--methods", "plain", "checkpointed", "cached"),
+        *("memory", "memory_vs_batch.py", ("memory_vs_batch.csv",), 35, 1),
+        quick=("--quick", *_THREE_METHODS),
         keeps_rows=True,
     ),
+    Benchmark("negatives", "negatives.py", ("negatives.csv",), 30, 0.7, keeps_rows=True),
     Benchmark(
-        name="negatives",
-        script="negatives.py",
-        writes=("negatives.csv",),
-        minutes=30,
-        quick_minutes=0.7,
-        keeps_rows=True,
-    ),
-    Benchmark(
-        name="gpu",
-        script="gpu_suite.py",
-        writes=("gpu_suite.json",),
-        minutes=8,
-        quick_minutes=2.5,
+        *("gpu", "gpu_suite.py", ("gpu_suite.json",), 8, 2.5),
         quick=("--only", "tests"),
         needs_gpu=True,
     ),
     Benchmark(
-        name="tuning",
-        script="tune_kernels.py",
-        writes=("tune_kernels.csv",),
-        minutes=10,
-        quick_minutes=0.5,
+        *("tuning", "tune_kernels.py", ("tune_kernels.csv",), 10, 0.5),
         full=("--seconds", "600"),
         quick=("--seconds", "20"),
         needs_gpu=True,

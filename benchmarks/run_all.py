@@ -16,52 +16,119 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from catalogue import BENCHMARKS, WORDNET, Benchmark, find
-from results import provenance
-from rich.box import SIMPLE
+from results import RESULTS, ROOT, installed, parser, provenance, show, table, write_json
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
-from run_state import KEPT, MEASURED, Finished, State
 from watched_process import run_watched
 
-ROOT = Path(__file__).resolve().parents[1]
-FULL, QUICK = ROOT / "benchmarks" / "results", ROOT / "runs" / "benchmarks-quick"
+QUICK = ROOT / "runs" / "benchmarks-quick"
 INTERRUPTED = 130
+STATE = "run_all.json"
+MEASURED, KEPT = "measured", "measured before"
 _SOURCES = ("benchmarks", "gradcache_clip", "kernels")
 _NO_GPU = "needs an NVIDIA GPU"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not finished; 0 if all is there, 1 if something failed, 130 after Ctrl-C."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    made = _parser()
+    options = made.parse_args(arguments)
     try:
         chosen = [find(name) for name in options.only] if options.only else list(BENCHMARKS)
     except ValueError as error:
-        parser.error(f"--only: {error}")
+        made.error(f"--only: {error}")
     if options.list:
-        Console().print(_listing(chosen, options.wordnet))
+        show(_listing(chosen, options.wordnet))
         return 0
-    options.results = (options.results or (QUICK if options.quick else FULL)).resolve()
+    options.results = (options.results or (QUICK if options.quick else RESULTS)).resolve()
     options.wordnet = options.wordnet.absolute()
-    if options.quick and options.results == FULL:
-        parser.error(f"--results: expected another folder than {FULL} with --quick, got that one")
+    if options.quick and options.results == RESULTS:
+        made.error(f"--results: expected another folder than {RESULTS} with --quick, got that one")
     options.results.joinpath("logs").mkdir(parents=True, exist_ok=True)
     try:
         state = State(options.results)
     except ValueError as error:
-        parser.error(str(error))
+        made.error(str(error))
     return _run_all(chosen, state, options)
+
+
+# What is finished in a folder of results
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came of one benchmark."""
+
+    status: str
+    """"measured", or why not."""
+    minutes: float = 0.0
+    files: tuple[str, ...] = ()
+    """What it wrote, by name."""
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """Arguments, code, machine and versions."""
+
+
+class State:
+    """The finished benchmarks of a folder.
+
+    Args:
+        folder: of the results; it must exist.
+
+    Raises:
+        ValueError: the state file there is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._all = self._read()
+
+    def of(self, one: Benchmark, origin: Mapping[str, str]) -> Finished | None:
+        """What was measured, if it came from the same origin and its files are still there."""
+        found = self._all.get(one.name)
+        if found is None or found.status != MEASURED or dict(found.origin) != dict(origin):
+            return None
+        return found if all((self.folder / name).exists() for name in one.writes) else None
+
+    def last_origin(self, one: Benchmark) -> dict[str, str] | None:
+        """Of the last run, whatever came of it."""
+        return dict(self._all[one.name].origin) if one.name in self._all else None
+
+    def save(self, one: Benchmark, finished: Finished) -> None:
+        """Add one; the file is whole at every moment."""
+        self._all[one.name] = finished
+        record = {name: asdict(each) for name, each in self._all.items()}
+        beside = self.folder / f"{STATE}.new"
+        write_json(record, beside)
+        beside.replace(self.folder / STATE)
+
+    def _read(self) -> dict[str, Finished]:
+        path = self.folder / STATE
+        if not path.exists():
+            return {}
+        try:
+            record = json.loads(path.read_text())
+            return {
+                name: Finished(**{**each, "files": tuple(each["files"])})
+                for name, each in record.items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: expected what run_all.py wrote, got something else ({error}); "
+                "remove it, and everything is measured again"
+            ) from error
+
+
+# Running
 
 
 def _run_all(chosen: Sequence[Benchmark], state: State, options: argparse.Namespace) -> int:
@@ -75,7 +142,7 @@ def _run_all(chosen: Sequence[Benchmark], state: State, options: argparse.Namesp
                 bar.next(one)
     except KeyboardInterrupt:
         status = INTERRUPTED
-    Console().print(_table(chosen, done, options.wordnet))
+    show(_outcomes(chosen, done, options.wordnet))
     failed = [one for one in done.values() if one.status not in (MEASURED, KEPT, _NO_GPU)]
     return status or int(bool(failed))
 
@@ -127,7 +194,7 @@ def _status(code: int, missing: Sequence[str]) -> str:
 
 def origin(arguments: Sequence[str], peers: Sequence[str] = ()) -> dict[str, str]:
     """What a result depends on: arguments, code, machine and versions; not the day."""
-    installed = " ".join(f"{name}={_version(name)}" for name in peers)
+    installed = " ".join(f"{name}={installed(name)}" for name in peers)
     own = {"arguments": " ".join(arguments), "code": fingerprint(), "peers": installed}
     where = {name: text for name, text in provenance().items() if name not in ("commit", "date")}
     return {**own, **where}
@@ -189,51 +256,46 @@ def _progress() -> Progress:
     )
 
 
-def _table(chosen: Sequence[Benchmark], done: dict[str, Finished], wordnet: Path) -> Table:
-    files = Column("files", overflow="fold")
-    table = Table("benchmark", "status", "minutes", files, "remark", box=SIMPLE)
+# Tables
+
+
+def _outcomes(chosen: Sequence[Benchmark], done: Mapping[str, Finished], wordnet: Path) -> str:
+    lines = []
     for one in chosen:
         each = done.get(one.name, Finished("not run"))
         minutes = f"{each.minutes:.1f}" if each.minutes else ""
-        table.add_row(one.name, each.status, minutes, " ".join(each.files), _remark(one, wordnet))
-    return table
+        files = " ".join(each.files)
+        lines.append([one.name, each.status, minutes, files, _remark(one, wordnet)])
+    return table(["benchmark", "status", "minutes", "files", "remark"], lines, "llrll")
 
 
-def _listing(chosen: Sequence[Benchmark], wordnet: Path) -> Table:
-    table = Table("benchmark", "minutes", "quick", "command", "writes", "needs", box=SIMPLE)
+def _listing(chosen: Sequence[Benchmark], wordnet: Path) -> str:
+    lines = []
     for one in chosen:
         minutes = f"{one.minutes:g}", f"{one.quick_minutes:g}"
         needs = _NO_GPU if one.needs_gpu else _remark(one, wordnet)
-        table.add_row(one.name, *minutes, one.command(), " ".join(one.writes), needs)
-    return table
+        lines.append([one.name, *minutes, one.command(), " ".join(one.writes), needs])
+    head = ["benchmark", "minutes", "quick", "command", "writes", "needs"]
+    return table(head, lines, "lrrlll")
 
 
 def _remark(one: Benchmark, wordnet: Path) -> str:
     """What it does without on this machine."""
-    absent = [name for name in one.peers if not _version(name)]
+    absent = [name for name in one.peers if not installed(name)]
     absent += ["WordNet (--wordnet)"] if one.needs_wordnet and not wordnet.exists() else []
     return f"without {', '.join(absent)}" if absent else ""
 
 
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return ""
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    made = parser(__doc__)
+    made.set_defaults(results=None)
+    add = made.add_argument
     add("--quick", action="store_true", help="small versions, about five minutes in all")
     add("--only", nargs="+", metavar="NAME", help="these alone, in this order; see --list")
     add("--list", action="store_true", help="show what there is and run nothing")
     add("--fresh", action="store_true", help="run again what is finished, too")
     add("--wordnet", type=Path, default=WORDNET, help="WordNet 3.0's files (%(default)s)")
-    add("--results", type=Path, help=f"{FULL.relative_to(ROOT)}, {QUICK.relative_to(ROOT)}")
-    return parser
+    return made
 
 
 if __name__ == "__main__":

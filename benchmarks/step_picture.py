@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from engine_steps import Workload, image_text
+from plots import MATRIX, OURS, files, picture
 from torch import Tensor, nn
 
 from gradcache_clip import ClipLoss, GradCache
@@ -32,8 +33,8 @@ TOWERS = ("image encoder", "text encoder", "loss")
 ALL = "all"
 COLORS = {
     "forward without graph": "#38bdf8",
-    "forward with graph": "#0f766e",
-    "backward": "#c2410c",
+    "forward with graph": OURS,
+    "backward": MATRIX,
 }
 
 
@@ -139,32 +140,21 @@ def cached_step(towers: list[nn.Module], inputs: Any, log: Recording, chunk_size
 
 def draw(plain: Recording, cached: Recording, options: argparse.Namespace) -> list[Path]:
     """Two columns, plain and cached; passes above, memory below, on the same scales."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {"font.size": 11, "svg.hashsalt": "step", "font.family": "DejaVu Sans"}
     titles = (
         f"Plain step, {options.batch_size} pairs",
         f"Gradient caching, {options.batch_size} pairs in chunks of {options.chunk_size}",
     )
-    with pyplot.rc_context(style):
-        figure, grid = pyplot.subplots(
-            2, 2, figsize=(11, 5.4), sharex="col", sharey="row", height_ratios=[1, 1.4]
-        )
+    stem = options.out / "step"
+    with picture(stem, (11, 5.4)) as figure:
+        grid = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=[1, 1.4])
         for column, (log, title) in enumerate(zip((plain, cached), titles, strict=True)):
             draw_passes(grid[0][column], log, title)
             draw_memory(grid[1][column], log)
         grid[1][0].set_ylabel("activations and gradients, MiB")
-        handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
+        handles = [grid[0][0].barh(0, 0, color=color) for color in COLORS.values()]
         figure.legend(handles, list(COLORS), loc="lower center", ncols=3, frameon=False)
         figure.subplots_adjust(left=0.12, right=0.98, top=0.92, bottom=0.16, hspace=0.08)
-        paths = [options.out / "step.png", options.out / "step.svg"]
-        figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
-        pyplot.close(figure)
-    return paths
+    return files(stem)
 
 
 def draw_passes(axes: Axes, log: Recording, title: str) -> None:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import report  # noqa: E402
 from results import UNMEASURED  # noqa: E402
-from run_state import NAME as STATE  # noqa: E402
+from run_all import STATE  # noqa: E402
 
 import recipes  # noqa: E402
 from gradcache_clip.train.report import RunFigures  # noqa: E402

@@ -18,12 +18,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import run_all  # noqa: E402
 from catalogue import BENCHMARKS, Benchmark, find  # noqa: E402
-from run_state import KEPT, MEASURED, NAME, Finished, State  # noqa: E402
+from run_all import KEPT, MEASURED, STATE, Finished, State  # noqa: E402
 from watched_process import run_watched  # noqa: E402
 
 NOT_BENCHMARKS = {"fresh_process.py", "report.py", "run_all.py", "step_picture.py"}
-# Trainings, on data that are fetched first.
-NOT_BENCHMARKS |= {"recipes.py"}
+# Trainings, on data that are fetched first; and a check of commits.
+NOT_BENCHMARKS |= {"recipes.py", "compare_commits.py"}
 SCRIPT = """
 import pathlib, sys
 results = pathlib.Path(sys.argv[sys.argv.index("--results") + 1])
@@ -61,7 +61,7 @@ class Bench:
         return int(counter.read_text()) if counter.exists() else 0
 
     def state(self) -> dict[str, dict]:
-        return json.loads((self.results / NAME).read_text())
+        return json.loads((self.results / STATE).read_text())
 
 
 @pytest.fixture
@@ -78,7 +78,8 @@ def test_every_script_is_there_and_knows_the_arguments_it_is_given():
         source = (ROOT / "benchmarks" / one.script).read_text()
         given = [*one.full, *one.quick, "--results", *(["--wordnet"] if one.needs_wordnet else [])]
         for word in given:
-            assert not word.startswith("--") or f'"{word}"' in source, (one.name, word)
+            known = f'"{word}"' in source or (word == "--results" and "parser(__doc__)" in source)
+            assert known or not word.startswith("--"), (one.name, word)
 
 
 def test_all_quick_versions_are_meant_to_take_less_than_ten_minutes():
@@ -96,7 +97,7 @@ def test_an_unknown_name_is_told_with_the_known_ones(capsys):
 
 def test_a_quick_run_never_writes_beside_full_results(capsys):
     with pytest.raises(SystemExit):
-        run_all.main(["--quick", "--results", str(run_all.FULL / ".." / "results")])
+        run_all.main(["--quick", "--results", str(run_all.RESULTS / ".." / "results")])
     assert "expected another folder" in capsys.readouterr().err
 
 
@@ -141,7 +142,7 @@ def test_results_of_another_origin_do_not_count(bench: Bench, changed: str):
     assert bench.run() == bench.run() == 0 and bench.runs("passes") == 1
     state = bench.state()
     state["passes"]["origin"][changed] += " of yesterday"
-    (bench.results / NAME).write_text(json.dumps(state))
+    (bench.results / STATE).write_text(json.dumps(state))
     assert bench.run() == 0 and bench.runs("passes") == 2
 
 
@@ -274,7 +275,7 @@ def test_the_checkout_is_what_is_measured(tmp_path: Path):
 def test_a_damaged_state_is_told_and_nothing_is_run(bench: Bench, capsys):
     bench.add("passes")
     bench.results.mkdir()
-    (bench.results / NAME).write_text('{"passes": 3}')
+    (bench.results / STATE).write_text('{"passes": 3}')
     with pytest.raises(SystemExit):
         bench.run()
     assert "remove it, and everything is measured again" in capsys.readouterr().err.replace(
@@ -286,7 +287,7 @@ def test_a_damaged_state_is_told_and_nothing_is_run(bench: Bench, capsys):
 def test_a_state_is_whole_and_survives(tmp_path: Path):
     one = replace(find("scaling"), writes=("a.csv",))
     State(tmp_path).save(one, Finished(MEASURED, 1.5, ("a.csv",), {"code": "abc"}))
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert [path.name for path in tmp_path.iterdir()] == [STATE]
     assert State(tmp_path).of(one, {"code": "abc"}) is None, "its file is not there"
     (tmp_path / "a.csv").touch()
     assert State(tmp_path).of(one, {"code": "abc"}).minutes == 1.5
