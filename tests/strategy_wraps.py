@@ -44,13 +44,17 @@ def as_they_are(encoders: list[nn.Module]) -> list[nn.Module]:
     return encoders
 
 
-def each_in_ddp(encoders: list[nn.Module]) -> list[nn.Module]:
+def each_in_ddp(encoders: list[nn.Module], **options: Any) -> list[nn.Module]:
     wrapped = {id(encoder): encoder for encoder in encoders}
     wrapped = {
-        key: DDP(encoder) if any(p.requires_grad for p in encoder.parameters()) else encoder
+        key: DDP(encoder, **options) if _is_trained(encoder) else encoder
         for key, encoder in wrapped.items()
     }
     return [wrapped[id(encoder)] for encoder in encoders]
+
+
+def _is_trained(encoder: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def sharded(encoder: nn.Module, **options: Any) -> nn.Module:
