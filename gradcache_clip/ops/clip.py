@@ -94,7 +94,7 @@ def clip_loss_with_accuracy(
         >>> print(f"{result.loss:.4f} {result.image_to_text_accuracy:.1f}")
         2.3408 0.0
     """
-    scale = checked_scale(image_features, text_features, logit_scale, labels, ids, label_smoothing)
+    scale = _checked_scale(image_features, text_features, logit_scale, labels, ids, label_smoothing)
     statistics = contrast_statistics(
         "clip_loss", image_features, text_features, scale, Pairing(labels, labels, ids, ids), impl
     )
@@ -114,7 +114,7 @@ class ClipTargets:
         self.positives = None if labels is None else occurrences(labels, labels)
 
 
-def checked_scale(
+def _checked_scale(
     q: Tensor,
     k: Tensor,
     logit_scale: float | Tensor,
@@ -147,6 +147,8 @@ def clip_result(
         losses = [many_positives_loss(each, targets.positives) for each in (rows, columns)]
     loss = (losses[0].mean() + losses[1].mean()) / 2
     if targets.smoothing > 0:
+        # Cross-entropy is linear in the target: moving a share of it from the positives to all
+        # competitors adds that share of the difference of their mean logits.
         above = _positive_above_mean(q, k, logit_scale, statistics, targets)
         loss = loss + targets.smoothing * above
     return ContrastiveOutput(loss, rows.accuracy(), columns.accuracy())

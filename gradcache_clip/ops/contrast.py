@@ -170,6 +170,7 @@ class ContrastPasses(NamedTuple):
         return [(*leading, length) for length in lengths]
 
 
+# In the op, widths follow the numbers of the pairing.
 def _unpack(
     vectors: Sequence[Tensor | None], numbers: Sequence[int], impl: str
 ) -> tuple[ContrastPasses, Pairing]:

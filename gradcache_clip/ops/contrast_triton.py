@@ -53,6 +53,7 @@ def gradient_triton(
 
 
 def _contiguous(q: Tensor, k: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
+    # In a self-contrast a copy of q must serve as k too.
     q = q.contiguous()
     return q, q if pairing.self_contrast else k.contiguous()
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def occurrences(values: Int[Tensor, " m"], among: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
     """Count how often each of `values` occurs in `among`."""
+    # Any integers, in the shape of `values`: bincount and unique would wait for the device.
     ordered = among.sort().values
     last = torch.searchsorted(ordered, values, right=True)
     return last - torch.searchsorted(ordered, values)
@@ -23,6 +24,7 @@ def dense_groups(*values: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     group = torch.zeros_like(values[0], dtype=torch.int64)
     for each in values:
         ranks = _ranks(each)
+        # A pair of numbers below n as one number; its rank is below n again.
         group = _ranks(group * len(each) + ranks)
     return group
 

@@ -133,6 +133,7 @@ def info_nce_result(
     rows = rows_of(statistics)
     difference, count = negative_lse_minus_positive(rows), columns - 1
     if own_logits is not None:
+        # log(exp(N) + exp(N of own)) - p, with N the log-sum-exps and p the positive.
         difference = torch.logaddexp(difference, own_logits.logsumexp(1) - rows.positive)
         hardest = torch.maximum(rows.hardest_negative, own_logits.detach().amax(1))
         rows = rows._replace(hardest_negative=hardest)
@@ -183,6 +184,7 @@ def retrieval_pairing(
         row_ids = column_ids[:rows]
     if cosine is not None and rules.false_negative_margin is not None:
         row_threshold = logit_scale.detach() * (cosine + rules.false_negative_margin)
+        # Hard negatives are columns without a query of their own: nothing exceeds their threshold.
         column_threshold = row_threshold.new_full((*cosine.shape[:-1], columns), torch.inf)
         column_threshold[..., :rows] = row_threshold
     vectors = None, None, row_ids, column_ids, row_threshold, column_threshold

@@ -62,6 +62,7 @@ class TorchTiles:
         size = tile.shape[dim]
         index = torch.arange(size, dtype=tile.dtype, device=tile.device)
         index = index.view(size, *[1] * (3 - dim))
+        # index + size where an entry is below its maximum; the least is the first winner.
         scratch = self._buffer("scratch", tile.shape)
         torch.ne(tile, best.unsqueeze(dim), out=scratch)
         torch.add(index, scratch, alpha=size, out=scratch)

@@ -26,6 +26,7 @@ class TileMasks:
         pairing = self.pairing
         if pairing.row_ids is not None and pairing.column_ids is not None:
             mask = self._equal("ids", pairing.row_ids, pairing.column_ids, stripe, panel)
+            # Positives compete even where ids are equal.
             if self.labelled:
                 mask &= ~self.positives(stripe, panel)
             else:

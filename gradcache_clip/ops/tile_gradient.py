@@ -24,6 +24,8 @@ class TileGradient:
     def tile(self, stripe: slice, panel: slice) -> Tensor:
         """Return G of these rows and columns; the next call overwrites it."""
         tile, scratch = self.tiles.logits(stripe, panel), self._scratch(stripe, panel)
+        # dsum_i exp(S - max_i) + dsum_j exp(S - max_j), in two buffers; columns first, because the
+        # rows overwrite S.
         if self.columns is not None:
             threshold = self.pairing.column_threshold
             _softmax(tile, panel, 0, self.columns, threshold, out=scratch)
