@@ -17,7 +17,7 @@ class Benchmark:
     writes: tuple[str, ...]
     """Data files that are there once it has run; pictures come beside them."""
     minutes: float
-    """What a full run takes on two slow cores."""
+    """Duration of a full run on two slow cores."""
     quick_minutes: float
     full: tuple[str, ...] = ()
     quick: tuple[str, ...] = ("--quick",)
@@ -30,7 +30,7 @@ class Benchmark:
     """Goes on with the rows of an earlier run in its files."""
 
     def arguments(self, *, quick: bool, wordnet: Path = WORDNET) -> list[str]:
-        """What follows the script, but for the folder of the results."""
+        """Arguments behind the script's name, without --results."""
         elsewhere = self.needs_wordnet and wordnet != WORDNET
         return [
             *(self.quick if quick else self.full),

@@ -33,6 +33,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from collectives import CountedCollectives
 from engine_steps import encode, image_text
+from fresh_process import distance
 from results import (
     bytes_text,
     paragraph,
@@ -76,11 +77,11 @@ class Row:
     collectives: int
     """Calls in a step."""
     bytes_received: int
-    """Of one process in a step."""
+    """Per process and step."""
     time_ratio: float
     """To the first way of its part."""
     error: float
-    """Of the gradients."""
+    """Relative, of all gradients."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,7 +104,7 @@ def _measured(options: argparse.Namespace) -> Iterator[Row]:
             yield from (Row(world=world, **row) for row in found)
 
 
-# What each process does
+# The work of each process
 
 
 class _Contestant(NamedTuple):
@@ -226,7 +227,7 @@ def _engines(options: dict[str, Any]) -> list[_Contestant]:
         if available(name):
             ready: Ready = build(options)
             ready.step()
-            found.append(_Contestant(name, ready.step, error_against(truth, ready)))
+            found.append(_Contestant(name, ready.step, distance(ready.gradients(), truth)))
     return found
 
 
@@ -238,13 +239,6 @@ def one_process(options: dict[str, Any]) -> list[Tensor]:
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     ClipLoss(group=alone)(*features).loss.backward()
     return _gradients(encoders)
-
-
-def error_against(truth: list[Tensor], ready: Ready) -> float:
-    """Norm of the difference of all gradients over the norm of all."""
-    ours = torch.cat([each.flatten() for each in ready.gradients()])
-    true = torch.cat([each.flatten() for each in truth])
-    return float((ours - true).norm() / true.norm())
 
 
 def available(name: str) -> bool:
@@ -361,7 +355,7 @@ ENGINES: dict[str, Callable[[dict[str, Any]], Ready]] = {
 
 
 def section(results: Path) -> str:
-    """What is exchanged, how long it takes, and how exact it is."""
+    """Collectives, bytes, time and gradient error of each way."""
     head = ("", "", "processes", "collectives", "received", "time", "gradient error")
     text = (
         "Collectives and bytes are counted in one step. Times are median ratios to the first way "

@@ -38,7 +38,15 @@ from engine_steps import (
     ours,
     rows_of,
 )
-from fresh_process import Limits, PeakGrowth, call_in_fresh_process, interleaved_times_ms
+from fresh_process import (
+    Limits,
+    PeakGrowth,
+    call_in_fresh_process,
+    distance,
+    from_zero,
+    interleaved_times_ms,
+    median_ratio,
+)
 from plots import OURS, PALE, files, picture, tidy
 from results import (
     bold,
@@ -188,7 +196,7 @@ def measure_times(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         name: {
             "step_ms": median(times),
-            "time_ratio": median(t / first for t, first in zip(times, columns[0], strict=True)),
+            "time_ratio": median_ratio(times, columns[0]),
             "gradient_error": error,
             "rounds": len(rounds),
         }
@@ -208,7 +216,7 @@ def measure_budgets(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         str(share): {
             "budget_bytes": int(share * whole),
-            "time_ratio": median(t / p for t, p in zip(times, plain, strict=True)),
+            "time_ratio": median_ratio(times, plain),
         }
         for share, times in zip(_SHARES, columns, strict=True)
     }
@@ -233,7 +241,7 @@ def measure_overhead(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         "chunks": arguments["chunks"],
         "chunk_size": arguments["chunk_size"],
-        "time_ratio": median(e / by_hand for e, by_hand in zip(engine, loop, strict=True)),
+        "time_ratio": median_ratio(engine, loop),
         "loop_us_per_chunk": 1e3 * median(loop) / (2 * arguments["chunks"]),
         "engine_us_per_chunk": 1e3 * median(engine) / (2 * arguments["chunks"]),
         "gradient_error": error,
@@ -273,12 +281,7 @@ def _workload(arguments: dict[str, Any]) -> Workload:
 
 
 def _stepping(work: Workload, step: Step) -> Callable[[], float]:
-    def stepped() -> float:
-        for encoder in work.encoders:
-            encoder.zero_grad()
-        return step()
-
-    return stepped
+    return from_zero(step, nn.ModuleList(work.encoders).parameters())
 
 
 def _errors(work: Workload, steps: list[Callable[[], float]]) -> list[float]:
@@ -287,13 +290,7 @@ def _errors(work: Workload, steps: list[Callable[[], float]]) -> list[float]:
         step()
         parameters = [p for encoder in work.encoders for p in encoder.parameters()]
         gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
-    return [_relative_error(each, gradients[0]) for each in gradients]
-
-
-def _relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
-    """Of all gradients as one vector."""
-    difference = sum((g - e).double().square().sum() for g, e in zip(got, expected, strict=True))
-    return float((difference / sum(e.double().square().sum() for e in expected)).sqrt())
+    return [distance(each, gradients[0]) for each in gradients]
 
 
 def _forget(make: Callable[[Workload, int], Step], work: Workload) -> None:

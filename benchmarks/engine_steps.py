@@ -226,7 +226,7 @@ def sentence_transformers(work: Workload, chunk_size: int) -> Step:
 
 
 class SentenceEmbedding(nn.Module):
-    """What sentence-transformers calls a module: a dict in, a dict with an embedding out."""
+    """A module as sentence-transformers calls it: a dict in, a dict with an embedding out."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()

@@ -12,20 +12,24 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-# What torch, NumPy and the C++ library say when an allocation fails.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Messages of torch, NumPy and the C++ library when an allocation fails.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "MemoryError")
 _KILLED = -9
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a fresh process returned, or how it failed ("out of memory" or "timed out")."""
+    """Values that a fresh process returned, or its failure: "out of memory" or "timed out"."""
 
     values: dict[str, Any] = field(default_factory=dict)
     failure: str = ""
@@ -33,7 +37,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a fresh process may use."""
+    """Resources that a fresh process may use."""
 
     seconds: float = 1800.0
     """Wall clock; the process is ended beyond it and counts as "timed out"."""
@@ -121,6 +125,30 @@ def interleaved_times_ms(
     while len(rounds) < count and time.perf_counter() - begin < seconds:
         rounds.append(tuple(map(_time_ms, steps)))
     return rounds or [warm_up]
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return median(time / other for time, other in zip(times, others, strict=True))
+
+
+def distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Norm of the difference of all gradients, over the norm of the expected ones."""
+    pairs = zip(got, expected, strict=True)
+    difference = sum((g - e).double().square().sum() for g, e in pairs)
+    return float((difference / sum(e.double().square().sum() for e in expected)) ** 0.5)
+
+
+def from_zero(step: Callable[[], float], leaves: Iterable[Tensor]) -> Callable[[], float]:
+    """The step, with the gradients of the leaves forgotten before."""
+    leaves = list(leaves)
+
+    def stepped() -> float:
+        for leaf in leaves:
+            leaf.grad = None
+        return step()
+
+    return stepped
 
 
 def _time_ms(step: Callable[[], object]) -> float:

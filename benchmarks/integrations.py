@@ -22,7 +22,14 @@ from typing import Any, NamedTuple
 
 import torch
 from engine_steps import SentenceEmbedding, image_text, lemma_gloss
-from fresh_process import Limits, PeakGrowth, call_in_fresh_process, interleaved_times_ms
+from fresh_process import (
+    Limits,
+    PeakGrowth,
+    call_in_fresh_process,
+    distance,
+    from_zero,
+    interleaved_times_ms,
+)
 from results import (
     UNMEASURED,
     bytes_text,
@@ -46,7 +53,7 @@ OURS, THEIRS = "ours", "theirs"
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a case."""
+    """One measured case."""
 
     drop_in: str
     beside: str
@@ -54,14 +61,14 @@ class Row:
     loss_error: float
     """Relative difference of the two losses."""
     gradient_error: float
-    """Of all gradients as one vector."""
+    """Relative, all gradients as one vector."""
     time_ratio: float
     """Step of the library over step of the drop-in: the median of rounds."""
     step_ms: float
     """Median time of a step of the drop-in."""
     rounds: int
     peak_growth_bytes: int
-    """Of the drop-in."""
+    """Measured on the drop-in."""
     their_peak_growth_bytes: int
 
 
@@ -120,8 +127,10 @@ def measure_times(arguments: dict[str, Any]) -> dict[str, Any]:
     case, folder = CASES[arguments["case"]], Path(arguments["wordnet"])
     ours, theirs = (case.build(side, arguments["pairs"], folder) for side in (OURS, THEIRS))
     loss, their_loss = ours.step(), theirs.step()
-    error = _distance(ours.leaves, theirs.leaves)
-    steps = [_stepping(run) for run in (ours, theirs)]
+    pairs = zip(ours.leaves, theirs.leaves, strict=True)
+    gradients = [(a.grad, b.grad) for a, b in pairs if b.grad is not None]
+    error = distance(*zip(*gradients, strict=True))
+    steps = [from_zero(run.step, run.leaves) for run in (ours, theirs)]
     rounds = interleaved_times_ms(steps, arguments["rounds"], arguments["seconds"])
     return {
         "loss_error": abs(loss - their_loss) / abs(their_loss),
@@ -132,23 +141,7 @@ def measure_times(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stepping(run: Run) -> Callable[[], float]:
-    def stepped() -> float:
-        for leaf in run.leaves:
-            leaf.grad = None
-        return run.step()
-
-    return stepped
-
-
-def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Of the gradients of two equal models, relative, as one vector each."""
-    pairs = [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True) if b.grad is not None]
-    difference = sum((a - b).double().square().sum() for a, b in pairs)
-    return float((difference / sum(b.double().square().sum() for _, b in pairs)).sqrt())
-
-
-# The drop-ins, and what the libraries themselves offer
+# The drop-ins beside the libraries themselves
 
 
 class Run(NamedTuple):

@@ -286,7 +286,7 @@ def _shared(loss: str, options: argparse.Namespace) -> dict[str, Any]:
 def _head(
     contestant: Contestant, batch_size: int, options: argparse.Namespace, width: int | None = None
 ) -> tuple[Any, ...]:
-    """What every row says first, up to its status."""
+    """The first fields of every row, up to its status."""
     names = contestant.loss, contestant.name, contestant.version()
     return *names, batch_size, width or options.width, options.dtype
 
@@ -500,6 +500,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure(options, partial(write_results, origin=_origin(options), stem=stem))
     results, origin = read_results(stem), read_origin(stem)
     show(section(options.device, options.dtype)(options.results))
+    for row in results.times:
+        if row.batch_size == FULL_BATCH and row.status == MEASURED:
+            rate = f"{row.share_of_matmul:.0%} of the rate of a matrix product"
+            print(
+                f"{row.contestant} at batch {FULL_BATCH:,}: {rate}, {row.milliseconds / 1e3:.1f} s"
+            )
     for loss in TITLES:
         if (own := results.of(loss)).memory:
             for path in draw(loss, own, origin, stem.with_name(f"{stem.name}_{loss}")):

@@ -1,4 +1,4 @@
-"""The rows of loss.py, and what the pages and pictures say of them."""
+"""The rows of loss.py, and their tables and pictures."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def contestants(loss: str, found: Results, device: str) -> str:
 
 
 def remark(loss: str, name: str, results: Results) -> str:
-    """What is wrong, why it did not run, or how it was called."""
+    """Wrong outputs, the reason if it did not run, and how it was called."""
     own = Results(*([row for row in rows if row.contestant == name] for rows in results.all()))
     failed = [row.status for row in (*own.memory[:1], *own.main_times().values(), *own.errors)]
     words = [f"{row.case} ({_worst_words(row)})" for row in own.errors if row.is_wrong()]
@@ -423,7 +423,7 @@ def draw(loss: str, results: Results, origin: Mapping[str, str], stem: Path) -> 
         where = origin["gpu"] or f"{origin['machine']} ({origin['used_threads']} used)"
         words = (
             f"{results.memory[0].dtype} on {where}; torch {origin['torch']}. Memory: one forward "
-            f"and backward at D = {results.memory[0].width}, a fresh process a point. "
+            f"and backward at D = {results.memory[0].width}, a fresh process per point. "
             "Times: medians of interleaved rounds in one process."
         )
         left_out = [

@@ -42,7 +42,7 @@ class Case:
 
     scale: float
     cosine: float | None = None
-    """Of every q to every k, about; unrelated vectors when None."""
+    """Approximate cosine of every q to every k; unrelated vectors when None."""
     slipped: bool = False
     """The vector equal to q_i is k_(i+1)."""
     dtype: str = ""
@@ -81,7 +81,7 @@ def make_leaves(
 
 
 def plain_clip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    """What a person writes: the matrix and two cross-entropies, in the dtype of the features."""
+    """As a person writes it: the matrix and two cross-entropies, in the dtype of the features."""
     logits = scale * q @ k.T
     labels = torch.arange(len(q), device=q.device)
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2

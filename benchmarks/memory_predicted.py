@@ -80,7 +80,7 @@ class Planned(NamedTuple):
     """A way to train, as a plan knows it."""
 
     name: str
-    """Of the plan's method."""
+    """Name of the plan's method."""
     inputs: str
     """Where the batch waits."""
     label: str

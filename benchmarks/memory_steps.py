@@ -260,12 +260,12 @@ def _load_libraries(size: ModelSize, method: str) -> None:
 
 
 class Counted(NamedTuple):
-    """What lives in a step."""
+    """Bytes of live tensors in a step."""
 
     peak_bytes: int
-    """Of all tensors at once."""
+    """All tensors, at their peak."""
     floor_bytes: int
-    """Of model, optimizer and batch, which no method can do without."""
+    """Model, optimizer and batch, which every method holds."""
 
 
 def count_step(method: str, size: ModelSize, batch_size: int, chunk_size: int) -> Counted:

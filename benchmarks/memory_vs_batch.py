@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 MEASURED, OVER_CAP, OUT_OF_MEMORY = "measured", "over cap", "out of memory"
 _FILE = "memory_vs_batch.csv"
 _ANY_RUN = ("date", "commit")
-# What a measured step runs.
+# Sources that a measured step runs.
 _CODE = ("engine_steps.py", "fresh_process.py", "memory_steps.py")
 _LIBRARY_CODE = ("cache/*.py", "losses/*.py", "ops/*.py")
 _COLUMNS = {
@@ -102,7 +102,7 @@ class Row:
     counted_bytes: int = 0
     """Peak of live tensors, counted on fake tensors."""
     floor_bytes: int = 0
-    """Of these, model, optimizer and batch."""
+    """The part of model, optimizer and batch."""
     status: str = ""
     """"measured", "over cap", "out of memory", "timed out", or "not run: " and why."""
     peak_growth_bytes: int = 0
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(written)
 
 
-# Measuring: one row a point, each in a fresh process
+# Measuring: one row per point, each in a fresh process
 
 
 def _measure(options: argparse.Namespace, path: Path) -> list[Row]:
@@ -199,7 +199,7 @@ def find_earlier(row: Row, earlier: Iterable[Row]) -> Row | None:
 
 
 def _taken_over(row: Row, known: Row) -> Row:
-    """What an earlier run measured, with the bytes and the cap of this one."""
+    """The earlier measurement, with the counted bytes and the cap of this run."""
     counted = {"counted_bytes": row.counted_bytes, "floor_bytes": row.floor_bytes}
     return replace(known, cap_bytes=row.cap_bytes, **counted)
 
@@ -244,7 +244,7 @@ def _reason_not_to_run(
 
 
 def _estimated_minutes(row: Row, smaller: Sequence[Row], pair_flops: float) -> float:
-    """Of one step, at the rate of the method's last measured one; 0 if there is none."""
+    """Duration of one step at the rate of the method's last measured one; 0 if there is none."""
     measured = [each for each in smaller if each.measured]
     if not measured:
         return 0.0
@@ -270,7 +270,7 @@ def _with_time_ratio(row: Row, before: Sequence[Row], options: argparse.Namespac
 
 
 def _point(row: Row, options: argparse.Namespace) -> dict[str, object]:
-    """What both measurements are told."""
+    """Arguments of both measurements."""
     sizes = {"batch_size": row.batch_size, "chunk_size": row.chunk_size}
     return {"size": options.size, **sizes, "steps": options.steps, "seconds": options.seconds}
 
@@ -283,7 +283,7 @@ def _origin(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _fingerprint() -> str:
-    """Of the sources that a measured step runs."""
+    """Hash of the sources that a measured step runs."""
     files = [ROOT / "benchmarks" / name for name in _CODE]
     files += [path for each in _LIBRARY_CODE for path in (ROOT / "gradcache_clip").glob(each)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
@@ -341,7 +341,7 @@ def _table(
 
 
 def _memory(row: Row) -> str:
-    """What was measured; else why not, and what was counted."""
+    """Measured bytes; else the reason, and counted bytes."""
     if row.measured:
         return bytes_text(row.peak_growth_bytes)
     return f"{row.status.split(':')[0]}; {bytes_text(row.counted_bytes)} counted"
@@ -464,7 +464,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cap-gib", type=float, help="memory a step may use; by default 80 %% of what is free")
     add("--minutes", type=float, default=9.0, help="a longer step is not run (9)")
     add("--cached-minutes", type=float, default=40.0, help="the same of gradcache-clip (40)")
-    add("--steps", type=int, default=3, help="timed steps a point, median reported (3)")
+    add("--steps", type=int, default=3, help="timed steps per point, median reported (3)")
     add("--seconds", type=float, default=20.0, help="no further step of a point after this (20)")
     add("--timeout", type=float, default=3600.0, help="seconds until a process is ended (3600)")
     add("--threads", type=int, help="threads of a step (as torch chooses)")

@@ -296,7 +296,7 @@ def draw(sets: Sequence[Sequence[Summary]], stem: Path) -> list[Path]:
 
 
 def finding(panel: Sequence[Summary]) -> str:
-    """What the largest number of competing pairs gives over the smallest, one data set."""
+    """Recall with the largest and with the smallest number of competing pairs."""
     few, many = panel[0], panel[-1]
     below, above = (50 * (each.mean("forward") + each.mean("backward")) for each in (few, many))
     return (

@@ -36,14 +36,14 @@ class Run:
     block_size: int
     """Pairs that compete in one softmax; with the batch size, the whole batch."""
     seed: int
-    """Of the first weights, the order of the data and dropout."""
+    """Seeds the first weights, the order of the data and dropout."""
     learning_rate: float
     steps: int
     batch_size: int
     chunk_size: int
     """Pairs that go through a tower at once."""
     towers: str
-    """What they are, in words."""
+    """Described in words."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Row(Run):
     plain_step_bytes: int
     """Tensors at the peak of a plain step over `block_size` pairs, counted."""
     seconds: float
-    """Of the training."""
+    """Duration of the training."""
 
     @property
     def run(self) -> Run:
@@ -104,7 +104,7 @@ class SmallConvNet(nn.Module):
 
 
 def head(width: int) -> nn.Sequential:
-    """What is trained on top of a frozen encoder's (B, width) features."""
+    """Trained on top of a frozen encoder's (B, width) features."""
     layers = (nn.LayerNorm(width), nn.Linear(width, 512), nn.GELU(), nn.Dropout(0.2))
     return nn.Sequential(*layers, nn.Linear(512, FEATURES))
 
@@ -128,7 +128,7 @@ def _bag(rows: Tensor, width: int) -> BagOfWords:
     return BagOfWords(int(torch.max(rows)) + 1, width)
 
 
-# What is trained, and on what
+# Experiments
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ class Experiment:
 
     title: str
     held_out: str
-    """What is retrieved, in words."""
+    """The retrieved rows, in words."""
     sides: tuple[str, str]
     towers: str
-    """What they are, in words."""
+    """Described in words."""
     load: Callable[[Path], DataSet]
     """From the folder that keeps the data; raises `Unavailable`."""
     build: Callable[[Pairs], Towers]

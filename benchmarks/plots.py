@@ -54,7 +54,7 @@ def picture(stem: Path, inches: tuple[float, float], layout: str | None = None) 
 
 
 def files(stem: Path) -> list[Path]:
-    """What `picture` writes."""
+    """The files that `picture` writes."""
     return [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
 
 

@@ -39,7 +39,6 @@ NAMES = (
     *("moco", "moco_image", "simclr", "text_embedding"),
 )
 FILE = "recipes.json"
-# What the settings of the file are, and what the run came to.
 _SETTINGS = ("batch_size", "chunk_size", "steps")
 _RECALL = re.compile(r"([a-z]+)_to_([a-z]+)_recall_at_(\d+)(?:_of_(\d+)_numbers)?")
 _LABELS = {
@@ -89,7 +88,7 @@ def _trained(name: str, results: Path, images: Path) -> bool:
 
 
 def _work(name: str) -> tuple[list[str], Path, dict[str, Any]]:
-    """What Python runs, the folder of the run, and the settings that its result must have."""
+    """Arguments of Python, the folder of the run, and the settings that its result must have."""
     from gradcache_clip.train.config_file import load_config
 
     config = load_config(ROOT / "recipes" / f"{name}.yaml")
@@ -118,7 +117,7 @@ def _log(name: str, results: Path) -> Path:
 
 
 def _cpu_seconds() -> float:
-    """Of all processes that were started from here and have ended."""
+    """CPU time of all processes that were started from here and have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -127,7 +126,7 @@ def _cpu_seconds() -> float:
 
 
 def recipe(results: Path, name: str) -> str:
-    """What a recipe's held-out data say, and what it took."""
+    """Held-out figures of a recipe, and the cost of its run."""
     record = _records(results).get(name)
     if record is None:
         return UNMEASURED
@@ -168,7 +167,7 @@ def _line(name: str, record: Mapping[str, Any]) -> list[str]:
 
 
 def _label(key: str) -> str:
-    """Of a share in words; empty for a figure that is none.
+    """A share in words; empty for any other figure.
 
     Example:
         >>> _label("image_to_text_recall_at_5"), _label("image_to_text_recall_at_5_chance")

@@ -202,7 +202,7 @@ class Section:
     picture: str = ""
     """File in the folder of results, shown if it is there."""
     files: tuple[str, ...] = ()
-    """What it reads; what the benchmark writes if empty."""
+    """Files that it reads; all that the benchmark writes if empty."""
 
     def reads(self) -> tuple[str, ...]:
         return self.files or find(self.benchmark).writes
@@ -289,7 +289,7 @@ def _kernel_line(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _gpu(results: Path) -> str:
-    """What became of each section of the suite."""
+    """Outcome of each section of the suite."""
     lines = [
         [each["name"], each["outcome"], f"{each['seconds']:.0f}"]
         for each in read_json(results / "gpu_suite.json")["sections"]

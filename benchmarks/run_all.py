@@ -62,18 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run_all(chosen, state, options)
 
 
-# What is finished in a folder of results
+# The state: finished benchmarks of a folder of results
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What came of one benchmark."""
+    """Outcome of one benchmark."""
 
     status: str
     """"measured", or why not."""
     minutes: float = 0.0
     files: tuple[str, ...] = ()
-    """What it wrote, by name."""
+    """Names of the files that it wrote."""
     origin: Mapping[str, str] = field(default_factory=dict)
     """Arguments, code, machine and versions."""
 
@@ -93,14 +93,14 @@ class State:
         self._all = self._read()
 
     def of(self, one: Benchmark, origin: Mapping[str, str]) -> Finished | None:
-        """What was measured, if it came from the same origin and its files are still there."""
+        """The outcome, if it came from the same origin and its files are still there."""
         found = self._all.get(one.name)
         if found is None or found.status != MEASURED or dict(found.origin) != dict(origin):
             return None
         return found if all((self.folder / name).exists() for name in one.writes) else None
 
     def last_origin(self, one: Benchmark) -> dict[str, str] | None:
-        """Of the last run, whatever came of it."""
+        """Origin of the last run, whatever its outcome."""
         return dict(self._all[one.name].origin) if one.name in self._all else None
 
     def save(self, one: Benchmark, finished: Finished) -> None:
@@ -148,7 +148,7 @@ def _run_all(chosen: Sequence[Benchmark], state: State, options: argparse.Namesp
 
 
 def _finished(one: Benchmark, state: State, bar: _Bar, options: argparse.Namespace) -> Finished:
-    """What the state says if that is up to date, else what a run comes to."""
+    """The known outcome if it is up to date, else that of a run."""
     wanted = origin(one.arguments(quick=options.quick, wordnet=options.wordnet), one.peers)
     if one.needs_gpu and not _has_gpu():
         return Finished(_NO_GPU)
@@ -193,7 +193,7 @@ def _status(code: int, missing: Sequence[str]) -> str:
 
 
 def origin(arguments: Sequence[str], peers: Sequence[str] = ()) -> dict[str, str]:
-    """What a result depends on: arguments, code, machine and versions; not the day."""
+    """All that a result depends on: arguments, code, machine and versions; not the day."""
     installed = " ".join(f"{name}={installed(name)}" for name in peers)
     own = {"arguments": " ".join(arguments), "code": fingerprint(), "peers": installed}
     where = {name: text for name, text in provenance().items() if name not in ("commit", "date")}
@@ -202,7 +202,7 @@ def origin(arguments: Sequence[str], peers: Sequence[str] = ()) -> dict[str, str
 
 @cache
 def fingerprint() -> str:
-    """Of the sources, so that a commit of text or figures repeats nothing."""
+    """Hash of the sources, so that a commit of text or figures repeats nothing."""
     digest = hashlib.sha256()
     for path in sorted(path for room in _SOURCES for path in (ROOT / room).rglob("*")):
         name = path.relative_to(ROOT).as_posix()
@@ -280,7 +280,7 @@ def _listing(chosen: Sequence[Benchmark], wordnet: Path) -> str:
 
 
 def _remark(one: Benchmark, wordnet: Path) -> str:
-    """What it does without on this machine."""
+    """Optional parts that this machine lacks."""
     absent = [name for name in one.peers if not installed(name)]
     absent += ["WordNet (--wordnet)"] if one.needs_wordnet and not wordnet.exists() else []
     return f"without {', '.join(absent)}" if absent else ""

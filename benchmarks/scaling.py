@@ -1,4 +1,4 @@
-"""What a process sends, holds and computes in one step, from two processes to a thousand.
+"""Bytes that a process sends and holds, and its operations, for two to a thousand processes.
 
     python benchmarks/scaling.py                    # a ViT-B/16 and a BERT-base, 1,024 pairs each
     python benchmarks/scaling.py --local-batch 4096 --width 768 --parameters 300e6
@@ -47,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process in one step."""
+    """Per process and step."""
 
     feature_bytes_received: int
     statistic_bytes_received: int
@@ -183,7 +183,7 @@ def section(results: Path) -> str:
 
 
 def quoted(results: Path) -> str:
-    """What a process receives and holds for the loss, for some numbers of processes."""
+    """Bytes that a process receives and holds for the loss, for some numbers of processes."""
     head = (
         *("processes", "global batch", "exchange", "features received", "held for the loss"),
         *("loss, share of operations", "exchange, share of a step at most"),
@@ -222,7 +222,7 @@ def _setting(results: Path) -> str:
 
 
 def _gather(results: Path) -> str:
-    """What a gather holds of features at the largest batch."""
+    """Features that a gather holds at the largest batch."""
     return bytes_text(_gathered_bytes(_largest_gather(results)))
 
 
@@ -232,7 +232,7 @@ def _loss_share(results: Path) -> str:
 
 
 def _statistics(results: Path) -> str:
-    """What the statistics of all pairs take at the largest batch."""
+    """Memory of the statistics of all pairs at the largest batch."""
     row = _largest_gather(results)
     held = int(row["loss_memory_bytes"]) - _gathered_bytes(row)
     pairs = int(row["world"]) * int(row["local_batch"])
