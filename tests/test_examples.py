@@ -47,6 +47,14 @@ def test_the_demo_compares_two_runs(tmp_path: Path):
     assert "tensors of a plain step" in printed
 
 
+def test_the_demo_ends_where_its_data_cannot_be_made(monkeypatch: pytest.MonkeyPatch):
+    demo, commands = _demo(), []
+    monkeypatch.setattr(demo.subprocess, "call", lambda command: commands.append(command) or 2)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--data", "glyphs"])
+    assert demo.main() == 2
+    assert commands == [[sys.executable, str(EXAMPLES / "data" / "glyphs.py"), "data/glyphs"]]
+
+
 def test_the_demo_recipe_loads():
     config = load_config(EXAMPLES / "demo.yaml")
     assert (config.train.batch_size, config.train.negatives) == (1024, "batch")

@@ -243,6 +243,8 @@ def _with_unique_keys(samples: Iterable[Sample]) -> Iterable[Sample]:
 
 
 def _write_shard(path: Path, samples: Iterable[Sample]) -> ShardEntry | None:
+    # Not webdataset.ShardWriter: it writes under the final name, so a failure leaves a cut shard
+    # that looks complete, and it reads "%" in the folder's name as a pattern.
     temporary = path.with_suffix(".tar.partial")
     count = 0
     try:
