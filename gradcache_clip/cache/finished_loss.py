@@ -45,7 +45,7 @@ class FinishedLoss(Tensor):
     def backward(self, *_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(_MESSAGE)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return repr(_plain(self))
 
     def __format__(self, spec: str) -> str:
