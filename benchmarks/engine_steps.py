@@ -22,7 +22,7 @@ Step = Callable[[], float]
 """Returns the loss and fills `.grad`."""
 SCALE = 20.0
 _FEATURES = 384
-_VOCABULARY = 30522
+VOCABULARY = 30522
 _WORDNET_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 
 
@@ -33,15 +33,21 @@ class Workload(NamedTuple):
     inputs: tuple[Any, Any]
 
 
-class MeanPooledBert(nn.Module):
-    """A BERT from a configuration; the mean of its tokens is the feature."""
+class Bert(nn.Module):
+    """A BERT from a configuration; the projected mean of its tokens, or the first, is the feature.
 
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    Args:
+        mean: whether to take the mean.
+    """
+
+    def __init__(
+        self, width: int, layers: int, heads: int, features: int = _FEATURES, *, mean: bool = True
+    ) -> None:
         super().__init__()
         from transformers import BertConfig, BertModel
 
         config = BertConfig(
-            vocab_size=_VOCABULARY,
+            vocab_size=VOCABULARY,
             hidden_size=width,
             num_hidden_layers=layers,
             num_attention_heads=heads,
@@ -50,10 +56,13 @@ class MeanPooledBert(nn.Module):
             attention_probs_dropout_prob=0.0,
         )
         self.bert = BertModel(config, add_pooling_layer=False)
-        self.projection = nn.Linear(width, _FEATURES, bias=False)
+        self.projection = nn.Linear(width, features, bias=False)
+        self.mean = mean
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if not self.mean:
+            return self.projection(hidden[:, 0])
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return self.projection((hidden * weights).sum(1) / weights.sum(1))
 
@@ -67,8 +76,8 @@ def image_text(batch_size: int, *, small: bool) -> Workload:
     image = timm.create_model(
         "vit_small_patch16_224", img_size=64, patch_size=8, depth=depth, num_classes=_FEATURES
     )
-    text = MeanPooledBert(256, 2 if small else 6, 4)
-    tokens = torch.randint(0, _VOCABULARY, (batch_size, 32))
+    text = Bert(256, 2 if small else 6, 4)
+    tokens = torch.randint(0, VOCABULARY, (batch_size, 32))
     texts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return Workload((image, text), (torch.randn(batch_size, 3, 64, 64), texts))
 
@@ -76,7 +85,7 @@ def image_text(batch_size: int, *, small: bool) -> Workload:
 def lemma_gloss(batch_size: int, folder: Path, *, small: bool) -> Workload:
     """WordNet's lemmas and glosses through one encoder of the shape of MiniLM-L6."""
     torch.manual_seed(0)
-    encoder = MeanPooledBert(384, 2 if small else 6, 12)
+    encoder = Bert(384, 2 if small else 6, 12)
     pairs = list(wordnet_pairs(folder))
     chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:batch_size]
     lemmas, glosses = zip(*(pairs[i] for i in chosen.tolist()), strict=True)
@@ -103,9 +112,7 @@ def wordnet_pairs(folder: Path) -> Iterator[tuple[str, str]]:
 
 def padded_words(texts: tuple[str, ...], longest: int = 128) -> dict[str, Tensor]:
     """Each word hashed to a token, padded on the right: lengths as they are, no vocabulary."""
-    rows = [
-        [1 + zlib.crc32(word.encode()) % (_VOCABULARY - 1) for word in t.split()] for t in texts
-    ]
+    rows = [[1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in t.split()] for t in texts]
     rows = [row[:longest] for row in rows]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from engine_steps import IMAGE_TEXT, Step, Workload, encode, rows_of
+from engine_steps import IMAGE_TEXT, VOCABULARY, Bert, Step, Workload, encode, rows_of
 from fresh_process import PeakGrowth, interleaved_times_ms
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -45,25 +45,25 @@ class ModelSize:
     description: str
     image: dict[str, Any]
     """Arguments of timm.create_model; empty for an MLP that needs no library."""
-    text: dict[str, Any]
-    """Arguments of transformers.BertConfig."""
+    text: tuple[int, ...]
+    """Width, layers and heads of a BERT."""
     image_size: int = 64
     tokens: int = 32
-    vocabulary: int = 30522
+    vocabulary: int = VOCABULARY
 
 
 SIZES = {
     "small": ModelSize(
         "ViT-S/16 at 64 px + BERT-small (4 x 512) at 32 tokens",
         {"model_name": "vit_small_patch16_224"},
-        {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8},
+        (512, 4, 8),
     ),
     "mini": ModelSize(
         "ViT (4 x 192, patch 16) at 64 px + BERT-mini (2 x 256) at 32 tokens",
         {"model_name": "vit_tiny_patch16_224", "depth": 4},
-        {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+        (256, 2, 4),
     ),
-    "mlp": ModelSize("two MLPs, to try the script itself", {}, {}, 16, 8, 512),
+    "mlp": ModelSize("two MLPs, to try the script itself", {}, (), 16, 8, 512),
 }
 
 
@@ -72,28 +72,6 @@ class Encoders(NamedTuple):
 
     image: nn.Module
     text: nn.Module
-
-
-class BertEncoder(nn.Module):
-    """BERT from a configuration; the projected first token is the feature."""
-
-    def __init__(self, vocabulary: int, config: dict[str, Any]) -> None:
-        super().__init__()
-        from transformers import BertConfig, BertModel
-
-        full = BertConfig(
-            vocab_size=vocabulary,
-            intermediate_size=4 * config["hidden_size"],
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            **config,
-        )
-        self.bert = BertModel(full, add_pooling_layer=False)
-        self.projection = nn.Linear(config["hidden_size"], FEATURES, bias=False)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.projection(hidden[:, 0])
 
 
 class BagOfWords(nn.Module):
@@ -119,7 +97,7 @@ def build_encoders(size: ModelSize, *, checkpointed: bool = False) -> Encoders:
     import timm
 
     image = timm.create_model(**size.image, img_size=size.image_size, num_classes=FEATURES)
-    text = BertEncoder(size.vocabulary, size.text)
+    text = Bert(*size.text, FEATURES, mean=False)
     if checkpointed:
         image.set_grad_checkpointing()
         # Older versions of transformers know it by another name.

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -270,9 +271,30 @@ def bytes_text(nbytes: float) -> str:
 
 
 def show(text: str) -> None:
-    """Print Markdown in a terminal, but for its pictures."""
+    """Print Markdown in a terminal, but for its pictures; no cell is cut off."""
     from rich.console import Console
     from rich.markdown import Markdown
 
-    lines = [line for line in text.splitlines() if not line.startswith("![")]
-    Console(width=max(Console().width, _TERMINAL)).print(Markdown("\n".join(lines)))
+    console = Console(width=max(Console().width, _TERMINAL))
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("!["))
+    for is_table, group in groupby(text.splitlines(), key=lambda line: line.startswith("|")):
+        lines = list(group)
+        console.print(_drawn(*lines) if is_table else Markdown("\n".join(lines)))
+
+
+def _drawn(head: str, ruler: str, *rows: str) -> Any:
+    """A Markdown table as rich draws it."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    def cells(line: str) -> list[Text]:
+        plain = line[2:-2].replace("**", "").replace("`", "").split(" | ")
+        return [Text(cell.replace("\\|", "|")) for cell in plain]
+
+    drawn = Table(box=SIMPLE)
+    for title, side in zip(cells(head), ruler.strip("|").split("|"), strict=True):
+        drawn.add_column(title, justify="right" if side == "--:" else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*cells(row))
+    return drawn

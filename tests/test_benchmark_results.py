@@ -94,6 +94,18 @@ def test_tables_escape_bars():
     assert table(["a"], [["x | y"]]).splitlines()[-1] == "| x \\| y |"
 
 
+def test_a_terminal_shows_whole_cells_and_no_pictures(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "a-name-of-thirty-characters-0123456789"
+    rows = [[f"**{name}**", "x | y", "1"], ["", "b", ""]] * 2
+    columns = ["first", *["a column with a long title"] * 5]
+    text = table(columns, [[*row, *["a long text in a cell"] * 3] for row in rows])
+    results.show(f"## Title\n\n![picture](a.png)\n\n{text}\n\nA sentence.")
+    shown = capsys.readouterr().out
+    assert "Title" in shown and "A sentence." in shown and "picture" not in shown
+    assert "x | y" in shown and "…" not in shown and "**" not in shown
+
+
 @pytest.mark.parametrize(
     ("nbytes", "text"),
     [
