@@ -397,3 +397,31 @@ def test_over_ranks(tmp_path):
     results = run_cases(cases, 2, tmp_path)
     for case in cases:
         result_of(results, case)
+
+
+def test_an_encoder_that_takes_whole_chunks_alone():
+    class Fixed(nn.Linear):
+        def forward(self, rows):
+            return super().forward(rows.view(4, 8))
+
+    loss = ClipLoss()
+    encoders, inputs = (Fixed(8, 4), nn.Linear(6, 4)), (torch.randn(12, 8), torch.randn(12, 6))
+    with pytest.raises(ValueError, match=r"other numbers of rows .* pass check_rows=False"):
+        GradCache(encoders, loss, chunk_size=4)(*inputs)
+    assert loss.log_logit_scale.grad is None
+    GradCache(encoders, loss, chunk_size=4, check_rows=False)(*inputs)
+
+
+def test_nothing_is_compiled_for_halves():
+    shapes = []
+
+    def backend(graph, example_inputs):
+        shapes.append(tuple(example_inputs[-1].shape))
+        return graph.forward
+
+    encoder = torch.compile(nn.Linear(8, 4), backend=backend)
+    torch.compiler.reset()
+    GradCache((encoder, nn.Linear(6, 4)), ClipLoss(), chunk_size=4)(
+        torch.randn(12, 8), torch.randn(12, 6)
+    )
+    assert shapes and {rows for rows, *_ in shapes} == {4}

@@ -19,7 +19,7 @@ from gradcache_clip.cache.settings import (
     kernels_as_with_gradients,
 )
 from gradcache_clip.cache.tower import Tower
-from gradcache_clip.cache.verify_trace import watch
+from gradcache_clip.cache.verify_trace import eager, watch
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 
@@ -44,8 +44,10 @@ def _check(tower: Tower, strategy: LocalStrategy) -> None:
     try:
         again = _again(tower, otherwise)
     except Exception as error:
+        if not is_out_of_memory(error):
+            raise ValueError(_needs_whole_chunks(tower, error)) from error
         # Two chunks of one row may be more than memory holds.
-        if not (is_out_of_memory(error) and strategy.recovers and len(tower.chunks[0]) == 1):
+        if not (strategy.recovers and len(tower.chunks[0]) == 1):
             raise
         return
     change = _change(tower, again)
@@ -103,8 +105,8 @@ def _again(tower: Tower, chunks: Sequence[Chunk]) -> list[tuple[Chunk, list[Tens
 
 
 def _copies(alone: Tower, chunk: Chunk) -> list[Tensor]:
-    """An encoder may write every output into the same memory."""
-    with kernels_as_with_gradients():
+    """An encoder may write every output into the same memory, or compile for every shape."""
+    with kernels_as_with_gradients(), eager(alone.bare_module):
         return [part.detach().clone() for part in alone.forward(alone.bare_module, chunk)]
 
 
@@ -175,6 +177,14 @@ def _first_module(tower: Tower, other: Chunk, tolerance: float) -> str:
     except Exception:  # The search must not hide what was found.
         return ""
     return "" if place is None else f", first in {place.label}"
+
+
+def _needs_whole_chunks(tower: Tower, error: Exception) -> str:
+    return (
+        f"{tower.name}: expected an encoder that takes other numbers of rows than a chunk's, by "
+        "which the first step finds out whether rows depend on each other, got "
+        f"{type(error).__name__} ({error}); pass check_rows=False"
+    )
 
 
 def _elsewhere(tower: Tower) -> str:

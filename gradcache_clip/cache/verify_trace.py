@@ -68,7 +68,7 @@ def watch(
     forget_autocast_casts()
     with (
         watcher.hooks(),
-        _eager(tower.bare_module),
+        eager(tower.bare_module),
         kernels_as_with_gradients(),
         torch.set_grad_enabled(with_graph),
     ):
@@ -164,7 +164,7 @@ def _normalises_by_batch(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
-def _eager(module: nn.Module) -> AbstractContextManager[Any]:
+def eager(module: nn.Module) -> AbstractContextManager[Any]:
     """Run compiled modules eagerly: compiled code would bypass the hooks."""
     compiled = hasattr(module, "_orig_mod") or any(
         child._compiled_call_impl is not None for child in module.modules()
