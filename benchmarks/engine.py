@@ -89,7 +89,6 @@ _TITLES = {
         "gradient cache as published": "gradient cache as published",
     },
 }
-_NONE: Mapping[str, Any] = {"contestants": {}}
 _MODELS = {
     "image-text": "ViT-S (64 px) and a 6-layer BERT",
     "lemma-gloss": "WordNet lemmas and glosses, MiniLM's shape",
@@ -358,7 +357,8 @@ def _line(title: str, row: Mapping[str, Any]) -> list[str]:
 def _error(results: Path) -> str:
     """The power of ten below which all gradients differ from those of the first contestant."""
     record = read_json(results / _FILE)
-    rows = [row for name in _TITLES for row in record.get(name, _NONE)["contestants"].values()]
+    names = [name for name in _TITLES if name in record]
+    rows = [row for name in names for row in record[name]["contestants"].values()]
     worst = max(row["gradient_error"] for row in rows if "failure" not in row)
     return f"1e{math.ceil(math.log10(worst))}"
 

@@ -7,6 +7,10 @@
 A marked block of README.md or docs/*.md is what lies between `<!-- results: NAME -->` and
 `<!-- end -->`; the names are those of `BLOCKS`. A block within a line must not begin it:
 Markdown would take the whole line for HTML.
+
+A benchmark is a script with `section(results)`, its part of docs/benchmarks.md, and `BLOCKS`, what
+other pages quote of it. catalogue.py says how it is run, results.py reads and writes its rows, and
+plots.py draws.
 """
 
 from __future__ import annotations

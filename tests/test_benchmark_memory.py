@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ sys.path.insert(0, str(_ROOT / "benchmarks"))
 import memory_steps  # noqa: E402
 import memory_vs_batch  # noqa: E402
 from fresh_process import Limits, Outcome  # noqa: E402
-from memory_steps import METHODS, SIZES, count_pair_flops, step_flops  # noqa: E402
+from memory_steps import METHODS, SIZES, count_pair_flops, count_step, step_flops  # noqa: E402
 from memory_vs_batch import Row, draw, find_earlier, finding  # noqa: E402
 from results import provenance, read_rows, write_rows  # noqa: E402
 
@@ -128,10 +129,25 @@ class _Machine:
         return Outcome({"peak_growth_bytes": 2**20, "step_ms": self.step_ms, "steps": 2})
 
 
+@cache
+def _counted(method: str, batch_size: int, chunk_size: int) -> Any:
+    return count_step(method, _MLP, batch_size, chunk_size)
+
+
+def _count(method: str, size: Any, batch_size: int, chunk_size: int) -> Any:
+    assert size is _MLP
+    return _counted(method, batch_size, chunk_size)
+
+
 @pytest.fixture
 def machine(monkeypatch):
+    """The plan alone: nothing is measured or drawn; each point is counted once for all tests."""
     found = _Machine()
     monkeypatch.setattr(memory_vs_batch, "call_in_fresh_process", found)
+    monkeypatch.setattr(
+        memory_vs_batch, "count_step", lambda name, _, *point: _counted(name, *point)
+    )
+    monkeypatch.setattr(memory_vs_batch, "draw", lambda rows, stem: [])
     return found
 
 
