@@ -212,3 +212,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
         for name in sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
     },
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -188,6 +188,24 @@ def test_what_recipes_came_to_and_which_are_still_to_train(tmp_path: Path):
     assert len(BLOCKS["recipes"](tmp_path).splitlines()) == 4
 
 
+def test_a_known_recipe_is_kept_and_a_failed_one_is_told(tmp_path: Path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(recipes, "run_watched", lambda command, *_: asked.append(command[-2]) or 1)
+    metrics = {"image_to_text_recall_at_1": 0.5, "image_to_text_recall_at_1_chance": 0.01}
+    took = {"cpu_minutes": 11.6, "peak_memory_bytes": 2**30, "metrics": metrics, **ORIGIN}
+    record = {"clip": {**recipes._work("clip")[2], **took}}
+    (tmp_path / recipes.FILE).write_text(json.dumps(record))
+    folders = ["--results", str(tmp_path), "--images", str(tmp_path / "images")]
+    assert recipes.main(["--only", "clip", *folders]) == 0 and asked == []
+    assert recipes.main(["--only", "clip", "siglip", *folders]) == 1
+    assert asked == ["recipes/siglip.yaml"]
+    printed = capsys.readouterr()
+    assert "50.0 %" in printed.out and "siglip: no result; see" in printed.err
+    record["clip"]["steps"] += 1
+    (tmp_path / recipes.FILE).write_text(json.dumps(record))
+    assert recipes.main(["--only", "clip", *folders]) == 1, "other settings are another run"
+
+
 def test_negatives_and_engines_as_the_pages_quote_them(tmp_path: Path):
     from negatives_training import Row
     from results import append_row
