@@ -9,9 +9,7 @@ from gradcache_clip.cache import (
     GradCache,
     ReplayMismatchError,
     Shared,
-    VerifyReport,
     deferred_step,
-    verify,
 )
 from gradcache_clip.losses import (
     ClipLoss,
@@ -27,6 +25,7 @@ from gradcache_clip.losses import (
     SigLipLoss,
     SupConLoss,
 )
+from gradcache_clip.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
 

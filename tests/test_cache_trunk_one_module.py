@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcache_clip import ByLength, ClipLoss, FrozenTrunk, GradCache
-from gradcache_clip.cache.verify import verify
+from gradcache_clip.verification.compare import verify
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
 from gradcache_clip.train.config import ModelConfig
 from gradcache_clip.train.towers import TEXT, build_towers

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from trainer_step import assert_same_gradients
 
 from gradcache_clip import ByLength, ClipLoss, GradCache
-from gradcache_clip.cache.verify import verify
+from gradcache_clip.verification.compare import verify
 from gradcache_clip.distributed import DDPStrategy
 from gradcache_clip.memory.planner import plan_config
 from gradcache_clip.train.checkpoint import load_latest, save_checkpoint

@@ -14,7 +14,7 @@ from rank_processes import failures
 from torch import Tensor, nn
 
 from gradcache_clip import ClipLoss, GradCache, verify
-from gradcache_clip.cache.verify_hooks import ON_PARTS
+from gradcache_clip.verification.hooks import ON_PARTS
 
 
 def encoders() -> list[nn.Module]:

@@ -18,10 +18,11 @@ ALLOWED = {
     "distributed": set(),
     "losses": {"ops", "distributed"},
     "cache": {"distributed"},
-    "train": {"losses", "cache", "distributed"},
+    "verification": {"cache", "distributed"},
+    "train": {"losses", "cache", "distributed", "verification"},
     "integrations": {"losses", "cache", "distributed"},
     "memory": {"train", "losses", "cache", "distributed"},
-    "__init__": {"cache", "losses"},
+    "__init__": {"cache", "losses", "verification"},
     "cli": {"memory", "train", "losses", "cache", "distributed"},
 }
 

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from gradcache_clip import ByLength, ClipLoss, FrozenTrunk, GradCache
 from gradcache_clip.cache import step as engine_step
-from gradcache_clip.cache import verify_reasons
-from gradcache_clip.cache.verify import verify
-from gradcache_clip.cache.verify_report import (
+from gradcache_clip.cli import main
+from gradcache_clip.train import verify as command
+from gradcache_clip.verification import experiments
+from gradcache_clip.verification.compare import verify
+from gradcache_clip.verification.report import (
     DIFFERS,
     EXACT,
     ROUNDING,
@@ -28,8 +30,6 @@ from gradcache_clip.cache.verify_report import (
     SHOWN_ROWS,
     VerifyReport,
 )
-from gradcache_clip.cli import main
-from gradcache_clip.train import verify as command
 
 ROWS = 22
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -267,7 +267,7 @@ def test_an_experiment_that_fails_hides_no_difference(monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError("no room for another pass")
 
-    monkeypatch.setattr(verify_reasons, "watch", fail)
+    monkeypatch.setattr(experiments, "watch", fail)
     report = verify_beside_mlp(mlp(12, Scaled("calls")))
     failed = "diagnosis stopped early (MemoryError: no room for another pass)"
     assert not report.exact and failed in report.reasons[0]

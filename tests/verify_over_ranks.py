@@ -18,10 +18,7 @@ from strategy_steps import OneModule, PlainClip, global_batch, rows_of, two_towe
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache_clip import ClipLoss, GradCache, verify
-from gradcache_clip.cache import VerifyReport
-from gradcache_clip.cache.verify_loss import WRONG_LOSS
-from gradcache_clip.cache.verify_report import DIFFERS, EXACT, ROUNDING
+from gradcache_clip import ClipLoss, GradCache, VerifyReport, verify
 from gradcache_clip.distributed import (
     AllReduceStrategy,
     DDPStrategy,
@@ -29,6 +26,8 @@ from gradcache_clip.distributed import (
     gather_rows,
     strategy_all_reduce,
 )
+from gradcache_clip.verification.loss import WRONG_LOSS
+from gradcache_clip.verification.report import DIFFERS, EXACT, ROUNDING
 
 OURS = (
     *("clip labels and ids", "info_nce margin both ways", "nt_xent debiased", "siglip"),

@@ -6,8 +6,6 @@ from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.nested import Shared
 from gradcache_clip.cache.replay_check import ReplayMismatchError
 from gradcache_clip.cache.trunk import FrozenTrunk
-from gradcache_clip.cache.verify import verify
-from gradcache_clip.cache.verify_report import VerifyReport, VerifyRow
 
 __all__ = [
     "ByLength",
@@ -15,8 +13,5 @@ __all__ = [
     "GradCache",
     "ReplayMismatchError",
     "Shared",
-    "VerifyReport",
-    "VerifyRow",
     "deferred_step",
-    "verify",
 ]

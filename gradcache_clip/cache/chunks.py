@@ -66,3 +66,9 @@ def row_count(chunks: Sequence[Chunk]) -> int:
     """Rows of the batch that the chunks cut up."""
     last = chunks[-1].rows
     return last.stop if isinstance(last, slice) else sum(map(len, chunks))
+
+
+def indices(chunk: Chunk) -> Tensor:
+    """Row numbers of a chunk."""
+    rows = chunk.rows
+    return rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop)

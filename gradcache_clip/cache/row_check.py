@@ -9,17 +9,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.cache.chunks import Chunk, merged
+from gradcache_clip.cache.chunks import Chunk, indices, merged
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.recovery import is_out_of_memory
-from gradcache_clip.cache.replay_check import relative_change, tolerance_of
+from gradcache_clip.cache.rounding import relative_change, tolerance_of
 from gradcache_clip.cache.settings import (
     frozen_running_statistics,
     has_batch_statistics,
     kernels_as_with_gradients,
 )
 from gradcache_clip.cache.tower import Tower
-from gradcache_clip.cache.verify_trace import eager, watch
+from gradcache_clip.cache.trace import eager, watch
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 
@@ -131,7 +131,7 @@ def _own_buffers(part: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _change(tower: Tower, again: Sequence[tuple[Chunk, list[Tensor]]]) -> float:
     """Largest relative change of a row."""
-    rows = torch.cat([_indices(chunk) for chunk, _ in again])
+    rows = torch.cat([indices(chunk) for chunk, _ in again])
     changes = [0.0]
     for index, whole in enumerate(tower.features):
         if whole.is_floating_point():
@@ -139,11 +139,6 @@ def _change(tower: Tower, again: Sequence[tuple[Chunk, list[Tensor]]]) -> float:
             changes.append(float(relative_change(whole[rows.to(whole.device)], parts)))
     # NaN counts as a difference, wherever it stands.
     return max(changes, key=lambda change: (change != change, change))
-
-
-def _indices(chunk: Chunk) -> Tensor:
-    rows = chunk.rows
-    return rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop)
 
 
 def _repeats(tower: Tower, tolerance: float) -> bool:

@@ -14,8 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gradcache_clip.cache import GradCache
-from gradcache_clip.cache.verify import verify
-from gradcache_clip.cache.verify_report import COLUMNS, DIFFERS, SAME_CHUNKS, VerifyReport
 from gradcache_clip.train.checkpoint import load_latest
 from gradcache_clip.train.command import CommandError
 from gradcache_clip.train.config import Config, ConfigError
@@ -23,6 +21,8 @@ from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.run_folder import RunFolder, existing_run
 from gradcache_clip.train.session import Session, start_session
 from gradcache_clip.train.step import autocast, make_backward
+from gradcache_clip.verification.compare import verify
+from gradcache_clip.verification.report import COLUMNS, DIFFERS, SAME_CHUNKS, VerifyReport
 
 _STYLES = {DIFFERS: "red", SAME_CHUNKS: "yellow"}
 _SHORTEST_NAME = 20
