@@ -45,8 +45,12 @@ def check_strategy(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
     strategy.check([tower.module for tower in towers], heads)
     if strategy.talks and strategy.reduces:
         _refuse_input_gradients(strategy, towers)
-    if not strategy.collective_forward:
-        return
+    if strategy.collective_forward:
+        check_same_chunks(strategy, towers)
+
+
+def check_same_chunks(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
+    """Raise, on every rank, where one would take more forwards than another."""
     by_rank = strategy.gathered([(len(tower.chunks), tower.embed_together) for tower in towers])
     for index, tower in enumerate(towers):
         counts = [counts_of_rank[index] for counts_of_rank in by_rank]
@@ -54,7 +58,8 @@ def check_strategy(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
             raise ValueError(
                 f"{tower.name}: expected as many chunks on every rank, got {counts} (chunks, and "
                 f"chunks embedded together) by rank; under {type(strategy).__name__} a forward "
-                "waits for all ranks: give each as many rows, and ByLength no max_tokens"
+                "waits for all ranks: give each as many rows, ByLength no max_tokens, and "
+                "embed_chunk_size only to encoders that draw random numbers in all chunks or none"
             )
 
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from gradcache_clip.cache.checks import (
     check_finite,
     check_leaves,
+    check_same_chunks,
     check_unchanged,
     scalar_loss_of,
 )
@@ -80,6 +81,10 @@ class CachedStep:
         for tower, retention in zip(self.towers, self._retentions(budget), strict=True):
             tower.embed(retention)
         self.strategy.embedded()
+        together = any(tower.embed_chunk_size is not None for tower in self.towers)
+        if self.strategy.collective_forward and together:
+            # Chunks that drew random numbers together are replayed together.
+            check_same_chunks(self.strategy, self.towers)
         for tower in unknown:
             # What one rank's rows leave without a graph, those of another may train.
             device = tower.features[0].device

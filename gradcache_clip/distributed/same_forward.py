@@ -21,7 +21,7 @@ from torch import nn
 from gradcache_clip.distributed.collectives import world_size
 
 _POLL_S, _PATIENCE_S = 0.0005, 1800.0
-_END = "the end of the embed"
+_END, _TALK = "the end of the embed", "the end of a chunk"
 # One for all logs of a process: a store forgets nothing.
 _numbers = count(1)
 
@@ -38,6 +38,7 @@ class ForwardLog:
     def __init__(self, remedy: str, *, gathers: bool) -> None:
         self._remedy, self._each = remedy, gathers and _host_waits()
         self._sum, self._read = 0, tuple[str, ...]()
+        self._watches = False
         self._ran: list[str] = []
 
     @contextmanager
@@ -46,13 +47,23 @@ class ForwardLog:
         if world_size() == 1:
             yield
             return
-        self._sum, self._ran = 0, []
+        self._sum, self._ran, self._watches = 0, [], bool(modules)
         with ExitStack() as stack:
+            stack.callback(setattr, self, "_watches", False)
             for name, module in modules.items():
                 # Ahead of whatever gathers.
                 hook = module.register_forward_pre_hook(self._entering(name), prepend=True)
                 stack.callback(hook.remove)
             yield
+
+    def meet(self) -> None:
+        """Before ranks tell each other something, for which one that waits in a forward is late.
+
+        Raises:
+            RuntimeError: as `end`.
+        """
+        if self._watches:
+            self._note(_TALK)
 
     def end(self) -> None:
         """After the embed.

@@ -18,7 +18,8 @@ A strategy tells the engine
 - `fills_grad`: whether gradients end in `.grad`, and `reduces`, whether only the end of a step
   makes them those of all ranks;
 - `recovers`: whether a step that ran out of memory may start again, not where others would wait;
-- `embedded`: called between embed and loss, where ranks that went different ways are told;
+- `embedded` and `meet`: called between embed and loss, and before ranks tell each other
+  something, where ranks that went different ways are told;
 - `talks`: whether other ranks take the step together with this one;
 - `on_any_rank`, `anywhere`, `gathered`, `smallest`: what happened, or was found, elsewhere.
 """
@@ -134,10 +135,14 @@ class LocalStrategy:
         """Whether there are other ranks, which take this step together with this one."""
         return self.reduce_myself and world_size() > 1
 
+    def meet(self) -> None:
+        """Called before ranks tell each other something; raises where they went different ways."""
+
     def on_any_rank(self, flag: Tensor) -> bool:
         """Whether a 0-dim boolean is true on this or another rank; waits for the device."""
         if not self.talks:
             return bool(flag)
+        self.meet()
         anywhere = flag.to(torch.int32)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         return bool(anywhere)
@@ -150,6 +155,7 @@ class LocalStrategy:
         """A small object of every rank, in rank order."""
         if not self.talks:
             return [value]
+        self.meet()
         values: list[Any] = [None] * world_size()
         dist.all_gather_object(values, value)
         return values

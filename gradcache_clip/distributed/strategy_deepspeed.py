@@ -142,6 +142,9 @@ class DeepSpeedStrategy(ManyRanks):
             self._broken_off = not self._first
             raise
 
+    def meet(self) -> None:
+        self._log.meet()
+
     def embedded(self) -> None:
         if self.collective_forward:
             self._log.end()

@@ -110,6 +110,9 @@ class FSDPStrategy(ManyRanks):
                 part.set_is_last_backward(True)
                 part.reshard()
 
+    def meet(self) -> None:
+        self._log.meet()
+
     def embedded(self) -> None:
         if not self.keep_gathered:
             self._log.end()
