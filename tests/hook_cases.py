@@ -31,6 +31,10 @@ def scaled(gradient: Tensor) -> Tensor:
     return gradient * gradient.abs()
 
 
+def looked_at(gradient: Tensor) -> None:
+    pass
+
+
 def in_ddp_with_views(encoders: list[nn.Module]) -> list[nn.Module]:
     return [DDP(encoder, gradient_as_bucket_view=True) for encoder in encoders]
 
@@ -41,6 +45,7 @@ def steps_with_hooks(
     *,
     earlier: bool = False,
     optimizer_in_hook: bool = True,
+    hook: Callable[[Tensor], Tensor | None] = scaled,
 ) -> dict[str, Any]:
     """Weights after optimizer steps in hooks, beside one process and one graph."""
     ours = [encoder.double() for encoder in steps.two_towers()]
@@ -49,7 +54,7 @@ def steps_with_hooks(
     wrapped = wrap(ours)
     for encoders in (ours, truth):
         for parameter in nn.ModuleList(encoders).parameters():
-            parameter.register_hook(scaled)
+            parameter.register_hook(hook)
             if optimizer_in_hook:
                 step_in_hook(parameter, keep=earlier)
     cache = GradCache(wrapped, loss, chunk_size=CHUNK, strategy=strategy(), gradient_hooks="once")
@@ -58,6 +63,9 @@ def steps_with_hooks(
         inputs = steps.global_batch(step)
         cache(*steps.rows_of(rank, inputs))
         true_loss(*(tower(x) for tower, x in zip(truth, inputs, strict=True))).backward()
+        if step == 0:
+            # DDP makes its buckets anew after the first step.
+            nn.ModuleList([*ours, *truth]).zero_grad()
     pairs = zip(nn.ModuleList(ours).parameters(), nn.ModuleList(truth).parameters(), strict=True)
     what = (lambda p: p.detach()) if optimizer_in_hook else (lambda p: p.grad)
     errors = [float((whole(what(a)) - what(b)).norm() / what(b).norm()) for a, b in pairs]
@@ -131,6 +139,10 @@ def hook_cases() -> dict[str, Any]:
         )
         cases[f"{name}: accumulated"] = partial(steps_with_hooks, *way, optimizer_in_hook=False)
         cases[f"{name}: refused"] = partial(wrappers_are_not_refused, *way)
+    # Gradients that hooks leave alone stay views of buckets, which the next step fills.
+    cases["DDP, bucket views: looked at"] = partial(
+        steps_with_hooks, *ways["DDP, bucket views"], optimizer_in_hook=False, hook=looked_at
+    )
     for stage in range(4):
         cases[f"ZeRO-{stage}"] = partial(under_deepspeed, stage)
     return cases
