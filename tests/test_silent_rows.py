@@ -425,3 +425,25 @@ def test_nothing_is_compiled_for_halves():
         torch.randn(12, 8), torch.randn(12, 6)
     )
     assert shapes and {rows for rows, *_ in shapes} == {4}
+
+
+def test_one_chunk_may_mix_and_the_next_step_looks_again():
+    encoder, text, loss = Centred(), nn.Linear(6, 4), ClipLoss()
+    modules = [module.double() for module in (encoder, text, loss)]
+    inputs = torch.randn(8, 8).double(), torch.randn(8, 6).double()
+    (*ours, loss), (*truth, true_loss) = twins(*modules)
+    cache = GradCache(ours, loss, chunk_size=8)
+    cache(*inputs)
+    one_shot(truth, true_loss, inputs)
+    assert worst(gradient_errors(ours, truth))[1] < 1e-10
+    with pytest.raises(ValueError, match="do not depend on the other rows"):
+        cache(*(torch.cat([rows, rows]) for rows in inputs))
+
+
+class Centred(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 4)
+
+    def forward(self, rows):
+        features = super().forward(rows)
+        return features - features.mean(0)

@@ -140,7 +140,7 @@ class _Deferred:
         except BaseException:
             self._cache._broken_off = True
             raise
-        self._cache._stepped = True
+        self._cache._took(step)
         if failures:
             warnings.warn(failures, stacklevel=2)
 

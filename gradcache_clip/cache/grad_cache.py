@@ -140,7 +140,8 @@ class GradCache:
         self.gradient_hooks = one_of("gradient_hooks", gradient_hooks, HOOK_MODES)
         self.check_rows = check_rows
         self._record = ChunkRecord(None if chunk_record is None else Path(chunk_record))
-        self._warned_of_batch_norm = self._stepped = self._broken_off = False
+        self._warned_of_batch_norm = self._broken_off = False
+        self._stepped = self._rows_checked = False
 
     def __call__(
         self, *inputs: Any, loss_kwargs: Mapping[str, Any] | None = None, **unknown: NoReturn
@@ -227,8 +228,12 @@ class GradCache:
             undone = snapshot is not None and snapshot.changed is None
             self._broken_off = not undone and step.phase != "embed"
             raise
-        self._stepped = True
+        self._took(step)
         return output, failures
+
+    def _took(self, step: CachedStep) -> None:
+        """Looks that a step had cost are not taken again."""
+        self._stepped, self._rows_checked = True, self._rows_checked or step.rows_checked
 
     def _new_step(self, towers: list[Tower], snapshot: StepSnapshot | None = None) -> CachedStep:
         """A step that is checked as far as this cache asks for it."""
@@ -240,7 +245,7 @@ class GradCache:
             self.replay_check != "off",
             held_hooks(self.gradient_hooks, towers, self.strategy, snapshot),
             first=not self._stepped,
-            check_rows=self.check_rows,
+            check_rows=self.check_rows and not self._rows_checked,
         )
 
     def _halve(self, phase: str, tried: list[int]) -> None:

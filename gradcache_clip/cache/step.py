@@ -56,7 +56,7 @@ class CachedStep:
         self.towers, self.loss, self.strategy = towers, loss, strategy
         self.snapshot, self.check_replay = snapshot, check_replay
         self.hooks = hooks or HeldHooks(())
-        self.first, self.check_rows = first, first and check_rows
+        self.first, self.check_rows, self.rows_checked = first, check_rows, False
         self.phase = "embed"
         self._device_types: set[str] = set()
         self._autocasts = True
@@ -91,7 +91,7 @@ class CachedStep:
             tower.trainable = self.strategy.anywhere(bool(tower.trainable), device)
         check_finite(self.towers, self.strategy)
         if self.check_rows:
-            check_rows(self.towers, self.strategy)
+            self.rows_checked = check_rows(self.towers, self.strategy)
         self._device_types = device_types(self.towers)
 
     def _enter(self, phase: str) -> None:
