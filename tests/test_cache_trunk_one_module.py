@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcache_clip import ByLength, ClipLoss, FrozenTrunk, GradCache
-from gradcache_clip.verification.compare import verify
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
 from gradcache_clip.train.config import ModelConfig
 from gradcache_clip.train.towers import TEXT, build_towers
+from gradcache_clip.verification.compare import verify
 
 # Encoders count their calls, among which those of the check would be.
 GradCache = partial(GradCache, check_rows=False)
