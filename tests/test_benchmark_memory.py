@@ -232,7 +232,7 @@ def test_methods_can_be_chosen(tmp_path, machine):
 @pytest.mark.slow
 def test_the_script_writes_tables_csv_and_pictures(tmp_path):
     options = "--size mlp --smallest 8 --largest 8 --chunk-size 4 --steps 1 --threads 1"
-    options += " --methods plain published cached"
+    options += " --methods plain cached"
     paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -250,7 +250,7 @@ def test_the_script_writes_tables_csv_and_pictures(tmp_path):
     assert "two MLPs" in done.stdout and str(tmp_path / "memory_vs_batch.png") in done.stdout
     assert (tmp_path / "memory_vs_batch.png").read_bytes().startswith(b"\x89PNG")
     rows = read_rows(Row, tmp_path / "memory_vs_batch.csv")
-    assert [row.method for row in rows] == ["plain", "published", "cached"]
+    assert [row.method for row in rows] == ["plain", "cached"]
     for row in rows:
         assert row.measured and row.step_ms > 0
         assert row.counted_bytes > row.floor_bytes > 0 and row.peak_growth_bytes > 0
