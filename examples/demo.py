@@ -21,6 +21,7 @@ from gradcache_clip.losses import ClipLoss
 from gradcache_clip.memory import count_cached_step, count_plain_step
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.precision import autocast
 from gradcache_clip.train.report import (
     RunFigures,
     draw_curves,
@@ -31,7 +32,6 @@ from gradcache_clip.train.report import (
 from gradcache_clip.train.report.pictures import run_curve
 from gradcache_clip.train.run_folder import RunFolder, existing_run
 from gradcache_clip.train.session import build_encoder
-from gradcache_clip.train.step import autocast
 from gradcache_clip.train.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent

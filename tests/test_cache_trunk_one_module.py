@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from gradcache_clip import ByLength, ClipLoss, FrozenTrunk, GradCache
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
 from gradcache_clip.train.config import ModelConfig
-from gradcache_clip.train.towers import TEXT, build_towers
+from gradcache_clip.train.modalities import TEXT
+from gradcache_clip.train.towers import build_towers
 from gradcache_clip.verification.compare import verify
 
 # Encoders count their calls, among which those of the check would be.

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from trainer_step import assert_same_gradients
 
 from gradcache_clip import ByLength, ClipLoss, GradCache
-from gradcache_clip.verification.compare import verify
 from gradcache_clip.distributed import DDPStrategy
 from gradcache_clip.memory.planner import plan_config
 from gradcache_clip.train.checkpoint import load_latest, save_checkpoint
@@ -26,6 +25,7 @@ from gradcache_clip.train.config import ConfigError, ModelConfig
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.optimizer import parameter_groups
 from gradcache_clip.train.towers import DualEncoder, build_towers
+from gradcache_clip.verification.compare import verify
 
 SIZES = {"width": 16, "depth": 2, "heads": 2, "hidden": 24, "patch_size": 8}
 CONFIG = ModelConfig(architecture="multiway", multiway_kwargs=SIZES, feature_dim=8)

@@ -53,7 +53,7 @@ class WithMethod(nn.Linear):
         (lambda x: x, "function"),
         (WithMethod(8, 4).get_features, "method"),
     ],
-    ids=str,
+    ids=["None", "a number", "a name", "a tensor", "a set", "a dict", "a function", "a method"],
 )
 def test_encoders_that_are_none(given, got):
     message = rf"^encoders: expected a sequence of torch.nn.Module, got {got}; pass \(image_encoder"

@@ -88,3 +88,49 @@ def test_transformers_imports_beside_the_checkout():
     code = "from transformers import BertConfig, BertModel; import gradcache_clip.kernels; print(1)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "1", result.stderr
+
+
+def files_imported(path: Path) -> Iterator[Path]:
+    """Files of the package that a file imports when it runs: types alone tie no knot."""
+    for node in executed(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gradcache_clip"):
+            for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                parts = name.split(".")[1:]
+                found = (PACKAGE.joinpath(*parts[:end]).with_suffix(".py") for end in (None, -1))
+                yield from (file for file in found if parts and file.is_file())
+
+
+def executed(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+        if not for_types:
+            yield child
+            yield from executed(child)
+
+
+def test_files_import_each_other_in_no_circle():
+    """Also where an import waits inside a function."""
+    files = [path for room in ALLOWED for path in modules(room) if path.name != "__init__.py"]
+    edges = {path: {*files_imported(path)} - {path} for path in files}
+    assert sum(map(len, edges.values())) > 500
+    done: set[Path] = set()
+
+    def visit(path: Path, above: tuple[Path, ...]) -> None:
+        assert path not in above, " -> ".join(str(p.relative_to(PACKAGE)) for p in (*above, path))
+        if path not in done:
+            for following in edges.get(path, ()):
+                visit(following, (*above, path))
+            done.add(path)
+
+    for path in files:
+        visit(path, ())
+
+
+def test_no_file_of_the_product_is_long():
+    long = {
+        path: text.count("\n")
+        for room in ALLOWED
+        for path in modules(room)
+        if (text := path.read_text()).count("\n") > 320
+    }
+    assert not long

@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from gradcache_clip.distributed import DDPStrategy, LocalStrategy
+from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.train.config import Config, ConfigError
-from gradcache_clip.train.optimizer import apply_learning_rate, build_optimizer
+from gradcache_clip.train.optimizer import apply_learning_rate, build_optimizer, clip_grad_norm
 from gradcache_clip.train.optimizer_state import load_state_by_name, state_by_name
-from gradcache_clip.train.peers import Peers
-from gradcache_clip.train.step import autocast, clip_grad_norm, make_scaler
+from gradcache_clip.train.precision import autocast, make_scaler
 
 
 class Engine:
@@ -106,31 +104,6 @@ class Engine:
         return clip_grad_norm((p for _, p in self.named_parameters if p.requires_grad), max_norm)
 
 
-def build_engine(encoder: nn.Module, loss: nn.Module, config: Config, peers: Peers) -> Engine:
-    """The engine that `config.distributed` names; with one process, this process alone.
-
-    Raises:
-        ConfigError: settings that the engine cannot be exact with, or a DeepSpeed configuration
-            that contradicts the run.
-    """
-    kind = config.distributed.engine
-    if peers.world_size == 1 and kind != "deepspeed":
-        return Engine(encoder, loss, config, encoder)
-    _check_negatives(config, peers)
-    if kind == "deepspeed":
-        from gradcache_clip.train.engine_deepspeed import DeepSpeedTraining
-
-        return DeepSpeedTraining(encoder, loss, config, peers)
-    if kind == "fsdp":
-        from gradcache_clip.train.engine_fsdp import ShardedEngine
-
-        return ShardedEngine(encoder, loss, config)
-    device = next(encoder.parameters()).device
-    places = None if device.type == "cpu" else [device.index]
-    module = DistributedDataParallel(encoder, device_ids=places)
-    return Engine(encoder, loss, config, module, DDPStrategy())
-
-
 def rows_of_a_process(config: Config, processes: int) -> int:
     """Pairs of a step that each of so many processes embeds.
 
@@ -145,11 +118,3 @@ def rows_of_a_process(config: Config, processes: int) -> int:
             f"got {config.train.batch_size}; use {' or '.join(map(str, fitting))}"
         )
     return rows
-
-
-def _check_negatives(config: Config, peers: Peers) -> None:
-    if config.train.negatives != "batch":
-        raise ConfigError(
-            f"train.negatives: expected batch with {peers.world_size} processes, got "
-            f"{config.train.negatives}, whose softmax ends at a chunk of one; train it with one"
-        )

@@ -19,10 +19,14 @@ from gradcache_clip.distributed import DeepSpeedStrategy
 from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.deepspeed_config import deepspeed_settings, zero_stage
 from gradcache_clip.train.engine import Engine
-from gradcache_clip.train.optimizer import apply_learning_rate, build_optimizer, parameter_groups
+from gradcache_clip.train.optimizer import (
+    apply_learning_rate,
+    build_optimizer,
+    clip_grad_norm,
+    parameter_groups,
+)
 from gradcache_clip.train.optimizer_state import load_state_by_name, state_by_name
 from gradcache_clip.train.peers import Peers, first_keeps
-from gradcache_clip.train.step import clip_grad_norm
 
 
 class DeepSpeedTraining(Engine):

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from gradcache_clip.train.backbones import unknown_name
 from gradcache_clip.train.config_checks import ConfigError, check, in_range
-from gradcache_clip.train.towers import IMAGE, TEXT, TOWERS
+from gradcache_clip.train.modalities import IMAGE, TEXT, TOWERS
 
 if TYPE_CHECKING:
     from gradcache_clip.train.config import ModelConfig

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 if TYPE_CHECKING:
@@ -166,3 +167,12 @@ def _check(name: str, value: float, expected: str, valid: bool, example: str) ->
             f"optimizer.{name}: expected {expected}, got {value}; pass e.g. "
             f"optimizer.{name}={example}"
         )
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Global norm of the gradients before they are scaled down to `max_norm`; 0 leaves them."""
+    given = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(given, max_norm, norm)
+    return norm

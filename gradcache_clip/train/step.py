@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +12,11 @@ from gradcache_clip.cache import GradCache
 from gradcache_clip.cache.nested import count_rows, take_rows
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.losses import ContrastiveOutput
-
-if TYPE_CHECKING:
-    from gradcache_clip.train.engine import Engine
-    from gradcache_clip.train.objective import Objective
+from gradcache_clip.train.engine import Engine
+from gradcache_clip.train.objective import Objective
 
 Backward = Callable[..., ContrastiveOutput]
 """Called with the inputs of the towers and `loss_kwargs`."""
-
-_AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
@@ -62,26 +57,6 @@ def take_step(
         output = backward(*inputs, loss_kwargs=loss_kwargs)
     norm = engine.finish_step()
     return StepResult(output.loss, output.accuracy, norm)
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context that encoders run in; fp32 leaves them alone."""
-    dtype = _AUTOCAST_DTYPE.get(precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss in fp16 alone; otherwise it passes everything through."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Global norm of the gradients before they are scaled down to `max_norm`; 0 leaves them."""
-    given = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(given, max_norm, norm)
-    return norm
 
 
 def _accumulate(

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from gradcache_clip.cache import FrozenTrunk
 from gradcache_clip.train.backbones import build_image_backbone, build_text_backbone
+from gradcache_clip.train.modalities import IMAGE, TEXT, TOWERS
 
 if TYPE_CHECKING:
     from gradcache_clip.train.config import ModelConfig
-
-TOWERS = ("image", "text")
-IMAGE, TEXT = 0, 1
 
 
 class ImageTower(nn.Module):

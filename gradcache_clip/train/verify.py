@@ -18,9 +18,10 @@ from gradcache_clip.train.checkpoint import load_latest
 from gradcache_clip.train.command import CommandError
 from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.precision import autocast
 from gradcache_clip.train.run_folder import RunFolder, existing_run
 from gradcache_clip.train.session import Session, start_session
-from gradcache_clip.train.step import autocast, make_backward
+from gradcache_clip.train.step import make_backward
 from gradcache_clip.verification.compare import verify
 from gradcache_clip.verification.report import COLUMNS, DIFFERS, SAME_CHUNKS, VerifyReport
 

@@ -20,10 +20,10 @@ from gradcache_clip.train.evaluation.features import Features, features_of
 from gradcache_clip.train.evaluation.folds import recall_in_folds
 from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
 from gradcache_clip.train.evaluation.recall import RetrievalMetrics
+from gradcache_clip.train.modalities import IMAGE, TEXT
 from gradcache_clip.train.peers import Peers
-from gradcache_clip.train.step import autocast
+from gradcache_clip.train.precision import autocast
 from gradcache_clip.train.tokenizer import Tokenizer
-from gradcache_clip.train.towers import IMAGE, TEXT
 
 _THUMBNAIL_SIZE = 64
 

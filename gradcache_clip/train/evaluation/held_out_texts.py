@@ -21,7 +21,7 @@ from gradcache_clip.train.evaluation.held_out import evaluating
 from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
 from gradcache_clip.train.evaluation.recall import DirectionMetrics, recall_of_queries
 from gradcache_clip.train.peers import Peers
-from gradcache_clip.train.step import autocast
+from gradcache_clip.train.precision import autocast
 from gradcache_clip.train.tokenizer import Tokenizer
 
 _QUERY, _DOCUMENT = 0, 1

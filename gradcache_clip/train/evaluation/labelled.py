@@ -27,7 +27,7 @@ from gradcache_clip.train.evaluation.held_out import (
 from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
 from gradcache_clip.train.momentum import MomentumEncoder
 from gradcache_clip.train.peers import Peers
-from gradcache_clip.train.step import autocast
+from gradcache_clip.train.precision import autocast
 from gradcache_clip.train.views import ViewEncoder
 
 # Images of a set, in search of a label.
