@@ -166,9 +166,21 @@ def refusals(engine: str, world: int) -> st.SearchStrategy[Case]:
 
 
 def found_wrong() -> list[Case]:
-    """Cases of two processes in which a hang, an error of torch's or a wrong gradient was found."""
+    """Cases of two processes that once hung or went wrong, or that are seldom drawn."""
     none, last = (0,) * 8, (0,) * 7 + (1,)
+    # Chunks that draw numbers are replayed as they were embedded, here on one rank alone.
+    draws: dict[str, Any] = {"encoders": "one", "always": True, "noise": "branch", "embed": 3}
+    draws["branches"] = [(*none[:3], 2, *none[4:], *none)]
+    # Branches of all rows are the same on both, but not those of halves, or of the first chunk.
+    halves: dict[str, Any] = {"branches": [(2, 2, 1, 1, 2, 1, 1, 2)], "chunk": 4}
+    first: dict[str, Any] = {"branches": [(2, 1, 0, 0, 0, 2, 1, 0)], "chunk": 1, "budget": 1500}
     return [
+        *(_plain(engine, **draws) for engine in ("FSDP", "FSDP gathered", "ZeRO-2", "ZeRO-3")),
+        _plain("FSDP", **halves),
+        _plain("FSDP", **first),
+        # The features of one rank have no graph.
+        _plain("FSDP", [none + (1,) * 8], frozen="base", encoders="one", always=True),
+        _plain("DDP", [none + (1,) * 8], frozen="base", encoders="one"),
         # One rank keeps all graphs and has no replay to compare.
         _plain("AllReduce", [(1,) * 4 + (0,) * 4], budget=150),
         # A module without parameters runs on one rank alone.
@@ -180,9 +192,16 @@ def found_wrong() -> list[Case]:
 
 
 def _plain(
-    engine: str, branches: Sequence[tuple[int, ...]], frozen: str = "no", **changed: Any
+    engine: str,
+    branches: Sequence[tuple[int, ...]],
+    *,
+    frozen: str = "no",
+    chunk: int = 2,
+    embed: int | None = None,
+    **changed: Any,
 ) -> Case:
-    inputs = (Input(Nest("tensor"), each, 2, None, None, True, frozen) for each in branches)
+    nest = Nest("tensor")
+    inputs = (Input(nest, each, chunk, embed, None, True, frozen) for each in branches)
     case = Case(
         engine=engine,
         world=2,

@@ -222,5 +222,6 @@ def expected_errors(case: Case) -> Iterator[str]:
         yield "expected DistributedDataParallel without find_unused_parameters, got.*leave it out"
     if waits and not (case.always and case.noise != "branch"):
         yield "expected every rank to run the same modules.*got.*take"
-    if case.world > 1 and any(sorts) and case.engine not in ("AllReduce", "DDP", "ZeRO-1"):
+    waits_or_gathers = waits or (case.world > 1 and case.engine == "FSDP gathered")
+    if waits_or_gathers and (any(sorts) or case.noise == "branch"):
         yield "expected as many chunks on every rank, got.*give each as many rows"

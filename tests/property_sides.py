@@ -87,10 +87,10 @@ class Ours:
             check_rows=checks,
         )
 
-    def _embed_sizes(self) -> Any:
-        """Where some input has none, nobody has."""
-        sizes = [each.embed and each.embed * each.chunk for each in self.case.inputs]
-        return None if None in sizes else sizes
+    def _embed_sizes(self) -> list[int] | None:
+        if all(each.embed is None for each in self.case.inputs):
+            return None
+        return [(each.embed or 1) * each.chunk for each in self.case.inputs]
 
     def _wrapped(self) -> tuple[Any, LocalStrategy]:
         case, encoders = self.case, self.side.of_inputs(self.case)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from property_cases import ON_RANKS, Case, cases, drawn, refusals
+from property_cases import ON_RANKS, Case, cases, drawn, found_wrong, refusals
 from property_mutations import EQUIVALENT, ON_ONE, ON_TWO, Change
 from property_processes import outcomes
 from property_runs import run
@@ -42,18 +42,23 @@ def check_on_one_process(count: int) -> None:
 
 
 def check_on_ranks(world: int, count: int, folder: Path) -> None:
-    """`count` cases of each strategy, one of which must be refused where there are several."""
-    todo = [case for engine in engines() for case in drawn(cases(engine, world), count)]
-    todo += [
-        case for engine in engines()[: count - 1] for case in drawn(refusals(engine, world), 1)
-    ]
+    """`count` cases of each strategy, and some that are refused or once went wrong."""
+    plain = [case for engine in engines() for case in drawn(cases(engine, world), count)]
+    todo = list(plain)
+    for engine in engines()[: count - 1]:
+        todo += drawn(refusals(engine, world), 1)
+    if world == 2:
+        todo += [case for case in found_wrong() if case.engine in engines()]
+    # ZeRO-3 replaces torch's linear layer for good, by one whose gradients are never None.
+    todo.sort(key=lambda case: case.deepspeed)
     found = outcomes(todo, world, folder)
     pairs = list(zip(todo, found, strict=False))
     wrong = [(case, what) for case, what in pairs if not what.startswith(("exact", "refused"))]
     # The shortest of them; nothing is run after an error that is none of ours.
     assert not wrong, min(wrong, key=lambda pair: len(repr(pair[0])))
     assert len(found) == len(todo), found[-1]
-    assert_mostly_exact(Counter(outcome.split(":")[0] for outcome in found))
+    drawn_ones = (what for case, what in pairs if case in plain)
+    assert_mostly_exact(Counter(outcome.split(":")[0] for outcome in drawn_ones))
 
 
 def assert_mostly_exact(seen: Counter[str]) -> None:
@@ -102,7 +107,7 @@ def caught_on_one(change: Change, todo: Sequence[Case]) -> bool:
 
 @pytest.mark.slow
 def test_mutations_on_one_process():
-    todo = drawn(cases("Local", 1), 150)
+    todo = drawn(cases("Local", 1), 250)
     missed = [name for name, change in ON_ONE.items() if not caught_on_one(change, todo)]
     print(f"{len(ON_ONE) - len(missed)} of {len(ON_ONE)} mutations caught on one process")
     assert not missed
@@ -120,10 +125,14 @@ def caught_on_two(change: Change, todo: Sequence[Case], folder: Path) -> bool:
 @pytest.mark.distributed
 def test_mutations_on_two_processes(tmp_path):
     there, missed = engines(), []
-    todo = {engine: drawn(cases(engine, 2), 30) for engine in there}
+    rare = found_wrong()
+    todo = {
+        engine: [case for case in rare if case.engine == engine] + drawn(cases(engine, 2), 30)
+        for engine in there
+    }
     for number, (name, (engine, change)) in enumerate(ON_TWO.items()):
         if engine in there and not caught_on_two(change, todo[engine], tmp_path / str(number)):
             missed.append(name)
-    wanted, count = len(ON_TWO) - len(EQUIVALENT), len(ON_TWO) - len(missed)
-    print(f"{count} of {wanted} mutations caught on two processes")
-    assert missed == [*EQUIVALENT]
+    caught = len(ON_TWO) - len(missed)
+    print(f"{caught} of {len(ON_TWO) - len(EQUIVALENT)} mutations caught on two processes")
+    assert missed == EQUIVALENT
