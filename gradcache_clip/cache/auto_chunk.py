@@ -146,7 +146,7 @@ class ChunkRecord:
 
 
 def record_key(tower: Tower) -> str:
-    """What a size holds for: the model, the shape of a row, the device and the precision."""
+    """Key of a recorded size: the model, the shape of a row, the device and the precision."""
     module, device = tower.bare_module, device_of([tower])
     parameters = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -159,7 +159,7 @@ def record_key(tower: Tower) -> str:
 
 
 def _read(path: Path) -> dict[str, int]:
-    """What another version or a half-written file holds is measured again."""
+    """Recorded sizes; those of another version or of a damaged file are measured again."""
     found: dict[str, int] = {}
     with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         content: Any = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What a step refuses: arguments, features and losses that it cannot be exact with."""
+"""Refuse arguments, features and losses that a step cannot be exact with."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class _Deferred:
         self.frozen = [not tower.trainable for tower in towers for _ in tower.features]
 
     def features(self) -> list[list[Tensor]]:
-        """Those of each tower, flat, with a graph whose backward is the replay."""
+        """Flat features of each tower, with a graph whose backward is the replay."""
         # Autograd calls a backward only for inputs that ask for a gradient.
         switch = torch.zeros((), requires_grad=True)
         flat = iter(_Replay.apply(switch, self))

@@ -59,13 +59,13 @@ class FinishedLoss(Tensor):
 
 
 class LossOnly(NamedTuple):
-    """What a step returns when the loss function returns a bare tensor."""
+    """Result of a step whose loss function returns a bare tensor."""
 
     loss: Tensor
 
 
 def finished(output: Any, loss: Tensor) -> Any:
-    """What a loss function returned, without graphs; `loss` is the tensor in it to step by."""
+    """Detach the output of a loss function; `loss` is the tensor in it that was minimised."""
 
     def detached(tensor: Tensor) -> Tensor:
         plain = tensor.detach()

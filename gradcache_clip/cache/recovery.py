@@ -16,7 +16,7 @@ from gradcache_clip.cache.tower import Tower
 
 
 class StepSnapshot:
-    """What a step changes: gradients, random generators, and running statistics of norms.
+    """State that a step changes: gradients, random generators, running statistics of norms.
 
     Gradients that exist are set aside, not copied, and added again at the end of the step; until
     then a second set of gradients is alive.

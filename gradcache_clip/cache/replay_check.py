@@ -74,7 +74,7 @@ class _Compared:
         return relative(self.moved, self.whole)
 
     def failures(self) -> list[tuple[Tower, Chunk, float]]:
-        """Of each chunk beyond tolerance the largest change."""
+        """Chunks beyond tolerance, each with its largest change."""
         relative = self.relative()
         worst = [(self.tower, chunk, float(relative[chunk.rows].amax())) for chunk in self.chunks]
         return [each for each in worst if not each[2] <= self.tolerance]
@@ -115,7 +115,7 @@ class ReplayCheck:
 
 
 def failures_of(check: ReplayCheck, mode: str, strategy: LocalStrategy) -> str:
-    """What to warn of, on every rank if on one; empty if nothing.
+    """Describe mismatches, on every rank if one has any; empty if there are none.
 
     Raises:
         ReplayMismatchError: with mode "error", instead of a warning.

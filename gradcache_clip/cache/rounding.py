@@ -15,7 +15,7 @@ _TOLERANCE = {
 
 
 def tolerance_of(features: Tensor) -> float:
-    """Of the features' dtype, or of the coarser one that autocast computes in."""
+    """Tolerance for the features' dtype, or for the coarser one that autocast computes in."""
     device_type = features.device.type
     coarse = (
         _TOLERANCE.get(torch.get_autocast_dtype(device_type), 0.0)

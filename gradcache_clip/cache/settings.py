@@ -1,4 +1,4 @@
-"""What a replay must not inherit from the embed: cached casts and a second statistics update."""
+"""Keep cached casts and a second statistics update out of the replay."""
 
 from __future__ import annotations
 

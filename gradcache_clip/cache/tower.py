@@ -189,13 +189,13 @@ class Tower:
         return [feature[chunk.rows] for feature in self.features]
 
     def known_tensors(self) -> list[Tensor]:
-        """What is in memory whether or not the tower runs."""
+        """Tensors that are in memory whether or not the tower runs."""
         held = (chain(module.parameters(), module.buffers()) for module in self.modules)
         return [*chain.from_iterable(held), *tensors_in(self.inputs)]
 
     @property
     def modules(self) -> list[nn.Module]:
-        """What its features come out of: the encoder, and a head in `get_features`."""
+        """Modules that compute its features: the encoder, and a head in `get_features`."""
         head = self.get_features
         return [self.bare_module, *([head] if isinstance(head, nn.Module) else [])]
 
@@ -250,7 +250,7 @@ class Tower:
 
 
 def _unusable(feature: Any, trainable: bool) -> str:
-    """What is wrong with a feature, and what to do; empty if it can be cached."""
+    """Say why a feature cannot be cached, and what to do; empty if it can."""
     if not isinstance(feature, Tensor):
         return f"{type(feature).__name__}; extract them with get_features"
     if feature.is_complex():

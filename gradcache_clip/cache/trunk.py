@@ -26,7 +26,7 @@ def call_encoder(encoder: Callable[..., Any], inputs: Any) -> Any:
 
 @dataclass
 class TrunkOutput:
-    """What a trunk left at its boundary; a `FrozenTrunk` given this runs its head alone."""
+    """Output of a trunk at its boundary; a `FrozenTrunk` given this runs its head alone."""
 
     parts: tuple[Tensor, ...]
     """Its tensors, one row a sample each."""

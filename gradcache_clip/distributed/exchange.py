@@ -1,4 +1,4 @@
-"""What the processes of a group exchange for one loss over all of their rows.
+"""Exchange of features and gradients for one loss over the rows of all ranks.
 
 W processes, n rows on each; a row of all is number rank * n + i.
 """

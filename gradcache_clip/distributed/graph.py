@@ -1,4 +1,4 @@
-"""What a graph of autograd ends in."""
+"""Leaves of an autograd graph."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class LocalStrategy:
         self.scale_loss(loss).backward()
 
     def gradient_factor(self) -> float:
-        """What a feature gradient is multiplied by so that parameter gradients come out right."""
+        """Factor on feature gradients that makes parameter gradients come out right."""
         return 1.0
 
     def replaying(
@@ -166,7 +166,7 @@ class LocalStrategy:
 
 
 class ManyRanks(LocalStrategy):
-    """What strategies for several processes share: the ranks average, and wait for each other.
+    """Base of the strategies for several processes: ranks average, and wait for each other.
 
     The loss must be that of the global batch, the same on every rank, and must give each rank the
     gradient of its own rows without summing over ranks, as `ClipLoss` and `gather_rows` do. With

@@ -95,7 +95,7 @@ def _trainable(modules: Iterable[nn.Module]) -> list[tuple[str, nn.Parameter]]:
 
 
 def _with_gradient_anywhere(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Those that some rank has a gradient for, the same ones on every rank."""
+    """Parameters that some rank has a gradient for; the same list on every rank."""
     has = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
     anywhere = has.to(torch.int32)
     dist.all_reduce(anywhere, dist.ReduceOp.MAX)
@@ -144,7 +144,7 @@ def _refuse_sparse(modules: Iterable[nn.Module]) -> None:
 
 @torch.no_grad()
 def _described(name: str, parameter: nn.Parameter) -> tuple[str, tuple[int, ...], str, int]:
-    """What must be equal on every rank; the sum of its bits, for sums of floats depend on order."""
+    """Name, shape, dtype and sum of bits, equal on every rank; float sums depend on order."""
     bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
     return name, tuple(parameter.shape), str(parameter.dtype), int(bits.sum(dtype=torch.int64))
 

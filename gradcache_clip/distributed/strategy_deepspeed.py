@@ -43,7 +43,7 @@ class DeepSpeedStrategy(ManyRanks):
             configuration, and `gradient_clipping` set: DeepSpeed clips to a norm of 1.0 otherwise.
 
     Raises:
-        TypeError: `engine` is none.
+        TypeError: not a DeepSpeed engine.
 
     Example:
         model = TwoTowers(image_encoder, text_encoder)  # forward(tower, inputs)
@@ -225,7 +225,7 @@ def _times(held: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _loss_scale(engine: Any) -> float:
-    """What the engine multiplies a loss by; read once a step, for the device may be asked."""
+    """Loss scale of the engine; read once a step, because reading may wait for the device."""
     scalers = (
         getattr(engine.optimizer, "torch_autocast_gradscaler", None),
         getattr(engine, "torch_autocast_z0_gradscaler", None),

@@ -51,7 +51,7 @@ def is_kind(module: object, name: str) -> bool:
 
 
 def wrapper_in(module: nn.Module) -> str | None:
-    """What wraps the module or a part of it."""
+    """Name of the wrapper around the module or a part of it."""
     kinds = [(name, getattr(sys.modules.get(home), name, None)) for name, home in _HOMES.items()]
     loaded = [(name, kind) for name, kind in kinds if kind is not None]
     for part in uncompiled(module).modules():

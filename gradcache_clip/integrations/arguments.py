@@ -16,7 +16,7 @@ IN_A_LOOP = {
     "or pass check_rows=False if chunks are meant to stand alone": "or write a loop of your own "
     "with GradCache(..., check_rows=False) if chunks are meant to stand alone",
 }
-"""What errors of the engine name that is an argument of `GradCache`, and of no trainer."""
+"""Arguments of `GradCache` that errors of the engine name and no trainer has."""
 
 
 def check_whole(name: str, value: Any, remedy: str) -> None:

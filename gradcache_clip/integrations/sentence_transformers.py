@@ -182,7 +182,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
 
     @property
     def calculate_loss(self) -> Callable[..., Tensor]:
-        """What losses that wrap a cached loss look for; there is none."""
+        """None: losses that wrap a cached loss look here for its parts."""
         raise TypeError(
             "CachedMultipleNegativesRankingLoss: expected to be used by itself, got another loss "
             "around it, such as MatryoshkaLoss; for that one pass matryoshka_dims= here, for "

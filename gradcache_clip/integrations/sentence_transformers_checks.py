@@ -1,4 +1,4 @@
-"""What the loss for sentence-transformers refuses, in the names of its own arguments."""
+"""Refuse arguments of the loss for sentence-transformers, by its own names."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ _OWN_NAMES = {
     "give get_features a function that returns": "let the encoder that towers returns return",
     "pass strategy=DDPStrategy()": "give the Trainer the model itself",
 }
-"""What errors of the engine name that is no argument here."""
+"""Arguments that errors of the engine name and this trainer does not have."""
 
 
 class GradCacheTrainer(Trainer):
@@ -210,7 +210,7 @@ class _Towers(nn.Module):
         self.encoders: list[Callable[..., Any]] = []
 
     def inputs_of(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Any]:
-        """What each tower of the model gets of a batch."""
+        """Inputs of each tower, taken from a batch."""
         self.model = model
         pairs = checked_pairs(self.split(model, batch))
         self.encoders = [encoder for encoder, _ in pairs]

@@ -1,4 +1,4 @@
-"""What `GradCacheTrainer` refuses: settings, models, and functions that it cannot be exact with."""
+"""Refuse settings, models and functions that `GradCacheTrainer` cannot be exact with."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_methods(model: Any) -> None:
 
 
 def checked_pairs(pairs: Any) -> list[tuple[Any, Any]]:
-    """What `towers` returned, if it is one (encoder, inputs) for each tower."""
+    """Check that `towers` returned one (encoder, inputs) for each tower."""
     found = list(pairs) if isinstance(pairs, (list, tuple)) else []
     if not found or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in found):
         got = [type(each).__name__ for each in found] or type(pairs).__name__

@@ -83,7 +83,7 @@ class DistributedSigmoid:
     logit_scale: Tensor
     logit_bias: Tensor
     labels: Labels | None
-    """Of all rows and columns."""
+    """Sum over all rows and columns."""
     ranks: Ranks
 
     def result(self, wanted: Wanted) -> tuple[SigmoidPass, Tensor, Tensor]:

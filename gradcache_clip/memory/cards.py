@@ -16,13 +16,13 @@ _LARGE_WORKSPACE = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Card:
-    """What a plan needs to know of a GPU."""
+    """Memory and speeds of a GPU, for a plan."""
 
     name: str
     memory_bytes: int
     """All of it, as nvidia-smi shows."""
     bandwidth_gb_per_s: float | None = None
-    """Of its memory, in 10^9 bytes a second."""
+    """Memory bandwidth, in 10^9 bytes per second."""
     capability: int = 80
     """10 times CUDA's compute capability."""
     tflops: tuple[tuple[str, float], ...] = ()

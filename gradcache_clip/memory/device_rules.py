@@ -99,7 +99,7 @@ class DeviceRules(TorchFunctionMode):
         return func(*map(self._low, args), **_mapped(self._low, kwargs))
 
     def _low(self, given: Any) -> Any:
-        """What autocast makes of an argument; of a parameter it keeps the copy."""
+        """An argument as autocast casts it; the copy of a parameter is kept."""
         if isinstance(given, (list, tuple)):
             return type(given)(map(self._low, given))
         if not isinstance(given, Tensor) or given.dtype in (self.dtype, torch.float64):

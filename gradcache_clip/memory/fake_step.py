@@ -38,7 +38,7 @@ GetFeatures = Callable[[Any], Any] | Sequence[Callable[[Any], Any] | None]
 
 
 class Keeping(NamedTuple):
-    """What a step keeps: the features out of an encoder's output, and the optimizer's states."""
+    """Choices of a counted step: features of an encoder's output, and the optimizer's states."""
 
     features: GetFeatures | None
     optimizer_states: int

@@ -1,4 +1,4 @@
-"""What a training step would need, counted on fake tensors: nothing is allocated or computed.
+"""Count a training step on fake tensors: nothing is allocated or computed.
 
 B rows of the batch, D feature width.
 """

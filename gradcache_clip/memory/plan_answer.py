@@ -1,4 +1,4 @@
-"""What a plan answers, computed from traces: memory, what fits, and the least time of a step."""
+"""Answers of a plan, computed from traces: memory, largest sizes, least time of a step."""
 
 from __future__ import annotations
 
@@ -148,12 +148,12 @@ def _method(
 
 
 def _flops(tower: TowerWork, name: str, options: PlanOptions) -> float:
-    """Of all rows; what a checkpoint computes again counts as backward."""
+    """Operations over all rows; recomputation by a checkpoint counts as backward."""
     return tower.trace.flops(f"{name} replay", options.rows)
 
 
 def _beside_features(loss: Peak, step: Timeline, gradients: int) -> int:
-    """What the loss adds to what lives anyway: workspaces, vectors and copies of the features."""
+    """Memory that the loss adds: workspaces, vectors and copies of the features."""
     return max(0, loss.nbytes - step.live_at("loss") - gradients)
 
 

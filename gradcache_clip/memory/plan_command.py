@@ -15,7 +15,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PlanOptio
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `plan` takes: two models or a configuration, a card, and how the step is taken."""
+    """Options of `plan`: two models or a configuration, a card, and how the step is taken."""
     parser.add_argument("config", nargs="?", type=Path, help="YAML file of the train command")
     parser.add_argument(
         "overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="changes to that file"

@@ -115,12 +115,12 @@ class Sizes:
 
     @property
     def image_bytes(self) -> int:
-        """Of one image."""
+        """Bytes of one image."""
         return 3 * self.image_size**2
 
     @property
     def text_bytes(self) -> int:
-        """Of one text."""
+        """Bytes of one text."""
         return 16 * self.context_length
 
 

@@ -1,4 +1,4 @@
-"""What a plan is asked about, and what it answers. B: pairs of the whole batch."""
+"""Questions and answers of a plan. B: pairs of the whole batch."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step with gradient caching needs on one card; all sizes in bytes."""
+    """Needs of a training step with gradient caching on one card; all sizes in bytes."""
 
     image: str
     text: str
@@ -125,7 +125,7 @@ class Plan:
     loss_bytes: int
     """Workspace of the loss: what it takes beyond the features at its peak."""
     image_graph_bytes: int
-    """What one chunk's graph keeps for its backward."""
+    """Bytes that one chunk's graph keeps for its backward."""
     text_graph_bytes: int
     kept_chunks: tuple[int, int]
     """Further chunks of each tower whose graph is kept, so that they need no replay."""
@@ -139,7 +139,7 @@ class Plan:
     """The most tensors at once, rounded as the allocator rounds: `torch.cuda.max_memory_allocated`,
     but for what a library takes inside of one kernel."""
     kinds_by_phase: dict[str, dict[str, int]]
-    """What the peaks of "embed", "loss" and "replay" are made of."""
+    """Parts of the peaks of "embed", "loss" and "replay"."""
     allocator_bytes: int
     """Segments beyond them that the allocator holds: rounding and fragmentation."""
     total_bytes: int
@@ -149,7 +149,7 @@ class Plan:
     """Chunk with which this batch still fits; 0 if none does."""
     methods: tuple[Method, ...]
     flops: float
-    """Of matrix products, convolutions and attention in one step on one card."""
+    """Operations of matrix products, convolutions and attention in one step on one card."""
     least_step_ms: float | None
     """At the card's full matrix rate: no step is faster. None where no data sheet gives it."""
     recomputed_share: float

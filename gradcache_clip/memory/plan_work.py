@@ -159,7 +159,7 @@ def _shares(options: PlanOptions) -> dict[str, float]:
 def _reserved(
     encoder: DualEncoder, options: PlanOptions, card: Card, trained: Sequence[int]
 ) -> tuple[tuple[str, int], ...]:
-    """What libraries hold throughout: cuBLAS, the buckets of DDP, parameters gathered by ZeRO-3."""
+    """Memory that libraries hold throughout: cuBLAS, DDP's buckets, ZeRO-3's parameters."""
     held = [("workspace", _CUBLAS_BYTES[card.capability >= _HOPPER])]
     if options.world > 1 and options.zero == 0:
         held.append(("gradient", sum(trained)))

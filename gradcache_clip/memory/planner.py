@@ -29,7 +29,7 @@ from gradcache_clip.train.towers import DualEncoder
 
 
 def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) -> Plan:
-    """What a step of gradient caching needs for two models on a card, and what else would fit.
+    """Plan a step of gradient caching for two models on a card: its needs, and what else fits.
 
     Models are built on the meta device and traced there: no GPU is needed and no weight is loaded.
     Each tower runs at two numbers of rows; the size of every tensor is then extrapolated linearly

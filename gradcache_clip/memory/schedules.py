@@ -21,21 +21,21 @@ _FIRST_KEPT = 2
 
 @dataclass(frozen=True)
 class TowerWork:
-    """What a step does with one tower."""
+    """Work of a step in one tower."""
 
     trace: Trace
-    """Of its passes, as `trace_tower` leaves it."""
+    """Trace of its passes, from `trace_tower`."""
     trainable: bool
     """Whether anything in it gets a gradient; if not it is never replayed."""
     input_bytes: int
-    """Of one row of its input."""
+    """Bytes of one row of its input."""
     feature_bytes: int
-    """Of one row of its feature: a vector, or one for each token."""
+    """Bytes of one row of its feature: a vector, or one for each token."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does, for any number of rows."""
+    """Work of a step, for any number of rows."""
 
     towers: tuple[TowerWork, TowerWork]
     """Image and text, in the order in which they run."""
@@ -43,11 +43,11 @@ class Work:
     full_loss: Trace
     """The same with a B x B matrix."""
     parameter_bytes: tuple[int, ...]
-    """Of each parameter and buffer."""
+    """Bytes of each parameter and buffer."""
     optimizer_bytes: tuple[int, ...]
-    """Of each state of the optimizer, and of an average of the weights."""
+    """Bytes of each state of the optimizer, and of an average of the weights."""
     gradient_bytes: int
-    """Of all parameters that are trained."""
+    """Bytes of all trained parameters."""
     pair_flops: int
     """Multiplications of the similarity of one image and one text."""
     workspaces: Callable[[int], dict[str, int]]
@@ -225,17 +225,17 @@ def all_kept(work: Work, rows: int, chunk: int) -> Kept:
 
 
 def kept_bytes(tower: TowerWork, rows: int) -> int:
-    """What graphs of so many rows take beside others, whose casts they share."""
+    """Bytes of graphs of so many rows beside others, whose casts they share."""
     return tower.trace.bytes_left_by("forward plain", rows, without=_CAST) * tower.trainable
 
 
 def graph_bytes(tower: TowerWork, rows: int) -> int:
-    """What is alive between the forward and the backward of a chunk."""
+    """Bytes alive between the forward and the backward of a chunk."""
     return tower.trace.bytes_left_by("forward replay", rows) if tower.trainable else 0
 
 
 def _started(work: Work, rows: int, chunk: int) -> Timeline:
-    """What is there before the step: weights, states, inputs."""
+    """Bytes present before the step: weights, states, inputs."""
     timeline = Timeline(work.shares, work.workspaces(rows), work.rounded)
     timeline.enter("start")
     timeline.hold(list(work.parameter_bytes), "parameter")

@@ -44,7 +44,7 @@ class Timeline:
     _length: int = 0
 
     def enter(self, phase: str) -> None:
-        """What follows belongs to this part of the step."""
+        """Begin a part of the step."""
         self._phases.append((self._length, phase))
 
     def hold(self, sizes: list[int] | numpy.ndarray, kind: str) -> range:

@@ -40,7 +40,7 @@ class Recorder(TorchDispatchMode):
         self._flops = 0
 
     def cut(self, name: str) -> None:
-        """What happened since the last cut is the segment of this name."""
+        """End the segment that began at the last cut, and name it."""
         self.segments[name], self.flops[name] = self._events, self._flops
         if self._accumulated:
             self.segments[f"{name}, added"] = _freed_where(self._events, self._accumulated)
@@ -144,11 +144,11 @@ class Trace:
         return numpy.rint(self._newton(self.differences, rows))
 
     def flops(self, segment: str, rows: int) -> float:
-        """Of matrix products, convolutions and attention: two for a multiplication and addition."""
+        """Operations of matrix products, convolutions and attention: two per multiply-add."""
         return float(self._newton(self.flop_differences[segment], rows))
 
     def bytes_left_by(self, segment: str, rows: int, *, without: str = "") -> int:
-        """What a segment allocates and does not free, leaving out storages of a kind."""
+        """Bytes that a segment allocates and does not free, without storages of a kind."""
         events, sizes = self.segments[segment], self.sizes(rows)
         counted = sizes * [kind != without for kind in self.kinds]
         return int((numpy.sign(events) * counted[abs(events) - 1]).sum())

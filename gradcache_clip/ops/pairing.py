@@ -92,7 +92,7 @@ class Pairing(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What one pass over the logits leaves of each row and, both ways, of each column.
+    """Statistics of each row and, both ways, of each column after one pass over the logits.
 
     Without labels the sums run over the negatives alone, so that a small loss keeps its digits;
     with labels they run over positives and negatives. Only `positive` and `sum` carry gradients: a

@@ -1,4 +1,4 @@
-"""What losses return: 0-dim tensors, of which the loss alone carries a gradient."""
+"""Results of losses: 0-dim tensors, of which the loss alone carries a gradient."""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ class TrainConfig:
     0: `chunk_size` texts, however long."""
 
     inputs: str = "device"
-    """Where a batch waits: on the `device`, or on the `host`, which two chunks of it leave at a
-    time; then memory does not grow with its images."""
+    """Where a batch waits: on the `device`, or on the `host`, from which chunks are copied one
+    ahead of use, so that memory does not grow with its images."""
 
     exchange: str = "gather"
     """How features of other processes arrive: `gather`, all at once, or `ring`, one by one."""

@@ -30,7 +30,11 @@ def deepspeed_settings(config: Config, processes: int) -> dict[str, Any]:
     for name, value, reason in (
         ("train_batch_size", config.train.batch_size, run),
         ("train_micro_batch_size_per_gpu", rows, run),
-        ("gradient_accumulation_steps", 1, "for chunks are no steps; see train.chunk_size"),
+        (
+            "gradient_accumulation_steps",
+            1,
+            "chunks are not accumulation steps; see train.chunk_size",
+        ),
     ):
         _settle(settings, name, value, reason, source)
     norm = config.optimizer.max_grad_norm

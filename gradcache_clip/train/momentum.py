@@ -1,4 +1,4 @@
-"""Towers whose slow moving average embeds what they are compared with."""
+"""Momentum (EMA) key encoder, as in MoCo."""
 
 from __future__ import annotations
 

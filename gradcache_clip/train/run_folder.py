@@ -80,7 +80,8 @@ class RunFolder:
     def begin(self, config: Config, tokenizer: Tokenizer | None, encoder: Any = None) -> None:
         """Make the folder and write down what defines the run; a resumed one keeps its tokens.
 
-        Of a pretrained text tower of the encoder, what it is, for the day its source is gone.
+        Also saves the architecture of a pretrained text tower, so that the run loads without its
+        source.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not self.has_begun():

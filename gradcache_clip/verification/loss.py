@@ -188,7 +188,7 @@ def _moved(features: Sequence[Tensor], moves: Sequence[Tensor], sign: int) -> li
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    """Of all ranks together."""
+    """Sum over all ranks."""
     return math.sqrt(sum(of_all_ranks(sum(float((t * t).sum()) for t in tensors))))
 
 

@@ -99,7 +99,7 @@ class VerifyReport:
 
     @property
     def setting(self) -> str:
-        """What was compared."""
+        """One line on the compared batch, chunks and precision."""
         sizes = " and ".join(map(str, dict.fromkeys(self.chunk_sizes)))
         return (
             f"{self.batch_size} rows in chunks of {sizes}, {self.precision}, tolerance "

@@ -129,7 +129,7 @@ class ResumableLoader(ABC):
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
-        """What a state is worth nothing without: all that the order depends on."""
+        """Settings that must match on resume, because the order depends on them."""
 
     @abstractmethod
     def _stream(self, left: EpochLeft, first: int) -> IterableDataset[Any]:
