@@ -18,6 +18,7 @@ TRAIN = [
     "psutil>=5.9",
     "rich>=13.7",
     "safetensors>=0.4.3",
+    "scikit-learn>=1.5",
     "tensorboard>=2.16",
     "timm>=1.0.9",
     "tokenizers>=0.22",
