@@ -1,33 +1,63 @@
 """Exact large-batch contrastive training in the memory of one chunk."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gradcache_clip.cache import (
-    ByLength,
-    FrozenTrunk,
-    GradCache,
-    ReplayMismatchError,
-    Shared,
-    deferred_step,
-)
-from gradcache_clip.losses import (
-    ClipLoss,
-    ContrastiveOutput,
-    FeatureQueue,
-    InfoNCELoss,
-    LateInteractionLoss,
-    MatryoshkaLoss,
-    MoCoLoss,
-    NTXentLoss,
-    RetrievalOutput,
-    SelfContrastOutput,
-    SigLipLoss,
-    SupConLoss,
-)
-from gradcache_clip.verification import VerifyReport, verify
+if TYPE_CHECKING:
+    from gradcache_clip.cache import (
+        ByLength,
+        FrozenTrunk,
+        GradCache,
+        ReplayMismatchError,
+        Shared,
+        deferred_step,
+    )
+    from gradcache_clip.losses import (
+        ClipLoss,
+        ContrastiveOutput,
+        FeatureQueue,
+        InfoNCELoss,
+        LateInteractionLoss,
+        MatryoshkaLoss,
+        MoCoLoss,
+        NTXentLoss,
+        RetrievalOutput,
+        SelfContrastOutput,
+        SigLipLoss,
+        SupConLoss,
+    )
+    from gradcache_clip.memory import PlanOptions, plan
+    from gradcache_clip.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
+
+# Imported on first use, so that the command line answers before torch is there.
+_HOMES = {
+    "cache": (
+        "ByLength",
+        "FrozenTrunk",
+        "GradCache",
+        "ReplayMismatchError",
+        "Shared",
+        "deferred_step",
+    ),
+    "losses": (
+        "ClipLoss",
+        "ContrastiveOutput",
+        "FeatureQueue",
+        "InfoNCELoss",
+        "LateInteractionLoss",
+        "MatryoshkaLoss",
+        "MoCoLoss",
+        "NTXentLoss",
+        "RetrievalOutput",
+        "SelfContrastOutput",
+        "SigLipLoss",
+        "SupConLoss",
+    ),
+    "memory": ("PlanOptions", "plan"),
+    "verification": ("VerifyReport", "verify"),
+}
 
 __all__ = [
     "ByLength",
@@ -57,7 +87,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # With NumPy and what models are built with; nothing else here needs them.
-    if name in ("PlanOptions", "plan"):
-        return getattr(import_module("gradcache_clip.memory"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"gradcache_clip.{home}"), name)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,7 +22,7 @@ ALLOWED = {
     "train": {"losses", "cache", "distributed", "verification"},
     "integrations": {"losses", "cache", "distributed"},
     "memory": {"train", "losses", "cache", "distributed"},
-    "__init__": {"cache", "losses", "verification"},
+    "__init__": {"cache", "losses", "verification", "memory"},
     "cli": {"memory", "train", "losses", "cache", "distributed"},
 }
 
@@ -76,7 +76,8 @@ def test_importing_the_library_loads_torch_alone():
              "rich", "tensorboard", "safetensors", "tokenizers", "PIL", "torchvision",
              "open_clip", "sentence_transformers", "lightning", "accelerate"]  # fmt: skip
     code = (
-        "import sys, torch; before = set(sys.modules); import gradcache_clip; "
+        "import sys, torch; before = set(sys.modules); "
+        "from gradcache_clip import ClipLoss, GradCache, verify; "
         f"print([m for m in {heavy} if m in set(sys.modules) - before])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -134,3 +135,14 @@ def test_no_file_of_the_product_is_long():
         if (text := path.read_text()).count("\n") > 320
     }
     assert not long
+
+
+@pytest.mark.parametrize("command", ["--help", "plan --help", "train --help"])
+def test_the_command_line_answers_before_torch_is_there(command):
+    code = (
+        "import sys; from gradcache_clip.cli import main\n"
+        f"try: main({command.split()!r})\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

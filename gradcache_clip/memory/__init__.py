@@ -1,20 +1,29 @@
-"""Counting the memory of a training step, and planning it for a card that is not here.
-
-`plan` and what belongs to it are imported on first use, with timm, transformers and NumPy.
-"""
+"""Counting the memory of a training step, and planning it for a card that is not here."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gradcache_clip.memory.cards import Card, find_card
-from gradcache_clip.memory.counter import LiveBytes, cuda_block_bytes
-from gradcache_clip.memory.plain_step import StepMemory, count_cached_step, count_plain_step
-from gradcache_clip.memory.plan_options import Plan, PlanOptions
-from gradcache_clip.memory.resident import (
-    peak_resident_bytes,
-    reset_peak_resident_bytes,
-    resident_bytes,
-)
+if TYPE_CHECKING:
+    from gradcache_clip.memory.cards import Card, find_card
+    from gradcache_clip.memory.counter import LiveBytes, cuda_block_bytes
+    from gradcache_clip.memory.plain_step import StepMemory, count_cached_step, count_plain_step
+    from gradcache_clip.memory.plan_options import Plan, PlanOptions
+    from gradcache_clip.memory.planner import plan, plan_config
+    from gradcache_clip.memory.resident import (
+        peak_resident_bytes,
+        reset_peak_resident_bytes,
+        resident_bytes,
+    )
+
+# Imported on first use: `plan` needs timm and transformers, and its options not even torch.
+_HOMES = {
+    "cards": ("Card", "find_card"),
+    "counter": ("LiveBytes", "cuda_block_bytes"),
+    "plain_step": ("StepMemory", "count_cached_step", "count_plain_step"),
+    "plan_options": ("Plan", "PlanOptions"),
+    "planner": ("plan", "plan_config"),
+    "resident": ("peak_resident_bytes", "reset_peak_resident_bytes", "resident_bytes"),
+}
 
 __all__ = [
     "Card",
@@ -35,6 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("plan", "plan_config"):
-        return getattr(import_module("gradcache_clip.memory.planner"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"gradcache_clip.memory.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
