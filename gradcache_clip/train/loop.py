@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from gradcache_clip.train.config import Config
+from gradcache_clip.train.ema import update_average
 from gradcache_clip.train.evaluation.held_out import HeldOut
 from gradcache_clip.train.optimizer import learning_rate_at
 from gradcache_clip.train.peers import Peers, joined
@@ -210,9 +211,9 @@ def _train_one(session: Session, backward: Backward, batch: AnyBatch) -> StepRes
     session.engine.set_learning_rate(rate)
     result = take_step(backward, *session.inputs_of(batch), session.engine)
     session.objective.after_step(session.encoder, session.loss)
-    if session.ema is not None:
-        session.ema.update(session.encoder)
     session.step += 1
+    if session.ema is not None:
+        update_average(session.ema, session.encoder, session.step)
     return result
 
 
@@ -236,17 +237,15 @@ def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, fl
 def _embed(session: Session) -> Evaluated | None:
     """The held-out samples, embedded by all processes, on the first."""
     session.peers.enter(f"evaluating after step {session.step}")
-    encode = session.engine.evaluated
-    with session.averaged_weights():
-        return session.task.embed_held_out(encode, session.tokenizer, session.peers)
+    return session.task.embed_held_out(session.evaluated, session.tokenizer, session.peers)
 
 
 def _embed_batch(session: Session) -> HeldOut | None:
     """Some pairs of the batch that would come next, for a picture."""
     session.peers.enter("embedding a batch for a picture")
-    encode = session.engine.evaluated
-    with closing(session.batches()) as batches, session.averaged_weights():
-        return session.task.embed_batch(encode, session.tokenizer, batches, SIMILARITY_PAIRS)
+    encoder, tokenizer = session.evaluated, session.tokenizer
+    with closing(session.batches()) as batches:
+        return session.task.embed_batch(encoder, tokenizer, batches, SIMILARITY_PAIRS)
 
 
 def _summary(

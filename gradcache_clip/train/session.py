@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.data import Batch, join_states
 from gradcache_clip.train.data.resumable import ResumableLoader
 from gradcache_clip.train.data.text_loader import TextBatch
-from gradcache_clip.train.ema import Ema
+from gradcache_clip.train.ema import moving_average
 from gradcache_clip.train.engine import Engine
 from gradcache_clip.train.engines import build_engine
 from gradcache_clip.train.frozen_features import FrozenFeatures, frozen_features
@@ -35,6 +35,9 @@ from gradcache_clip.train.run_folder import RunFolder
 from gradcache_clip.train.sources.splits import track
 from gradcache_clip.train.task import Task, task_of
 from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 AnyBatch = Batch | TextBatch
 
@@ -54,7 +57,7 @@ class Session:
     engine: Engine
     loss: nn.Module
     objective: Objective
-    ema: Ema | None
+    ema: ModelEmaV3 | None
     loader: ResumableLoader
     features: FrozenFeatures | None = None
     """Of a frozen image tower, in the place of images."""
@@ -108,9 +111,8 @@ class Session:
     def _write(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         modules: dict[str, Any] = {"encoder": weights, "loss": self.loss.state_dict()}
         self._check_finite({**weights, **modules["loss"]})
-        state = {**state, "ema_updates": self.ema.state_dict()["updates"] if self.ema else 0}
         if self.ema is not None:
-            modules["ema"] = self.ema.state_dict()["averages"]
+            modules["ema"] = self.ema.module.state_dict()
         keep = self.config.train.keep_checkpoints
         save_checkpoint(self.run.checkpoints, self.step, modules=modules, state=state, keep=keep)
 
@@ -133,16 +135,16 @@ class Session:
         self.engine.load_state(checkpoint.state)
         self.loader.load_state_dict(checkpoint.state["loader"])
         if self.ema is not None:
-            updates = checkpoint.state["ema_updates"]
-            self.ema.load_state_dict({"updates": updates, "averages": checkpoint.modules["ema"]})
+            self.ema.module.load_state_dict(checkpoint.modules["ema"])
         generators = checkpoint.state["rng"]
         # A process that was not there before draws as one that begins.
         if self.peers.rank < len(generators):
             restore_rng(generators[self.peers.rank])
 
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """The weights to evaluate with: the moving average where there is one."""
-        return self.ema.swapped_into(self.encoder) if self.ema else nullcontext()
+    @property
+    def evaluated(self) -> nn.Module:
+        """The encoder to evaluate: with averaged weights where there are such."""
+        return self.ema.module if self.ema else self.engine.evaluated
 
 
 @contextmanager
@@ -184,6 +186,7 @@ def start_session(config: Config, run: RunFolder, peers: Peers | None = None) ->
     image_size = config.data.image_size if task.has_images else None
     check_towers(encoder, image_size=image_size, tokens=longest)
     loss = build_loss(objective).to(device)
+    decay = config.train.ema_decay
     session = Session(
         config=config,
         run=run,
@@ -192,10 +195,10 @@ def start_session(config: Config, run: RunFolder, peers: Peers | None = None) ->
         task=task,
         tokenizer=tokenizer,
         encoder=encoder,
+        ema=moving_average(encoder, decay) if decay else None,
         engine=build_engine(encoder, loss, config, peers),
         loss=loss,
         objective=objective,
-        ema=Ema(encoder, decay=config.train.ema_decay) if config.train.ema_decay else None,
         loader=loader,
     )
     if not peers.is_first:
