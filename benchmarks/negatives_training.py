@@ -270,7 +270,7 @@ def train(
         learning_rate=run.learning_rate, weight_decay=_WEIGHT_DECAY, warmup_steps=run.steps // 10
     )
     modules = nn.ModuleDict({"first": towers[0], "second": towers[1], "loss": loss}).train()
-    optimizer = build_optimizer(modules.named_parameters(), config)
+    optimizer = build_optimizer(config, modules)
     cache = GradCache(towers, loss, chunk_size=run.chunk_size)
     for step, rows in enumerate(batches(len(pairs.ids), run)):
         apply_learning_rate(optimizer, learning_rate_at(step, config, run.steps))

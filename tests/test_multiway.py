@@ -156,10 +156,7 @@ def test_a_checkpoint_keeps_shared_weights_once(tmp_path):
 def test_tables_and_class_token_do_not_decay():
     encoder = build()
     names = {id(p): name for name, p in encoder.named_parameters()}
-    decay, rest = (
-        {names[id(p)] for p in group["params"]}
-        for group in parameter_groups(encoder.named_parameters())
-    )
+    rest, decay = ({names[id(p)] for p in group["params"]} for group in parameter_groups(encoder))
     kept = {name for name in rest if dict(encoder.named_parameters())[name].ndim > 1}
     assert {name.rsplit("backbone.")[1] for name in kept} == {
         "cls_token", "pos_embed", "embedding.weight",

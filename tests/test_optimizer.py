@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 
 import pytest
@@ -14,7 +13,6 @@ from gradcache_clip.train.ema import moving_average, update_average
 from gradcache_clip.train.optimizer import (
     apply_learning_rate,
     build_optimizer,
-    decays,
     learning_rate_at,
 )
 from gradcache_clip.train.towers import build_towers
@@ -25,9 +23,9 @@ CONFIG = OptimizerConfig(
 
 
 def names_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, set[str]]:
-    by_id = {id(parameter): name for name, parameter in module.named_parameters()}
+    name_of = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
-        group["name"]: {by_id[id(parameter)] for parameter in group["params"]}
+        "decay" if group["weight_decay"] else "no_decay": {name_of[id(p)] for p in group["params"]}
         for group in optimizer.param_groups
     }
 
@@ -40,7 +38,7 @@ def test_groups_of_real_towers() -> None:
     )
     encoder = build_towers(model, image_size=32, context_length=8, vocab_size=300, pad_token_id=0)
     encoder.register_parameter("log_logit_scale", nn.Parameter(torch.tensor(2.0)))
-    names = names_of(build_optimizer(encoder.named_parameters(), CONFIG), encoder)
+    names = names_of(build_optimizer(CONFIG, encoder), encoder)
     assert names["decay"] | names["no_decay"] == {name for name, _ in encoder.named_parameters()}
     assert not names["decay"] & names["no_decay"]
     text = "text_tower.backbone.embeddings."
@@ -79,22 +77,29 @@ def test_groups_of_real_towers() -> None:
     ],
 )
 def test_tables_are_known_by_name(name: str, expected: bool) -> None:
-    assert decays(name, nn.Parameter(torch.zeros(2, 2))) is expected
+    *places, last = name.split(".")
+    module = outer = nn.Module()
+    for place in places:
+        module.add_module(place, nn.Module())
+        module = module.get_submodule(place)
+    module.register_parameter(last, nn.Parameter(torch.zeros(2, 2)))
+    [group] = build_optimizer(CONFIG, outer).param_groups
+    assert group["weight_decay"] == (CONFIG.weight_decay if expected else 0)
 
 
 def test_tied_once_and_frozen_never() -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     second.weight = first.weight
     second.bias.requires_grad_(False)
-    both = [*first.named_parameters("a"), *second.named_parameters("b")]
-    held = [p for g in build_optimizer(both, CONFIG).param_groups for p in g["params"]]
-    assert [id(p) for p in held] == [id(first.weight), id(first.bias)]
+    groups = build_optimizer(CONFIG, first, second).param_groups
+    held = [id(p) for group in groups for p in group["params"]]
+    assert held == [id(first.bias), id(first.weight)]
 
 
 def test_one_step_is_adamw_by_hand() -> None:
     layer = nn.Linear(2, 2).double()
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    optimizer = build_optimizer(layer.named_parameters(), CONFIG)
+    optimizer = build_optimizer(CONFIG, layer)
     layer.weight.grad, layer.bias.grad = torch.full_like(weight, 3.0), torch.full_like(bias, -2.0)
     optimizer.step()
     # In the first step the bias corrections leave the gradient over its own size.
@@ -104,33 +109,9 @@ def test_one_step_is_adamw_by_hand() -> None:
 
 
 def test_fused_only_where_it_runs() -> None:
-    assert build_optimizer(nn.Linear(2, 2).named_parameters(), CONFIG).defaults["fused"]
+    assert build_optimizer(CONFIG, nn.Linear(2, 2)).defaults["fused"]
     meta = nn.Linear(2, 2, device="meta")
-    assert not build_optimizer(meta.named_parameters(), CONFIG).defaults["fused"]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("learning_rate", 0.0),
-        ("learning_rate", float("nan")),
-        ("weight_decay", -0.1),
-        ("beta1", 1.0),
-        ("beta2", -0.1),
-        ("eps", 0.0),
-        ("warmup_steps", -1),
-    ],
-)
-def test_bad_values_are_named(field: str, value: float) -> None:
-    config = copy.copy(CONFIG)
-    setattr(config, field, value)
-    with pytest.raises(ValueError, match=f"optimizer.{field}: expected .* got {value}"):
-        build_optimizer(nn.Linear(2, 2).named_parameters(), config)
-
-
-def test_nothing_to_train() -> None:
-    with pytest.raises(ValueError, match="named_parameters: expected at least one"):
-        build_optimizer(nn.Linear(2, 2).requires_grad_(False).named_parameters(), CONFIG)
+    assert not build_optimizer(CONFIG, meta).defaults["fused"]
 
 
 def test_schedule_values() -> None:
@@ -142,17 +123,8 @@ def test_schedule_values() -> None:
     assert learning_rate_at(0, OptimizerConfig(learning_rate=1.0, warmup_steps=0), 5) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("step", "total", "message"),
-    [(0, 4, "warmup_steps: .* got 4"), (-1, 12, "step: .*-1"), (13, 12, "step: .* 13")],
-)
-def test_schedule_errors(step: int, total: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        learning_rate_at(step, CONFIG, total)
-
-
 def test_learning_rate_reaches_every_group() -> None:
-    optimizer = build_optimizer(nn.Linear(2, 2).named_parameters(), CONFIG)
+    optimizer = build_optimizer(CONFIG, nn.Linear(2, 2))
     apply_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 

@@ -93,7 +93,7 @@ def test_five_steps_are_algorithm_1(data, tmp_path):
     f_q, f_k = copy.deepcopy(session.encoder.query), copy.deepcopy(session.encoder.key)
     queue = F.normalize(session.loss.queues[0].features)
     config = session.config
-    optimizer = build_optimizer(f_q.named_parameters(), config.optimizer)
+    optimizer = build_optimizer(config.optimizer, f_q)
     rates = [learning_rate_at(step, config.optimizer, 5) for step in range(5)]
     pairs = [batch.images.unbind(1) for batch in batches]
     t = 1 / float(session.loss.logit_scale.detach())

@@ -98,7 +98,7 @@ class Engine:
         self.scaler.load_state_dict(state["scaler"])
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.named_parameters, self.config.optimizer)
+        return build_optimizer(self.config.optimizer, self.encoder, self.loss)
 
     def _clip(self, max_norm: float) -> Tensor:
         return clip_grad_norm((p for _, p in self.named_parameters if p.requires_grad), max_norm)

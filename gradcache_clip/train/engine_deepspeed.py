@@ -127,7 +127,7 @@ class DeepSpeedTraining(Engine):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """Of the loss's scale; the engine has that of the encoder."""
-        return build_optimizer(self.loss.named_parameters(), self.config.optimizer)
+        return build_optimizer(self.config.optimizer, self.loss)
 
     def _schedule(self) -> dict[str, Any]:
         saved: dict[str, Any] = {}
@@ -263,12 +263,11 @@ def _initialize(encoder: nn.Module, config: Config, settings: dict[str, Any]) ->
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
-    named = [*encoder.named_parameters()]
     if "optimizer" in settings:
-        groups = parameter_groups(named)
+        groups = parameter_groups(encoder)
         engine, *_ = deepspeed.initialize(model=encoder, model_parameters=groups, config=settings)
     else:
-        optimizer = build_optimizer(named, config.optimizer)
+        optimizer = build_optimizer(config.optimizer, encoder)
         engine, *_ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=settings)
     return engine
 

@@ -58,11 +58,10 @@ class ShardedEngine(Engine):
         load_state_by_name(self.optimizer, self.named_parameters, state["optimizer"], _part)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(self.encoder.named_parameters(), self.config.optimizer)
+        optimizer = build_optimizer(self.config.optimizer, self.encoder)
         # In a group of its own: an operation over a group takes sharded tensors or plain ones.
         trained = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
-        scale = {"name": "loss", "params": trained, "weight_decay": 0.0}
-        optimizer.add_param_group(scale)
+        optimizer.add_param_group({"params": trained, "weight_decay": 0.0})
         return optimizer
 
     def _clip(self, max_norm: float) -> Tensor:
