@@ -75,7 +75,8 @@ def test_kernels_is_no_package_of_its_own():
 def test_importing_the_library_loads_torch_alone():
     heavy = ["triton", "timm", "transformers", "webdataset", "deepspeed", "matplotlib", "omegaconf",
              "rich", "tensorboard", "safetensors", "tokenizers", "PIL", "torchvision",
-             "open_clip", "sklearn", "sentence_transformers", "lightning", "accelerate"]  # fmt: skip
+             "open_clip", "sklearn", "sentence_transformers", "lightning",
+             "accelerate"]  # fmt: skip
     code = (
         "import sys, torch; before = set(sys.modules); "
         "from gradcache_clip import ClipLoss, GradCache, verify; "
