@@ -529,7 +529,7 @@ def test_a_mismatch_is_raised_even_if_its_cause_cannot_be_found(monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError("no room for another pass")
 
-    monkeypatch.setattr(replay_check, "_trace", fail)
+    monkeypatch.setattr(replay_check, "watch", fail)
     with pytest.raises(ReplayMismatchError, match="could not be found.*no room"):
         GradCache([encoder, mlp(20)], ClipLoss(), chunk_size=4)(*batch())
 
