@@ -23,7 +23,7 @@ from watched_process import run_watched  # noqa: E402
 
 NOT_BENCHMARKS = {"fresh_process.py", "report.py", "run_all.py", "step_picture.py"}
 # Trainings, on data that are fetched first; and a check of commits.
-NOT_BENCHMARKS |= {"recipes.py", "compare_commits.py"}
+NOT_BENCHMARKS |= {"recipes.py", "compare_commits.py", "code_size.py"}
 SCRIPT = """
 import pathlib, sys
 results = pathlib.Path(sys.argv[sys.argv.index("--results") + 1])
