@@ -17,6 +17,9 @@ from gradcache_clip.cache.host_inputs import HostInputs, device_for
 
 def call_encoder(encoder: Callable[..., Any], inputs: Any) -> Any:
     """Mappings become keyword arguments, tuples positional ones, the rest one argument."""
+    if isinstance(inputs, Tensor):
+        # Most inputs are, and an abstract class is slow to ask.
+        return encoder(inputs)
     if isinstance(inputs, Mapping):
         return encoder(**inputs)
     if isinstance(inputs, tuple):

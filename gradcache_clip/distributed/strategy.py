@@ -38,6 +38,9 @@ from torch import Tensor, nn
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.wrappers import refuse_wrappers
 
+# Entered once per chunk.
+_NOTHING = nullcontext()
+
 
 class LocalStrategy:
     """One process: gradients go straight into `.grad`.
@@ -124,7 +127,7 @@ class LocalStrategy:
             modules: the encoders that take part.
             finished: those of them that no later replay of the step runs.
         """
-        return nullcontext()
+        return _NOTHING
 
     def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add to the parameters what features, with their graphs, and cached gradients give."""
