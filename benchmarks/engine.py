@@ -64,7 +64,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from gradcache_clip import GradCache
-from gradcache_clip.cache.retained import SavedBytes
+from gradcache_clip.cache.graph_budget import SavedBytes
 
 _FILE = "engine.json"
 _WORKLOADS = {"image-text": (512, 32), "lemma-gloss": (2048, 32)}

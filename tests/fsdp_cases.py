@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gradcache_clip import ClipLoss, FrozenTrunk, GradCache
-from gradcache_clip.cache.retained import SavedBytes
+from gradcache_clip.cache.graph_budget import SavedBytes
 from gradcache_clip.distributed import FSDPStrategy
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.cache.nested import count_rows, take_rows
+from gradcache_clip.cache.batch_tree import count_rows, take_rows
 from gradcache_clip.cache.trunk import call_encoder
 
 

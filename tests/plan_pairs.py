@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcache_clip import ClipLoss, GradCache, LateInteractionLoss
-from gradcache_clip.cache.nested import take_rows
+from gradcache_clip.cache.batch_tree import take_rows
 from gradcache_clip.memory import LiveBytes
 from gradcache_clip.memory.cards import Card
 from gradcache_clip.memory.loss_trace import FullMatrixLoss, FullTokenLoss

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gradcache_clip.cache import nested
+from gradcache_clip.cache import batch_tree
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import LocalStrategy
@@ -56,16 +56,16 @@ def replays_with_new_numbers(_: Any, tower: Tower, chunk: Chunk) -> Any:
 def cuts(original: Any, inputs: Any, chunk: Chunk, change: Callable[[Any], Any]) -> Any:
     """The second part with rows is cut in another way."""
     seen = iter(range(100))
-    cut, has_rows = nested._cut, nested._has_rows
+    cut, has_rows = batch_tree._cut, batch_tree._has_rows
     taken: list[int] = []
 
     def other(given: Any, take: Callable[[Any], Any]) -> Any:
-        if not isinstance(given, nested.Shared) and has_rows(given):
+        if not isinstance(given, batch_tree.Shared) and has_rows(given):
             taken.append(next(seen))
             return change(take(given)) if taken[-1] == 1 else take(given)
         return cut(given, take)
 
-    with mock.patch.object(nested, "_cut", other):
+    with mock.patch.object(batch_tree, "_cut", other):
         return original(inputs, chunk)
 
 
@@ -88,7 +88,7 @@ def too_few(rows: Any) -> Any:
 
 
 def shared_is_cut(original: Any, inputs: Any, take: Callable[[Any], Any]) -> Any:
-    return original(inputs.value if isinstance(inputs, nested.Shared) else inputs, take)
+    return original(inputs.value if isinstance(inputs, batch_tree.Shared) else inputs, take)
 
 
 def trunk_as_embedded(original: Any, encoder: Any, inputs: Any, chunks: Any, *rest: Any) -> Any:

@@ -71,7 +71,7 @@ ON_TWO: Mapping[str, tuple[str, Change]] = {
     "DDP: no factor": ("DDP", _as_it_is("strategy.ManyRanks.gradient_factor", faults.one)),
     "DDP: every backward reduces": (
         "DDP",
-        _over_ranks("strategy_ddp.DDPStrategy.replaying", faults.every_replay_is_the_last),
+        _over_ranks("strategy_ddp.DDPStrategy.replay_context", faults.every_replay_is_the_last),
     ),
     "DDP: nothing is reached": (
         "DDP",
@@ -110,7 +110,7 @@ ON_TWO: Mapping[str, tuple[str, Change]] = {
     ),
     "FSDP: every replay reduces": (
         "FSDP",
-        _over_ranks("strategy_fsdp.FSDPStrategy.replaying", faults.every_replay_is_the_last),
+        _over_ranks("strategy_fsdp.FSDPStrategy.replay_context", faults.every_replay_is_the_last),
     ),
     "ZeRO: no factor": (
         "ZeRO-3",
@@ -123,7 +123,7 @@ ON_TWO: Mapping[str, tuple[str, Change]] = {
     "ZeRO-2: every replay steps": (
         "ZeRO-2",
         _over_ranks(
-            "strategy_deepspeed.DeepSpeedStrategy.replaying", faults.every_replay_is_the_last
+            "strategy_deepspeed.DeepSpeedStrategy.replay_context", faults.every_replay_is_the_last
         ),
     ),
 }

@@ -32,7 +32,7 @@ from tiny_trainer import (
 from torch import Tensor, nn
 from transformers import Trainer, default_data_collator
 
-from gradcache_clip.cache.nested import take_rows
+from gradcache_clip.cache.batch_tree import take_rows
 from gradcache_clip.integrations.transformers import GradCacheTrainer
 
 

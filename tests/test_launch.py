@@ -25,8 +25,8 @@ from tiny_run import logged, make_data, overrides
 
 from gradcache_clip.cli import main
 from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.device import choose_device
 from gradcache_clip.train.failures import FailureChannel
-from gradcache_clip.train.place import choose_device
 
 HERE = Path(__file__).parent
 

@@ -18,8 +18,8 @@ from one_shot import gradient_errors, one_shot, twins, worst
 from torch import Tensor, nn
 
 from gradcache_clip import ByLength, ClipLoss, GradCache, Shared, deferred_step, verify
+from gradcache_clip.cache.batch_tree import count_rows
 from gradcache_clip.cache.host_inputs import device_for
-from gradcache_clip.cache.nested import count_rows
 from gradcache_clip.memory import count_cached_step
 
 ROWS, CHUNK = 7, 3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer_step import session_of
 
 from gradcache_clip import ClipLoss
-from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.train.config import Config, ConfigError, DistributedConfig, TrainConfig
 from gradcache_clip.train.objective import Objective

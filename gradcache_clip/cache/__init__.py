@@ -1,9 +1,9 @@
 """The gradient-caching engine."""
 
+from gradcache_clip.cache.batch_tree import Shared
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.lengths import ByLength
-from gradcache_clip.cache.nested import Shared
 from gradcache_clip.cache.replay_check import ReplayMismatchError
 from gradcache_clip.cache.trunk import FrozenTrunk
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.chunks import Chunk, row_count
-from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.graph_budget import SavedBytes, budget_bytes
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
-from gradcache_clip.cache.retained import SavedBytes, budget_bytes
-from gradcache_clip.cache.settings import autocast_off, forget_autocast_casts
+from gradcache_clip.cache.torch_state import autocast_off, forget_autocast_casts
 from gradcache_clip.cache.tower import Tower, device_of
 from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import LocalStrategy

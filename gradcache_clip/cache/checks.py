@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import LocalStrategy
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gradcache_clip.cache.batch_tree import count_rows
 from gradcache_clip.cache.chunks import Chunk, even_chunks
 from gradcache_clip.cache.lengths import ByLength
-from gradcache_clip.cache.nested import count_rows
 
 
 def cut_all(

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from gradcache_clip.cache.checks import check_plain_backward, check_unchanged, scalar_loss_of
 from gradcache_clip.cache.finished_loss import LossOnly
 from gradcache_clip.cache.grad_cache import GradCache
+from gradcache_clip.cache.graph_budget import GraphBudget
 from gradcache_clip.cache.replay_check import failures_of
-from gradcache_clip.cache.retained import GraphBudget
-from gradcache_clip.cache.settings import forget_autocast_casts
 from gradcache_clip.cache.step import CachedStep, device_types, trained_modules
+from gradcache_clip.cache.torch_state import forget_autocast_casts
 from gradcache_clip.cache.tower import Tower, device_of
 
 _REMEDY = "call cache(*inputs), which takes the whole step by itself"
@@ -133,7 +133,7 @@ class _Deferred:
             tower.gradients = [_times(next(flat), factor) for _ in tower.features]
         try:
             with torch.enable_grad(), self._autocast.as_it_was(), step.hooks.held():
-                with strategy.stepping(trained_modules(step.towers)):
+                with strategy.step_context(trained_modules(step.towers)):
                     check = step.replay()
                 step.hooks.run_all()
                 failures = failures_of(check, self._cache.replay_check, strategy)

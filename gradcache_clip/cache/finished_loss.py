@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from gradcache_clip.cache.nested import map_tensors
+from gradcache_clip.cache.batch_tree import map_tensors
 
 _MESSAGE = (
     "loss.backward(): expected no backward after cache(*inputs), which has filled .grad already, "

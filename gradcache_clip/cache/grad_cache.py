@@ -36,12 +36,12 @@ from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.cutting import cut_all
 from gradcache_clip.cache.gradient_hooks import MODES as HOOK_MODES
 from gradcache_clip.cache.gradient_hooks import held_hooks, without_hooks
+from gradcache_clip.cache.graph_budget import GraphBudget, MemoryBudget, checked_budget
 from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.recovery import StepSnapshot, halved, is_out_of_memory
 from gradcache_clip.cache.replay_check import failures_of
-from gradcache_clip.cache.retained import GraphBudget, MemoryBudget, checked_budget
-from gradcache_clip.cache.settings import refuse_cached_parametrizations, warn_of_batch_norm
 from gradcache_clip.cache.step import CachedStep
+from gradcache_clip.cache.torch_state import refuse_cached_parametrizations, warn_of_batch_norm
 from gradcache_clip.cache.tower import Encode, Tower, device_of, surely_trainable
 from gradcache_clip.cache.trunk import call_encoder, frozen_trunk_of
 from gradcache_clip.distributed.strategies import LocalStrategy
@@ -275,14 +275,14 @@ class GradCache:
         for index, (module, given) in enumerate(zip(modules, inputs, strict=True)):
             one_for_all = isinstance(self.encoders, nn.Module)
             encode: Encode = partial(_call_tower, index) if one_for_all else call_encoder
-            bare = self.strategy.bare(module)
+            unwrapped = self.strategy.unwrap(module)
             # A trunk cannot be called by itself where a forward gathers the parameters.
             own = index if one_for_all and not self.strategy.collective_forward else None
             towers.append(
                 Tower(
-                    name=f"encoder {index} ({type(bare).__name__})",
+                    name=f"encoder {index} ({type(unwrapped).__name__})",
                     module=module,
-                    bare_module=bare,
+                    bare_module=unwrapped,
                     encode=encode,
                     get_features=extractors[index],
                     inputs=given,
@@ -290,7 +290,7 @@ class GradCache:
                     # One module for all inputs may be frozen for this one; only its graph tells.
                     trainable=True if not one_for_all and surely_trainable(module, given) else None,
                     embed_chunk_size=embed_sizes[index],
-                    trunk=frozen_trunk_of(bare, own),
+                    trunk=frozen_trunk_of(unwrapped, own),
                 )
             )
         return towers
@@ -310,7 +310,7 @@ class GradCache:
         """The chunks of every input."""
         sizes = one_for_each(chunk_size, len(inputs), "chunk_size")
         sorting = one_for_each(self.sort_by_length, len(inputs), "sort_by_length")
-        return cut_all(inputs, sizes, sorting, two_at_least=self.strategy.joint_ends)
+        return cut_all(inputs, sizes, sorting, two_at_least=self.strategy.joint_first_and_last)
 
 
 def _call_tower(index: int, module: nn.Module, inputs: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.recovery import StepSnapshot
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import LocalStrategy

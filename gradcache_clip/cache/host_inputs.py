@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradcache_clip.cache.batch_tree import chunk_of, map_tensors, tensors_in
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.nested import chunk_of, map_tensors, tensors_in
 
 
 def device_for(parameters: Iterable[Tensor], inputs: Any) -> torch.device | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcache_clip.cache.nested import _children
+from gradcache_clip.cache.batch_tree import _children
 
 
 class Kept:

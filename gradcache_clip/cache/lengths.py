@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.nested import (
+from gradcache_clip.cache.batch_tree import (
     Part,
     count_rows,
     is_tensor_collection,
     parts_with_rows,
 )
+from gradcache_clip.cache.chunks import Chunk
 
 # By their names in transformers: whoever follows the mask has no use for what lies beyond it.
 _TOKENS = ("attention_mask", "input_ids", "inputs_embeds", "position_ids", "token_type_ids")

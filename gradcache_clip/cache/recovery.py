@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.tower import Tower
 

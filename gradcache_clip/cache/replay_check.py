@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradcache_clip.cache.batch_tree import chunk_of
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.kept import Kept, named_tensors
-from gradcache_clip.cache.nested import chunk_of
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.rounding import relative, row_norms, tolerance_of, wide
 from gradcache_clip.cache.tower import Tower

@@ -13,7 +13,7 @@ from gradcache_clip.cache.chunks import Chunk, indices, merged
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.recovery import is_out_of_memory
 from gradcache_clip.cache.rounding import relative_change, tolerance_of
-from gradcache_clip.cache.settings import (
+from gradcache_clip.cache.torch_state import (
     frozen_running_statistics,
     has_batch_statistics,
     kernels_as_with_gradients,

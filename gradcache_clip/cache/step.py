@@ -21,13 +21,13 @@ from gradcache_clip.cache.checks import (
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.finished_loss import finished
 from gradcache_clip.cache.gradient_hooks import HeldHooks
+from gradcache_clip.cache.graph_budget import GraphBudget, Retention
 from gradcache_clip.cache.random_state import RandomState
 from gradcache_clip.cache.recovery import StepSnapshot
 from gradcache_clip.cache.replay_check import ReplayCheck
-from gradcache_clip.cache.retained import GraphBudget, Retention
 from gradcache_clip.cache.row_check import check_rows
 from gradcache_clip.cache.schedule import replay_order
-from gradcache_clip.cache.settings import (
+from gradcache_clip.cache.torch_state import (
     autocast_off,
     forget_autocast_casts,
     frozen_running_statistics,
@@ -65,7 +65,7 @@ class CachedStep:
     def run(self, budget: GraphBudget, loss_kwargs: Mapping[str, Any]) -> tuple[Any, ReplayCheck]:
         """Fill `.grad`; the detached output of the loss, and the comparison of both passes."""
         with self.hooks.held():
-            with self.strategy.stepping(trained_modules(self.towers)):
+            with self.strategy.step_context(trained_modules(self.towers)):
                 self._enter("embed")
                 self.embed(budget)
                 self._enter("loss")
@@ -100,7 +100,7 @@ class CachedStep:
             self.snapshot.phase = phase
 
     def _retentions(self, budget: GraphBudget) -> list[Retention]:
-        if self.strategy.joint_ends:
+        if self.strategy.joint_first_and_last:
             # The first and the last replay go through the wrapper that exchanges gradients.
             ends = [range(1, len(t.chunks) - 1) for t in self.towers]
             return [Retention(budget, t.chunks, r) for t, r in zip(self.towers, ends, strict=True)]
@@ -158,7 +158,7 @@ class CachedStep:
             for kept, same in groupby(turns, key=itemgetter(0)):
                 with (kept_running_statistics if kept else frozen_running_statistics)(norms):
                     for _, group, (modules, finished), following in same:
-                        with self.strategy.replaying(modules, finished):
+                        with self.strategy.replay_context(modules, finished):
                             self._replay_together(group, check, kept)
                         if once:
                             self.hooks.replayed(tower for tower, _ in group)
@@ -220,7 +220,7 @@ def _replays(towers: list[Tower], strategy: LocalStrategy) -> list[list[tuple[To
     """Groups that share one backward; a chunk whose graph is there is one, and gives way early."""
     kept = [[(tower, chunk)] for tower in towers for chunk in tower.chunks if chunk.graph]
     left = [[chunk for chunk in tower.chunks if not chunk.graph] for tower in towers]
-    order = replay_order([len(chunks) for chunks in left], strategy.joint_ends)
+    order = replay_order([len(chunks) for chunks in left], strategy.joint_first_and_last)
     groups = [[(towers[tower], left[tower][index]) for tower, index in group] for group in order]
     first = 0 if strategy.kept_graphs_first else 1
     return [*groups[:first], *kept, *groups[first:]]

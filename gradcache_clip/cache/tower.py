@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradcache_clip.cache.batch_tree import hint_at_lists, tensors_in
 from gradcache_clip.cache.chunks import Chunk, merged, row_count
+from gradcache_clip.cache.graph_budget import NO_RETENTION, Retention, SavedBytes
 from gradcache_clip.cache.host_inputs import HostInputs, device_for
-from gradcache_clip.cache.nested import hint_at_lists, tensors_in
 from gradcache_clip.cache.random_state import Draws, accelerators_among
-from gradcache_clip.cache.retained import NO_RETENTION, Retention, SavedBytes
-from gradcache_clip.cache.settings import (
+from gradcache_clip.cache.torch_state import (
     forget_autocast_casts,
     has_batch_statistics,
     kernels_as_with_gradients,

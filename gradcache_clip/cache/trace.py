@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.nested import tensors_in
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.rounding import relative_change
-from gradcache_clip.cache.settings import forget_autocast_casts, kernels_as_with_gradients
+from gradcache_clip.cache.torch_state import forget_autocast_casts, kernels_as_with_gradients
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import innermost
 

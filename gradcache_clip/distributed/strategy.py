@@ -4,13 +4,13 @@ A strategy tells the engine
 
 - `check`: which modules it would give wrong gradients for, before any gradient is touched;
 - `leaves`: parameters that it takes care of;
-- `bare`: which module embeds;
-- `stepping`: a context around all of a step, whose normal end reduces what is left to reduce;
+- `unwrap`: which module embeds;
+- `step_context`: a context around all of a step, whose normal end reduces what is left to reduce;
 - `backward_of_loss`: how the loss gives the features their gradients, and `gradient_factor`, what
   these are multiplied by so that parameter gradients come out right;
-- `replaying`: a context around one replay, which knows who has its last one;
+- `replay_context`: a context around one replay, which knows who has its last one;
 - `backward`: how the cached gradients of features go into the parameters;
-- `joint_ends`: whether the first and the last replay must carry a chunk of every tower together;
+- `joint_first_and_last`: whether the first and the last replay must carry a chunk of every tower;
 - `kept_graphs_first`: whether graphs kept from the embed may come before the first of them;
 - `collective_forward`: whether a forward waits for other ranks, so that all ranks must take the
   same number of them, and `plain_backward`, whether a rank may take a backward by itself, as
@@ -54,7 +54,7 @@ class LocalStrategy:
             on every rank.
     """
 
-    joint_ends = False
+    joint_first_and_last = False
     kept_graphs_first = True
     collective_forward = False
     plain_backward = True
@@ -96,11 +96,11 @@ class LocalStrategy:
         """Tensors that a graph of the module ends in, and whose gradients this takes care of."""
         return module.parameters()
 
-    def bare(self, module: nn.Module) -> nn.Module:
+    def unwrap(self, module: nn.Module) -> nn.Module:
         """The module to embed with: no graph is built, so nothing needs to be exchanged."""
         return module
 
-    def stepping(self, modules: Sequence[nn.Module]) -> AbstractContextManager:
+    def step_context(self, modules: Sequence[nn.Module]) -> AbstractContextManager:
         """A context around a step over these encoders and heads."""
         return nullcontext()
 
@@ -118,7 +118,7 @@ class LocalStrategy:
         """Factor on feature gradients that makes parameter gradients come out right."""
         return 1.0
 
-    def replaying(
+    def replay_context(
         self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
     ) -> AbstractContextManager:
         """A context around one replay.

@@ -76,7 +76,7 @@ class AllReduceStrategy(ManyRanks):
             self._agreed = parameters
 
     @contextmanager
-    def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def step_context(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
         parameters = [parameter for _, parameter in _trainable(modules)]
         if parameters and world_size() > 1:

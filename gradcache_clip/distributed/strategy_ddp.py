@@ -33,7 +33,7 @@ class DDPStrategy(ManyRanks):
     backward sums over ranks already, gradients come out larger by the world size.
     """
 
-    joint_ends = True
+    joint_first_and_last = True
 
     def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         super().__init__(grad_scaler)
@@ -64,11 +64,11 @@ class DDPStrategy(ManyRanks):
                     f"{type(module).__name__}, whose gradients nobody would reduce; wrap it"
                 )
 
-    def bare(self, module: nn.Module) -> nn.Module:
+    def unwrap(self, module: nn.Module) -> nn.Module:
         return module.module if isinstance(module, DistributedDataParallel) else module
 
     @contextmanager
-    def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def step_context(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         try:
             yield
         except BaseException:
@@ -79,7 +79,7 @@ class DDPStrategy(ManyRanks):
             raise
 
     @contextmanager
-    def replaying(
+    def replay_context(
         self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
     ) -> Iterator[None]:
         wrapped = [

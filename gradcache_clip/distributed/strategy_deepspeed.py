@@ -53,7 +53,7 @@ class DeepSpeedStrategy(ManyRanks):
         engine.step()
     """
 
-    joint_ends = True
+    joint_first_and_last = True
     kept_graphs_first = False
     plain_backward = False
     fills_grad = False
@@ -117,7 +117,7 @@ class DeepSpeedStrategy(ManyRanks):
         return 1.0
 
     @contextmanager
-    def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def step_context(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         self._held, self._first, self._scale = None, True, _loss_scale(self.engine)
         with self._noting_breaks(), ExitStack() as stack:
             if self.collective_forward:
@@ -170,7 +170,7 @@ class DeepSpeedStrategy(ManyRanks):
             self._held = _times(held)
 
     @contextmanager
-    def replaying(
+    def replay_context(
         self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
     ) -> Iterator[None]:
         self.engine.set_gradient_accumulation_boundary(self.engine in finished)

@@ -89,7 +89,7 @@ class FSDPStrategy(ManyRanks):
         return chain(module.parameters(), (tensor for tensor in gathered if tensor is not None))
 
     @contextmanager
-    def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def step_context(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         roots, parts = _roots(modules), _sharded_parts(modules)
         before = [_resharding(part) for part in parts] if self.keep_gathered else []
         try:
@@ -118,7 +118,7 @@ class FSDPStrategy(ManyRanks):
             self._log.end()
 
     @contextmanager
-    def replaying(
+    def replay_context(
         self, modules: Sequence[nn.Module], finished: AbstractSet[nn.Module]
     ) -> Iterator[None]:
         roots = _roots(modules)

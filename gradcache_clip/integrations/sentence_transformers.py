@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradcache_clip.cache import ByLength, GradCache
 from gradcache_clip.cache.deferred import deferred_step
-from gradcache_clip.cache.retained import MemoryBudget
+from gradcache_clip.cache.graph_budget import MemoryBudget
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
 from gradcache_clip.integrations import sentence_transformers_checks as checks
 from gradcache_clip.integrations.arguments import IN_A_LOOP, own_names

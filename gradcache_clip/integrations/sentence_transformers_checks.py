@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache_clip.cache.checks import one_of
-from gradcache_clip.cache.retained import checked_budget
+from gradcache_clip.cache.graph_budget import checked_budget
 from gradcache_clip.distributed import world_size
 from gradcache_clip.distributed.wrappers import innermost, wrapper_in
 from gradcache_clip.integrations.arguments import check_flag, check_positive, check_whole

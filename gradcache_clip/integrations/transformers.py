@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from gradcache_clip.cache import ByLength, GradCache
 from gradcache_clip.cache.deferred import deferred_step
-from gradcache_clip.cache.retained import MemoryBudget
+from gradcache_clip.cache.graph_budget import MemoryBudget
 from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.distributed import AllReduceStrategy
 from gradcache_clip.integrations.arguments import IN_A_LOOP, own_names
@@ -228,8 +228,8 @@ class _OnceAStep(AllReduceStrategy):
         self.accelerator = accelerator
 
     @contextmanager
-    def stepping(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        with super().stepping(modules) if self.accelerator.sync_gradients else nullcontext():
+    def step_context(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        with super().step_context(modules) if self.accelerator.sync_gradients else nullcontext():
             yield
 
 

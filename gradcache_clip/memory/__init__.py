@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradcache_clip.memory.cards import Card, find_card
     from gradcache_clip.memory.counter import LiveBytes, cuda_block_bytes
-    from gradcache_clip.memory.plain_step import StepMemory, count_cached_step, count_plain_step
     from gradcache_clip.memory.plan_options import Plan, PlanOptions
     from gradcache_clip.memory.planner import plan, plan_config
     from gradcache_clip.memory.resident import (
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
         reset_peak_resident_bytes,
         resident_bytes,
     )
+    from gradcache_clip.memory.step_memory import StepMemory, count_cached_step, count_plain_step
 
 # Imported on first use: `plan` needs timm and transformers, and its options not even torch.
 _HOMES = {

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.func import functional_call
 
+from gradcache_clip.cache.batch_tree import count_rows, map_tensors, tensors_in
 from gradcache_clip.cache.checks import one_for_each
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.nested import count_rows, map_tensors, tensors_in
-from gradcache_clip.cache.settings import forget_autocast_casts
+from gradcache_clip.cache.torch_state import forget_autocast_casts
 from gradcache_clip.cache.tower import Encode, Tower, surely_trainable
 from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.memory.running_module import naming_modules

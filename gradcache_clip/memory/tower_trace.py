@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.memory.device_rules import DeviceRules, World
 from gradcache_clip.memory.running_module import naming_modules
 from gradcache_clip.memory.trace import Recorder, Trace, joined

@@ -45,8 +45,8 @@ def add_traceback_option(parser: argparse.ArgumentParser) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     """Train, say what came of it, and give the exit status."""
     from gradcache_clip.train.config_file import load_config
+    from gradcache_clip.train.device import is_first_process
     from gradcache_clip.train.loop import train
-    from gradcache_clip.train.place import is_first_process
 
     summary = train(load_config(arguments.config, arguments.overrides))
     if is_first_process():

@@ -52,7 +52,7 @@ class Engine:
     @property
     def evaluated(self) -> nn.Module:
         """The encoder as it is called without gradients."""
-        return self.strategy.bare(self.module)
+        return self.strategy.unwrap(self.module)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

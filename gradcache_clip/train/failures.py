@@ -73,7 +73,7 @@ class FailureChannel:
         self._handler = _on_sigterm(_terminate)
         return self
 
-    def enter(self, phase: str) -> None:
+    def set_phase(self, phase: str) -> None:
         """Note what this process is doing, also where it can say nothing later."""
         self.phase = phase
         self._beat()

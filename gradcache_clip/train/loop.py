@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 
 from gradcache_clip.train.config import Config
+from gradcache_clip.train.device import processes_here
 from gradcache_clip.train.ema import update_average
 from gradcache_clip.train.evaluation.held_out import HeldOut
 from gradcache_clip.train.optimizer import learning_rate_at
 from gradcache_clip.train.peers import Peers, joined
-from gradcache_clip.train.place import processes_here
 from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_on_interrupt
 from gradcache_clip.train.report.metrics_log import MetricsLog
 from gradcache_clip.train.report.pictures import SIMILARITY_PAIRS, draw_run
@@ -110,7 +110,7 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
 def _train(config: Config, peers: Peers, console: Console) -> RunSummary:
     run = check_run(config) if peers.is_first else RunFolder(Path(config.train.output))
     session = start_session(config, run, peers)
-    before = peers.from_first(run.read_summary() if peers.is_first else None)
+    before = peers.broadcast_from_rank0(run.read_summary() if peers.is_first else None)
     first_step = session.step
     if peers.is_first:
         run.begin(config, session.tokenizer, session.encoder)
@@ -126,7 +126,7 @@ def _train(config: Config, peers: Peers, console: Console) -> RunSummary:
     if session.step == first_step and before is not None:
         summary = RunSummary(**{**before, "finished": _finished(session)})
     else:
-        summary = peers.from_first(_summary(session, row, meter, held_out))
+        summary = peers.broadcast_from_rank0(_summary(session, row, meter, held_out))
     if peers.is_first:
         run.write_summary(summary)
     if summary.finished:
@@ -191,7 +191,7 @@ def _run_steps(
 
 
 def _next_batch(session: Session, batches: Iterator[AnyBatch]) -> AnyBatch:
-    session.peers.enter(f"reading the batch of step {session.step + 1}")
+    session.peers.set_phase(f"reading the batch of step {session.step + 1}")
     return next(batches)
 
 
@@ -206,7 +206,7 @@ def _evaluate(session: Session, log: MetricsLog | None) -> Evaluated | None:
 
 def _train_one(session: Session, backward: Backward, batch: AnyBatch) -> StepResult:
     config = session.config
-    session.peers.enter(f"taking step {session.step + 1}")
+    session.peers.set_phase(f"taking step {session.step + 1}")
     rate = learning_rate_at(session.step, config.optimizer, config.train.steps)
     session.engine.set_learning_rate(rate)
     result = take_step(backward, *session.inputs_of(batch), session.engine)
@@ -236,13 +236,13 @@ def _log_row(session: Session, result: StepResult, meter: Meter) -> dict[str, fl
 
 def _embed(session: Session) -> Evaluated | None:
     """The held-out samples, embedded by all processes, on the first."""
-    session.peers.enter(f"evaluating after step {session.step}")
+    session.peers.set_phase(f"evaluating after step {session.step}")
     return session.task.embed_held_out(session.evaluated, session.tokenizer, session.peers)
 
 
 def _embed_batch(session: Session) -> HeldOut | None:
     """Some pairs of the batch that would come next, for a picture."""
-    session.peers.enter("embedding a batch for a picture")
+    session.peers.set_phase("embedding a batch for a picture")
     encoder, tokenizer = session.evaluated, session.tokenizer
     with closing(session.batches()) as batches:
         return session.task.embed_batch(encoder, tokenizer, batches, SIMILARITY_PAIRS)
@@ -252,7 +252,7 @@ def _summary(
     session: Session, row: dict[str, float], meter: Meter, held_out: Evaluated | None
 ) -> RunSummary:
     skipped = Counter[str]()
-    for counts in session.peers.collect(session.loader.broken.counts):
+    for counts in session.peers.gather_to_rank0(session.loader.broken.counts):
         skipped.update(counts)
     return RunSummary(
         output=str(session.run.path),

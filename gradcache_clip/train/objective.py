@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.cache import ByLength
-from gradcache_clip.cache.nested import pick_rows
-from gradcache_clip.cache.settings import has_batch_statistics
+from gradcache_clip.cache.batch_tree import pick_rows
+from gradcache_clip.cache.torch_state import has_batch_statistics
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.losses import (
     ClipLoss,

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcache_clip.train.config import Config
+from gradcache_clip.train.device import FIRST, choose_device, launched_processes
 from gradcache_clip.train.failures import FailureChannel
-from gradcache_clip.train.place import FIRST, choose_device, launched_processes
 
 Value = TypeVar("Value")
 
@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 class Peers:
     """This process among those of its run; by default it is the only one.
 
-    All methods but `enter` are called by every process together.
+    All methods but `set_phase` are called by every process together.
 
     Args:
         rank: of this process.
@@ -48,10 +48,10 @@ class Peers:
     def is_first(self) -> bool:
         return self.rank == FIRST
 
-    def enter(self, phase: str) -> None:
+    def set_phase(self, phase: str) -> None:
         """Note what this process is doing, for the message if it fails."""
         if self._failures is not None:
-            self._failures.enter(phase)
+            self._failures.set_phase(phase)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on this or another process."""
@@ -61,7 +61,7 @@ class Peers:
         """Whether it is true on every process."""
         return not self._largest(int(not flag))
 
-    def collect(self, value: Value) -> list[Value]:
+    def gather_to_rank0(self, value: Value) -> list[Value]:
         """The value of every process in the order of the ranks, on the first; nothing elsewhere."""
         if self.world_size == 1:
             return [value]
@@ -69,7 +69,7 @@ class Peers:
         dist.gather_object(value, values, dst=FIRST, group=self._group)
         return values or []
 
-    def from_first(self, value: Value) -> Value:
+    def broadcast_from_rank0(self, value: Value) -> Value:
         """The first process's value, on every process."""
         if self.world_size == 1:
             return value
@@ -115,7 +115,7 @@ def joined(config: Config) -> Iterator[Peers]:
     peers = Peers(dist.get_rank(), dist.get_world_size(), group=group, failures=failures)
     with failures:
         yield peers
-        peers.enter("waiting for the others at the end")
+        peers.set_phase("waiting for the others at the end")
         peers.all(True)
     if made_here:
         dist.destroy_process_group()

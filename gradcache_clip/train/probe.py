@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.cache.nested import tensors_in
+from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.train.backbones import first_line
 
 # What torch, timm and transformers raise on inputs of a size or kind that a model has no use for.

@@ -23,13 +23,13 @@ from gradcache_clip.train.config import Config, ConfigError
 from gradcache_clip.train.data import Batch, join_states
 from gradcache_clip.train.data.resumable import ResumableLoader
 from gradcache_clip.train.data.text_loader import TextBatch
+from gradcache_clip.train.device import choose_device
 from gradcache_clip.train.ema import moving_average
 from gradcache_clip.train.engine import Engine
 from gradcache_clip.train.engines import build_engine
 from gradcache_clip.train.frozen_features import FrozenFeatures, frozen_features
 from gradcache_clip.train.objective import Objective, build_loss, build_objective
 from gradcache_clip.train.peers import Peers
-from gradcache_clip.train.place import choose_device
 from gradcache_clip.train.probe import check_towers
 from gradcache_clip.train.run_folder import RunFolder
 from gradcache_clip.train.sources.splits import track
@@ -97,10 +97,10 @@ class Session:
             ValueError: a weight is NaN or infinite; earlier checkpoints are untouched.
             OSError: the disk is full; earlier checkpoints are untouched.
         """
-        self.peers.enter(f"saving after step {self.step}")
+        self.peers.set_phase(f"saving after step {self.step}")
         weights, state = self.engine.weights(), self.engine.state()
-        loaders = self.peers.collect(self.loader.state_dict())
-        generators = self.peers.collect(capture_rng())
+        loaders = self.peers.gather_to_rank0(self.loader.state_dict())
+        generators = self.peers.gather_to_rank0(capture_rng())
         if self.features is not None:
             self.features.save()
         if self.peers.is_first:
@@ -216,7 +216,7 @@ def start_session(config: Config, run: RunFolder, peers: Peers | None = None) ->
 def _checkpoint(run: RunFolder, peers: Peers) -> Checkpoint | None:
     """The newest good one, as the first process finds it, read by all."""
     found = load_latest(run.checkpoints) if peers.is_first else None
-    path = peers.from_first(None if found is None else found.path)
+    path = peers.broadcast_from_rank0(None if found is None else found.path)
     if path is None or found is not None:
         return found
     if not path.is_dir():
@@ -262,7 +262,7 @@ def _tokenizer(task: Task, run: RunFolder, peers: Peers) -> Tokenizer | None:
     if peers.is_first:
         begun = run.has_begun()
         tokenizer = _run_tokenizer(task.config, run) if begun else _new_tokenizer(task)
-    shared = peers.from_first(tokenizer)
+    shared = peers.broadcast_from_rank0(tokenizer)
     assert shared is not None
     return shared
 

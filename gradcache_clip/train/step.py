@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.cache import GradCache
-from gradcache_clip.cache.nested import count_rows, take_rows
+from gradcache_clip.cache.batch_tree import count_rows, take_rows
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.losses import ContrastiveOutput
 from gradcache_clip.train.engine import Engine

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcache_clip.cache.chunks import row_count
 from gradcache_clip.cache.grad_cache import GradCache
-from gradcache_clip.cache.settings import refuse_cached_parametrizations
+from gradcache_clip.cache.torch_state import refuse_cached_parametrizations
 from gradcache_clip.cache.trace import largest_change
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.verification.cut import Cut, reversed_chunks, reversed_rows

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradcache_clip.cache.batch_tree import count_rows
 from gradcache_clip.cache.checks import module_for_each, one_for_each
 from gradcache_clip.cache.chunks import Chunk, indices, row_count
 from gradcache_clip.cache.grad_cache import GradCache
-from gradcache_clip.cache.nested import count_rows
 
 # Over a single chunk nothing could go wrong.
 _AT_LEAST_CHUNKS = 4

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcache_clip.cache.chunks import Chunk, indices, row_count
 from gradcache_clip.cache.kept import Kept, named_tensors
-from gradcache_clip.cache.settings import frozen_running_statistics
+from gradcache_clip.cache.torch_state import frozen_running_statistics
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.cache.trace import Place, Watched, largest_change, run, watch
 from gradcache_clip.verification.state import Start

@@ -20,14 +20,14 @@ from gradcache_clip.cache.checks import (
 from gradcache_clip.cache.chunks import Chunk, indices, row_count
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.gradient_hooks import HeldHooks, check_hooks, hooked_leaves
+from gradcache_clip.cache.graph_budget import GraphBudget
 from gradcache_clip.cache.random_state import RandomState
-from gradcache_clip.cache.retained import GraphBudget
-from gradcache_clip.cache.settings import (
+from gradcache_clip.cache.step import CachedStep, trained_modules
+from gradcache_clip.cache.torch_state import (
     autocast_off,
     forget_autocast_casts,
     kernels_as_with_gradients,
 )
-from gradcache_clip.cache.step import CachedStep, trained_modules
 from gradcache_clip.cache.tower import Tower, device_of
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.graph import leaves_behind
@@ -150,7 +150,10 @@ class Trial:
         towers = self.towers()
         modules = [tower.module for tower in towers]
         # Nobody has finished: a wrapper leaves the gradients of this rank as they are.
-        with self.strategy.replaying(modules, finished=frozenset()), kernels_as_with_gradients():
+        with (
+            self.strategy.replay_context(modules, finished=frozenset()),
+            kernels_as_with_gradients(),
+        ):
             flat = [
                 self._features(tower, chunks, over_chunks)
                 for tower, chunks in zip(towers, cut, strict=True)

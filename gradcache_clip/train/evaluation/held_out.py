@@ -18,8 +18,8 @@ from gradcache_clip.train.data import Batch, DecodedSample, LoaderOptions, read_
 from gradcache_clip.train.evaluation.embed import embed_dataset
 from gradcache_clip.train.evaluation.features import Features, features_of
 from gradcache_clip.train.evaluation.folds import recall_in_folds
-from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
 from gradcache_clip.train.evaluation.recall import RetrievalMetrics
+from gradcache_clip.train.evaluation.sharding import interleave, shard_batches
 from gradcache_clip.train.modalities import IMAGE, TEXT
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.precision import autocast
@@ -99,11 +99,11 @@ def embed_held_out(
             yield images
 
     def embedded(tower: int, batches: Iterator[Any], name: str) -> list[list[Tensor]]:
-        mine = (_to(device, batch) for batch in one_in_turn(batches, peers))
+        mine = (_to(device, batch) for batch in shard_batches(batches, peers))
         parts = embed_dataset(
             partial(encoder, tower), mine, description=name, progress=peers.is_first
         )
-        return peers.collect([part.cpu() for part in parts])
+        return peers.gather_to_rank0([part.cpu() for part in parts])
 
     with evaluating(encoder), autocast(config.train.precision, device):
         images = embedded(IMAGE, image_batches(), "images")
@@ -192,7 +192,7 @@ def batched(items: Iterator[DecodedSample] | Iterator[str], size: int) -> Iterat
 
 def _joined(parts: list[list[Tensor]], size: int, rows: int) -> Features:
     """The features of all rows, from the parts of them that each process has embedded."""
-    return features_of(tuple(in_turn(part, size, rows) for part in zip(*parts, strict=True)))
+    return features_of(tuple(interleave(part, size, rows) for part in zip(*parts, strict=True)))
 
 
 def thumbnails_of(images: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from gradcache_clip.train.data.text_lines import read_all_texts
 from gradcache_clip.train.evaluation.embed import embed_dataset
 from gradcache_clip.train.evaluation.features import unit
 from gradcache_clip.train.evaluation.held_out import evaluating
-from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
 from gradcache_clip.train.evaluation.recall import DirectionMetrics, recall_of_queries
+from gradcache_clip.train.evaluation.sharding import interleave, shard_batches
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.precision import autocast
 from gradcache_clip.train.tokenizer import Tokenizer
@@ -150,13 +150,13 @@ def _embedded(
 
     mine = (
         {name: tensor.to(device) for name, tensor in tokens.items()}
-        for tokens in one_in_turn(batches(), peers)
+        for tokens in shard_batches(batches(), peers)
     )
     with evaluating(encoder), autocast(config.train.precision, device):
         (features,) = embed_dataset(
             partial(encoder, tower), mine, description="texts", progress=peers.is_first
         )
-    collected = peers.collect(features.float().cpu())
+    collected = peers.gather_to_rank0(features.float().cpu())
     if not peers.is_first:
         return None
-    return in_turn(collected, size, len(texts))[torch.tensor(order).argsort()]
+    return interleave(collected, size, len(texts))[torch.tensor(order).argsort()]

@@ -24,7 +24,7 @@ from gradcache_clip.train.evaluation.held_out import (
     reading_options,
     thumbnails_of,
 )
-from gradcache_clip.train.evaluation.in_turn import in_turn, one_in_turn
+from gradcache_clip.train.evaluation.sharding import interleave, shard_batches
 from gradcache_clip.train.momentum import MomentumEncoder
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.precision import autocast
@@ -146,14 +146,14 @@ def _embed(
                 thumbnails.append(thumbnails_of(images))
             yield images
 
-    mine = (images.to(device) for images in one_in_turn(batches(), peers))
+    mine = (images.to(device) for images in shard_batches(batches(), peers))
     with evaluating(encoder), autocast(config.train.precision, device):
         (features,) = embed_dataset(tower, mine, description="images", progress=peers.is_first)
-    collected = peers.collect(features.float().cpu())
+    collected = peers.gather_to_rank0(features.float().cpu())
     if not peers.is_first:
         return None
     shown = torch.cat(thumbnails) if thumbnails else torch.empty(0)
-    return _Embedded(in_turn(collected, size, len(labels)), labels, shown)
+    return _Embedded(interleave(collected, size, len(labels)), labels, shown)
 
 
 def _metrics(held_out: _Embedded, known: _Embedded, neighbours: int) -> LabelMetrics:

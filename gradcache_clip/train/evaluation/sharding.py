@@ -13,14 +13,14 @@ from gradcache_clip.train.peers import Peers
 Batch = TypeVar("Batch")
 
 
-def one_in_turn(batches: Iterable[Batch], peers: Peers) -> Iterator[Batch]:
+def shard_batches(batches: Iterable[Batch], peers: Peers) -> Iterator[Batch]:
     """Every n-th batch, so that n processes take all of them, and all as many.
 
     Where the last round has none for this process it gives the round's first batch again, since
     encoders whose parameters are spread over the processes need all of these to take part.
 
     Example:
-        >>> [list(one_in_turn("abcde", Peers(rank, 2))) for rank in (0, 1)]
+        >>> [list(shard_batches("abcde", Peers(rank, 2))) for rank in (0, 1)]
         [['a', 'c', 'e'], ['b', 'd', 'e']]
     """
     taken: list[Batch] = []
@@ -34,7 +34,7 @@ def one_in_turn(batches: Iterable[Batch], peers: Peers) -> Iterator[Batch]:
         yield taken.pop()
 
 
-def in_turn(features: Sequence[Tensor], size: int, rows: int) -> Tensor:
+def interleave(features: Sequence[Tensor], size: int, rows: int) -> Tensor:
     """The features of all batches in order, from those that each process has embedded.
 
     Args:
@@ -43,7 +43,7 @@ def in_turn(features: Sequence[Tensor], size: int, rows: int) -> Tensor:
         rows: of all batches; what the last round repeated is left out.
 
     Example:
-        >>> in_turn([torch.tensor([0, 1, 4]), torch.tensor([2, 3, 4])], size=2, rows=5)
+        >>> interleave([torch.tensor([0, 1, 4]), torch.tensor([2, 3, 4])], size=2, rows=5)
         tensor([0, 1, 2, 3, 4])
     """
     rounds = zip(*(each.split(size) for each in features), strict=True)

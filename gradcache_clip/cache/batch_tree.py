@@ -94,7 +94,7 @@ def count_rows(inputs: Any, name: str) -> int:
 def parts_with_rows(
     inputs: Any, path: str, bare: list[tuple[str, tuple[Any, ...]]] | None = None, key: Any = None
 ) -> Iterator[Part]:
-    """Everything inside `inputs` that is cut; tuples without such a part are added to `bare`."""
+    """Everything inside `inputs` that is cut; tuples without such a part are added to `unwrap`."""
     if isinstance(inputs, Shared):
         return
     if _has_rows(inputs):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.settings import autocast_off, forget_autocast_casts
+from gradcache_clip.cache.torch_state import autocast_off, forget_autocast_casts
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.memory.counter import LiveBytes, Rounding
 from gradcache_clip.memory.fake_step import FakeStep, GetFeatures, Keeping, fake_tensors

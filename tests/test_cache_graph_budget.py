@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 from gradcache_clip import ByLength, ClipLoss, GradCache
-from gradcache_clip.cache import retained
-from gradcache_clip.cache.retained import SavedBytes
+from gradcache_clip.cache import graph_budget
+from gradcache_clip.cache.graph_budget import SavedBytes
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
 from gradcache_clip.memory import LiveBytes
 
@@ -284,8 +284,8 @@ def test_an_encoder_that_changes_what_its_graph_holds_is_an_error(budget):
     ],
 )
 def test_a_budget_as_a_share(budget, free, total, kept, monkeypatch):
-    monkeypatch.setattr(retained, "_free_bytes", lambda device: int(free * GRAPH_BYTES) + 1)
-    monkeypatch.setattr(retained, "_total_bytes", lambda device: int(total * GRAPH_BYTES) + 1)
+    monkeypatch.setattr(graph_budget, "_free_bytes", lambda device: int(free * GRAPH_BYTES) + 1)
+    monkeypatch.setattr(graph_budget, "_total_bytes", lambda device: int(total * GRAPH_BYTES) + 1)
     one, other = Counted(mlp(12)), Counted(mlp(12))
     GradCache([one, other], ClipLoss(), chunk_size=CHUNK, memory_budget=budget)(*batch())
     assert one.calls + other.calls == 4 * CHUNKS - kept
@@ -293,9 +293,9 @@ def test_a_budget_as_a_share(budget, free, total, kept, monkeypatch):
 
 def test_shares_are_of_the_memory_that_is_there():
     device = torch.device("cpu")
-    total = retained.budget_bytes(1.0, device)
-    assert 2**27 < retained.budget_bytes("auto", device) < total
-    assert retained.budget_bytes(0.25, device) == int(0.25 * total)
+    total = graph_budget.budget_bytes(1.0, device)
+    assert 2**27 < graph_budget.budget_bytes("auto", device) < total
+    assert graph_budget.budget_bytes(0.25, device) == int(0.25 * total)
 
 
 @pytest.mark.parametrize("budget", [-1, 0.0, 1.5, -0.5, True, "much", float("nan"), [1]])
@@ -324,7 +324,7 @@ def test_outputs_that_share_storage_are_counted_once():
 class JointEnds(LocalStrategy):
     """As with DDP, the first and the last chunk are replayed through the wrapper, in any case."""
 
-    joint_ends = True
+    joint_first_and_last = True
 
 
 @pytest.mark.parametrize("chunk_size", [CHUNK, ROWS // 2, ROWS])

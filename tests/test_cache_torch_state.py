@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from gradcache_clip import ClipLoss, GradCache, InfoNCELoss
-from gradcache_clip.cache.nested import count_rows, take_rows
-from gradcache_clip.cache.retained import SavedBytes
+from gradcache_clip.cache.batch_tree import count_rows, take_rows
+from gradcache_clip.cache.graph_budget import SavedBytes
 from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.distributed import LocalStrategy
 
