@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "cards": ("Card", "find_card"),
     "counter": ("LiveBytes", "cuda_block_bytes"),
-    "plain_step": ("StepMemory", "count_cached_step", "count_plain_step"),
+    "step_memory": ("StepMemory", "count_cached_step", "count_plain_step"),
     "plan_options": ("Plan", "PlanOptions"),
     "planner": ("plan", "plan_config"),
     "resident": ("peak_resident_bytes", "reset_peak_resident_bytes", "resident_bytes"),
