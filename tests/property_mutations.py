@@ -36,7 +36,7 @@ ON_ONE: Mapping[str, Change] = {
     "a key is cut too little": _same_chunks(
         "host_inputs.chunk_of", partial(faults.cuts, change=faults.too_few)
     ),
-    "Shared is cut": _same_chunks("nested._cut", faults.shared_is_cut),
+    "Shared is cut": _same_chunks("batch_tree._cut", faults.shared_is_cut),
     "a trunk's output stays sorted": _same_chunks("tower.run_trunk", faults.trunk_as_embedded),
     "features stay sorted": _same_chunks("tower.Tower.embed", faults.features_as_embedded),
     "a column of tokens is lost": _same_chunks(

@@ -70,8 +70,8 @@ def count_rows(inputs: Any, name: str) -> int:
             samples of the batch.
         TypeError: something that may hold samples cannot be cut.
     """
-    bare: list[tuple[str, tuple[Any, ...]]] = []
-    parts = list(parts_with_rows(inputs, name, bare))
+    whole: list[tuple[str, tuple[Any, ...]]] = []
+    parts = list(parts_with_rows(inputs, name, whole))
     if not parts:
         raise ValueError(
             f"{name}: expected tensors or lists with one row a sample, got a "
@@ -85,16 +85,16 @@ def count_rows(inputs: Any, name: str) -> int:
     for other in others:
         if len(other.value) != rows:
             raise ValueError(_disagreement(name, first, other))
-    for path, samples in bare:
+    for path, samples in whole:
         if len(samples) == rows:
             raise ValueError(_tuple_of_samples(path, samples[0]))
     return rows
 
 
 def parts_with_rows(
-    inputs: Any, path: str, bare: list[tuple[str, tuple[Any, ...]]] | None = None, key: Any = None
+    inputs: Any, path: str, whole: list[tuple[str, tuple[Any, ...]]] | None = None, key: Any = None
 ) -> Iterator[Part]:
-    """Everything inside `inputs` that is cut; tuples without such a part are added to `unwrap`."""
+    """Everything inside `inputs` that is cut; tuples without such a part are added to `whole`."""
     if isinstance(inputs, Shared):
         return
     if _has_rows(inputs):
@@ -113,12 +113,12 @@ def parts_with_rows(
     found = False
     for name, child in _children(inputs):
         found |= isinstance(child, Shared)
-        for part in parts_with_rows(child, f"{path}[{name!r}]", bare, name):
+        for part in parts_with_rows(child, f"{path}[{name!r}]", whole, name):
             found = True
             yield part
     # As `zip(*batch)` makes them; a shape and named fields are something else.
-    if bare is not None and not found and type(inputs) is tuple and inputs:
-        bare.append((path, inputs))
+    if whole is not None and not found and type(inputs) is tuple and inputs:
+        whole.append((path, inputs))
 
 
 def take_rows(inputs: Any, start: int, stop: int) -> Any:
