@@ -20,7 +20,7 @@ from gradcache_clip import ClipLoss, GradCache
 from gradcache_clip.memory import count_cached_step, count_plain_step
 from gradcache_clip.train.config import OptimizerConfig
 from gradcache_clip.train.evaluation import RetrievalMetrics, recall_at_k
-from gradcache_clip.train.optimizer import apply_learning_rate, build_optimizer, learning_rate_at
+from gradcache_clip.train.optimizer import build_optimizer, learning_rate_at
 
 FEATURES = 256
 Towers = tuple[nn.Module, nn.Module]
@@ -273,7 +273,7 @@ def train(
     optimizer = build_optimizer(config, modules)
     cache = GradCache(towers, loss, chunk_size=run.chunk_size)
     for step, rows in enumerate(batches(len(pairs.ids), run)):
-        apply_learning_rate(optimizer, learning_rate_at(step, config, run.steps))
+        cache.strategy.set_learning_rate(optimizer, learning_rate_at(step, config, run.steps))
         optimizer.zero_grad()
         cache(pairs.first[rows], pairs.second[rows], loss_kwargs={"ids": pairs.ids[rows]})
         optimizer.step()

@@ -68,7 +68,7 @@ ON_TWO: Mapping[str, tuple[str, Change]] = {
         "AllReduce",
         _as_it_is("strategy_all_reduce._with_gradient_anywhere", faults.of_this_rank),
     ),
-    "DDP: no factor": ("DDP", _as_it_is("strategy.ManyRanks.gradient_factor", faults.one)),
+    "DDP: no factor": ("DDP", _as_it_is("many_ranks.ManyRanks.gradient_factor", faults.one)),
     "DDP: every backward reduces": (
         "DDP",
         _over_ranks("strategy_ddp.DDPStrategy.replay_context", faults.every_replay_is_the_last),
@@ -90,7 +90,7 @@ ON_TWO: Mapping[str, tuple[str, Change]] = {
         "DDP",
         _over_ranks("unreached.without_use", faults.missing_everywhere),
     ),
-    "FSDP: no factor": ("FSDP", _as_it_is("strategy.ManyRanks.gradient_factor", faults.one)),
+    "FSDP: no factor": ("FSDP", _as_it_is("many_ranks.ManyRanks.gradient_factor", faults.one)),
     "FSDP: no zeros": (
         "FSDP gathered",
         _over_ranks("strategy_fsdp.without_use", faults.missing_everywhere),

@@ -10,11 +10,7 @@ from torch import nn
 
 from gradcache_clip.train.config import ModelConfig, OptimizerConfig
 from gradcache_clip.train.ema import moving_average, update_average
-from gradcache_clip.train.optimizer import (
-    apply_learning_rate,
-    build_optimizer,
-    learning_rate_at,
-)
+from gradcache_clip.train.optimizer import build_optimizer, learning_rate_at
 from gradcache_clip.train.towers import build_towers
 
 CONFIG = OptimizerConfig(
@@ -121,12 +117,6 @@ def test_schedule_values() -> None:
     assert rates[12] == pytest.approx(0.0)
     assert all(a >= b for a, b in pairwise(rates[3:]))
     assert learning_rate_at(0, OptimizerConfig(learning_rate=1.0, warmup_steps=0), 5) == 1.0
-
-
-def test_learning_rate_reaches_every_group() -> None:
-    optimizer = build_optimizer(CONFIG, nn.Linear(2, 2))
-    apply_learning_rate(optimizer, 0.125)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
 
 def wandering_model() -> nn.Module:

@@ -1,4 +1,4 @@
-"""How a backward is taken on one process, and what all strategies for several have in common.
+"""What a strategy does, and the one for a single process.
 
 A strategy tells the engine
 
@@ -22,11 +22,16 @@ A strategy tells the engine
   something, where ranks that went different ways are told;
 - `talks`: whether other ranks take the step together with this one;
 - `on_any_rank`, `anywhere`, `gathered`, `smallest`: what happened, or was found, elsewhere.
+
+For the loop around the engine it also clips gradients and steps (`clip`, `step`,
+`set_learning_rate`), and reads and writes the whole weights and optimizer state by name (`weights`,
+`load_weights`, `state`, `load_state`), so that a checkpoint of one strategy and number of processes
+serves every other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -34,9 +39,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradcache_clip.distributed.collectives import world_size
-from gradcache_clip.distributed.wrappers import refuse_wrappers
+from gradcache_clip.distributed.state import (
+    check_optimizer,
+    checked_weights,
+    load_state_by_name,
+    plain_name,
+    state_by_name,
+    trained_by_name,
+    trained_parameters,
+)
+from gradcache_clip.distributed.wrappers import innermost, refuse_wrappers
 
 # Entered once per chunk.
 _NOTHING = nullcontext()
@@ -45,13 +60,27 @@ _NOTHING = nullcontext()
 class LocalStrategy:
     """One process: gradients go straight into `.grad`.
 
+    All ranks call `step`, `weights`, `load_weights`, `state` and `load_state` together.
+
     Args:
         grad_scaler: scales the loss, so that every gradient comes out scaled as after
-            `grad_scaler.scale(loss).backward()`; the caller unscales and steps as usual.
+            `grad_scaler.scale(loss).backward()`; `step` unscales, or the caller does as usual.
         reduce_myself: allow several processes, and leave the reduction to the caller. `.grad` then
             holds what this rank's rows contribute: sum it over the ranks (do not average), for the
             encoders alone. A loss of this library gives its own parameters their whole gradient
             on every rank.
+
+    Example:
+        >>> from gradcache_clip import ClipLoss, GradCache
+        >>> encoders, loss = [nn.Linear(8, 4), nn.Linear(6, 4)], ClipLoss()
+        >>> modules = [nn.ModuleDict(zip(("image", "text"), encoders)), loss]
+        >>> optimizer = torch.optim.AdamW([p for m in modules for p in m.parameters()])
+        >>> strategy = LocalStrategy()
+        >>> out = GradCache(encoders, loss, strategy=strategy)(torch.ones(4, 8), torch.ones(4, 6))
+        >>> norm = strategy.step(optimizer, modules, max_norm=1.0)
+        >>> weights, state = strategy.weights(modules[0]), strategy.state(optimizer, modules)
+        >>> [*weights]
+        ['image.weight', 'image.bias', 'text.weight', 'text.bias']
     """
 
     joint_first_and_last = False
@@ -167,32 +196,122 @@ class LocalStrategy:
         """The smallest of a number that each rank has found."""
         return min(self.gathered(value))
 
+    def clip(self, modules: Sequence[nn.Module], max_norm: float) -> Tensor:
+        """Scale all gradients down to a global norm of at most `max_norm`; 0 leaves them.
 
-class ManyRanks(LocalStrategy):
-    """Base of the strategies for several processes: ranks average, and wait for each other.
+        Args:
+            modules: all that is trained: encoders, heads and loss.
+            max_norm: of all gradients together, over all ranks.
 
-    The loss must be that of the global batch, the same on every rank, and must give each rank the
-    gradient of its own rows without summing over ranks, as `ClipLoss` and `gather_rows` do. With
-    a loss over the local rows alone, or one gathered by `torch.distributed.nn.all_gather`, whose
-    backward sums over ranks already, gradients come out larger by the world size.
+        Returns:
+            The norm before, a 0-dim tensor on the device; nothing waits for it.
+        """
+        given = [p for p in trained_parameters(modules) if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+        if max_norm > 0:
+            nn.utils.clip_grads_with_norm_(given, max_norm, norm)
+        return norm
 
-    The global loss asks for the sum over ranks where gradients are averaged, so feature gradients
-    are multiplied by the world size. Gradients of the loss's own parameters are complete on every
-    rank and are not reduced.
-    """
+    def step(
+        self, optimizer: Optimizer, modules: Sequence[nn.Module], max_norm: float = 0.0
+    ) -> Tensor:
+        """Unscale the gradients, clip them as `clip` does, and step the optimizer.
 
-    reduces = True
+        With a `grad_scaler` whose gradients overflowed, the weights stay as they are. Gradients
+        stay: call `optimizer.zero_grad()` before the next cached step.
 
-    def __init__(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
-        super().__init__(grad_scaler)
+        Args:
+            optimizer: over the trainable parameters of `modules`.
+            modules: all that is trained: encoders, heads and loss.
+            max_norm: largest global norm; 0 for no clipping.
 
-    @property
-    def talks(self) -> bool:
-        return world_size() > 1
+        Returns:
+            The global norm before clipping, a 0-dim tensor on the device.
 
-    @property
-    def recovers(self) -> bool:
-        return False
+        Raises:
+            ValueError: the optimizer has other parameters than `modules` train.
+        """
+        self._check_optimizer(optimizer, modules)
+        if self.grad_scaler is None:
+            norm = self.clip(modules, max_norm)
+            optimizer.step()
+            return norm
+        self.grad_scaler.unscale_(optimizer)
+        norm = self.clip(modules, max_norm)
+        self.grad_scaler.step(optimizer)
+        self.grad_scaler.update()
+        return norm
 
-    def gradient_factor(self) -> float:
-        return float(world_size())
+    def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
+        """Set the learning rate of every parameter group for the next step."""
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+    def weights(self, module: nn.Module) -> dict[str, Any]:
+        """The state dict of a module with whole tensors, by the names that it has unwrapped.
+
+        Tensors are complete on rank 0; on others some may be empty. Without a wrapper that shards
+        they share memory with the module, as in `state_dict`.
+        """
+        module = innermost(module)
+        state = module.state_dict(keep_vars=True)
+        # Tied weights once.
+        whole = {id(value): self._whole(value) for value in state.values()}
+        return {plain_name(module, name): whole[id(value)] for name, value in state.items()}
+
+    def load_weights(self, module: nn.Module, weights: Mapping[str, Any]) -> None:
+        """Load what `weights` returned, of any strategy and number of ranks, on every rank.
+
+        Raises:
+            ValueError: other names, or other shapes, than the module has.
+        """
+        module = innermost(module)
+        state = checked_weights(module, weights)
+        module.load_state_dict({n: self._part(value, of) for n, (value, of) in state.items()})
+
+    def state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> dict[str, Any]:
+        """What the next step depends on beside the weights, whole and by parameter name.
+
+        Args:
+            optimizer: over the trainable parameters of `modules`.
+            modules: as for `step`; no two parameters of the same name.
+
+        Returns:
+            "optimizer": state by name; "scaler": state of the `grad_scaler`. Tensors are complete
+            on rank 0; on others some may be empty.
+
+        Raises:
+            ValueError: two parameters of one name, or the optimizer has others than `modules`.
+        """
+        self._check_optimizer(optimizer, modules)
+        moments = state_by_name(optimizer, trained_by_name(modules), self._whole)
+        scaler = {} if self.grad_scaler is None else self.grad_scaler.state_dict()
+        return {"optimizer": moments, "scaler": scaler}
+
+    def load_state(
+        self, optimizer: Optimizer, modules: Sequence[nn.Module], state: Mapping[str, Any]
+    ) -> None:
+        """Load what `state` returned, of any strategy and number of ranks, on every rank.
+
+        Learning rates and other settings of the optimizer stay as they are.
+
+        Raises:
+            ValueError: as `state`; or a parameter has no saved state, while others have one.
+        """
+        self._check_optimizer(optimizer, modules)
+        named = trained_by_name(modules)
+        load_state_by_name(optimizer, named, state["optimizer"], self._part)
+        # Empty where the strategy that wrote it did not scale.
+        if self.grad_scaler is not None and state["scaler"]:
+            self.grad_scaler.load_state_dict(state["scaler"])
+
+    def _check_optimizer(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> None:
+        check_optimizer(optimizer, trained_parameters(modules))
+
+    def _whole(self, value: Any) -> Any:
+        """The whole of a tensor of which this rank may hold a part."""
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def _part(self, value: Any, of: Any) -> Any:
+        """What this rank holds of a whole tensor, sharded as `of` is."""
+        return value

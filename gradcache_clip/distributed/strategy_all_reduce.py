@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import world_size
-from gradcache_clip.distributed.strategy import ManyRanks
+from gradcache_clip.distributed.many_ranks import ManyRanks
 from gradcache_clip.distributed.wrappers import refuse_wrappers
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

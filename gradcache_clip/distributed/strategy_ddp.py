@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache_clip.distributed.collectives import world_size
-from gradcache_clip.distributed.strategy import ManyRanks
+from gradcache_clip.distributed.many_ranks import ManyRanks
 from gradcache_clip.distributed.unreached import reach, unused_stay_none
 from gradcache_clip.distributed.wrappers import DDP, refuse_heads, refuse_wrappers, uncompiled
 

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import world_size
+from gradcache_clip.distributed.deepspeed_engine import check_settings, loss_scale, one_prologue
+from gradcache_clip.distributed.deepspeed_steps import DeepSpeedSteps
 from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.same_backward import same_backward
 from gradcache_clip.distributed.same_forward import ForwardLog
-from gradcache_clip.distributed.strategy import ManyRanks
 from gradcache_clip.distributed.unreached import reach
 from gradcache_clip.distributed.wrappers import DEEPSPEED, is_kind, refuse_heads, refuse_wrappers
 
 
-class DeepSpeedStrategy(ManyRanks):
-    """One DeepSpeed engine that embeds every input; call `engine.step()` after the cached step.
+class DeepSpeedStrategy(DeepSpeedSteps):
+    """One DeepSpeed engine that embeds every input; step it after every cached step.
+
+    `engine.step()` does, or `step` of this, which also steps what is trained outside of the engine.
 
     The module of the engine has `forward(tower, inputs)` and the engine is the one encoder of
     `GradCache`, or it embeds two inputs alike and stands for both. Replays go through
@@ -65,8 +68,7 @@ class DeepSpeedStrategy(ManyRanks):
                 f"{type(engine).__name__}; write engine, *_ = deepspeed.initialize(model=model, "
                 "config=config)"
             )
-        super().__init__()
-        self.engine = engine
+        super().__init__(engine)
         # ZeRO-3 gathers parameters in every forward, ZeRO-2 reduces in every backward.
         self._stage = engine.zero_optimization_stage()
         self.collective_forward = self._stage >= 2
@@ -99,7 +101,7 @@ class DeepSpeedStrategy(ManyRanks):
                     f"{type(module).__name__}, which DeepSpeed would not train; put all encoders "
                     "into one module with forward(tower, inputs) and initialize that"
                 )
-        _check_settings(self.engine)
+        check_settings(self.engine)
         if self._broken_off:
             raise ValueError(
                 "engine: expected an engine that holds no gradients, got one in which a step was "
@@ -118,7 +120,7 @@ class DeepSpeedStrategy(ManyRanks):
 
     @contextmanager
     def step_context(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        self._held, self._first, self._scale = None, True, _loss_scale(self.engine)
+        self._held, self._first, self._scale = None, True, loss_scale(self.engine)
         with self._noting_breaks(), ExitStack() as stack:
             if self.collective_forward:
                 root = self.engine.module
@@ -200,7 +202,7 @@ class DeepSpeedStrategy(ManyRanks):
         if first and self._stage == 3:
             # The first backward overwrites only what it reaches; the rest is of the last step.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-        with _one_prologue(self.engine):
+        with one_prologue(self.engine):
             self.engine.backward(surrogate, scale_wrt_gas=False)
 
 
@@ -224,68 +226,5 @@ def _times(held: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return torch.stack([(_wide(p) * _wide(gradient)).sum() for p, gradient in held]).sum()
 
 
-def _loss_scale(engine: Any) -> float:
-    """Loss scale of the engine; read once a step, because reading may wait for the device."""
-    scalers = (
-        getattr(engine.optimizer, "torch_autocast_gradscaler", None),
-        getattr(engine, "torch_autocast_z0_gradscaler", None),
-    )
-    for scaler in scalers:
-        if scaler is not None:
-            return float(scaler.get_scale())
-    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-@contextmanager
-def _one_prologue(engine: Any) -> Iterator[None]:
-    """Let the engine prepare for one backward once, although it had a forward for each tower.
-
-    Each output prepares for itself, at the moment that the backward reaches it; with bf16 that
-    drops the gradients which the outputs before have given.
-    """
-    prepare = getattr(engine, "_backward_prologue", None)
-    if prepare is None:
-        yield
-        return
-    done: list[bool] = []
-
-    def once() -> None:
-        if not done:
-            done.append(True)
-            prepare()
-
-    engine._backward_prologue = once
-    try:
-        yield
-    finally:
-        del engine._backward_prologue
-
-
-def _check_settings(engine: Any) -> None:
-    steps = engine.gradient_accumulation_steps()
-    if steps != 1:
-        raise ValueError(
-            "gradient_accumulation_steps: expected 1, for a cached step is one optimizer step "
-            f"whatever its chunk_size, got {steps} in the DeepSpeed configuration; set it to 1 and "
-            "train_batch_size to the rows of all ranks"
-        )
-    if not getattr(engine, "managed_gradient_accumulation", lambda: True)():
-        raise ValueError(
-            "managed_gradient_accumulation: expected true, for the cached step says which backward "
-            "is the last, got false in the DeepSpeed configuration; leave it out"
-        )
-    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
-        raise ValueError(
-            "fp16: expected ZeRO 1, 2 or 3, got ZeRO 0, where DeepSpeed 0.19 divides gradients by "
-            "a loss scale that nothing was multiplied by; set zero_optimization.stage to 1, or use "
-            "bf16"
-        )
-    if engine.dp_world_size != world_size():
-        raise ValueError(
-            f"engine: expected data parallelism over all {world_size()} ranks, got "
-            f"{engine.dp_world_size}; leave model, pipeline and sequence parallelism out"
-        )

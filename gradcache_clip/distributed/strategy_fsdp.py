@@ -6,15 +6,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradcache_clip.distributed.collectives import world_size
+from gradcache_clip.distributed.fsdp_parts import (
+    forget_gradients,
+    gather_all,
+    groups_of,
+    has_gradient,
+    put_back,
+    resharding_of,
+    sharded_parts,
+    zeros_of,
+)
+from gradcache_clip.distributed.many_ranks import ManyRanks
 from gradcache_clip.distributed.same_backward import same_backward
 from gradcache_clip.distributed.same_forward import ForwardLog
-from gradcache_clip.distributed.strategy import ManyRanks
+from gradcache_clip.distributed.state import rank0_keeps, trained_parameters
 from gradcache_clip.distributed.unreached import without_use
 from gradcache_clip.distributed.wrappers import (
     FSDP2,
@@ -23,6 +35,9 @@ from gradcache_clip.distributed.wrappers import (
     refuse_wrappers,
     uncompiled,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class FSDPStrategy(ManyRanks):
@@ -47,8 +62,11 @@ class FSDPStrategy(ManyRanks):
     same sharded modules in each chunk, because a forward gathers: where rows decide (a tower that
     runs only for chunks with images) take `keep_gathered`, which gathers beforehand.
 
+    `weights` and `state` gather one tensor at a time, and only rank 0 keeps it. The optimizer holds
+    shards, so parameters that are not sharded (of the loss) need a parameter group of their own.
+
     Args:
-        grad_scaler: scales the loss.
+        grad_scaler: scales the loss; `step` takes none that is enabled.
         keep_gathered: gather parameters once a step instead of up to three times a chunk.
     """
 
@@ -83,28 +101,28 @@ class FSDPStrategy(ManyRanks):
 
     def leaves(self, module: nn.Module) -> Iterable[Tensor]:
         """Also the gathered parameters, in which graphs end."""
-        groups = chain.from_iterable(_groups(part) for part in _sharded_parts([module]))
+        groups = chain.from_iterable(groups_of(part) for part in sharded_parts([module]))
         sharded = chain.from_iterable(group.fsdp_params for group in groups)
         gathered = (getattr(parameter, "_unsharded_param", None) for parameter in sharded)
         return chain(module.parameters(), (tensor for tensor in gathered if tensor is not None))
 
     @contextmanager
     def step_context(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        roots, parts = _roots(modules), _sharded_parts(modules)
-        before = [_resharding(part) for part in parts] if self.keep_gathered else []
+        roots, parts = _roots(modules), sharded_parts(modules)
+        before = [resharding_of(part) for part in parts] if self.keep_gathered else []
         try:
             if self.keep_gathered:
-                _gather(roots, parts)
+                gather_all(roots, parts)
             # Where all is gathered a forward or backward waits for nobody.
             waiting = [] if self.keep_gathered else parts
             with self._log.watching(_named(modules, waiting)), same_backward(roots, waiting):
                 yield
         except BaseException:
-            _forget_gradients(parts)
+            forget_gradients(parts)
             raise
         finally:
             for settings in before:
-                _put_back(settings)
+                put_back(settings)
             for part in parts:
                 part.set_requires_gradient_sync(True, recurse=False)
                 part.set_is_last_backward(True)
@@ -131,6 +149,51 @@ class FSDPStrategy(ManyRanks):
             if root in last:
                 _reduce(root, reshard=self.keep_gathered)
 
+    def clip(self, modules: Sequence[nn.Module], max_norm: float) -> Tensor:
+        for part in sharded_parts(modules):
+            part.reshard()
+        gradients = [p.grad for p in trained_parameters(modules) if p.grad is not None]
+        norms = [_full(torch.linalg.vector_norm(gradient)) for gradient in gradients]
+        norm = nn.utils.get_total_norm(norms)
+        if max_norm > 0:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                local = gradient.to_local() if _is_sharded(gradient) else gradient
+                local.mul_(factor)
+        return norm
+
+    def _check_optimizer(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> None:
+        for part in sharded_parts(modules):
+            # An evaluation may have left it gathered, and then it shows other parameters.
+            part.reshard()
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+            raise ValueError(
+                "grad_scaler: expected none under FSDPStrategy, got an enabled one, which looks "
+                "for overflows in the shards of this rank alone; use bf16"
+            )
+        super()._check_optimizer(optimizer, modules)
+
+    def _whole(self, value: Any) -> Any:
+        value = super()._whole(value)
+        return rank0_keeps(value.full_tensor()) if _is_sharded(value) else value
+
+    def _part(self, value: Any, of: Any) -> Any:
+        from torch.distributed.tensor import distribute_tensor
+
+        if not _is_sharded(of):
+            return value
+        return distribute_tensor(value.to(of.device), of.device_mesh, of.placements)
+
+
+def _is_sharded(value: Any) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def _full(value: Tensor) -> Tensor:
+    return value.full_tensor() if _is_sharded(value) else value
+
 
 def _roots(modules: Iterable[nn.Module]) -> list[Any]:
     """Encoders that are sharded, each once."""
@@ -149,26 +212,15 @@ def _named(modules: Sequence[nn.Module], parts: Sequence[nn.Module]) -> dict[str
     }
 
 
-def _gather(roots: Iterable[Any], parts: Iterable[Any]) -> None:
-    """All parameters, in one order on every rank, until the end of the step."""
-    for root in roots:
-        # Otherwise a part that gathers first would take itself for a root.
-        root._get_fsdp_state()._lazy_init()
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.set_reshard_after_backward(False, recurse=False)
-        part.unshard()
-
-
 def _reduce(root: Any, *, reshard: bool) -> None:
     """Reduce and scatter what all replays have added up, in one order on every rank.
 
     Inside of a backward the order would follow the graph, and parameters that a rank has not
     reached would be left out on that rank alone.
     """
-    groups = [group for part in _sharded_parts([root]) for group in _groups(part)]
+    groups = [group for part in sharded_parts([root]) for group in groups_of(part)]
     trained = [p for group in groups for p in group.fsdp_params if p.sharded_param.requires_grad]
-    missing = {id(p.sharded_param) for p in trained if not _has_gradient(p)}
+    missing = {id(p.sharded_param) for p in trained if not has_gradient(p)}
     sharded = [p.sharded_param for p in trained]
     nobody = {id(parameter) for parameter in without_use(sharded, missing)}
     root.set_requires_gradient_sync(True)
@@ -178,46 +230,26 @@ def _reduce(root: Any, *, reshard: bool) -> None:
     for group in reversed(groups):
         for parameter in group.fsdp_params:
             if id(parameter.sharded_param) in missing - nobody:
-                parameter.unsharded_accumulated_grad = _zeros(parameter)
+                parameter.unsharded_accumulated_grad = zeros_of(parameter)
         group.post_backward()
     root._get_fsdp_state()._root_post_backward_final_callback()
 
 
-def _has_gradient(parameter: Any) -> bool:
-    unsharded = getattr(parameter, "_unsharded_param", None)
-    return parameter.unsharded_accumulated_grad is not None or (
-        unsharded is not None and unsharded.grad is not None
-    )
-
-
-def _zeros(parameter: Any) -> Tensor:
-    unsharded = parameter._unsharded_param
-    return torch.zeros_like(unsharded, dtype=parameter.reduce_dtype or unsharded.dtype)
-
-
-def _sharded_parts(modules: Iterable[nn.Module]) -> list[Any]:
-    """Every module that `fully_shard` was called on, each once."""
-    parts = {id(p): p for module in modules for p in uncompiled(module).modules()}
-    return [part for part in parts.values() if is_kind(part, FSDP2)]
-
-
 def _check_sharded(module: nn.Module, index: int) -> None:
-    from torch.distributed.tensor import DTensor
-
     if not is_kind(module, FSDP2):
         raise ValueError(
             f"encoder {index}: expected an encoder sharded by fully_shard, got "
             f"{type(module).__name__}, whose gradients nobody would reduce; call "
             "torch.distributed.fsdp.fully_shard(encoder), also where its layers are sharded already"
         )
-    for part in _sharded_parts([module]):
+    for part in sharded_parts([module]):
         # An evaluation may have left it gathered.
         part.reshard()
         _check_division(part, index)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        if not isinstance(parameter, DTensor):
+        if not _is_sharded(parameter):
             raise ValueError(
                 f"encoder {index}: expected every trainable parameter to be sharded, got {name} "
                 "outside of it, whose gradient nobody would reduce; leave it out of ignored_params"
@@ -238,48 +270,9 @@ def _gather_for_trunk(module: Any) -> None:
 
 
 def _check_division(part: Any, index: int) -> None:
-    for group in _groups(part):
+    for group in groups_of(part):
         if (divisor := getattr(group, "gradient_divide_factor", None)) is not None:
             raise ValueError(
                 f"encoder {index}: expected gradients averaged over the ranks, got "
                 f"set_gradient_divide_factor({divisor}); leave it out"
             )
-
-
-def _groups(part: Any) -> list[Any]:
-    """Parameters that are gathered together; torch offers no public way to read their settings."""
-    state = part._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        # Before torch 2.12 a module had one, or none.
-        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-    return groups
-
-
-def _resharding(part: Any) -> tuple[Any, bool, list[tuple[Any, Any, bool]]]:
-    state = part._get_fsdp_state()
-    groups = [(g, g.post_forward_mesh_info, g.reshard_after_backward) for g in _groups(part)]
-    return state, state._auto_reshard_after_forward, groups
-
-
-def _put_back(settings: tuple[Any, bool, list[tuple[Any, Any, bool]]]) -> None:
-    state, automatic, groups = settings
-    for group, after_forward, after_backward in groups:
-        # Which module is a root shows in its first forward; those stay gathered until a backward.
-        group.post_forward_mesh_info = None if state._is_root and automatic else after_forward
-        group.reshard_after_backward = after_backward
-    state._auto_reshard_after_forward = automatic
-
-
-def _forget_gradients(parts: Iterable[Any]) -> None:
-    """Gradients of replays before an error must not be added to those of the next step."""
-    for part in parts:
-        state = part._get_fsdp_state()
-        begun = state._is_root and hasattr(state._comm_ctx, "all_gather_state")
-        if begun and hasattr(part, "reset_iter_state"):
-            part.reset_iter_state()
-        for group in _groups(part):
-            for sharded in group.fsdp_params:
-                sharded.unsharded_accumulated_grad = None
-                if hasattr(sharded, "_unsharded_param"):
-                    sharded._unsharded_param.grad = None

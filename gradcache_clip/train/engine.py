@@ -1,53 +1,48 @@
-"""What holds the parameters of a run, reduces their gradients and steps: one process, or DDP."""
+"""Module, optimizer and strategy of a run, as its configuration says, and a step of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
-from gradcache_clip.distributed import LocalStrategy
+from gradcache_clip.distributed import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    LocalStrategy,
+)
+from gradcache_clip.distributed.strategies import innermost
 from gradcache_clip.train.config import Config, ConfigError
-from gradcache_clip.train.optimizer import apply_learning_rate, build_optimizer, clip_grad_norm
-from gradcache_clip.train.optimizer_state import load_state_by_name, state_by_name
+from gradcache_clip.train.deepspeed_config import deepspeed_settings, zero_stage
+from gradcache_clip.train.optimizer import build_optimizer, parameter_groups
+from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.precision import autocast, make_scaler
 
 
+@dataclass
 class Engine:
     """An encoder and a loss that learn together, in this process alone or in several.
 
-    Weights and states go in and out whole and by name, so a checkpoint of one engine and number of
-    processes serves every other. `weights` and `state` are called by all processes together.
-
-    Args:
-        encoder, loss: on the device of this process.
-        config: of the run.
-        module: the encoder as it is called while training, `module(tower, inputs)`.
-        strategy: how `GradCache` takes a backward through it; None: this process alone.
-
-    Attributes:
-        named_parameters: of the encoder and the loss.
+    Weights and states go in and out whole and by name, so a checkpoint of one strategy and number
+    of processes serves every other. All processes call `finish_step`, `weights`, `state` and their
+    counterparts together.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        loss: nn.Module,
-        config: Config,
-        module: nn.Module,
-        strategy: LocalStrategy | None = None,
-    ) -> None:
-        self.encoder, self.loss, self.config, self.module = encoder, loss, config, module
-        self.device = next(encoder.parameters()).device
-        # Once: sharded encoders show others while they are gathered.
-        self.named_parameters = [*encoder.named_parameters(), *loss.named_parameters()]
-        self.scaler = make_scaler(config.train.precision, self.device)
-        self.strategy = strategy or LocalStrategy()
-        self.strategy.grad_scaler = self.scaler
-        self.optimizer = self._optimizer()
+    module: nn.Module
+    """The encoder as it is called while training, `module(tower, inputs)`."""
+    loss: nn.Module
+    strategy: LocalStrategy
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    max_grad_norm: float
+    precision: str
 
     @property
     def evaluated(self) -> nn.Module:
@@ -56,52 +51,66 @@ class Engine:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Of the optimizer."""
+        """Parameter groups of the optimizer."""
         return self.optimizer.param_groups
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that the encoder runs in."""
-        return autocast(self.config.train.precision, self.device)
+        return autocast(self.precision, next(self.module.parameters()).device)
 
     def set_learning_rate(self, rate: float) -> None:
-        """For the next step."""
-        apply_learning_rate(self.optimizer, rate)
+        """Set the learning rate of the next step."""
+        self.strategy.set_learning_rate(self.optimizer, rate)
 
     def begin_step(self) -> None:
-        """Forget the gradients of the last one."""
+        """Drop the gradients of the last step."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def finish_step(self) -> Tensor:
-        """Gradients, clipped, into the weights; their global norm before. Nothing waits."""
-        self.scaler.unscale_(self.optimizer)
-        norm = self._clip(self.config.optimizer.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return norm
+        """Clip the gradients and step; returns their global norm before. Nothing waits."""
+        return self.strategy.step(self.optimizer, [self.module, self.loss], self.max_grad_norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole encoder, on the first process; on others some may be left out."""
-        return self.encoder.state_dict()
+        """The whole encoder, on the first process; on others some tensors may be empty."""
+        return self.strategy.weights(self.module)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """What `weights` returned."""
-        self.encoder.load_state_dict(weights)
+        """Load what `weights` returned."""
+        self.strategy.load_weights(self.module, weights)
 
     def state(self) -> dict[str, Any]:
         """All else that the next step depends on, on the first process, as `weights`."""
-        moments = state_by_name(self.optimizer, self.named_parameters)
-        return {"optimizer": moments, "scaler": self.scaler.state_dict()}
+        return self.strategy.state(self.optimizer, [self.module, self.loss])
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """What `state` returned."""
-        load_state_by_name(self.optimizer, self.named_parameters, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        """Load what `state` returned."""
+        self.strategy.load_state(self.optimizer, [self.module, self.loss], state)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.config.optimizer, self.encoder, self.loss)
 
-    def _clip(self, max_norm: float) -> Tensor:
-        return clip_grad_norm((p for _, p in self.named_parameters if p.requires_grad), max_norm)
+def build_engine(encoder: nn.Module, loss: nn.Module, config: Config, peers: Peers) -> Engine:
+    """The engine that `config.distributed` names; with one process, this process alone.
+
+    Args:
+        encoder, loss: on the device of this process, with the same weights on all.
+        config: of the run; `distributed.deepspeed_config` may name a file.
+        peers: the processes.
+
+    Raises:
+        ConfigError: settings that the strategy cannot be exact with, or a DeepSpeed configuration
+            that contradicts the run.
+    """
+    kind = config.distributed.engine
+    if peers.world_size == 1 and kind != "deepspeed":
+        return _with(LocalStrategy, encoder, loss, config)
+    _check_negatives(config, peers)
+    if kind == "deepspeed":
+        return _in_deepspeed(encoder, loss, config, peers)
+    if kind == "fsdp":
+        return _sharded(encoder, loss, config)
+    device = next(encoder.parameters()).device
+    places = None if device.type == "cpu" else [device.index]
+    module = nn.parallel.DistributedDataParallel(encoder, device_ids=places)
+    return _with(DDPStrategy, module, loss, config)
 
 
 def rows_of_a_process(config: Config, processes: int) -> int:
@@ -118,3 +127,100 @@ def rows_of_a_process(config: Config, processes: int) -> int:
             f"got {config.train.batch_size}; use {' or '.join(map(str, fitting))}"
         )
     return rows
+
+
+def repeated_layers(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The outermost lists of several modules of one kind, item by item: blocks of a transformer.
+
+    Example:
+        >>> blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> len([*repeated_layers(nn.ModuleDict({"blocks": blocks, "head": nn.Linear(2, 1)}))])
+        2
+    """
+    for child in encoder.children():
+        items = [*child] if isinstance(child, nn.ModuleList | nn.Sequential) else []
+        if len(items) > 1 and len({type(item) for item in items}) == 1:
+            yield from items
+        else:
+            yield from repeated_layers(child)
+
+
+def _with(
+    strategy: type[LocalStrategy | DDPStrategy | FSDPStrategy],
+    module: nn.Module,
+    loss: nn.Module,
+    config: Config,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Engine:
+    precision = config.train.precision
+    scaler = make_scaler(precision, next(module.parameters()).device)
+    optimizer = optimizer or build_optimizer(config.optimizer, innermost(module), loss)
+    norm = config.optimizer.max_grad_norm
+    return Engine(module, loss, strategy(scaler), optimizer, scaler, norm, precision)
+
+
+def _sharded(encoder: nn.Module, loss: nn.Module, config: Config) -> Engine:
+    """The layers of both towers sharded one by one, and what is left of the encoder together."""
+    if config.train.precision == "fp16":
+        raise ConfigError(
+            "train.precision: expected fp32 or bf16 with distributed.engine=fsdp, got fp16, whose "
+            "scaled gradients no process sees whole; use bf16"
+        )
+    _refuse_average(config, "distributed.engine=fsdp", "distributed.engine=ddp")
+    # Towers may share layers.
+    for layer in dict.fromkeys(repeated_layers(encoder)):
+        fully_shard(layer)
+    fully_shard(encoder)
+    optimizer = build_optimizer(config.optimizer, encoder)
+    # In a group of its own: an operation over a group takes sharded tensors or plain ones.
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    optimizer.add_param_group({"params": trained, "weight_decay": 0.0})
+    return _with(FSDPStrategy, encoder, loss, config, optimizer)
+
+
+def _in_deepspeed(encoder: nn.Module, loss: nn.Module, config: Config, peers: Peers) -> Engine:
+    """The encoder in a DeepSpeed engine, with the optimizer of its configuration or ours.
+
+    The loss's scale stays outside, in 32 bits on every process, with an optimizer of its own: its
+    gradient is complete everywhere.
+    """
+    settings = deepspeed_settings(config, peers.world_size)
+    if zero_stage(settings) == 3:
+        _refuse_average(config, "ZeRO-3, whose processes hold parts of the weights", "ZeRO-2")
+    engine = _initialize(encoder, config, settings)
+    optimizer = build_optimizer(config.optimizer, loss)
+    # The engine keeps weights in the precision of its configuration, and scales by itself.
+    scaler = torch.amp.GradScaler(enabled=False)
+    norm = settings["gradient_clipping"]
+    return Engine(engine, loss, DeepSpeedStrategy(engine), optimizer, scaler, norm, "fp32")
+
+
+def _initialize(encoder: nn.Module, config: Config, settings: dict[str, Any]) -> Any:
+    if next(encoder.parameters()).device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A launcher sets it; a process that nobody launched is alone.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+
+    if "optimizer" in settings:
+        groups = parameter_groups(encoder)
+        engine, *_ = deepspeed.initialize(model=encoder, model_parameters=groups, config=settings)
+    else:
+        optimizer = build_optimizer(config.optimizer, encoder)
+        engine, *_ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=settings)
+    return engine
+
+
+def _check_negatives(config: Config, peers: Peers) -> None:
+    if config.train.negatives != "batch":
+        raise ConfigError(
+            f"train.negatives: expected batch with {peers.world_size} processes, got "
+            f"{config.train.negatives}, whose softmax ends at a chunk of one; train it with one"
+        )
+
+
+def _refuse_average(config: Config, where: str, instead: str) -> None:
+    if config.train.ema_decay:
+        raise ConfigError(
+            f"train.ema_decay: expected 0 with {where}, got {config.train.ema_decay}; use {instead}"
+        )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from gradcache_clip.train.config import OptimizerConfig
@@ -91,18 +90,3 @@ def learning_rate_at(step: int, config: OptimizerConfig, total_steps: int) -> fl
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / (total_steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def apply_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group for the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Global norm of the gradients before they are scaled down to `max_norm`; 0 leaves them."""
-    given = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(given, max_norm, norm)
-    return norm

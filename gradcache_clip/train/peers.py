@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.device import FIRST, choose_device, launched_processes
@@ -83,11 +82,6 @@ class Peers:
         largest = torch.tensor(number)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         return int(largest)
-
-
-def first_keeps(value: Tensor) -> Tensor:
-    """The value on the CPU of the first process; the others let it go and get an empty one."""
-    return value.cpu() if dist.get_rank() == FIRST else value.new_empty(0)
 
 
 @contextmanager

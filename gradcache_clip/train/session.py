@@ -25,8 +25,7 @@ from gradcache_clip.train.data.resumable import ResumableLoader
 from gradcache_clip.train.data.text_loader import TextBatch
 from gradcache_clip.train.device import choose_device
 from gradcache_clip.train.ema import moving_average
-from gradcache_clip.train.engine import Engine
-from gradcache_clip.train.engines import build_engine
+from gradcache_clip.train.engine import Engine, build_engine
 from gradcache_clip.train.frozen_features import FrozenFeatures, frozen_features
 from gradcache_clip.train.objective import Objective, build_loss, build_objective
 from gradcache_clip.train.peers import Peers

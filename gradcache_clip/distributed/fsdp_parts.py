@@ -1,0 +1,79 @@
+"""Modules that `fully_shard` was called on; torch offers no public way to much of this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip.distributed.wrappers import FSDP2, is_kind, uncompiled
+
+
+def gather_all(roots: Iterable[Any], parts: Iterable[Any]) -> None:
+    """All parameters, in one order on every rank, until the end of the step."""
+    for root in roots:
+        # Otherwise a part that gathers first would take itself for a root.
+        root._get_fsdp_state()._lazy_init()
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_backward(False, recurse=False)
+        part.unshard()
+
+
+def has_gradient(parameter: Any) -> bool:
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (
+        unsharded is not None and unsharded.grad is not None
+    )
+
+
+def zeros_of(parameter: Any) -> Tensor:
+    unsharded = parameter._unsharded_param
+    return torch.zeros_like(unsharded, dtype=parameter.reduce_dtype or unsharded.dtype)
+
+
+def sharded_parts(modules: Iterable[nn.Module]) -> list[Any]:
+    """Every module that `fully_shard` was called on, each once."""
+    parts = {id(p): p for module in modules for p in uncompiled(module).modules()}
+    return [part for part in parts.values() if is_kind(part, FSDP2)]
+
+
+def groups_of(part: Any) -> list[Any]:
+    """Parameters that are gathered together; torch offers no public way to read their settings."""
+    state = part._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        # Before torch 2.12 a module had one, or none.
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return groups
+
+
+def resharding_of(part: Any) -> tuple[Any, bool, list[tuple[Any, Any, bool]]]:
+    state = part._get_fsdp_state()
+    groups = [(g, g.post_forward_mesh_info, g.reshard_after_backward) for g in groups_of(part)]
+    return state, state._auto_reshard_after_forward, groups
+
+
+def put_back(settings: tuple[Any, bool, list[tuple[Any, Any, bool]]]) -> None:
+    state, automatic, groups = settings
+    for group, after_forward, after_backward in groups:
+        # Which module is a root shows in its first forward; those stay gathered until a backward.
+        group.post_forward_mesh_info = None if state._is_root and automatic else after_forward
+        group.reshard_after_backward = after_backward
+    state._auto_reshard_after_forward = automatic
+
+
+def forget_gradients(parts: Iterable[Any]) -> None:
+    """Gradients of replays before an error must not be added to those of the next step."""
+    for part in parts:
+        state = part._get_fsdp_state()
+        begun = state._is_root and hasattr(state._comm_ctx, "all_gather_state")
+        if begun and hasattr(part, "reset_iter_state"):
+            part.reset_iter_state()
+        for group in groups_of(part):
+            for sharded in group.fsdp_params:
+                sharded.unsharded_accumulated_grad = None
+                if hasattr(sharded, "_unsharded_param"):
+                    sharded._unsharded_param.grad = None
