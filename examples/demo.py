@@ -29,8 +29,8 @@ from gradcache_clip.train.report import (
     metrics_table,
     to_markdown,
 )
-from gradcache_clip.train.report.pictures import run_curve
 from gradcache_clip.train.run_folder import RunFolder, existing_run
+from gradcache_clip.train.run_pictures import run_curve
 from gradcache_clip.train.session import build_encoder
 from gradcache_clip.train.tokenizer import load_tokenizer
 

@@ -20,10 +20,10 @@ from gradcache_clip.train.evaluation.features import (
     unit,
 )
 from gradcache_clip.train.evaluation.folds import recall_in_folds
+from gradcache_clip.train.evaluation.held_out import HeldOut
 from gradcache_clip.train.evaluation.recall import RetrievalMetrics, recall_at_k, retrieve
 from gradcache_clip.train.evaluation.zero_shot import prompts_of, zero_shot_by_tokens
-from gradcache_clip.train.report.gallery import draw_gallery
-from gradcache_clip.train.report.similarity import draw_similarity
+from gradcache_clip.train.report.pictures import draw_gallery, draw_similarity
 
 
 def tokens(rows: int, length: int, width: int = 6, *, seed: int = 0) -> TokenFeatures:
@@ -233,15 +233,12 @@ class TestFolds:
 
 
 def test_pictures_of_tokens(tmp_path: Any) -> None:
-    images, texts = tokens(6, 4), tokens(6, 5, seed=1)
-    thumbnails = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 6
-    names = [f"text {n}" for n in range(6)]
-    similarity = draw_similarity(images, texts, names, thumbnails, tmp_path / "similarity.png")
-    gallery = draw_gallery(
-        images, texts, tmp_path / "gallery.png", images=thumbnails, texts=names,
-        image_ids=torch.arange(6), text_ids=torch.arange(6),
-    )  # fmt: skip
-    assert similarity.stat().st_size > 5000 and gallery.stat().st_size > 5000
+    ids, names = torch.arange(6), [f"text {n}" for n in range(6)]
+    thumbnails = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    sides = tokens(6, 4), tokens(6, 5, seed=1)
+    pairs = HeldOut(*sides, ids, ids, names, names, thumbnails)
+    for draw in (draw_similarity, draw_gallery):
+        assert draw(pairs, tmp_path / "picture.png").stat().st_size > 5000
 
 
 def test_vectors_of_any_length_are_made_unit() -> None:

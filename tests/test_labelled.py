@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from recipe_runs import recipe, run_recipe, shortened
+from recipe_runs import run_recipe
 from tiny_run import make_data
 from tiny_shards import picture
-from torch import Tensor
-from trainer_step import session_of
+from torch import Tensor, nn
 
 from gradcache_clip.cli import main
 from gradcache_clip.train.config import ConfigError
-from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.data import DecodedSample
 from gradcache_clip.train.evaluation.classify import linear_probe, vote_of_neighbours
+from gradcache_clip.train.evaluation.embed import EmbedOptions
 from gradcache_clip.train.evaluation.labelled import LabelledImages, embed_labelled
-from gradcache_clip.train.report.neighbours import draw_neighbours
 from gradcache_clip.train.sources.shards import Sample, write_shards
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 230)}
@@ -139,37 +138,48 @@ def coloured(folder: Path, count: int, *, labels: bool = True) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("squares")
-    coloured(folder / "train", 90)
-    coloured(folder / "validation", 31)
-    return folder
+def samples(count: int) -> list[DecodedSample]:
+    """As `coloured`, decoded."""
+    names = [*COLOURS]
+    return [
+        DecodedSample(
+            (torch.tensor(COLOURS[names[i % 3]]) + i % 5)[:, None, None].expand(3, 8, 8).byte(),
+            captions=(),
+            key=f"k{i}",
+            group=f"g{i}",
+            label=names[i % 3] if i != 4 else "",
+        )
+        for i in range(count)
+    ]
 
 
-def test_colours_are_told_apart_by_the_tower(squares, tmp_path):
-    config = load_config(recipe("simclr"), shortened(squares, tmp_path / "run"))
-    session = session_of(recipe("simclr"), shortened(squares, tmp_path / "run"), tmp_path / "run")
-    held_out = embed_labelled(session.encoder.float(), config)
-    assert isinstance(held_out, LabelledImages)
-    assert held_out.features.shape == (31, 256) and held_out.thumbnails.shape == (31, 3, 32, 32)
-    assert held_out.labels == [[*COLOURS][i % 3] for i in range(31)]
-    metrics = held_out.metrics
-    # Colours survive an untrained tower; classes are as frequent as each other.
-    assert metrics.knn_accuracy > 0.9 and metrics.probe_accuracy > 0.9
-    assert (metrics.label_chance, metrics.images, metrics.classes) == (11 / 31, 31, 3)
-    assert session.encoder.training
+class Means(nn.Module):
+    """Mean colours, as wrong while training as dropout makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.weight * F.dropout(images.float().mean((2, 3)), training=self.training)
 
 
-def test_chance_is_the_class_that_training_has_most_of(squares, tmp_path):
-    folder = tmp_path / "set"
-    coloured(folder / "train", 91)
-    coloured(folder / "validation", 2)
-    config = load_config(recipe("simclr"), shortened(folder, tmp_path / "run"))
-    session = session_of(recipe("simclr"), shortened(folder, tmp_path / "run"), tmp_path / "run")
-    held_out = embed_labelled(session.encoder.float(), config)
-    # 31 reds, 30 greens and 30 blues; of the two held out one is red.
-    assert held_out is not None and held_out.metrics.label_chance == 1 / 2
+def test_colours_are_told_apart_by_the_tower():
+    tower = Means()
+    held_out = embed_labelled(tower, samples(31), samples(90), EmbedOptions(batch_size=7))
+    assert isinstance(held_out, LabelledImages) and tower.training
+    expected = [sample for sample in samples(31) if sample.label]
+    assert held_out.labels == [sample.label for sample in expected]
+    assert torch.equal(held_out.thumbnails, torch.stack([sample.image for sample in expected]))
+    colours = held_out.thumbnails.float().mean((2, 3))
+    torch.testing.assert_close(held_out.features, F.normalize(colours, dim=1))
+    assert held_out.scalars() == {
+        "knn_accuracy": 1.0,
+        "probe_accuracy": 1.0,
+        # Of 90 images one green has no label, so reds come first; 11 of 30 held out are red.
+        "label_chance": 11 / 30,
+    }
+    assert (held_out.metrics.images, held_out.metrics.classes) == (30, 3)
 
 
 def test_shards_without_labels_are_refused_before_the_run(tmp_path):
@@ -193,13 +203,3 @@ def test_evaluate_prints_what_the_run_has_logged(tmp_path, capsys):
         assert f"{summary.metrics[name]:.1%}" in printed
     assert main(["evaluate", str(tmp_path / "run"), "--zero-shot", "a {}"]) == 2
     assert "has learned no images and their captions" in capsys.readouterr().err
-
-
-def test_neighbours_are_drawn(tmp_path):
-    features = F.normalize(torch.randn(9, 4), dim=1)
-    images = [torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)] * 9
-    labels = ["a class with a name that is far too long for its place"] * 9
-    path = draw_neighbours(features, tmp_path / "n.png", images=images, labels=labels)
-    assert path.stat().st_size > 5000
-    with pytest.raises(ValueError, match="labels: expected 9, one a row of features, got 1"):
-        draw_neighbours(features, tmp_path / "n.png", images=images, labels=["a"])

@@ -15,10 +15,10 @@ from trainer_step import assert_step_equals, same_group, session_of, unit
 
 from gradcache_clip.cli import main
 from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
-from gradcache_clip.train.evaluation.held_out import embed_held_out
 from gradcache_clip.train.run_folder import existing_run
 from gradcache_clip.train.session import load_trained
 from gradcache_clip.train.sources import Sample, write_shards
+from gradcache_clip.train.task import task_of
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "drawn_coco.py"
 # Of its towers the weights are on a hub, and this machine need not reach it.
@@ -118,7 +118,7 @@ def test_folds_follow_the_order_of_the_file(run: Path, data: Path, drawn: Path) 
     folder, config = existing_run(run)
     config.data.validation, config.train.device = str(data / "test"), "cpu"
     encoder, tokenizer, _ = load_trained(config, folder)
-    held_out = embed_held_out(encoder, tokenizer, config)
+    held_out = task_of(config).embed_held_out(encoder, tokenizer)
     images = json.loads((drawn / "dataset_coco.json").read_text())["images"]
     of_file = [i["sentences"][0]["raw"] for i in images if i["split"] == "test"]
     assert held_out.image_captions == of_file

@@ -16,8 +16,8 @@ from trainer_step import assert_step_equals, session_of
 from gradcache_clip.cli import main
 from gradcache_clip.train.config import ConfigError
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.report.pictures import draw_run, run_curve
 from gradcache_clip.train.run_folder import RunFolder
+from gradcache_clip.train.run_pictures import draw_run, run_curve
 
 # Identical views, whatever is drawn: draws differ with the number of processes.
 PLAIN_VIEWS = (

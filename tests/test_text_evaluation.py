@@ -20,9 +20,8 @@ from gradcache_clip.train.config import ConfigError
 from gradcache_clip.train.config_file import load_config, save_config
 from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
 from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts
-from gradcache_clip.train.report.pictures import draw_run, run_curve
-from gradcache_clip.train.report.text_gallery import draw_text_gallery
 from gradcache_clip.train.run_folder import RunFolder
+from gradcache_clip.train.run_pictures import draw_run, run_curve
 from gradcache_clip.train.session import load_trained
 from gradcache_clip.train.task import task_of
 
@@ -37,23 +36,16 @@ def held_out() -> HeldOutTexts:
     queries = torch.tensor([[3.0, 0, 0, 0], [0, 1, 0, 5]])
     documents = torch.tensor([[1.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 2]])
     texts = ["a long question " * 20, "b"], ["one", "two " * 40, "three"]
-    return HeldOutTexts(queries, documents, *texts, torch.tensor([0, 1]), widths=(2,))
+    return HeldOutTexts(queries, documents, *texts, torch.tensor([0, 1]), (2,), (1, 2))
 
 
 def test_recall_is_by_cosine_of_each_width():
-    scalars = held_out().metrics([1, 2]).to_scalars()
+    scalars = held_out().scalars()
     assert scalars["query_to_document_recall_at_1"] == 0.5
     assert scalars["query_to_document_recall_at_2"] == 1.0
     assert scalars["query_to_document_recall_at_1_of_2_numbers"] == 1.0
     assert scalars["query_to_document_recall_at_1_chance"] == pytest.approx(1 / 3)
     assert scalars["query_to_document_mean_rank"] == 1.5
-
-
-def test_the_gallery_shows_few_texts_and_long_ones(tmp_path):
-    path = draw_text_gallery(held_out(), tmp_path / "gallery.png", rows=6)
-    assert path.stat().st_size > 5_000
-    with pytest.raises(ValueError, match="rows, depth"):
-        draw_text_gallery(held_out(), path, depth=6)
 
 
 def test_equal_documents_are_one_candidate(data, tmp_path):

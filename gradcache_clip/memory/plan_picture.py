@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gradcache_clip.memory.plan_options import Method, Plan
 from gradcache_clip.memory.plan_table import batch_text, gib, headline, setting
-from gradcache_clip.train.report.canvas import INK, PALE, new_figure, save_figure, settings
+from gradcache_clip.train.report.style import INK, PALE, new_figure, save_figure, settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +36,7 @@ def draw_plan(plan: Plan, folder: str | Path, name: str = "plan") -> list[Path]:
     """
     with settings():
         figure = new_figure(1000, 860)
+        figure.set_layout_engine("none")
         figure.text(0.03, 0.965, headline(plan), fontsize=15, fontweight="bold", va="top")
         figure.text(0.03, 0.925, setting(plan), color=PALE, va="top")
         _draw_bars(figure.add_axes((0.11, 0.66, 0.84, 0.21)), plan)

@@ -22,8 +22,9 @@ from gradcache_clip.train.optimizer import learning_rate_at
 from gradcache_clip.train.peers import Peers, joined
 from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_on_interrupt
 from gradcache_clip.train.report.metrics_log import MetricsLog
-from gradcache_clip.train.report.pictures import SIMILARITY_PAIRS, draw_run
+from gradcache_clip.train.report.pictures import SIMILARITY_PAIRS
 from gradcache_clip.train.run_folder import RunFolder, check_run
+from gradcache_clip.train.run_pictures import draw_run
 from gradcache_clip.train.session import AnyBatch, Session, saved_at_the_end, start_session
 from gradcache_clip.train.step import Backward, StepResult, make_backward, take_step
 from gradcache_clip.train.task import Evaluated
@@ -200,7 +201,7 @@ def _evaluate(session: Session, log: MetricsLog | None) -> Evaluated | None:
         return None
     held_out = _embed(session)
     if log is not None and held_out is not None:
-        log.write(session.step, held_out.scalars(session.config.evaluation))
+        log.write(session.step, held_out.scalars())
     return held_out
 
 
@@ -262,7 +263,7 @@ def _summary(
         pairs_per_s=meter.pairs / meter.seconds if meter.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(session.device),
         skipped=dict(skipped),
-        metrics=held_out.scalars(session.config.evaluation) if held_out else {},
+        metrics=held_out.scalars() if held_out else {},
     )
 
 

@@ -6,13 +6,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gradcache_clip.train.config import Config, ConfigError
-from gradcache_clip.train.data import ImageCaptionLoader, LoaderOptions, read_captions
+from gradcache_clip.train.data import (
+    DecodedSample,
+    ImageCaptionLoader,
+    LoaderOptions,
+    read_all,
+    read_captions,
+)
 from gradcache_clip.train.data.augment import Augmentation
 from gradcache_clip.train.data.resumable import ResumableLoader
 from gradcache_clip.train.data.shard_urls import find_shards
 from gradcache_clip.train.data.text_lines import TextLines, find_text_files, read_all_texts
 from gradcache_clip.train.data.text_loader import TextLoader
 from gradcache_clip.train.engine import rows_of_a_process
+from gradcache_clip.train.evaluation.embed import EmbedOptions
 from gradcache_clip.train.evaluation.held_out import HeldOut, embed_batch, embed_held_out
 from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts, embed_held_out_texts
 from gradcache_clip.train.evaluation.labelled import LabelledImages, check_labels, embed_labelled
@@ -91,14 +98,39 @@ class Task:
     ) -> Evaluated | None:
         """The validation set, embedded by all processes, on the first."""
         assert tokenizer is not None
-        return embed_held_out(encoder, tokenizer, self.config, peers)
+        evaluation = self.config.evaluation
+        return embed_held_out(
+            encoder,
+            tokenizer,
+            self.samples(self.config.data.validation),
+            self.embedding(peers),
+            recall_at=evaluation.recall_at,
+            folds=evaluation.folds,
+        )
+
+    def samples(self, source: str) -> Iterator[DecodedSample]:
+        """All samples of a source, for evaluation."""
+        data = self.config.data
+        options = LoaderOptions(
+            image_size=data.image_size,
+            captions=self.has_texts,
+            max_broken_share=data.max_broken_share,
+            allow_url_schemes=tuple(data.allow_url_schemes),
+        )
+        return read_all(source, options=options)
+
+    def embedding(self, peers: Peers | None) -> EmbedOptions:
+        """How held-out samples are embedded."""
+        config = self.config
+        return EmbedOptions(config.evaluation.batch_size, config.train.precision, peers or Peers())
 
     def embed_batch(
         self, encoder: Any, tokenizer: Tokenizer | None, batches: Iterator[Any], pairs: int
     ) -> HeldOut | None:
         """Some pairs of the next training batch, for a picture; None where there is none."""
         assert tokenizer is not None
-        return embed_batch(encoder, tokenizer, self.config, next(batches), pairs)
+        precision = self.config.train.precision
+        return embed_batch(encoder, tokenizer, next(batches), pairs, precision=precision)
 
 
 class Views(Task):
@@ -108,7 +140,8 @@ class Views(Task):
 
     def check_validation(self) -> None:
         super().check_validation()
-        check_labels(self.config)
+        for source in (self.config.data.validation, self.config.data.train):
+            check_labels(self.samples(source), source)
 
     def _augmentation(self) -> Augmentation:
         return Augmentation(**vars(self.config.augment))
@@ -119,7 +152,14 @@ class Views(Task):
     def embed_held_out(
         self, encoder: Any, tokenizer: Tokenizer | None, peers: Peers | None = None
     ) -> LabelledImages | None:
-        return embed_labelled(encoder, self.config, peers)
+        data = self.config.data
+        return embed_labelled(
+            encoder.image_tower,
+            self.samples(data.validation),
+            self.samples(data.train),
+            self.embedding(peers),
+            neighbours=self.config.evaluation.neighbours,
+        )
 
     def embed_batch(
         self, encoder: Any, tokenizer: Tokenizer | None, batches: Iterator[Any], pairs: int
@@ -177,7 +217,21 @@ class Texts(Task):
         self, encoder: Any, tokenizer: Tokenizer | None, peers: Peers | None = None
     ) -> HeldOutTexts | None:
         assert tokenizer is not None
-        return embed_held_out_texts(encoder, tokenizer, self.config, peers)
+        config, data = self.config, self.config.data
+        rows = read_all_texts(
+            data.validation,
+            data.text_fields[:2],
+            prompts=data.text_prompts,
+            max_broken_share=data.max_broken_share,
+        )
+        return embed_held_out_texts(
+            encoder,
+            tokenizer,
+            rows,
+            self.embedding(peers),
+            widths=config.loss.matryoshka,
+            recall_at=config.evaluation.recall_at,
+        )
 
     def embed_batch(
         self, encoder: Any, tokenizer: Tokenizer | None, batches: Iterator[Any], pairs: int

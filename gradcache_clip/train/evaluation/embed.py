@@ -1,14 +1,111 @@
-"""The features of a whole data set, without graphs."""
+"""Features of whole data sets, without graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gradcache_clip.train.evaluation.sharding import interleave, shard_batches
+from gradcache_clip.train.peers import Peers
+from gradcache_clip.train.precision import autocast
 
 Batch = TypeVar("Batch")
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How encoders run over a data set.
+
+    Args:
+        batch_size: rows encoded at once.
+        precision: `fp32`, or autocast to `bf16` or `fp16`.
+        peers: the processes that share the batches; by default this one alone.
+        progress: show a bar on stderr, on the first process.
+    """
+
+    batch_size: int
+    precision: str = "fp32"
+    peers: Peers = field(default_factory=Peers)
+    progress: bool = True
+
+
+def embed_rows(
+    encoder: nn.Module,
+    rows: Iterable[Row],
+    collate: Callable[[list[Row]], Any],
+    options: EmbedOptions,
+    *,
+    tower: int | None = None,
+    description: str = "embed",
+) -> tuple[Tensor, ...] | None:
+    """Encode rows in evaluation mode, batch by batch, and gather the features on rank 0.
+
+    All processes call this function together and read all rows; each collates and encodes every
+    n-th batch.
+
+    Args:
+        encoder: called as `encoder(batch)`, or `encoder(tower, batch)` with a tower.
+        rows: read once.
+        collate: rows of a batch -> a tensor or a dict of tensors, moved to the encoder's device.
+        options: batch size, precision and processes.
+        tower: number of the tower.
+        description: label of the progress bar.
+
+    Returns:
+        On rank 0, one CPU tensor for each that the encoder returns, in the order of `rows`. None on
+        the others.
+
+    Raises:
+        ValueError: no rows.
+    """
+    peers, size, sizes = options.peers, options.batch_size, list[int]()
+    device = next(encoder.parameters()).device
+
+    def batches() -> Iterator[list[Row]]:
+        remaining = iter(rows)
+        while batch := list(islice(remaining, size)):
+            sizes.append(len(batch))
+            yield batch
+
+    def encode(batch: list[Row]) -> Any:
+        inputs = _to(device, collate(batch))
+        return encoder(inputs) if tower is None else encoder(tower, inputs)
+
+    with evaluating(encoder), autocast(options.precision, device):
+        parts = embed_dataset(
+            encode,
+            shard_batches(batches(), peers),
+            description=description,
+            progress=options.progress and peers.is_first,
+        )
+    gathered = peers.gather_to_rank0([part.cpu() for part in parts])
+    if not peers.is_first:
+        return None
+    return tuple(interleave(part, size, sum(sizes)) for part in zip(*gathered, strict=True))
+
+
+@contextmanager
+def evaluating(encoder: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block."""
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(was_training)
+
+
+def _to(device: torch.device, inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def embed_dataset(
@@ -25,14 +122,14 @@ def embed_dataset(
 
     Args:
         encode: batch -> features, or a tuple of them such as (image_features, text_features);
-            one row a sample.
-        batches: what to encode; read once.
-        total: number of rows to come, for the time left.
-        description: stands before the bar.
+            one row per sample.
+        batches: read once.
+        total: number of rows, for the remaining time.
+        description: label of the progress bar.
         progress: whether to show it.
 
     Returns:
-        one tensor for each that `encode` returns, rows in the order of the batches.
+        One tensor for each that `encode` returns, rows in the order of the batches.
 
     Raises:
         ValueError: `batches` is empty.

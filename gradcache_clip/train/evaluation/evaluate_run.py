@@ -82,11 +82,11 @@ def evaluate_run(
         console.print(_label_table(held_out.metrics, f"{run.path}, step {step}"))
         return held_out.metrics
     if isinstance(held_out, HeldOutTexts):
-        found = held_out.metrics(config.evaluation.recall_at)
+        found = held_out.metrics()
         console.print(_text_table(found, f"{run.path}, step {step}"))
         return found
     assert held_out is not None and tokenizer is not None
-    metrics = held_out.metrics(config.evaluation.recall_at, config.evaluation.folds)
+    metrics = held_out.metrics()
     of_folds = f", mean of {config.evaluation.folds} folds" if config.evaluation.folds > 1 else ""
     console.print(_table(metrics, f"{run.path}, step {step}{of_folds}"))
     if templates:

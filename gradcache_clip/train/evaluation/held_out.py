@@ -1,29 +1,25 @@
-"""Held-out pairs through both towers: features, who belongs to whom, and recall."""
+"""Held-out image-caption pairs: features of both towers, which belong together, and recall."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradcache_clip.train.config import Config, EvaluationConfig
-from gradcache_clip.train.data import Batch, DecodedSample, LoaderOptions, read_all
-from gradcache_clip.train.evaluation.embed import embed_dataset
+from gradcache_clip.train.data import DecodedSample
+from gradcache_clip.train.evaluation.embed import EmbedOptions, embed_rows
 from gradcache_clip.train.evaluation.features import Features, features_of
 from gradcache_clip.train.evaluation.folds import recall_in_folds
 from gradcache_clip.train.evaluation.recall import RetrievalMetrics
-from gradcache_clip.train.evaluation.sharding import interleave, shard_batches
 from gradcache_clip.train.modalities import IMAGE, TEXT
-from gradcache_clip.train.peers import Peers
-from gradcache_clip.train.precision import autocast
-from gradcache_clip.train.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.data import Batch
+    from gradcache_clip.train.tokenizer import Tokenizer
 
 _THUMBNAIL_SIZE = 64
 
@@ -38,6 +34,8 @@ class HeldOut:
         image_captions: the first caption of each image.
         texts: M captions.
         thumbnails: uint8 (N, 3, height, width), at most 64 pixels.
+        recall_at: depths k of recall@k.
+        folds: consecutive parts of the images over which recall is averaged.
     """
 
     image_features: Features
@@ -47,135 +45,105 @@ class HeldOut:
     image_captions: list[str]
     texts: list[str]
     thumbnails: Tensor
+    recall_at: Sequence[int] = (1, 5, 10)
+    folds: int = 1
 
-    def scalars(self, evaluation: EvaluationConfig) -> dict[str, float]:
-        """What is logged of it."""
-        return self.metrics(evaluation.recall_at, evaluation.folds).to_scalars()
+    def scalars(self) -> dict[str, float]:
+        """Recall and ranks for the log."""
+        return self.metrics().to_scalars()
 
-    def metrics(self, ks: Iterable[int], folds: int = 1) -> RetrievalMetrics:
-        """Recall@k in both directions, or its mean over consecutive folds of the images."""
+    def metrics(self) -> RetrievalMetrics:
+        """Recall@k in both directions."""
         return recall_in_folds(
             self.image_features,
             self.text_features,
             image_ids=self.image_ids,
             text_ids=self.text_ids,
-            folds=folds,
-            ks=tuple(ks),
+            folds=self.folds,
+            ks=self.recall_at,
         )
 
 
 def embed_held_out(
-    encoder: nn.Module, tokenizer: Tokenizer, config: Config, peers: Peers | None = None
+    encoder: nn.Module,
+    tokenizer: Tokenizer,
+    samples: Iterable[DecodedSample],
+    options: EmbedOptions,
+    *,
+    recall_at: Sequence[int] = (1, 5, 10),
+    folds: int = 1,
 ) -> HeldOut | None:
-    """Embed every validation image and every different caption once, in evaluation mode.
+    """Embed every image and every different caption once, in evaluation mode.
 
-    Images of one group share its captions: each is a right answer for all of them. Several
-    processes embed a batch in turn, and all of them call this function.
+    Images of one group share its captions: each is a right answer for all of them. All processes of
+    `options.peers` call this function together.
 
     Args:
         encoder: called as `encoder(tower, inputs)`.
-        tokenizer, config: of the run.
-        peers: the processes; this one alone when None.
+        tokenizer: texts -> inputs of the text tower.
+        samples: read once.
+        options: batch size, precision and processes.
+        recall_at, folds: see `HeldOut`.
 
     Returns:
-        The features, on the first process; None on the others.
+        The features on rank 0, None on the others.
 
     Raises:
-        FileNotFoundError, ValueError: the validation set is missing, empty or broken.
+        ValueError: no samples.
     """
-    peers = peers or Peers()
-    device = next(encoder.parameters()).device
-    size = config.evaluation.batch_size
-    options = reading_options(config)
-    samples: list[tuple[str, tuple[str, ...]]] = []
+    groups: list[tuple[str, tuple[str, ...]]] = []
     thumbnails: list[Tensor] = []
 
-    def image_batches() -> Iterator[Tensor]:
-        for batch in batched(read_all(config.data.validation, options=options), size):
-            samples.extend((sample.group, sample.captions) for sample in batch)
-            images = torch.stack([sample.image for sample in batch])
-            if peers.is_first:
-                thumbnails.append(thumbnails_of(images))
-            yield images
+    def images() -> Iterator[Tensor]:
+        for sample in samples:
+            groups.append((sample.group, sample.captions))
+            if options.peers.is_first:
+                thumbnails.append(thumbnail(sample.image))
+            yield sample.image
 
-    def embedded(tower: int, batches: Iterator[Any], name: str) -> list[list[Tensor]]:
-        mine = (_to(device, batch) for batch in shard_batches(batches, peers))
-        parts = embed_dataset(
-            partial(encoder, tower), mine, description=name, progress=peers.is_first
-        )
-        return peers.gather_to_rank0([part.cpu() for part in parts])
-
-    with evaluating(encoder), autocast(config.train.precision, device):
-        images = embedded(IMAGE, image_batches(), "images")
-        ids, texts, text_ids = _texts_of(samples)
-        tokens = (tokenizer(chunk) for chunk in batched(iter(texts), size))
-        text_features = embedded(TEXT, tokens, "texts")
-    if not peers.is_first:
+    image_parts = embed_rows(
+        encoder, images(), torch.stack, options, tower=IMAGE, description="images"
+    )
+    image_ids, texts, text_ids = _texts_of(groups)
+    text_parts = embed_rows(encoder, texts, tokenizer, options, tower=TEXT, description="texts")
+    if image_parts is None or text_parts is None:
         return None
     return HeldOut(
-        image_features=_joined(images, size, len(samples)),
-        text_features=_joined(text_features, size, len(texts)),
-        image_ids=ids,
+        image_features=features_of(image_parts),
+        text_features=features_of(text_parts),
+        image_ids=image_ids,
         text_ids=text_ids,
-        image_captions=[captions[0] for _, captions in samples],
+        image_captions=[captions[0] for _, captions in groups],
         texts=texts,
-        thumbnails=torch.cat(thumbnails),
+        thumbnails=torch.stack(thumbnails),
+        recall_at=recall_at,
+        folds=folds,
     )
 
 
-@torch.no_grad()
 def embed_batch(
-    encoder: nn.Module, tokenizer: Tokenizer, config: Config, batch: Batch, pairs: int
+    encoder: nn.Module, tokenizer: Tokenizer, batch: Batch, pairs: int, *, precision: str = "fp32"
 ) -> HeldOut:
-    """The first pairs of different groups in a training batch, so that only row i suits text i."""
+    """Embed the first pairs of different groups in a training batch: image i suits text i alone."""
     first_of: dict[str, int] = {}
     for row, group in enumerate(batch.groups):
         first_of.setdefault(group, row)
-    rows = list(first_of.values())[:pairs]
-    captions = [batch.captions[row] for row in rows]
-    device = next(encoder.parameters()).device
-    with evaluating(encoder), autocast(config.train.precision, device):
-        images = encoder(IMAGE, batch.images[rows].to(device))
-        texts = encoder(TEXT, _to(device, tokenizer(captions)))
-    ids = torch.arange(len(rows))
-    thumbnails = thumbnails_of(batch.images[rows])
-    features = features_of(images), features_of(texts)
-    return HeldOut(*features, ids, ids, captions, captions, thumbnails)
+    samples = [
+        DecodedSample(batch.images[row], (batch.captions[row],), key="", group=group)
+        for group, row in list(first_of.items())[:pairs]
+    ]
+    options = EmbedOptions(pairs, precision, progress=False)
+    held_out = embed_held_out(encoder, tokenizer, samples, options)
+    assert held_out is not None
+    return held_out
 
 
-@contextmanager
-def evaluating(encoder: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside the block."""
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        yield
-    finally:
-        encoder.train(was_training)
-
-
-def _to(device: torch.device, inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def reading_options(config: Config) -> LoaderOptions:
-    """How samples are read for evaluation."""
-    return LoaderOptions(
-        image_size=config.data.image_size,
-        captions=config.data.views == 1,
-        max_broken_share=config.data.max_broken_share,
-        allow_url_schemes=tuple(config.data.allow_url_schemes),
-    )
-
-
-def _texts_of(samples: list[tuple[str, tuple[str, ...]]]) -> tuple[Tensor, list[str], Tensor]:
+def _texts_of(groups: list[tuple[str, tuple[str, ...]]]) -> tuple[Tensor, list[str], Tensor]:
     """Ids of the images, the different texts of all groups, and the ids of those."""
     numbers: dict[str, int] = {}
     owners: dict[tuple[int, str], None] = {}
     image_ids = []
-    for group, captions in samples:
+    for group, captions in groups:
         number = numbers.setdefault(group, len(numbers))
         image_ids.append(number)
         owners.update(dict.fromkeys((number, caption) for caption in captions))
@@ -184,20 +152,9 @@ def _texts_of(samples: list[tuple[str, tuple[str, ...]]]) -> tuple[Tensor, list[
     return torch.tensor(image_ids), texts, text_ids
 
 
-def batched(items: Iterator[DecodedSample] | Iterator[str], size: int) -> Iterator[list]:
-    """Lists of `size` items; the last may be shorter."""
-    while batch := list(islice(items, size)):
-        yield batch
-
-
-def _joined(parts: list[list[Tensor]], size: int, rows: int) -> Features:
-    """The features of all rows, from the parts of them that each process has embedded."""
-    return features_of(tuple(interleave(part, size, rows) for part in zip(*parts, strict=True)))
-
-
-def thumbnails_of(images: Tensor) -> Tensor:
-    """uint8 (N, 3, height, width), made smaller where larger than a thumbnail."""
-    if max(images.shape[-2:]) <= _THUMBNAIL_SIZE:
-        return images
-    small = F.interpolate(images.float(), size=_THUMBNAIL_SIZE, mode="area")
-    return small.round().to(torch.uint8)
+def thumbnail(image: Tensor) -> Tensor:
+    """Shrink a uint8 (3, height, width) image to at most 64 pixels."""
+    if max(image.shape[-2:]) <= _THUMBNAIL_SIZE:
+        return image
+    small = F.interpolate(image[None].float(), size=_THUMBNAIL_SIZE, mode="area")
+    return small[0].round().to(torch.uint8)

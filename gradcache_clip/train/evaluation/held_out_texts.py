@@ -5,24 +5,19 @@ N queries, M documents, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.train.config import Config, EvaluationConfig
-from gradcache_clip.train.data.text_lines import read_all_texts
-from gradcache_clip.train.evaluation.embed import embed_dataset
+from gradcache_clip.train.evaluation.embed import EmbedOptions, embed_rows
 from gradcache_clip.train.evaluation.features import unit
-from gradcache_clip.train.evaluation.held_out import evaluating
 from gradcache_clip.train.evaluation.recall import DirectionMetrics, recall_of_queries
-from gradcache_clip.train.evaluation.sharding import interleave, shard_batches
-from gradcache_clip.train.peers import Peers
-from gradcache_clip.train.precision import autocast
-from gradcache_clip.train.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.tokenizer import Tokenizer
 
 _QUERY, _DOCUMENT = 0, 1
 
@@ -61,6 +56,7 @@ class HeldOutTexts:
         documents: M different texts.
         query_ids: (N,), the number of the document that each query belongs to.
         widths: of the prefixes that are compared, beside D.
+        recall_at: depths k of recall@k.
     """
 
     query_features: Tensor
@@ -69,94 +65,83 @@ class HeldOutTexts:
     documents: list[str]
     query_ids: Tensor
     widths: Sequence[int] = ()
+    recall_at: Sequence[int] = (1, 5, 10)
 
     @property
     def document_ids(self) -> Tensor:
         """(M,), from 0."""
         return torch.arange(len(self.documents))
 
-    def scalars(self, evaluation: EvaluationConfig) -> dict[str, float]:
-        """What is logged of it."""
-        return self.metrics(evaluation.recall_at).to_scalars()
+    def scalars(self) -> dict[str, float]:
+        """Recall and ranks for the log."""
+        return self.metrics().to_scalars()
 
-    def metrics(self, ks: Iterable[int]) -> TextMetrics:
+    def metrics(self) -> TextMetrics:
         """Recall@k of the queries, for prefixes of every width."""
-        depths, whole = tuple(ks), self.query_features.shape[1]
-        widths = sorted({whole, *self.widths}, reverse=True)
-        return TextMetrics({width: self._of_prefix(width, depths) for width in widths})
+        widths = sorted({self.query_features.shape[1], *self.widths}, reverse=True)
+        return TextMetrics({width: self._of_prefix(width) for width in widths})
 
-    def _of_prefix(self, width: int, ks: tuple[int, ...]) -> DirectionMetrics:
+    def _of_prefix(self, width: int) -> DirectionMetrics:
         queries, documents = (
             unit(features[:, :width]) for features in (self.query_features, self.document_features)
         )
-        return recall_of_queries(queries, self.query_ids, documents, self.document_ids, ks=ks)
+        return recall_of_queries(
+            queries, self.query_ids, documents, self.document_ids, ks=self.recall_at
+        )
 
 
 def embed_held_out_texts(
-    encoder: nn.Module, tokenizer: Tokenizer, config: Config, peers: Peers | None = None
+    encoder: nn.Module,
+    tokenizer: Tokenizer,
+    rows: Iterable[Sequence[str]],
+    options: EmbedOptions,
+    *,
+    widths: Sequence[int] = (),
+    recall_at: Sequence[int] = (1, 5, 10),
 ) -> HeldOutTexts | None:
-    """Embed every validation query and every different document once, in evaluation mode.
+    """Embed every query and every different document once, in evaluation mode.
 
     Each row is a query of its own with one right document: where a query stands in several rows,
-    the documents of the others count as wrong. Hard negatives are not read. Several processes embed
-    a batch in turn, and all of them call this function.
+    the documents of the others count as wrong. All processes of `options.peers` call this function
+    together.
 
     Args:
         encoder: called as `encoder(tower, inputs)`.
-        tokenizer, config: of the run.
-        peers: the processes; this one alone when None.
+        tokenizer: texts -> inputs of a tower.
+        rows: (query, document).
+        options: batch size, precision and processes.
+        widths, recall_at: see `HeldOutTexts`.
 
     Returns:
-        The features, on the first process; None on the others.
+        The features on rank 0, None on the others.
 
     Raises:
-        FileNotFoundError, ValueError: the validation set is missing, empty or broken.
+        ValueError: no rows.
     """
-    peers, data = peers or Peers(), config.data
-    rows = [
-        *read_all_texts(
-            data.validation,
-            data.text_fields[:2],
-            prompts=data.text_prompts,
-            max_broken_share=data.max_broken_share,
-        )
-    ]
-    queries = [query for query, _ in rows]
-    numbers = {document: n for n, document in enumerate(dict.fromkeys(d for _, d in rows))}
-    embed = partial(_embedded, encoder, tokenizer, config, peers)
-    asked, found = embed(_QUERY, queries), embed(_DOCUMENT, [*numbers])
-    if asked is None or found is None:
+    pairs = [*rows]
+    queries, right = [query for query, _ in pairs], [document for _, document in pairs]
+    numbers = {document: number for number, document in enumerate(dict.fromkeys(right))}
+    documents = [*numbers]
+    query_features = _embed(encoder, tokenizer, queries, options, tower=_QUERY)
+    document_features = _embed(encoder, tokenizer, documents, options, tower=_DOCUMENT)
+    if query_features is None or document_features is None:
         return None
-    ids = torch.tensor([numbers[document] for _, document in rows])
-    return HeldOutTexts(asked, found, queries, [*numbers], ids, config.loss.matryoshka)
+    ids = torch.tensor([numbers[document] for document in right])
+    return HeldOutTexts(
+        query_features, document_features, queries, documents, ids, widths, recall_at
+    )
 
 
-def _embedded(
+def _embed(
     encoder: nn.Module,
     tokenizer: Tokenizer,
-    config: Config,
-    peers: Peers,
-    tower: int,
     texts: Sequence[str],
+    options: EmbedOptions,
+    *,
+    tower: int,
 ) -> Tensor | None:
-    """The features of texts in their order, on the first process; texts of like length together."""
-    device, size = next(encoder.parameters()).device, config.evaluation.batch_size
+    """Features in the order of the texts; texts of similar length share a batch."""
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        left = iter(order)
-        while chosen := [texts[number] for number in islice(left, size)]:
-            yield tokenizer(chosen)
-
-    mine = (
-        {name: tensor.to(device) for name, tensor in tokens.items()}
-        for tokens in shard_batches(batches(), peers)
-    )
-    with evaluating(encoder), autocast(config.train.precision, device):
-        (features,) = embed_dataset(
-            partial(encoder, tower), mine, description="texts", progress=peers.is_first
-        )
-    collected = peers.gather_to_rank0(features.float().cpu())
-    if not peers.is_first:
-        return None
-    return interleave(collected, size, len(texts))[torch.tensor(order).argsort()]
+    ordered = [texts[number] for number in order]
+    parts = embed_rows(encoder, ordered, tokenizer, options, tower=tower, description="texts")
+    return None if parts is None else parts[0].float()[torch.tensor(order).argsort()]

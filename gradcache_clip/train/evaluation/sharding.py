@@ -1,4 +1,4 @@
-"""Batches dealt out to several processes, and their rows put together again."""
+"""Batches shared by several processes, and their features put back in order."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ Batch = TypeVar("Batch")
 
 
 def shard_batches(batches: Iterable[Batch], peers: Peers) -> Iterator[Batch]:
-    """Every n-th batch, so that n processes take all of them, and all as many.
+    """Every n-th batch for each of n processes, the same number for all.
 
-    Where the last round has none for this process it gives the round's first batch again, since
-    encoders whose parameters are spread over the processes need all of these to take part.
+    Where the last round has no batch for this process, it repeats the round's first batch: encoders
+    whose parameters are sharded need every process in each forward.
 
     Example:
         >>> [list(shard_batches("abcde", Peers(rank, 2))) for rank in (0, 1)]
         [['a', 'c', 'e'], ['b', 'd', 'e']]
     """
-    taken: list[Batch] = []
+    own: list[Batch] = []
     for number, batch in enumerate(batches):
-        place = number % peers.world_size
-        if place in (0, peers.rank):
-            taken = [batch]
-        if place == peers.world_size - 1:
-            yield taken.pop()
-    if taken:
-        yield taken.pop()
+        turn = number % peers.world_size
+        if turn in (0, peers.rank):
+            own = [batch]
+        if turn == peers.world_size - 1:
+            yield own.pop()
+    if own:
+        yield own.pop()
 
 
 def interleave(features: Sequence[Tensor], size: int, rows: int) -> Tensor:
-    """The features of all batches in order, from those that each process has embedded.
+    """Features of all batches in order, from those that each process embedded.
 
     Args:
         features: of each process, in the order of the ranks.
-        size: rows of a batch; the last may have fewer.
-        rows: of all batches; what the last round repeated is left out.
+        size: rows per batch; the last may have fewer.
+        rows: of all batches; rows that the last round repeated are dropped.
 
     Example:
         >>> interleave([torch.tensor([0, 1, 4]), torch.tensor([2, 3, 4])], size=2, rows=5)

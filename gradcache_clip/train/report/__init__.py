@@ -1,9 +1,7 @@
 """Logs, tables and pictures of runs."""
 
 from gradcache_clip.train.report.curves import RunCurve, draw_curves
-from gradcache_clip.train.report.gallery import draw_gallery
 from gradcache_clip.train.report.metrics_log import MetricsLog, read_log
-from gradcache_clip.train.report.similarity import draw_similarity
 from gradcache_clip.train.report.table import RunFigures, format_bytes, metrics_table, to_markdown
 
 __all__ = [
@@ -11,8 +9,6 @@ __all__ = [
     "RunCurve",
     "RunFigures",
     "draw_curves",
-    "draw_gallery",
-    "draw_similarity",
     "format_bytes",
     "metrics_table",
     "read_log",

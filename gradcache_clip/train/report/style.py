@@ -1,0 +1,94 @@
+"""The look of our figures, with matplotlib's figure objects alone: pyplot, backend and settings of
+the program stay as they are."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, PALE, RIGHT, WRONG = "#222222", "#777777", "#1a9641", "#b8b8b8"
+MAIN, OTHERS = "#1f5fbf", ("#d9772b", "#7b5aa6", "#4a9a8d")
+
+_DPI, _MARGIN = 100, 18
+# It comes with matplotlib, so a picture looks the same on every machine.
+_FONT = "DejaVu Sans"
+_SETTINGS = {
+    "font.family": [_FONT],
+    # Captions may hold a $.
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": PALE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    # Inches between what the layout arranges.
+    "figure.constrained_layout.w_pad": 0.06,
+    "figure.constrained_layout.h_pad": 0.12,
+    "axes.titlesize": 11,
+}
+_MISSING = "\N{WHITE VERTICAL RECTANGLE}"
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Our look inside the block, whatever the program's own settings are."""
+    from matplotlib import style
+
+    with style.context(["default", _SETTINGS]):
+        yield
+
+
+def new_figure(width: int, height: int) -> Figure:
+    """An empty figure of that many pixels, which arranges what is drawn into it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, layout="constrained")
+    margin = _MARGIN / width
+    figure.get_layout_engine().set(rect=(margin, 0, 1 - 2 * margin, 1))
+    return figure
+
+
+def write_head(figure: Figure, title: str, legend: str = "") -> None:
+    """The finding above everything, how to read the picture below."""
+    left = _MARGIN / figure.bbox.width
+    figure.suptitle(title, x=left, ha="left", fontsize=14, fontweight="bold")
+    figure.supxlabel(legend, x=left, ha="left", fontsize=9.5, color=PALE)
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a file of the type that the suffix says; make the folder where it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def short(text: str, length: int) -> str:
+    """One line of at most `length` characters; signs that the font lacks become a box.
+
+    Example:
+        >>> short("two\\nlines and more", 10)
+        'two lines…'
+    """
+    line = "".join(map(_printable, " ".join(text.split())))
+    return line if len(line) <= length else line[: length - 1].rstrip() + "…"
+
+
+def _printable(sign: str) -> str:
+    if ord(sign) in _glyphs() and unicodedata.category(sign) not in ("Cc", "Cf"):
+        return sign
+    return "" if unicodedata.category(sign)[0] in "CM" else _MISSING
+
+
+@lru_cache(maxsize=1)
+def _glyphs() -> frozenset[int]:
+    from matplotlib import font_manager
+
+    return frozenset(font_manager.get_font(font_manager.findfont(_FONT)).get_charmap())
