@@ -43,7 +43,7 @@ ON_ONE: Mapping[str, Change] = {
         "lengths.ByLength.chunks", faults.trims_one_column_more
     ),
     "any column is trimmed": _same_chunks("lengths._on_host", faults.all_is_padding),
-    "hooks run on parts": _same_chunks("grad_cache.held_hooks", faults.hooks_on_parts),
+    "hooks run on parts": _same_chunks("prepare.held_hooks", faults.hooks_on_parts),
     "a tower gets the gradient of another": faults.with_gradients(faults.of_first_tower),
     "rows get the gradient of others": faults.with_gradients(faults.of_other_rows),
     "the second feature gets none": faults.with_gradients(faults.first_feature_alone),

@@ -89,10 +89,10 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 def one_rank_has_single_rows() -> dict[str, Any]:
     """One pass there, two elsewhere, would wait for each other under FSDP."""
     encoders = each_sharded([encoder.double() for encoder in steps.two_towers()])
-    cache = GradCache(encoders, products, chunk_size=2, strategy=FSDPStrategy())
-    few = [rows[: 2 if dist.get_rank() == 0 else 4] for rows in rows_that_ask(-1)]
     # Two chunks on every rank, of one row and of two.
-    cache.chunk_size = 1 if dist.get_rank() == 0 else 2
+    size = 1 if dist.get_rank() == 0 else 2
+    few = [rows[: 2 * size] for rows in rows_that_ask(-1)]
+    cache = GradCache(encoders, products, chunk_size=size, strategy=FSDPStrategy())
     cache(*few)
     assert torch.stack([p.grad.full_tensor().norm() for p in encoders[0].parameters()]).all()
     return {}

@@ -318,8 +318,8 @@ class NumbersFromElsewhere(nn.Linear):
 
 @habit
 def draws_from_elsewhere() -> str:
-    cache = GradCache((NumbersFromElsewhere(6, 4).double(), nn.Linear(5, 4).double()), dot_product)
-    cache.chunk_size = 5
+    encoders = NumbersFromElsewhere(6, 4).double(), nn.Linear(5, 4).double()
+    cache = GradCache(encoders, dot_product, chunk_size=5)
     return words_of(cache, rows(6), rows(5))
 
 

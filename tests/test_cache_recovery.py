@@ -143,7 +143,7 @@ def test_a_step_starts_again_with_smaller_chunks(place, budget, dropout):
     assert memory.failures == 1 and cache.chunk_size == 4
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    expected = GradCache(truth[:2], truth[2], chunk_size=4, memory_budget=cache.memory_budget)
+    expected = GradCache(truth[:2], truth[2], chunk_size=4, memory_budget=cache.plan.memory_budget)
     torch.testing.assert_close(out.loss, expected(*inputs).loss, rtol=0, atol=0)
     assert torch.equal(state, torch.get_rng_state())
     assert_added(existing, ours, truth)
@@ -318,7 +318,9 @@ def test_the_budget_for_graphs_is_halved_as_well(budget, halved):
     )
     with halving("embed", 8, 4):
         cache(*batch())
-    assert (cache.memory_budget, cache.embed_chunk_size) == (halved, None)
+    assert (cache.plan.memory_budget, cache.plan.embed_chunk_size) == (halved, None)
+    asked = cache.settings
+    assert (asked.chunk_size, asked.memory_budget, asked.embed_chunk_size) == (8, budget, 16)
 
 
 class Kept(torch.autograd.Function):

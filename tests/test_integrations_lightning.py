@@ -215,7 +215,7 @@ def test_a_bare_tensor_and_arguments_of_the_loss(tmp_path: Path):
 
 def test_refuses_parts_outside_of_the_module(tmp_path: Path):
     module = Pairs()
-    module.cache.loss = ClipLoss()
+    module.cache = GradCache((module.image, module.text), ClipLoss())
     message = "cache: expected encoders and a loss that are submodules of Pairs, got ClipLoss"
     with pytest.raises(ValueError, match=message):
         fit(module, tmp_path, loader())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -148,6 +149,19 @@ def test_the_signature_has_only_names():
     parameters = inspect.signature(GradCache).parameters.values()
     assert all(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
     assert copy.copy(GradCache(encoders(), ClipLoss())).chunk_size == 64
+
+
+@pytest.mark.parametrize("name", ["chunk_size", "memory_budget", "loss"])
+def test_settings_stay_as_they_were_given(name):
+    cache = GradCache(encoders(), ClipLoss())
+    before = getattr(cache.settings, name)
+    with pytest.raises(AttributeError, match=f"{name}: expected settings .* got 3; .* {name}="):
+        setattr(cache, name, 3)
+    with pytest.raises(FrozenInstanceError):
+        setattr(cache.settings, name, 3)
+    with pytest.raises(FrozenInstanceError):
+        cache.plan.chunk_size = 3
+    assert getattr(cache.settings, name) is before
 
 
 def test_loss_arguments_given_to_the_call():

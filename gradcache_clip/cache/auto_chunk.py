@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +16,20 @@ import torch
 from torch import nn
 
 from gradcache_clip.cache.batch_tree import tensors_in
+from gradcache_clip.cache.checks import check_inputs, check_plain_backward
 from gradcache_clip.cache.chunks import Chunk, row_count
+from gradcache_clip.cache.cutting import build_towers
+from gradcache_clip.cache.gradient_hooks import HeldHooks, hooked_leaves
 from gradcache_clip.cache.graph_budget import SavedBytes, budget_bytes
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
-from gradcache_clip.cache.torch_state import autocast_off, forget_autocast_casts
-from gradcache_clip.cache.tower import Tower, device_of
+from gradcache_clip.cache.settings import Plan, Settings
+from gradcache_clip.cache.torch_state import (
+    autocast_off,
+    forget_autocast_casts,
+    refuse_cached_parametrizations,
+)
+from gradcache_clip.cache.tower import Tower, device_of, modules_of
 from gradcache_clip.distributed.graph import leaves_behind
-from gradcache_clip.distributed.strategies import LocalStrategy
 
 _FIRST_SIZE = 8
 # Less than this is no reason to spend twice the memory.
@@ -74,20 +82,20 @@ def measured_chunk_size(tower: Tower, rows: int, modules: Sequence[nn.Module]) -
         snapshot.finish()
 
 
-def settled_chunk_sizes(
-    towers: Sequence[Tower],
-    modules: Sequence[nn.Module],
-    record: ChunkRecord,
-    strategy: LocalStrategy,
-) -> tuple[int, ...]:
-    """One size for each tower, the same on every rank, from the record or measured."""
-    found = []
-    for tower in towers:
-        key, rows = record_key(tower), row_count(tower.chunks)
-        size = record.get(key) or measured_chunk_size(tower, rows, modules)
-        found.append(strategy.smallest(size))
-        record.put(key, found[-1])
-    return tuple(found)
+def measured(settings: Settings, plan: Plan, inputs: Sequence[Any], record: ChunkRecord) -> Plan:
+    """The plan with a size for each encoder, the same on every rank, on record or measured."""
+    refuse_cached_parametrizations()
+    check_plain_backward(plan.strategy, "chunk_size='auto'", "pass a number")
+    towers = build_towers(settings, replace(plan, chunk_size=1), inputs)
+    check_inputs(towers)
+    modules, sizes = modules_of(towers, settings.loss), []
+    with HeldHooks(hooked_leaves(towers)).held():
+        for tower in towers:
+            key, rows = record_key(tower), row_count(tower.chunks)
+            size = record.get(key) or measured_chunk_size(tower, rows, modules)
+            sizes.append(plan.strategy.smallest(size))
+            record.put(key, sizes[-1])
+    return replace(plan, chunk_size=tuple(sizes))
 
 
 def _measure(

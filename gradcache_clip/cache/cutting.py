@@ -1,23 +1,55 @@
-"""The batch of a step, cut into the chunks of every input."""
+"""The batch of a step, cut into chunks, and the encoders that they go through."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from torch import nn
+
 from gradcache_clip.cache.batch_tree import count_rows
+from gradcache_clip.cache.checks import module_for_each, one_for_each
 from gradcache_clip.cache.chunks import Chunk, even_chunks
-from gradcache_clip.cache.lengths import ByLength
+from gradcache_clip.cache.settings import Plan, Settings
+from gradcache_clip.cache.tower import Encode, Tower, surely_trainable
+from gradcache_clip.cache.trunk import call_encoder, frozen_trunk_of
 
 
-def cut_all(
-    inputs: Sequence[Any],
-    sizes: Sequence[int],
-    sorting: Sequence[ByLength | None],
-    *,
-    two_at_least: bool,
-) -> list[list[Chunk]]:
-    """Chunks of the given sizes; with `two_at_least` of every input, unless all have just one."""
+def build_towers(settings: Settings, plan: Plan, inputs: Sequence[Any]) -> list[Tower]:
+    """One tower for each input, with its chunks."""
+    modules = module_for_each(settings.encoders, len(inputs))
+    extractors = one_for_each(settings.get_features, len(inputs), "get_features")
+    embed_sizes = one_for_each(plan.embed_chunk_size, len(inputs), "embed_chunk_size")
+    one_for_all = isinstance(settings.encoders, nn.Module)
+    cut, towers = cut_all(inputs, plan), []
+    for index, (module, given) in enumerate(zip(modules, inputs, strict=True)):
+        encode: Encode = partial(_call_tower, index) if one_for_all else call_encoder
+        unwrapped = plan.strategy.unwrap(module)
+        # A trunk cannot be called by itself where a forward gathers the parameters.
+        own = index if one_for_all and not plan.strategy.collective_forward else None
+        towers.append(
+            Tower(
+                name=f"encoder {index} ({type(unwrapped).__name__})",
+                module=module,
+                bare_module=unwrapped,
+                encode=encode,
+                get_features=extractors[index],
+                inputs=given,
+                chunks=cut[index],
+                # One module for all inputs may be frozen for this one; only its graph tells.
+                trainable=True if not one_for_all and surely_trainable(module, given) else None,
+                embed_chunk_size=embed_sizes[index],
+                trunk=frozen_trunk_of(unwrapped, own),
+            )
+        )
+    return towers
+
+
+def cut_all(inputs: Sequence[Any], plan: Plan) -> list[list[Chunk]]:
+    """The chunks of every input; two at least where the strategy asks, unless all have just one."""
+    sizes = one_for_each(plan.chunk_size, len(inputs), "chunk_size")
+    sorting = one_for_each(plan.sort_by_length, len(inputs), "sort_by_length")
     names = [f"input {index}" for index in range(len(inputs))]
     rows = [count_rows(given, name) for given, name in zip(inputs, names, strict=True)]
 
@@ -33,5 +65,9 @@ def cut_all(
 
     cut = chunks(1)
     # The first and the last replay under such a strategy carry a chunk of every input.
-    several = two_at_least and any(len(each) > 1 for each in cut)
+    several = plan.strategy.joint_first_and_last and any(len(each) > 1 for each in cut)
     return chunks(2) if several else cut
+
+
+def _call_tower(index: int, module: nn.Module, inputs: Any) -> Any:
+    return module(index, inputs)

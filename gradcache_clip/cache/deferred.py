@@ -17,11 +17,9 @@ from torch.utils import _pytree as pytree
 from gradcache_clip.cache.checks import check_plain_backward, check_unchanged, scalar_loss_of
 from gradcache_clip.cache.finished_loss import LossOnly
 from gradcache_clip.cache.grad_cache import GradCache
-from gradcache_clip.cache.graph_budget import GraphBudget
-from gradcache_clip.cache.replay_check import failures_of
-from gradcache_clip.cache.step import CachedStep, device_types, trained_modules
+from gradcache_clip.cache.step import CachedStep, device_types
 from gradcache_clip.cache.torch_state import forget_autocast_casts
-from gradcache_clip.cache.tower import Tower, device_of
+from gradcache_clip.cache.tower import Tower
 
 _REMEDY = "call cache(*inputs), which takes the whole step by itself"
 
@@ -63,16 +61,15 @@ def deferred_step(cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
         torch.Size([4, 8])
     """
     _check_strategy(cache)
-    with torch.enable_grad():
-        towers = cache._checked_towers(inputs)
-    with_graph = torch.is_grad_enabled()
-    flat = _Deferred(cache, towers).features() if with_graph else _without_graph(towers)
+    step = _prepared(cache, inputs)
+    towers, with_graph = step.towers, torch.is_grad_enabled()
+    flat = _Deferred(step).features() if with_graph else _without_graph(towers)
     features = [pytree.tree_unflatten(flat[i], tower.structure) for i, tower in enumerate(towers)]
     # Tensors of inference mode have no versions, and nothing is replayed there.
     versions = [f._version for tower in towers for f in tower.features] if with_graph else []
     # A copy of a weight that autocast made without a graph must not reach the loss.
     forget_autocast_casts()
-    output = cache.loss(*features, **loss_kwargs)
+    output = cache.settings.loss(*features, **loss_kwargs)
     if with_graph:
         check_unchanged(towers, versions)
         scalar_loss_of(output)
@@ -80,12 +77,18 @@ def deferred_step(cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
 
 
 def _check_strategy(cache: GradCache) -> None:
-    check_plain_backward(cache.strategy, "deferred_step", _REMEDY)
-    if cache.strategy.grad_scaler is not None:
+    strategy = cache.plan.strategy
+    check_plain_backward(strategy, "deferred_step", _REMEDY)
+    if strategy.grad_scaler is not None:
         raise ValueError(
             "deferred_step: expected a strategy without grad_scaler, got one, by which the loss "
             f"would be scaled twice; write grad_scaler.scale(out.loss).backward(), or {_REMEDY}"
         )
+
+
+def _prepared(cache: GradCache, inputs: Sequence[Any]) -> CachedStep:
+    with torch.enable_grad():
+        return cache.prepare(inputs)
 
 
 def _without_graph(towers: Sequence[Tower]) -> list[list[Tensor]]:
@@ -97,11 +100,10 @@ def _without_graph(towers: Sequence[Tower]) -> list[list[Tensor]]:
 class _Deferred:
     """A step that was embedded and waits for the gradients of its features."""
 
-    def __init__(self, cache: GradCache, towers: list[Tower]) -> None:
-        self._cache = cache
-        step = cache._new_step(towers)
-        step.embed(GraphBudget(cache.memory_budget, device_of(towers)))
+    def __init__(self, step: CachedStep) -> None:
+        step.embed()
         self._step: CachedStep | None = step
+        towers = step.towers
         self._autocast = _Autocast(device_types(towers))
         self.embedded = [feature for tower in towers for feature in tower.features]
         self._counts = [len(tower.features) for tower in towers]
@@ -127,22 +129,10 @@ class _Deferred:
                 "deferred_step: expected one backward, got a second one through the same step, "
                 "whose chunks are gone; call deferred_step again, or add the losses first"
             )
-        strategy, flat = self._cache.strategy, iter(gradients)
-        factor = strategy.gradient_factor()
-        for tower in step.towers:
-            tower.gradients = [_times(next(flat), factor) for _ in tower.features]
-        try:
-            with torch.enable_grad(), self._autocast.as_it_was(), step.hooks.held():
-                with strategy.step_context(trained_modules(step.towers)):
-                    check = step.replay()
-                step.hooks.run_all()
-                failures = failures_of(check, self._cache.replay_check, strategy)
-        except BaseException:
-            self._cache._broken_off = True
-            raise
-        self._cache._took(step)
-        if failures:
-            warnings.warn(failures, stacklevel=2)
+        with torch.enable_grad(), self._autocast.as_it_was():
+            mismatches = step.run_replay(gradients)
+        if mismatches:
+            warnings.warn(mismatches, stacklevel=2)
 
 
 class _Replay(torch.autograd.Function):
@@ -181,7 +171,3 @@ class _Autocast:
             state = torch.autocast(kind, dtype, enabled=enabled, cache_enabled=self._caches)
             stack.enter_context(state)
         return stack
-
-
-def _times(gradient: Tensor | None, factor: float) -> Tensor | None:
-    return gradient if gradient is None or factor == 1 else gradient * factor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,31 +23,17 @@ from gradcache_clip.cache.arguments import (
     names_checked,
     refuse_keywords,
 )
-from gradcache_clip.cache.auto_chunk import ChunkRecord, settled_chunk_sizes
-from gradcache_clip.cache.checks import (
-    check_inputs,
-    check_no_partial_gradients,
-    check_plain_backward,
-    check_strategy,
-    module_for_each,
-    one_for_each,
-    one_of,
-)
-from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.cutting import cut_all
+from gradcache_clip.cache.auto_chunk import ChunkRecord, measured
+from gradcache_clip.cache.checks import check_no_partial_gradients, one_of
 from gradcache_clip.cache.gradient_hooks import MODES as HOOK_MODES
-from gradcache_clip.cache.gradient_hooks import held_hooks, without_hooks
-from gradcache_clip.cache.graph_budget import GraphBudget, MemoryBudget, checked_budget
+from gradcache_clip.cache.graph_budget import MemoryBudget, checked_budget
 from gradcache_clip.cache.lengths import ByLength
-from gradcache_clip.cache.recovery import StepSnapshot, halved, is_out_of_memory
-from gradcache_clip.cache.replay_check import failures_of
+from gradcache_clip.cache.prepare import prepare
+from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
+from gradcache_clip.cache.settings import ChunkSize, GetFeatures, History, Plan, Settings
 from gradcache_clip.cache.step import CachedStep
-from gradcache_clip.cache.torch_state import refuse_cached_parametrizations, warn_of_batch_norm
-from gradcache_clip.cache.tower import Encode, Tower, device_of, surely_trainable
-from gradcache_clip.cache.trunk import call_encoder, frozen_trunk_of
+from gradcache_clip.cache.torch_state import warn_of_batch_norm
 from gradcache_clip.distributed.strategies import LocalStrategy
-
-GetFeatures = Callable[[Any], Any]
 
 
 class GradCache:
@@ -125,23 +112,60 @@ class GradCache:
         gradient_hooks: Literal["error", "once", "every_chunk"] = "error",
         check_rows: bool = True,
     ) -> None:
-        self.encoders = checked_encoders(encoders)
-        self.loss = checked_loss(loss)
-        self.chunk_size = chunk_size if chunk_size == "auto" else checked_chunk_size(chunk_size)
-        self.memory_budget = checked_budget(memory_budget)
-        self.sort_by_length = checked_sorting(sort_by_length)
-        self.embed_chunk_size = checked_embed_chunk_size(
-            embed_chunk_size, self.chunk_size, sort_by_length
+        chunks = chunk_size if chunk_size == "auto" else checked_chunk_size(chunk_size)
+        self._settings = Settings(
+            encoders=checked_encoders(encoders),
+            loss=checked_loss(loss),
+            chunk_size=chunks,
+            chunk_record=None if chunk_record is None else Path(chunk_record),
+            memory_budget=checked_budget(memory_budget),
+            sort_by_length=checked_sorting(sort_by_length),
+            embed_chunk_size=checked_embed_chunk_size(embed_chunk_size, chunks, sort_by_length),
+            get_features=checked_get_features(get_features),
+            strategy=checked_strategy(strategy),
+            replay_check=one_of("replay_check", replay_check, ("error", "warn", "off")),
+            on_out_of_memory=one_of("on_out_of_memory", on_out_of_memory, ("halve", "raise")),
+            gradient_hooks=one_of("gradient_hooks", gradient_hooks, HOOK_MODES),
+            check_rows=check_rows,
         )
-        self.get_features = checked_get_features(get_features)
-        self.strategy = checked_strategy(strategy)
-        self.replay_check = one_of("replay_check", replay_check, ("error", "warn", "off"))
-        self.on_out_of_memory = one_of("on_out_of_memory", on_out_of_memory, ("halve", "raise"))
-        self.gradient_hooks = one_of("gradient_hooks", gradient_hooks, HOOK_MODES)
-        self.check_rows = check_rows
-        self._record = ChunkRecord(None if chunk_record is None else Path(chunk_record))
-        self._warned_of_batch_norm = self._broken_off = False
-        self._stepped = self._rows_checked = False
+        self._plan, self._history = Plan.of(self._settings), History()
+        self._record = ChunkRecord(self._settings.chunk_record)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Settings.__dataclass_fields__:
+            raise AttributeError(
+                f"{name}: expected settings of a GradCache to stay as they were given, got "
+                f"{value!r}; make another one with {name}="
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def settings(self) -> Settings:
+        """The arguments, as they were given."""
+        return self._settings
+
+    @property
+    def plan(self) -> Plan:
+        """What the next step will use, after "auto" has measured or memory has run out."""
+        return self._plan
+
+    @property
+    def encoders(self) -> nn.Module | tuple[nn.Module, ...]:
+        return self._settings.encoders
+
+    @property
+    def loss(self) -> Callable[..., Any]:
+        return self._settings.loss
+
+    @property
+    def strategy(self) -> LocalStrategy:
+        """The strategy in use, `plan.strategy`."""
+        return self._plan.strategy
+
+    @property
+    def chunk_size(self) -> ChunkSize:
+        """The size in use: as it was given, found by "auto", or halved; `plan.chunk_size`."""
+        return self._plan.chunk_size
 
     def __call__(
         self, *inputs: Any, loss_kwargs: Mapping[str, Any] | None = None, **unknown: NoReturn
@@ -161,157 +185,54 @@ class GradCache:
                 "GradCache: expected gradients to be enabled, got a call inside torch.no_grad(); "
                 "call it outside, or run the encoders alone to evaluate"
             )
-        towers = self._checked_towers(inputs)
-        if self.on_out_of_memory == "raise" or not self.strategy.recovers:
-            output, failures = self._step(towers, loss_kwargs or {})
-        else:
-            output, failures = self._step_that_fits(towers, inputs, loss_kwargs or {})
-        if failures:
-            warnings.warn(failures, stacklevel=2)
+        output, mismatches = self._run(inputs, loss_kwargs or {})
+        if mismatches:
+            warnings.warn(mismatches, stacklevel=2)
         return output
 
-    def _checked_towers(self, inputs: tuple[Any, ...]) -> list[Tower]:
-        """The towers of a step, which may begin."""
-        refuse_cached_parametrizations()
-        self._settle_chunk_size(inputs)
-        towers = self._towers(inputs)
-        check_inputs(towers)
-        check_strategy(self.strategy, towers)
-        if self._broken_off:
-            check_no_partial_gradients(self._modules_with_gradients(towers), self.strategy)
-            self._broken_off = False
-        if not self._warned_of_batch_norm:
-            modules = [module for tower in towers for module in tower.modules]
-            self._warned_of_batch_norm = warn_of_batch_norm(modules)
-        return towers
+    def prepare(self, inputs: Sequence[Any]) -> CachedStep:
+        """Check a batch and cut it into chunks; for `deferred_step` as well."""
+        if self._plan.chunk_size == "auto":
+            self._plan = measured(self._settings, self._plan, inputs, self._record)
+        step, history = prepare(self._settings, self._plan, inputs, self._history), self._history
+        if history.broken_off:
+            check_no_partial_gradients(step.modules, step.strategy)
+            history.broken_off = False
+        if not history.warned_of_batch_norm:
+            modules = chain.from_iterable(tower.modules for tower in step.towers)
+            history.warned_of_batch_norm = warn_of_batch_norm(modules)
+        return step
 
-    def _step_that_fits(
-        self, towers: list[Tower], inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
-    ) -> tuple[Any, str]:
-        """A step that starts again with smaller chunks for as long as memory runs out."""
-        snapshot, tried = StepSnapshot(self._modules_with_gradients(towers), towers), []
-        try:
+    def use_strategy(self, strategy: LocalStrategy) -> None:
+        """Take further steps under another strategy; `settings` keeps the one that was given."""
+        self._plan = replace(self._plan, strategy=checked_strategy(strategy))
+
+    def _run(self, inputs: Sequence[Any], loss_kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        """Run a step, and run it again with smaller chunks for as long as memory runs out."""
+        step = self.prepare(inputs)
+        if self._settings.on_out_of_memory == "raise" or not step.strategy.recovers:
+            return step.run(loss_kwargs)
+        snapshot, tried = StepSnapshot(step.modules, step.towers), list[int]()
+        with snapshot.finished():
             while True:
                 try:
-                    return self._step(towers, loss_kwargs, snapshot)
+                    return step.run(loss_kwargs, snapshot)
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
-                    phase, reason = snapshot.phase, str(error)
+                    phase, reason = step.phase, str(error)
                 # Outside of the handler, whose traceback holds on to tensors of the step.
-                tried.append(max(len(chunk) for tower in towers for chunk in tower.chunks))
-                # In place: the caller holds this very list, and kept graphs must not live on in it.
-                towers.clear()
+                tried.append(max(len(chunk) for tower in step.towers for chunk in tower.chunks))
+                # Graphs that were kept must not live on while the next step is prepared.
+                del step
                 snapshot.undo(phase, reason, tried)
-                self._halve(phase, tried)
-                towers.extend(self._towers(inputs))
-        except BaseException:
-            snapshot.drop()
-            raise
-        finally:
-            snapshot.finish()
+                self._halve(phase, tried[-1])
+                step = self.prepare(inputs)
 
-    def _step(
-        self,
-        towers: list[Tower],
-        loss_kwargs: Mapping[str, Any],
-        snapshot: StepSnapshot | None = None,
-    ) -> tuple[Any, str]:
-        step = self._new_step(towers, snapshot)
-        agree = self.strategy.smallest if self.strategy.collective_forward else None
-        budget = GraphBudget(self.memory_budget, device_of(towers), agree)
-        try:
-            output, check = step.run(budget, loss_kwargs)
-            failures = failures_of(check, self.replay_check, self.strategy)
-        except BaseException:
-            # A snapshot takes back what was added, and there is nothing before the loss.
-            undone = snapshot is not None and snapshot.changed is None
-            self._broken_off = not undone and step.phase != "embed"
-            raise
-        self._took(step)
-        return output, failures
-
-    def _took(self, step: CachedStep) -> None:
-        """Looks that a step had cost are not taken again."""
-        self._stepped, self._rows_checked = True, self._rows_checked or step.rows_checked
-
-    def _new_step(self, towers: list[Tower], snapshot: StepSnapshot | None = None) -> CachedStep:
-        """A step that is checked as far as this cache asks for it."""
-        return CachedStep(
-            towers,
-            self.loss,
-            self.strategy,
-            snapshot,
-            self.replay_check != "off",
-            held_hooks(self.gradient_hooks, towers, self.strategy, snapshot),
-            first=not self._stepped,
-            check_rows=self.check_rows and not self._rows_checked,
-        )
-
-    def _halve(self, phase: str, tried: list[int]) -> None:
-        """Smaller chunks, and less memory for graphs, from here on."""
-        assert self.chunk_size != "auto"
-        self.chunk_size = halved(self.chunk_size, lambda size: max(1, min(size, tried[-1]) // 2))
-        self.embed_chunk_size = None
-        self.sort_by_length = halved(self.sort_by_length, ByLength.halved)
-        if isinstance(self.memory_budget, (int, float)):
-            self.memory_budget = type(self.memory_budget)(self.memory_budget / 2)
+    def _halve(self, phase: str, rows: int) -> None:
+        self._plan = self._plan.halved(rows)
         warnings.warn(
-            f"GradCache: out of memory in the {phase} with chunks of {tried[-1]} rows; the step "
-            f"starts again, from now on with chunk_size={self.chunk_size}",
+            f"GradCache: out of memory in the {phase} with chunks of {rows} rows; the step "
+            f"starts again, from now on with chunk_size={self._plan.chunk_size}",
             stacklevel=4,
         )
-
-    def _modules_with_gradients(self, towers: list[Tower]) -> list[nn.Module]:
-        extractors = one_for_each(self.get_features, len(towers), "get_features")
-        candidates = [*(tower.module for tower in towers), *extractors, self.loss]
-        return [module for module in candidates if isinstance(module, nn.Module)]
-
-    def _towers(self, inputs: tuple[Any, ...], chunk_size: Any = None) -> list[Tower]:
-        modules = module_for_each(self.encoders, len(inputs))
-        extractors = one_for_each(self.get_features, len(inputs), "get_features")
-        embed_sizes = one_for_each(self.embed_chunk_size, len(inputs), "embed_chunk_size")
-        cut, towers = self._cut(inputs, chunk_size or self.chunk_size), []
-        for index, (module, given) in enumerate(zip(modules, inputs, strict=True)):
-            one_for_all = isinstance(self.encoders, nn.Module)
-            encode: Encode = partial(_call_tower, index) if one_for_all else call_encoder
-            unwrapped = self.strategy.unwrap(module)
-            # A trunk cannot be called by itself where a forward gathers the parameters.
-            own = index if one_for_all and not self.strategy.collective_forward else None
-            towers.append(
-                Tower(
-                    name=f"encoder {index} ({type(unwrapped).__name__})",
-                    module=module,
-                    bare_module=unwrapped,
-                    encode=encode,
-                    get_features=extractors[index],
-                    inputs=given,
-                    chunks=cut[index],
-                    # One module for all inputs may be frozen for this one; only its graph tells.
-                    trainable=True if not one_for_all and surely_trainable(module, given) else None,
-                    embed_chunk_size=embed_sizes[index],
-                    trunk=frozen_trunk_of(unwrapped, own),
-                )
-            )
-        return towers
-
-    def _settle_chunk_size(self, inputs: tuple[Any, ...]) -> None:
-        """Turn "auto" into sizes, on the first batch."""
-        if self.chunk_size != "auto":
-            return
-        check_plain_backward(self.strategy, "chunk_size='auto'", "pass a number")
-        towers = self._towers(inputs, chunk_size=1)
-        check_inputs(towers)
-        modules = self._modules_with_gradients(towers)
-        with without_hooks(towers):
-            self.chunk_size = settled_chunk_sizes(towers, modules, self._record, self.strategy)
-
-    def _cut(self, inputs: tuple[Any, ...], chunk_size: Any) -> list[list[Chunk]]:
-        """The chunks of every input."""
-        sizes = one_for_each(chunk_size, len(inputs), "chunk_size")
-        sorting = one_for_each(self.sort_by_length, len(inputs), "sort_by_length")
-        return cut_all(inputs, sizes, sorting, two_at_least=self.strategy.joint_first_and_last)
-
-
-def _call_tower(index: int, module: nn.Module, inputs: Any) -> Any:
-    return module(index, inputs)

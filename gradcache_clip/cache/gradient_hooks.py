@@ -88,24 +88,19 @@ class HeldHooks:
     of `register_post_accumulate_grad_hook` the leaf with their sum, as after a single backward.
     """
 
-    def __init__(
-        self,
-        hooked: Sequence[Hooked],
-        snapshot: StepSnapshot | None = None,
-        *,
-        on_parts: bool = False,
-    ) -> None:
+    def __init__(self, hooked: Sequence[Hooked] = (), *, on_parts: bool = False) -> None:
         self._waiting = {} if on_parts else {id(each.leaf): each for each in hooked}
         self._on_parts = hooked if on_parts else None
-        self._snapshot = snapshot
+        self._snapshot: StepSnapshot | None = None
         self._left: Counter[int] = Counter()
         self._earlier: dict[int, Tensor | None] = {}
         self._before: dict[int, Any] = {}
         self._after: dict[int, Any] = {}
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, snapshot: StepSnapshot | None = None) -> Iterator[None]:
         """Around a step; after an error `.grad` of leaves whose hooks have not run is as before."""
+        self._snapshot = snapshot
         leaves = [each.leaf for each in self._waiting.values()]
         for leaf in leaves:
             self._hold(leaf)
@@ -195,24 +190,15 @@ class HeldHooks:
             hook(leaf)
 
 
-def held_hooks(
-    mode: str, towers: Sequence[Tower], strategy: LocalStrategy, snapshot: StepSnapshot | None
-) -> HeldHooks:
-    """Hooks on gradients for one step, checked and held as `mode` says.
+def held_hooks(mode: str, towers: Sequence[Tower], strategy: LocalStrategy) -> HeldHooks:
+    """Hooks on gradients for one step, checked, to be held as `mode` says.
 
     Raises:
         ValueError: as `check_hooks`.
     """
     hooked = hooked_leaves(towers)
     check_hooks(mode, hooked, strategy)
-    return HeldHooks(hooked, snapshot, on_parts=mode == "every_chunk")
-
-
-@contextmanager
-def without_hooks(towers: Iterable[Tower]) -> Iterator[None]:
-    """Around backwards that are no step, such as those that measure a chunk size."""
-    with HeldHooks(hooked_leaves(towers)).held():
-        yield
+    return HeldHooks(hooked, on_parts=mode == "every_chunk")
 
 
 def _named_leaves(tower: Tower) -> Iterator[tuple[str, Tensor]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ class StepSnapshot:
     """
 
     def __init__(self, modules: Iterable[nn.Module], towers: Sequence[Tower]) -> None:
-        self.phase = "embed"
         self.changed: str | None = None
         """Changes of this step that cannot be undone, as an error says them."""
         self._modules = list({id(module): module for module in modules}.values())
@@ -74,6 +73,17 @@ class StepSnapshot:
             # Smaller chunks must not meet the fragments of larger ones.
             torch.cuda.empty_cache()
 
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Around a step: gradients from before are there again, also after an error."""
+        try:
+            yield
+        except BaseException:
+            self.drop()
+            raise
+        finally:
+            self.finish()
+
     def drop(self) -> None:
         """Leave out the gradients of this step."""
         for leaf, _ in self._aside.values():
@@ -103,13 +113,6 @@ class StepSnapshot:
                 if changed and id(buffer) not in self._statistics:
                     return f"it had changed the buffer {name} of {type(module).__name__}"
         return None
-
-
-def halved(setting: Any, halve: Callable[[Any], Any]) -> Any:
-    """A setting for all inputs, or one for each, halved where there is one."""
-    if isinstance(setting, (list, tuple)):
-        return tuple(each and halve(each) for each in setting)
-    return setting and halve(setting)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
@@ -24,61 +25,95 @@ from gradcache_clip.cache.gradient_hooks import HeldHooks
 from gradcache_clip.cache.graph_budget import GraphBudget, Retention
 from gradcache_clip.cache.random_state import RandomState
 from gradcache_clip.cache.recovery import StepSnapshot
-from gradcache_clip.cache.replay_check import ReplayCheck
+from gradcache_clip.cache.replay_check import ReplayCheck, failures_of
 from gradcache_clip.cache.row_check import check_rows
 from gradcache_clip.cache.schedule import replay_order
+from gradcache_clip.cache.settings import History, Settings
 from gradcache_clip.cache.torch_state import (
     autocast_off,
     forget_autocast_casts,
     frozen_running_statistics,
     kept_running_statistics,
 )
-from gradcache_clip.cache.tower import Tower
+from gradcache_clip.cache.tower import Tower, modules_of, trained_modules
 from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 
 class CachedStep:
-    """Embed, loss and replay of one batch; a snapshot learns how far it is and what it changes."""
+    """Embed, loss and replay of one batch, which is cut and checked.
+
+    Attributes:
+        phase: "embed", "loss" or "replay", whichever was begun last.
+    """
 
     def __init__(
         self,
-        towers: list[Tower],
-        loss: Callable[..., Any],
+        settings: Settings,
         strategy: LocalStrategy,
-        snapshot: StepSnapshot | None,
-        check_replay: bool,
-        hooks: HeldHooks | None = None,
-        *,
-        first: bool = False,
-        check_rows: bool = False,
+        towers: list[Tower],
+        hooks: HeldHooks,
+        budget: GraphBudget,
+        history: History,
     ) -> None:
-        self.towers, self.loss, self.strategy = towers, loss, strategy
-        self.snapshot, self.check_replay = snapshot, check_replay
-        self.hooks = hooks or HeldHooks(())
-        self.first, self.check_rows, self.rows_checked = first, check_rows, False
-        self.phase = "embed"
+        self.towers, self.strategy, self.phase = towers, strategy, "embed"
+        self._settings, self._hooks, self._budget = settings, hooks, budget
+        self._history, self._rows_checked = history, history.rows_checked
+        self._snapshot: StepSnapshot | None = None
         self._device_types: set[str] = set()
         self._autocasts = True
         self._looked_behind: set[str] = set()
 
-    def run(self, budget: GraphBudget, loss_kwargs: Mapping[str, Any]) -> tuple[Any, ReplayCheck]:
-        """Fill `.grad`; the detached output of the loss, and the comparison of both passes."""
-        with self.hooks.held():
-            with self.strategy.step_context(trained_modules(self.towers)):
-                self._enter("embed")
-                self.embed(budget)
-                self._enter("loss")
-                output = self._backward_of_loss(loss_kwargs)
-                self._enter("replay")
-                check = self.replay()
-            self.hooks.run_all()
-        return output, check
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Encoders, heads, and the loss if it is a module."""
+        return modules_of(self.towers, self._settings.loss)
 
-    def embed(self, budget: GraphBudget) -> None:
+    def run(
+        self, loss_kwargs: Mapping[str, Any], snapshot: StepSnapshot | None = None
+    ) -> tuple[Any, str]:
+        """Fill `.grad`; return the detached output of the loss, and mismatches to warn of.
+
+        A snapshot learns of leaves and changes that it could not know of before.
+        """
+        self._snapshot = snapshot
+        with self._noting_errors(), self._hooks.held(snapshot):
+            with self.strategy.step_context(trained_modules(self.towers)):
+                self.embed()
+                output = self._backward_of_loss(loss_kwargs)
+                check = self.replay()
+            return output, self._finish(check)
+
+    def run_replay(self, gradients: Sequence[Tensor | None]) -> str:
+        """Fill `.grad` from the gradients of all features; return mismatches to warn of."""
+        self.phase, flat, factor = "replay", iter(gradients), self.strategy.gradient_factor()
+        for tower in self.towers:
+            tower.gradients = [_times(next(flat), factor) for _ in tower.features]
+        with self._noting_errors(), self._hooks.held():
+            with self.strategy.step_context(trained_modules(self.towers)):
+                check = self.replay()
+            return self._finish(check)
+
+    def _finish(self, check: ReplayCheck) -> str:
+        self._hooks.run_all()
+        failures = failures_of(check, self._settings.replay_check, self.strategy)
+        self._history.stepped, self._history.rows_checked = True, self._rows_checked
+        return failures
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # A snapshot takes back what was added, and there is nothing before the loss.
+            undone = self._snapshot is not None and self._snapshot.changed is None
+            self._history.broken_off = not undone and self.phase != "embed"
+            raise
+
+    def embed(self) -> None:
         """Fill every tower's `features`; graphs are kept as far as the budget goes."""
         unknown = [tower for tower in self.towers if tower.trainable is None]
-        for tower, retention in zip(self.towers, self._retentions(budget), strict=True):
+        for tower, retention in zip(self.towers, self._retentions(), strict=True):
             tower.embed(retention)
         self.strategy.embedded()
         together = any(tower.embed_chunk_size is not None for tower in self.towers)
@@ -90,16 +125,12 @@ class CachedStep:
             device = tower.features[0].device
             tower.trainable = self.strategy.anywhere(bool(tower.trainable), device)
         check_finite(self.towers, self.strategy)
-        if self.check_rows:
-            self.rows_checked = check_rows(self.towers, self.strategy)
+        if self._settings.check_rows and not self._rows_checked:
+            self._rows_checked = check_rows(self.towers, self.strategy)
         self._device_types = device_types(self.towers)
 
-    def _enter(self, phase: str) -> None:
-        self.phase = phase
-        if self.snapshot is not None:
-            self.snapshot.phase = phase
-
-    def _retentions(self, budget: GraphBudget) -> list[Retention]:
+    def _retentions(self) -> list[Retention]:
+        budget = self._budget
         if self.strategy.joint_first_and_last:
             # The first and the last replay go through the wrapper that exchanges gradients.
             ends = [range(1, len(t.chunks) - 1) for t in self.towers]
@@ -114,6 +145,7 @@ class CachedStep:
 
     def _backward_of_loss(self, loss_kwargs: Mapping[str, Any]) -> Any:
         """Fill every tower's `gradients`, and `.grad` of the loss's own parameters."""
+        self.phase = "loss"
         leaves = [
             [feature.requires_grad_(_takes_gradient(tower, feature)) for feature in tower.features]
             for tower in self.towers
@@ -124,13 +156,13 @@ class CachedStep:
         ]
         versions = [feature._version for tower in self.towers for feature in tower.features]
         forget_autocast_casts()
-        output = self.loss(*features, **loss_kwargs)
+        output = self._settings.loss(*features, **loss_kwargs)
         loss = scalar_loss_of(output)
         check_unchanged(self.towers, versions)
-        if self.snapshot is not None:
+        if self._snapshot is not None:
             reached = list(leaves_behind([loss]))
-            self.snapshot.set_aside(reached)
-            self.hooks.leave_to_autograd(reached)
+            self._snapshot.set_aside(reached)
+            self._hooks.leave_to_autograd(reached)
         with autocast_off(self._device_types):
             self.strategy.backward_of_loss(loss, [leaf for flat in leaves for leaf in flat])
         factor = self.strategy.gradient_factor()
@@ -140,6 +172,7 @@ class CachedStep:
 
     def replay(self) -> ReplayCheck:
         """Every tower's `gradients` go into the parameters; what both passes computed, compared."""
+        self.phase = "replay"
         towers = [tower for tower in self.towers if tower.trainable]
         device = self.towers[0].features[0].device
         check, order = ReplayCheck(device), _replays(towers, self.strategy)
@@ -151,8 +184,8 @@ class CachedStep:
         copies = any(tower.copies for tower in towers)
         upcoming = [*order[1:], []] if copies else [[]] * len(order)
         if not self.strategy.reduces:
-            self.hooks.expect(tower for tower, _ in chain(*order))
-        once = self.hooks.waiting and not self.strategy.reduces
+            self._hooks.expect(tower for tower, _ in chain(*order))
+        once = self._hooks.waiting and not self.strategy.reduces
         turns = zip(map(_is_kept, order), order, _encoders(order), upcoming, strict=True)
         try:
             for kept, same in groupby(turns, key=itemgetter(0)):
@@ -161,7 +194,7 @@ class CachedStep:
                         with self.strategy.replay_context(modules, finished):
                             self._replay_together(group, check, kept)
                         if once:
-                            self.hooks.replayed(tower for tower, _ in group)
+                            self._hooks.replayed(tower for tower, _ in group)
                         for tower, chunk in following:
                             if chunk.graph is None:
                                 tower.expect(chunk)
@@ -178,13 +211,14 @@ class CachedStep:
         """Forward the chunks that left no graph, then one backward for all of them."""
         if not kept:
             forget_autocast_casts()
-        looks = self.first or self.snapshot is not None
+        compares = self._settings.replay_check != "off"
+        looks = not self._history.stepped or self._snapshot is not None
         reached: list[Tensor] = []
         gradients: list[Tensor] = []
         for tower, chunk in group:
             graph, chunk.graph = chunk.graph, None
             features = tower.replay(chunk) if graph is None else graph
-            if self.check_replay and graph is None:
+            if compares and graph is None:
                 check.compare(tower, chunk, features)
             if looks and tower.name not in self._looked_behind:
                 self._look_behind(tower, features)
@@ -201,19 +235,14 @@ class CachedStep:
     def _look_behind(self, tower: Tower, features: Sequence[Tensor]) -> None:
         """Leaves that no module has registered: refused where they go wrong, or set aside."""
         leaves = list(leaves_behind(features))
-        if self.first:
+        if not self._history.stepped:
             check_leaves(tower, leaves, self.strategy)
-            self.hooks.check_leaves(tower, leaves)
-        if self.snapshot is not None:
-            self.snapshot.set_aside(leaves)
+            self._hooks.check_leaves(tower, leaves)
+        if self._snapshot is not None:
+            self._snapshot.set_aside(leaves)
         # One chunk shows what an encoder hides; a function may use other parameters each time.
         if tower.get_features is None or isinstance(tower.get_features, nn.Module):
             self._looked_behind.add(tower.name)
-
-
-def trained_modules(towers: Sequence[Tower]) -> list[nn.Module]:
-    """Encoders as they were given, and modules in `get_features`."""
-    return [module for tower in towers for module in (tower.module, *tower.modules[1:])]
 
 
 def _replays(towers: list[Tower], strategy: LocalStrategy) -> list[list[tuple[Tower, Chunk]]]:
@@ -251,6 +280,10 @@ def _taken_gradient(leaf: Tensor, factor: float) -> Tensor | None:
     """The gradient moves out of the leaf, so that no feature stays alive with a second one."""
     gradient, leaf.grad = leaf.grad, None
     leaf.requires_grad_(False)
+    return _times(gradient, factor)
+
+
+def _times(gradient: Tensor | None, factor: float) -> Tensor | None:
     return gradient if gradient is None or factor == 1 else gradient * factor
 
 

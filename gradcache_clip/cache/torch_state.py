@@ -99,7 +99,7 @@ def warn_of_batch_norm(modules: Iterable[nn.Module]) -> bool:
         "batch norm in train mode, or without running statistics, normalises each chunk by itself, "
         f"so gradients are those of chunk statistics and not of the one-shot step: {shown}. Put "
         "these layers in eval mode, or use a model with layer or group norm, to be exact.",
-        stacklevel=4,
+        stacklevel=5,
     )
     return True
 

@@ -73,7 +73,7 @@ class Tower:
 
     def embed(self, retention: Retention = NO_RETENTION) -> None:
         """Run every chunk; keep features, the graphs that `retention` allows, and the RNG."""
-        self._run_trunk()
+        self.run_trunk_once()
         draws = Draws(accelerators_among(self.known_tensors()))
         together = self.embed_together
         with kernels_as_with_gradients(), torch.no_grad():
@@ -107,7 +107,7 @@ class Tower:
                 drawn, following = True, index + 1
             index = following
 
-    def _run_trunk(self) -> None:
+    def run_trunk_once(self) -> None:
         """A frozen trunk runs once; from here on the inputs are its outputs."""
         if self.trunk is not None:
             # One module for all inputs hands on what it is given.
@@ -282,3 +282,13 @@ def device_of(towers: Iterable[Tower]) -> torch.device:
     """Where a step computes: the accelerator that any of its tensors is on, or the CPU."""
     devices = (tensor.device for tower in towers for tensor in tower.known_tensors())
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+def trained_modules(towers: Iterable[Tower]) -> list[nn.Module]:
+    """Encoders as they were given, and modules in `get_features`."""
+    return [module for tower in towers for module in (tower.module, *tower.modules[1:])]
+
+
+def modules_of(towers: Iterable[Tower], loss: Any) -> list[nn.Module]:
+    """Every module of a step: those of the towers, and the loss if it is one."""
+    return [*trained_modules(towers), *([loss] if isinstance(loss, nn.Module) else [])]

@@ -82,7 +82,7 @@ def _take_the_place_of(ddp: DistributedDataParallel, cache: GradCache) -> None:
 
 def _reduce_over_ranks(cache: GradCache) -> None:
     if not isinstance(cache.strategy, AllReduceStrategy):
-        cache.strategy = AllReduceStrategy(cache.strategy.grad_scaler)
+        cache.use_strategy(AllReduceStrategy(cache.strategy.grad_scaler))
 
 
 def _check_cache(cache: Any) -> None:

@@ -134,17 +134,17 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         checks.check_columns(columns)
         checks.check_not_wrapped_in_a_loss(self.model)
         given = _merged(columns)
-        cache = self._cache(len(given), len(columns))
-        cache.sort_by_length = [self._sorting(features) for features in given]
+        cache = self._cache(tuple(map(self._sorting, given)), len(columns))
         with own_names(IN_A_LOOP):
             loss: Tensor = deferred_step(cache, *({"input": features} for features in given)).loss
         return loss
 
-    def _cache(self, inputs: int, columns: int) -> GradCache:
+    def _cache(self, sorting: tuple[ByLength | None, ...], columns: int) -> GradCache:
         """One for each kind of batch, for what a cache checks in its first step only."""
+        inputs = len(sorting)
         strategy = self._strategy(inputs)
         options = self.mini_batch_size, self.memory_budget, self.replay_check
-        kind = inputs, columns, id(self.model), *options
+        kind = sorting, columns, id(self.model), *options
         if kind not in self._caches:
             self._caches[kind] = GradCache(
                 [self.model] * inputs,
@@ -152,6 +152,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
                 chunk_size=self.mini_batch_size,
                 get_features=checks.sentence_embedding,
                 memory_budget=self.memory_budget,
+                sort_by_length=sorting,
                 strategy=strategy,
                 replay_check=self.replay_check,
             )

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gradcache_clip.cache.chunks import row_count
 from gradcache_clip.cache.grad_cache import GradCache
-from gradcache_clip.cache.torch_state import refuse_cached_parametrizations
 from gradcache_clip.cache.trace import largest_change
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.verification.cut import Cut, reversed_chunks, reversed_rows
@@ -92,7 +91,6 @@ def verify(
             "verify: expected gradients to be enabled, got a call inside torch.no_grad(); call it "
             "outside"
         )
-    refuse_cached_parametrizations()
     trial = Trial(cache, inputs, loss_kwargs or {})
     with trial.start.undone():
         return _Verification(trial).report()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from gradcache_clip.cache.batch_tree import count_rows
 from gradcache_clip.cache.checks import module_for_each, one_for_each
 from gradcache_clip.cache.chunks import Chunk, indices, row_count
-from gradcache_clip.cache.grad_cache import GradCache
+from gradcache_clip.cache.settings import Plan, Settings
 
 # Over a single chunk nothing could go wrong.
 _AT_LEAST_CHUNKS = 4
@@ -32,19 +31,19 @@ def reversed_chunks(cut: Cut) -> Cut:
     return [chunks[::-1] for chunks in cut]
 
 
-def with_small_chunks(cache: GradCache, inputs: Sequence[Any]) -> GradCache:
-    """Copy the cache; the copy cuts each input into several chunks and records no chunk size."""
-    module_for_each(cache.encoders, len(inputs))
-    small = copy.copy(cache)
+def with_small_chunks(settings: Settings, plan: Plan, inputs: Sequence[Any]) -> Plan:
+    """Cut each input into several chunks, and keep one graph at most."""
+    module_for_each(settings.encoders, len(inputs))
     rows = [count_rows(given, f"input {index}") for index, given in enumerate(inputs)]
-    wished = rows if cache.chunk_size == "auto" else cache.chunk_size
+    wished = rows if plan.chunk_size == "auto" else plan.chunk_size
     sizes = one_for_each(wished, len(inputs), "chunk_size")
-    small.chunk_size = tuple(
-        min(size, _small_size(count)) for size, count in zip(sizes, rows, strict=True)
+    sorting = one_for_each(plan.sort_by_length, len(inputs), "sort_by_length")
+    return replace(
+        plan,
+        chunk_size=tuple(map(min, sizes, map(_small_size, rows))),
+        sort_by_length=[each and replace(each, max_tokens=None) for each in sorting],
+        memory_budget=None,
     )
-    sorting = one_for_each(cache.sort_by_length, len(inputs), "sort_by_length")
-    small.sort_by_length = [each and replace(each, max_tokens=None) for each in sorting]
-    return small
 
 
 def _small_size(rows: int) -> int:

@@ -220,7 +220,7 @@ class _Passes:
     def __init__(self, start: Start, tower: Tower, name: str, tolerance: float) -> None:
         start.restore()
         # A frozen trunk is not replayed.
-        tower._run_trunk()
+        tower.run_trunk_once()
         inputs = {path: Kept(tensor) for path, tensor in named_tensors(tower.inputs, name)}
         state = start.random_state()
         self.first = self._all_chunks(tower, tolerance)

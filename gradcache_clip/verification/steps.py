@@ -11,24 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.checks import (
-    check_inputs,
-    check_plain_backward,
-    check_strategy,
-    scalar_loss_of,
-)
+from gradcache_clip.cache.checks import check_plain_backward, scalar_loss_of
 from gradcache_clip.cache.chunks import Chunk, indices, row_count
+from gradcache_clip.cache.cutting import build_towers
 from gradcache_clip.cache.grad_cache import GradCache
-from gradcache_clip.cache.gradient_hooks import HeldHooks, check_hooks, hooked_leaves
-from gradcache_clip.cache.graph_budget import GraphBudget
+from gradcache_clip.cache.gradient_hooks import HeldHooks, hooked_leaves
+from gradcache_clip.cache.prepare import prepare
 from gradcache_clip.cache.random_state import RandomState
-from gradcache_clip.cache.step import CachedStep, trained_modules
+from gradcache_clip.cache.settings import History
+from gradcache_clip.cache.step import CachedStep
 from gradcache_clip.cache.torch_state import (
     autocast_off,
     forget_autocast_casts,
     kernels_as_with_gradients,
 )
-from gradcache_clip.cache.tower import Tower, device_of
+from gradcache_clip.cache.tower import Tower, device_of, trained_modules
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import LocalStrategy, innermost
@@ -56,25 +53,28 @@ class Trial:
         self, cache: GradCache, inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
     ) -> None:
         check_plain_backward(cache.strategy, "verify", "verify the encoders before wrapping them")
-        self._cache = with_small_chunks(cache, inputs)
+        # Mismatches are reported, with their reasons.
+        self._settings = replace(cache.settings, replay_check="off")
+        self._plan = with_small_chunks(cache.settings, cache.plan, inputs)
         self._inputs, self._loss_kwargs = inputs, loss_kwargs
         self.strategy = cache.strategy
-        self.gradient_hooks = cache.gradient_hooks
-        towers = self.towers()
-        check_inputs(towers)
-        check_strategy(self.strategy, towers)
-        hooked = hooked_leaves(towers)
-        check_hooks(self.gradient_hooks, hooked, self.strategy)
-        self.hooked = [each.leaf for each in hooked]
+        self.gradient_hooks = cache.settings.gradient_hooks
+        step = self._prepared()
+        towers = step.towers
+        self.hooked = [each.leaf for each in hooked_leaves(towers)]
         self._reduced = _encoder_parameters(self.strategy, towers)
         self.device = device_of(towers)
         self.cut = [tower.chunks for tower in towers]
         self.unreduced: list[Tensor] = []
-        self.start = Start(self._cache._modules_with_gradients(towers), towers)
+        self.start = Start(step.modules, towers)
 
     def towers(self) -> list[Tower]:
         """Make new towers: a step leaves things behind in those that it ran."""
-        return self._cache._towers(self._inputs)
+        return build_towers(self._settings, self._plan, self._inputs)
+
+    def _prepared(self) -> CachedStep:
+        # The looks of a first step would raise what a verification reports.
+        return prepare(self._settings, self._plan, self._inputs, History(stepped=True, rows_checked=True))
 
     def whole(self) -> Cut:
         """All rows of an input at once."""
@@ -101,27 +101,25 @@ class Trial:
 
     def loss_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trained parameters of the loss alone, which no strategy reduces, with their names."""
-        loss, reduced = self._cache.loss, {id(parameter) for parameter in self._reduced}
+        loss, reduced = self._settings.loss, {id(parameter) for parameter in self._reduced}
         named = loss.named_parameters() if isinstance(loss, nn.Module) else ()
         return [(f"loss: {k}", p) for k, p in named if p.requires_grad and id(p) not in reduced]
 
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        one = isinstance(self._cache.encoders, nn.Module)
+        one = isinstance(self._settings.encoders, nn.Module)
         for index, tower in enumerate(self.towers()):
             yield "" if one else f"encoder {index}: ", tower.bare_module
             if isinstance(tower.get_features, nn.Module):
                 yield f"get_features {index}: ", tower.get_features
-        if isinstance(self._cache.loss, nn.Module):
-            yield "loss: ", self._cache.loss
+        if isinstance(self._settings.loss, nn.Module):
+            yield "loss: ", self._settings.loss
 
     def cached(self) -> tuple[Outcome, list[Tower]]:
         """Take the engine's step; also return its towers, whose chunks know their random state."""
         self.start.restore()
-        towers = self.towers()
-        once = hooked_leaves(towers) if self.gradient_hooks == "once" else ()
-        hooks = HeldHooks(once, self.start)
-        step = CachedStep(towers, self._cache.loss, self.strategy, self.start, False, hooks)
-        output, _ = step.run(GraphBudget(None, self.device), self._loss_kwargs)
+        step = self._prepared()
+        towers = step.towers
+        output, _ = step.run(self._loss_kwargs, self.start)
         if reduces_itself(self.strategy):
             sum_over_ranks(self._reduced)
         kept = [(feature.detach(), bool(t.trainable)) for t in towers for feature in t.features]
@@ -182,7 +180,7 @@ class Trial:
             pytree.tree_unflatten([next(given) for _ in range(structure.num_leaves)], structure)
             for structure in self._structures
         ]
-        return scalar_loss_of(self._cache.loss(*nested, **self._loss_kwargs))
+        return scalar_loss_of(self._settings.loss(*nested, **self._loss_kwargs))
 
     def _backward(
         self, towers: Sequence[Tower], features: Sequence[Tensor], given: Sequence[Tensor]
@@ -239,7 +237,7 @@ class Trial:
 
     def _features(self, tower: Tower, chunks: Sequence[Chunk], over_chunks: bool) -> list[Tensor]:
         if over_chunks:
-            tower._run_trunk()
+            tower.run_trunk_once()
         parts = []
         for chunk in chunks:
             if over_chunks:

@@ -1,0 +1,91 @@
+"""Settings of `GradCache` as they were given, and the plan that its steps follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from gradcache_clip.cache.graph_budget import MemoryBudget
+from gradcache_clip.cache.lengths import ByLength
+from gradcache_clip.distributed.strategies import LocalStrategy
+
+GetFeatures = Callable[[Any], Any]
+ChunkSize = int | tuple[int, ...] | Literal["auto"]
+Sorting = ByLength | Sequence[ByLength | None] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of `GradCache`, which says what they mean; checked, and never changed."""
+
+    encoders: nn.Module | tuple[nn.Module, ...]
+    loss: Callable[..., Any]
+    chunk_size: ChunkSize = 64
+    chunk_record: Path | None = None
+    memory_budget: MemoryBudget = None
+    sort_by_length: Sorting = None
+    embed_chunk_size: int | tuple[int, ...] | None = None
+    get_features: GetFeatures | Sequence[GetFeatures | None] | None = None
+    strategy: LocalStrategy = field(default_factory=LocalStrategy)
+    replay_check: str = "error"
+    on_out_of_memory: str = "halve"
+    gradient_hooks: str = "error"
+    check_rows: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How steps are taken: as the settings say, until sizes are measured or memory runs out."""
+
+    chunk_size: ChunkSize
+    """Rows that go through an encoder at once; "auto" before the first batch was measured."""
+    embed_chunk_size: int | tuple[int, ...] | None
+    sort_by_length: Sorting
+    memory_budget: MemoryBudget
+    strategy: LocalStrategy
+
+    @classmethod
+    def of(cls, settings: Settings) -> Plan:
+        """As the settings say."""
+        return cls(
+            settings.chunk_size,
+            settings.embed_chunk_size,
+            settings.sort_by_length,
+            settings.memory_budget,
+            settings.strategy,
+        )
+
+    def halved(self, rows: int) -> Plan:
+        """Smaller chunks than those of `rows` that did not fit, and less memory for graphs."""
+        budget = self.memory_budget
+        if isinstance(budget, (int, float)):
+            budget = type(budget)(budget / 2)
+        return replace(
+            self,
+            chunk_size=_for_each(self.chunk_size, lambda size: max(1, min(size, rows) // 2)),
+            embed_chunk_size=None,
+            sort_by_length=_for_each(self.sort_by_length, ByLength.halved),
+            memory_budget=budget,
+        )
+
+
+@dataclass
+class History:
+    """What earlier steps of a cache have shown, so that it is looked at once."""
+
+    stepped: bool = False
+    rows_checked: bool = False
+    warned_of_batch_norm: bool = False
+    broken_off: bool = False
+    """Whether the last step ended in an error that left a part of its gradients in `.grad`."""
+
+
+def _for_each(setting: Any, change: Callable[[Any], Any]) -> Any:
+    """A setting for all inputs, or one for each, changed where there is one."""
+    if isinstance(setting, (list, tuple)):
+        return tuple(each and change(each) for each in setting)
+    return setting and change(setting)
