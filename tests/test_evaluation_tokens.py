@@ -17,7 +17,6 @@ from gradcache_clip.train.evaluation.features import (
     features_of,
     one_vector_each,
     scores_of,
-    unit,
 )
 from gradcache_clip.train.evaluation.folds import recall_in_folds
 from gradcache_clip.train.evaluation.held_out import HeldOut
@@ -239,13 +238,6 @@ def test_pictures_of_tokens(tmp_path: Any) -> None:
     pairs = HeldOut(*sides, ids, ids, names, names, thumbnails)
     for draw in (draw_similarity, draw_gallery):
         assert draw(pairs, tmp_path / "picture.png").stat().st_size > 5000
-
-
-def test_vectors_of_any_length_are_made_unit() -> None:
-    long = TokenFeatures(torch.randn(3, 2, 4) * 7, torch.ones(3, 2, dtype=torch.bool))
-    made = unit(long)
-    assert isinstance(made, TokenFeatures)
-    torch.testing.assert_close(made.vectors.norm(dim=2), torch.ones(3, 2))
 
 
 @pytest.mark.parametrize("module", [features_module, folds_module])

@@ -1,4 +1,4 @@
-"""What features of images know of classes: a vote of neighbours, and a linear classifier.
+"""Naming the classes of images by their features: nearest neighbours and a linear probe.
 
 N images, M images of the training set, C classes, D feature width.
 """
@@ -15,7 +15,7 @@ from gradcache_clip.train.evaluation.ranking import check_features, check_ids, c
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# The probe's L2 penalty, its largest gradient at the end, and its most passes over all features.
+# The probe's L2 penalty, gradient tolerance and limit of iterations.
 _PENALTY = 1e-3
 _TOLERANCE, _MOST_PASSES = 1e-6, 1000
 _TILE = 1024
@@ -37,8 +37,8 @@ def vote_of_neighbours(
         features: of the images to name.
         bank: of images whose class is known.
         labels: their classes, 0 to C - 1.
-        k: neighbours that vote, at least 1; with fewer in the bank, all.
-        temperature: see above.
+        k: neighbours that vote; all of the bank if it has fewer.
+        temperature: of the weights.
 
     Raises:
         ValueError: empty sets, shapes that do not fit, NaN or infinite features.
@@ -58,7 +58,7 @@ def vote_of_neighbours(
     _check(features, bank, labels)
 
     def weights(distances: Any) -> Any:
-        # The nearest one votes with weight 1, so that not all of them underflow.
+        # The nearest one votes with weight 1, so that the weights cannot all underflow.
         return np.exp((distances[:, :1] - distances) / temperature)
 
     neighbours = KNeighborsClassifier(
@@ -99,8 +99,8 @@ def linear_probe(
     _check(features, bank, labels)
     if len(labels.unique()) == 1:
         return labels[:1].repeat(len(features))
-    # scikit-learn weighs the sum over the bank against half of the squared weights. To the end, so
-    # that the last digits of features decide no class.
+    # scikit-learn weighs the sum over the bank against half of the squared weights. It runs until
+    # converged, so that no class depends on the last digits of features.
     regression = LogisticRegression(
         C=1 / (_PENALTY * len(bank)),
         solver="newton-cg",
@@ -111,7 +111,7 @@ def linear_probe(
 
 
 def _named(classifier: Any, features: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
-    """What a classifier of scikit-learn, fitted to the bank, calls the features."""
+    """Fit a scikit-learn classifier to the bank and name the features."""
     known, asked = (each.double().numpy(force=True) for each in (bank, features))
     classifier.fit(known, labels.numpy(force=True))
     return torch.from_numpy(classifier.predict(asked)).to(labels.device)

@@ -1,4 +1,4 @@
-"""What samples are compared by: one vector each, or one for each of their tokens.
+"""Features of samples: one vector each, or one per token.
 
 N samples, L tokens, D feature width; Q queries of A tokens, C candidates of B tokens.
 """
@@ -15,16 +15,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-# Similarities of tokens that are held at once: 64 MiB.
+# Token similarities held at once: 64 MiB.
 _MOST_SIMILARITIES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
 class TokenFeatures:
-    """Vectors of the tokens of N samples; read like the rows of a tensor.
+    """Vectors of the tokens of N samples, indexed like the rows of a tensor.
 
-    A query is as similar to a candidate as its own tokens, on average, find their best match among
-    the candidate's, so images looking for texts and texts looking for images score differently:
+    The score of a query is the mean over its tokens of their best match among the candidate's, so
+    image-to-text and text-to-image scores differ:
 
         score_qc = mean over tokens a of q of (max over tokens b of c of <x_qa, y_cb>)
 
@@ -35,7 +35,7 @@ class TokenFeatures:
         mask: (N, L) bool, True for tokens that count.
 
     Raises:
-        ValueError: shapes that do not fit, or a sample none of whose tokens counts.
+        ValueError: shapes that do not fit, or a sample without a token that counts.
 
     Example:
         >>> image = TokenFeatures(torch.eye(2)[None], torch.ones(1, 2, dtype=torch.bool))
@@ -51,8 +51,8 @@ class TokenFeatures:
         shape = tuple(self.vectors.shape)
         if len(shape) != 3 or self.mask.shape != shape[:2] or self.mask.dtype != torch.bool:
             raise ValueError(
-                f"mask: expected bool of shape {shape[:2]}, one a token of vectors (N, L, D), got "
-                f"{self.mask.dtype} of {tuple(self.mask.shape)} for vectors {shape}"
+                f"mask: expected bool of shape {shape[:2]}, one per token of vectors (N, L, D), "
+                f"got {self.mask.dtype} of {tuple(self.mask.shape)} for vectors {shape}"
             )
         empty = (~self.mask.any(1)).nonzero().flatten()
         if len(empty):
@@ -79,16 +79,16 @@ class TokenFeatures:
 
     @property
     def device(self) -> torch.device:
-        """Of the vectors."""
+        """Device of the vectors."""
         return self.vectors.device
 
 
 Features = Tensor | TokenFeatures
-"""Of N samples: a (N, D) tensor, or `TokenFeatures`."""
+"""Features of N samples: a (N, D) tensor, or `TokenFeatures`."""
 
 
 def features_of(output: Tensor | tuple[Tensor, ...]) -> Features:
-    """What an encoder gave for N samples, normalised, in fp32 and on the CPU.
+    """Normalise what an encoder returned for N samples, in fp32 on the CPU.
 
     Args:
         output: (N, D); or (N, L, D), and a mask unless all tokens count.
@@ -102,7 +102,7 @@ def features_of(output: Tensor | tuple[Tensor, ...]) -> Features:
 
 
 def unit(features: Features) -> Features:
-    """Every vector at length 1, in fp32 on the CPU."""
+    """Scale every vector to length 1, in fp32 on the CPU."""
     if isinstance(features, TokenFeatures):
         return TokenFeatures(_unit(features.vectors), features.mask.cpu())
     return _unit(features)
@@ -126,7 +126,7 @@ def longest_of(features: Features) -> Float[Tensor, " n"]:
 
 
 def one_vector_each(features: Features) -> Float[Tensor, "n d"]:
-    """The vectors themselves; of tokens their mean."""
+    """The vectors themselves; for tokens, their mean."""
     if isinstance(features, Tensor):
         return features
     weight = _weights(features.mask)
@@ -134,7 +134,7 @@ def one_vector_each(features: Features) -> Float[Tensor, "n d"]:
 
 
 def scores_of(queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
-    """How similar each query finds each candidate, in fp32; both of one kind."""
+    """Similarity of each query with each candidate, in fp32; both of one kind."""
     if isinstance(queries, Tensor) and isinstance(candidates, Tensor):
         return queries.float() @ candidates.float().T
     assert isinstance(queries, TokenFeatures) and isinstance(candidates, TokenFeatures)
@@ -153,5 +153,5 @@ def _token_scores(queries: TokenFeatures, candidates: TokenFeatures) -> Tensor:
 
 
 def _weights(mask: Tensor) -> Tensor:
-    """Of each token in the mean over those of its sample that count."""
+    """Weight of each token in the mean over its sample's tokens that count."""
     return mask / mask.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Held-out queries looking for their document among all held-out documents.
+"""Held-out queries, each to find its document among all held-out documents.
 
 N queries, M documents, D feature width.
 """
@@ -32,17 +32,10 @@ class TextMetrics:
     def to_scalars(self) -> dict[str, float]:
         """Names for a log: `query_to_document_recall_at_1`, `..._at_1_of_64_numbers`, ..."""
         (_, whole), *shorter = self.by_width.items()
-        name = "query_to_document"
-        scalars = {
-            f"{name}_median_rank": whole.median_rank,
-            f"{name}_mean_rank": whole.mean_rank,
-        }
-        for k, share in whole.recall.items():
-            scalars[f"{name}_recall_at_{k}"] = share
-            scalars[f"{name}_recall_at_{k}_chance"] = whole.chance[k]
+        scalars = whole.to_scalars("query_to_document")
         for width, found in shorter:
             for k, share in found.recall.items():
-                scalars[f"{name}_recall_at_{k}_of_{width}_numbers"] = share
+                scalars[f"query_to_document_recall_at_{k}_of_{width}_numbers"] = share
         return scalars
 
 

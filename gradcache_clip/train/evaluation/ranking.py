@@ -1,6 +1,6 @@
-"""Ranks of right answers, tile by tile: what every retrieval figure is made of.
+"""Ranks of right answers, tile by tile; every retrieval figure comes from them.
 
-Q queries, C candidates, D feature width; a sample has one vector, or one for each token.
+Q queries, C candidates, D feature width; a sample has one vector, or one per token.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def check_features(name: str, features: Features, tile: int) -> None:
     if features.ndim != 2 or features.shape[1] == 0 or not features.is_floating_point():
         raise ValueError(
             f"{name}: expected a floating-point tensor of shape (rows, width), got "
-            f"{tuple(features.shape)} of {features.dtype}; pass one row a sample"
+            f"{tuple(features.shape)} of {features.dtype}; pass one row per sample"
         )
     if len(features) == 0:
         raise ValueError(f"{name}: expected at least one row, got none; the set is empty")
@@ -178,7 +178,7 @@ def check_sizes(name: str, features: Features, other_name: str, other: Features)
 def check_ids(name: str, ids: Tensor, rows: Features, *, below: int | None = None) -> None:
     if ids.shape != (len(rows),) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
-            f"{name}: expected {len(rows)} integers, one a row, got shape {tuple(ids.shape)} of "
+            f"{name}: expected {len(rows)} integers, one per row, got shape {tuple(ids.shape)} of "
             f"{ids.dtype}; pass e.g. torch.arange({len(rows)})"
         )
     if below is not None and not 0 <= int(ids.min()) <= int(ids.max()) < below:

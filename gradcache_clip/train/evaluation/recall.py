@@ -43,6 +43,15 @@ class DirectionMetrics:
     queries: int
     candidates: int
 
+    def to_scalars(self, name: str) -> dict[str, float]:
+        """Flat names for a log: `NAME_recall_at_1`, `NAME_recall_at_1_chance`, `NAME_mean_rank`."""
+        scalars: dict[str, float] = {}
+        for k, share in self.recall.items():
+            scalars[f"{name}_recall_at_{k}"] = share
+            scalars[f"{name}_recall_at_{k}_chance"] = self.chance[k]
+        ranks = {f"{name}_median_rank": self.median_rank, f"{name}_mean_rank": self.mean_rank}
+        return scalars | ranks
+
 
 @dataclass(frozen=True)
 class RetrievalMetrics:
@@ -52,18 +61,11 @@ class RetrievalMetrics:
     text_to_image: DirectionMetrics
 
     def to_scalars(self) -> dict[str, float]:
-        """Flat names for a log: `image_to_text_recall_at_1`, `..._at_1_chance`, `..._mean_rank`."""
-        scalars: dict[str, float] = {}
-        for name, metrics in (
-            ("image_to_text", self.image_to_text),
-            ("text_to_image", self.text_to_image),
-        ):
-            for k, share in metrics.recall.items():
-                scalars[f"{name}_recall_at_{k}"] = share
-                scalars[f"{name}_recall_at_{k}_chance"] = metrics.chance[k]
-            scalars[f"{name}_median_rank"] = metrics.median_rank
-            scalars[f"{name}_mean_rank"] = metrics.mean_rank
-        return scalars
+        """Names for a log, beginning with `image_to_text_` and `text_to_image_`."""
+        return {
+            **self.image_to_text.to_scalars("image_to_text"),
+            **self.text_to_image.to_scalars("text_to_image"),
+        }
 
 
 class Retrieved(NamedTuple):
@@ -83,7 +85,7 @@ def recall_at_k(
     ks: Sequence[int] = (1, 5, 10),
     tile: int = 1024,
 ) -> RetrievalMetrics:
-    """Recall@k in both directions, for any number of right answers a query.
+    """Recall@k in both directions, for any number of right answers per query.
 
         rank of a query = 1 + number of wrong candidates that score at least as high as its best
                           right one;        recall@k = share of queries with rank <= k
@@ -92,12 +94,12 @@ def recall_at_k(
     features earn nothing. Memory beyond the features: O(N + M) plus a few tiles.
 
     Args:
-        image_features: one row an image, any floating dtype and device; (N, D), or `TokenFeatures`,
-            by whose scores tokens are then ranked.
-        text_features: one row a text, on the same device and of the same kind.
-        text_to_image: index of the image of each text (several captions an image).
+        image_features: one row per image, any floating dtype and device; (N, D), or
+            `TokenFeatures`, which are ranked by their own scores.
+        text_features: one row per text, on the same device and of the same kind.
+        text_to_image: index of the image of each text (several captions per image).
         image_ids, text_ids: instead: integers, equal where image and text belong together (several
-            captions an image and several images a caption). With none of the three, row i of
+            captions per image and several images per caption). With none of the three, row i of
             the images belongs to row i of the texts.
         ks: depths. Recall at or beyond the number of candidates is 1 by definition, as is chance.
         tile: edge of the blocks of the score matrix.
@@ -110,7 +112,7 @@ def recall_at_k(
             without text or a text without image, or `ks` or `tile` below 1.
 
     Source:
-        Karpathy and Fei-Fei 2015, section 4.2 (recall@k with several captions an image).
+        Karpathy and Fei-Fei 2015, section 4.2 (recall@k with several captions per image).
 
     Example:
         >>> features = torch.eye(4)
@@ -145,8 +147,8 @@ def retrieve(
     """The k best candidates of each query, tile by tile; of equal scores the lower index first.
 
     Args:
-        query_features: one row a query.
-        candidate_features: one row a candidate.
+        query_features: one row per query.
+        candidate_features: one row per candidate.
         k: how many; with fewer candidates all are returned, so the width is min(k, C).
         tile: edge of the blocks of the score matrix.
 
@@ -214,7 +216,7 @@ def _ids(
         return rows, text_to_image.to(images.device)
     if len(images) != len(texts):
         raise ValueError(
-            f"text_features: expected {len(images)} rows, one an image, got {len(texts)}; "
+            f"text_features: expected {len(images)} rows, one per image, got {len(texts)}; "
             "pass text_to_image=, the index of the image of each text"
         )
     return rows, rows

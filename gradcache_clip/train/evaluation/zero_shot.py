@@ -1,4 +1,4 @@
-"""Classification by class texts alone: no image of a class was labelled for it.
+"""Zero-shot classification: images are named by class texts alone.
 
 N images, C classes, D feature width.
 """
@@ -37,9 +37,9 @@ def zero_shot_classification(
     """Top-k accuracy of naming each image after the class text that it is most similar to.
 
     Args:
-        image_features: one row an image.
+        image_features: one row per image.
         labels: class index of each image, 0 to C - 1.
-        class_text_features: one row a class, e.g. from `zero_shot_classifier`.
+        class_text_features: one row per class, e.g. from `zero_shot_classifier`.
         ks: depths; a k of C or more gives 1 by definition.
         tile: edge of the blocks of the score matrix.
 
@@ -77,15 +77,15 @@ def zero_shot_by_tokens(
 ) -> dict[int, float]:
     """Top-k accuracy of naming each image after the class whose texts it finds most similar.
 
-    Vectors of tokens have no mean to stand for a class: its score is the mean of those of its
-    texts. Memory beyond the features: a tile of images times all texts.
+    Token vectors cannot be averaged into one per class, so a class scores the mean of its texts.
+    Memory beyond the features: a tile of images times all texts.
 
     Args:
         image_features: N images.
         labels: class index of each image, 0 to C - 1.
         prompt_features: C x `templates` texts, those of a class next to each other, as
             `prompts_of` writes them.
-        templates: texts a class.
+        templates: texts per class.
         ks, tile: as for `zero_shot_classification`.
 
     Raises:
@@ -117,7 +117,7 @@ def zero_shot_by_tokens(
 
 @torch.no_grad()
 def _ranks(images: TokenFeatures, labels: Tensor, prompts: TokenFeatures, templates: int) -> Tensor:
-    """Of the right class: how many score at least as high, up to rounding, itself included."""
+    """Rank of the right class: classes that score at least as high, up to rounding."""
     scores = scores_of(images, prompts).unflatten(1, (-1, templates)).mean(2)  # (N, C)
     right = scores.gather(1, labels.to(scores.device)[:, None])
     rounding = ROUNDING * longest_of(images)[:, None] * longest_of(prompts).max()
@@ -131,12 +131,12 @@ def zero_shot_classifier(
     *,
     batch_size: int = 256,
 ) -> Float[Tensor, "c d"]:
-    """One feature a class: the mean of the normalised features of its texts, normalised again.
+    """One feature per class: the mean of the normalised features of its texts, normalised again.
 
     Args:
-        encode_text: texts -> features, one row a text.
+        encode_text: texts -> features, one row per text.
         class_names: what stands for `{}`.
-        templates: sentences with one `{}`; the more, the steadier the classifier.
+        templates: sentences with one `{}`; more of them make the classifier steadier.
         batch_size: texts encoded at once.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The figures of a run, a line of JSON each and as TensorBoard scalars, every step exactly once."""
+"""The log of a run: one line of JSON per entry and TensorBoard scalars, each step exactly once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class MetricsLog:
     """Appends to `folder/metrics.jsonl` and to TensorBoard events in `folder/tensorboard/`.
 
     A line is {"step": 120, "loss": 3.1, "pairs_per_s": 5210.0}, flushed as soon as it is written.
-    NaN and infinity, which JSON lacks, become null. Units stand in the names: _ms, _bytes, _per_s.
+    NaN and infinity, which JSON lacks, become null. Names end in the unit: _ms, _bytes, _per_s.
 
     Args:
-        folder: the run's folder; made where missing.
-        resume_step: the step of the checkpoint that training goes on from. Later lines of an
-            earlier part, and a line torn by its kill, are removed; TensorBoard hides its own.
+        folder: the run's folder, created if missing.
+        resume_step: the step of the checkpoint that training resumes from. Later lines, and one
+            that a kill cut off, are removed; TensorBoard hides its own.
         tensorboard: whether to write events too.
 
     Raises:
-        ValueError: an existing file holds something else than such lines.
+        ValueError: an existing file holds other lines.
 
     Example:
         >>> import tempfile
@@ -79,14 +79,14 @@ class MetricsLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log, oldest first; a last line that a kill has torn is left out.
+    """The lines of a log, oldest first, without a last line that a kill cut off.
 
     Args:
         path: the run's folder or its metrics.jsonl.
 
     Raises:
-        FileNotFoundError: no log there.
-        ValueError: a line before the last is no log line; its number is named.
+        FileNotFoundError: no log.
+        ValueError: a line before the last is not an entry; the message names it.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path

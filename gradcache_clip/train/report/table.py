@@ -1,4 +1,4 @@
-"""What a run came to: the table, and one place to import the pictures and the log from."""
+"""Recall, speed and memory of runs side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _RECALL = re.compile(r"(image_to_text|text_to_image)_recall_at_(\d+)")
-_ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
 @dataclass(frozen=True)
@@ -23,30 +22,21 @@ class RunFigures:
     recall: Mapping[str, float]
     """`RetrievalMetrics.to_scalars()`, or the same names from the log; others are ignored."""
     candidates: int
-    """Width of the softmax: how many candidates each row is compared with in training."""
+    """Width of the softmax: candidates that each row is compared with in training."""
     pairs_per_s: float
-    """Training pairs a second."""
+    """Training pairs per second."""
     peak_memory_bytes: int
-    """Most memory that training held."""
+    """Peak memory of the training process."""
     step_memory_bytes: int | None = None
-    """Tensors that a step holds at its peak, as counted, where known."""
+    """Peak of a step's tensors, as counted."""
     plain_memory_bytes: int | None = None
-    """What a plain step over as many candidates would have needed, where known."""
-
-
-@dataclass(frozen=True)
-class _Line:
-    label: str
-    cells: tuple[str, ...]
-    chance: str = ""
-    best: int | None = None
-    """Column of the one best value, if any is best."""
+    """The same for a plain step over as many candidates."""
 
 
 def metrics_table(runs: Sequence[RunFigures], *, title: str = "Held-out retrieval") -> Table:
-    """Recall both ways, speed and memory, a column a run, as a rich table for a terminal.
+    """A table for a terminal, with a column per run.
 
-    The best recall of a line is bold; the last column holds the chance level.
+    The best recall of a row is bold; the last column holds the chance level.
 
     Args:
         runs: the columns; the first one sets which recalls are shown.
@@ -63,12 +53,8 @@ def metrics_table(runs: Sequence[RunFigures], *, title: str = "Held-out retrieva
     for run in runs:
         table.add_column(run.name, justify="right")
     table.add_column("chance", justify="right", style="dim")
-    for line in _lines(runs):
-        cells = [
-            f"[bold green]{cell}[/]" if i == line.best else cell
-            for i, cell in enumerate(line.cells)
-        ]
-        table.add_row(line.label, *cells, line.chance)
+    for row in _rows(runs, "[bold green]{}[/]"):
+        table.add_row(*row)
     return table
 
 
@@ -85,16 +71,8 @@ def to_markdown(runs: Sequence[RunFigures]) -> str:
         | training pairs per second | 5,000 |  |
         | peak memory of the process | 3.00 GiB |  |
     """
-    lines = _lines(runs)
     head = ["", *(run.name for run in runs), "chance"]
-    rows = [head] + [
-        [
-            line.label,
-            *(f"**{cell}**" if i == line.best else cell for i, cell in enumerate(line.cells)),
-            line.chance,
-        ]
-        for line in lines
-    ]
+    rows = [head, *_rows(runs, "**{}**")]
     text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     text.insert(1, "|:--|" + "--:|" * (len(head) - 1))
     return "\n".join(text) + "\n"
@@ -109,43 +87,39 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
-def _lines(runs: Sequence[RunFigures]) -> list[_Line]:
+def _rows(runs: Sequence[RunFigures], bold: str) -> list[list[str]]:
+    """Label, a cell per run, chance level."""
     names = [name for name in (runs[0].recall if runs else ()) if _RECALL.fullmatch(name)]
     if not names:
         raise ValueError(
             "runs: expected at least one with recall in its figures, got none; "
             "pass recall=metrics.to_scalars()"
         )
-    lines = [_recall_line(name, runs) for name in names]
-    lines += [
-        _line("candidates in the softmax", runs, lambda run: f"{run.candidates:,}"),
-        _line("training pairs per second", runs, lambda run: f"{run.pairs_per_s:,.0f}"),
-        _line("peak memory of the process", runs, lambda run: format_bytes(run.peak_memory_bytes)),
-    ]
-    for label, counts in (
-        ("tensors of a step", [run.step_memory_bytes for run in runs]),
-        ("tensors of a plain step", [run.plain_memory_bytes for run in runs]),
-    ):
-        if any(count is not None for count in counts):
-            cells = ("" if count is None else format_bytes(count) for count in counts)
-            lines.append(_Line(label, tuple(cells)))
-    return lines
+    columns: dict[str, Callable[[RunFigures], str]] = {
+        "candidates in the softmax": lambda run: f"{run.candidates:,}",
+        "training pairs per second": lambda run: f"{run.pairs_per_s:,.0f}",
+        "peak memory of the process": lambda run: format_bytes(run.peak_memory_bytes),
+        "tensors of a step": lambda run: _counted(run.step_memory_bytes),
+        "tensors of a plain step": lambda run: _counted(run.plain_memory_bytes),
+    }
+    rows = [[label, *map(cell, runs), ""] for label, cell in columns.items()]
+    return [_recall_row(name, runs, bold) for name in names] + [row for row in rows if any(row[1:])]
 
 
-def _line(label: str, runs: Sequence[RunFigures], cell: Callable[[RunFigures], str]) -> _Line:
-    return _Line(label, tuple(cell(run) for run in runs))
+def _counted(count: int | None) -> str:
+    return "" if count is None else format_bytes(count)
 
 
-def _recall_line(name: str, runs: Sequence[RunFigures]) -> _Line:
-    match = _RECALL.fullmatch(name)
-    assert match is not None
-    values = [run.recall.get(name) for run in runs]
-    known = [value for value in values if value is not None]
-    chance = runs[0].recall.get(f"{name}_chance")
-    alone_on_top = len(runs) > 1 and known.count(max(known)) == 1
-    return _Line(
-        label=f"R@{match[2]} {_ARROWS[match[1]]}",
-        cells=tuple("" if value is None else f"{100 * value:.1f} %" for value in values),
-        chance="" if chance is None else f"{100 * chance:.1f} %",
-        best=values.index(max(known)) if alone_on_top else None,
-    )
+def _recall_row(name: str, runs: Sequence[RunFigures], bold: str) -> list[str]:
+    way, depth = name.split("_recall_at_")
+    cells = [_percent(run.recall.get(name)) for run in runs]
+    values = [run.recall.get(name, -1.0) for run in runs]
+    if len(runs) > 1 and values.count(max(values)) == 1:
+        best = values.index(max(values))
+        cells[best] = bold.format(cells[best])
+    chance = _percent(runs[0].recall.get(f"{name}_chance"))
+    return [f"R@{depth} {way.replace('_to_', ' → ')}", *cells, chance]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
