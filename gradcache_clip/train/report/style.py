@@ -28,9 +28,6 @@ _SETTINGS = {
     "axes.edgecolor": PALE,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    # Inches between what the layout arranges.
-    "figure.constrained_layout.w_pad": 0.06,
-    "figure.constrained_layout.h_pad": 0.12,
     "axes.titlesize": 11,
 }
 _MISSING = "\N{WHITE VERTICAL RECTANGLE}"
@@ -48,11 +45,11 @@ def settings() -> Iterator[None]:
 def new_figure(width: int, height: int) -> Figure:
     """An empty figure of that many pixels, which arranges what is drawn into it."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, layout="constrained")
     margin = _MARGIN / width
-    figure.get_layout_engine().set(rect=(margin, 0, 1 - 2 * margin, 1))
-    return figure
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.12, rect=(margin, 0, 1 - 2 * margin, 1))
+    return Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, layout=layout)
 
 
 def write_head(figure: Figure, title: str, legend: str = "") -> None:
