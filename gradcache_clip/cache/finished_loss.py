@@ -69,7 +69,9 @@ def finished(output: Any, loss: Tensor) -> Any:
 
     def detached(tensor: Tensor) -> Tensor:
         plain = tensor.detach()
-        return plain.as_subclass(FinishedLoss) if tensor is loss else plain
+        # A tensor of another class, such as a DTensor, keeps it.
+        is_plain_loss = tensor is loss and type(plain) is Tensor
+        return plain.as_subclass(FinishedLoss) if is_plain_loss else plain
 
     if isinstance(output, Tensor):
         return LossOnly(detached(output))

@@ -74,13 +74,17 @@ class Tower:
     def embed(self, retention: Retention = NO_RETENTION) -> None:
         """Run every chunk; keep features, the graphs that `retention` allows, and the RNG."""
         self.run_trunk_once()
-        draws = Draws(accelerators_among(self.known_tensors()))
+        draws = self.draws()
         together = self.embed_together
         with kernels_as_with_gradients(), torch.no_grad():
             if together == 1:
                 self._embed_each(draws, retention)
             else:
                 self._embed_together(together, draws, retention)
+
+    def draws(self) -> Draws:
+        """What notes the chunks that draw random numbers."""
+        return Draws(accelerators_among(self.known_tensors()))
 
     def _embed_each(self, draws: Draws, retention: Retention) -> None:
         copies = self.copies

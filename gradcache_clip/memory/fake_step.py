@@ -5,7 +5,7 @@ B rows of the batch that is asked about; the examples may have any number of row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, cycle, islice
 from typing import Any, NamedTuple
@@ -19,13 +19,20 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.batch_tree import count_rows, map_tensors, tensors_in
 from gradcache_clip.cache.checks import one_for_each
-from gradcache_clip.cache.chunks import Chunk
+from gradcache_clip.cache.chunks import Chunk, even_chunks, row_count
+from gradcache_clip.cache.gradient_hooks import HeldHooks
+from gradcache_clip.cache.graph_budget import GraphBudget
+from gradcache_clip.cache.random_state import Draws
+from gradcache_clip.cache.settings import History, Settings
+from gradcache_clip.cache.step import CachedStep
 from gradcache_clip.cache.torch_state import forget_autocast_casts
 from gradcache_clip.cache.tower import Encode, Tower, surely_trainable
 from gradcache_clip.cache.trunk import call_encoder
+from gradcache_clip.distributed.strategies import LocalStrategy
 from gradcache_clip.memory.running_module import naming_modules
 
 _NEEDS_DATA = (
@@ -34,6 +41,7 @@ _NEEDS_DATA = (
     UnsupportedOperatorException,
 )
 
+Mark = Callable[[Iterable[Tensor], str], None]
 GetFeatures = Callable[[Any], Any] | Sequence[Callable[[Any], Any] | None]
 
 
@@ -83,7 +91,7 @@ class FakeStep:
             )
             features = extractors[index]
             # The twin has no parameters whose device (meta, say) inputs would have to go to.
-            tower = Tower(name, module, twin, encode, features, given, chunks)
+            tower = _FakeTower(name, module, twin, encode, features, given, chunks)
             # As in the engine: one module for all inputs may be frozen for this one.
             if not isinstance(encoders, nn.Module) and surely_trainable(module, given):
                 tower.trainable = True
@@ -94,6 +102,66 @@ class FakeStep:
         self.optimizer = [torch.empty_like(tensor) for tensor in self.trainable for _ in states]
         self.inputs = list(tensors_in(inputs))
         self.device_types = {tensor.device.type for tensor in (*self.state, *self.inputs)} | {"cpu"}
+
+    def cached(self, chunk_size: int, mark: Mark) -> CachedStep:
+        """The engine's step over at most three chunks of each tower; one graph is kept."""
+        for tower in self.towers:
+            tower.chunks, tower.mark = _three_at_most(tower.chunks, chunk_size), mark
+
+        def marked_loss(*features: Any) -> Any:
+            for leaf in pytree.tree_leaves(features):
+                if leaf.requires_grad:
+                    mark_gradient(leaf, mark, "feature")
+            return self.loss(*features)
+
+        modules = tuple(tower.module for tower in self.towers)
+        settings = Settings(modules, marked_loss, replay_check="off", check_rows=False)
+        budget = GraphBudget(None, torch.device("cpu"))
+        # Looks of a first step ask whether leaves are the module's own; fakes are not.
+        history = History(stepped=True)
+        return CachedStep(settings, _OnFakes(), [*self.towers], HeldHooks(), budget, history)
+
+
+def mark_gradient(leaf: Tensor, mark: Mark, kind: str) -> None:
+    """Mark the gradient of a leaf as soon as it is there."""
+    leaf.register_post_accumulate_grad_hook(
+        lambda leaf: mark([leaf.grad] if leaf.grad is not None else [], kind)
+    )
+
+
+class _FakeTower(Tower):
+    """Marks features as they are kept; nothing that is fake draws random numbers."""
+
+    mark: Mark
+
+    def keep(self, parts: list[Tensor], chunk: Chunk) -> None:
+        super().keep(parts, chunk)
+        self.mark(self.features, "feature")
+
+    def draws(self) -> Draws:
+        return _NothingDrawn(())
+
+
+class _NothingDrawn(Draws):
+    """Random states have values, which cannot be compared among fake tensors."""
+
+    def passed(self, chunk: Any) -> None:
+        pass
+
+    def settle(self) -> bool:
+        return False
+
+
+class _OnFakes(LocalStrategy):
+    def on_any_rank(self, flag: Tensor) -> bool:
+        """No fake feature is NaN."""
+        return False
+
+
+def _three_at_most(chunks: Sequence[Chunk], chunk_size: int) -> list[Chunk]:
+    """The first two chunks and the last, which tells how many rows there are."""
+    cut = even_chunks(row_count(chunks), chunk_size)
+    return [*cut[:2], *cut[2:][-1:]]
 
 
 @contextmanager

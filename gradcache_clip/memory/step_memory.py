@@ -9,15 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.torch_state import autocast_off, forget_autocast_casts
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.memory.counter import LiveBytes, Rounding
-from gradcache_clip.memory.fake_step import FakeStep, GetFeatures, Keeping, fake_tensors
+from gradcache_clip.memory.fake_step import (
+    FakeStep,
+    GetFeatures,
+    Keeping,
+    fake_tensors,
+    mark_gradient,
+)
 
 Encoders = nn.Module | Sequence[nn.Module]
 
@@ -123,8 +127,8 @@ def count_cached_step(
     """Memory of `GradCache(encoders, loss, chunk_size=chunk_size)(*inputs)` in one process.
 
     Parameters, gradients, optimizer, inputs and features of the whole batch, and the largest of
-    one chunk without its graph, the loss's workspace, and one chunk with its graph. Two chunks of
-    each encoder are run on fake tensors, so the cost does not depend on B beyond the loss's own.
+    one chunk without its graph, the loss's workspace, and one chunk with its graph. The engine
+    itself runs on fake tensors, over three chunks of each encoder: more would be like the second.
 
     Args, raises: as for `count_plain_step`; `chunk_size` is the rows of one chunk, and `loss`
         should be one that keeps to a tile, such as `ClipLoss()`.
@@ -146,88 +150,23 @@ def count_cached_step(
     with fake_tensors(encoders, loss):
         step = FakeStep(encoders, loss, example_inputs, batch_size, keeping)
         live = _watch(step, rounding)
+        cached = step.cached(chunk_size, live.mark)
         with live:
-            for tower in step.towers:
-                tower.chunks = _first_and_last(chunk_size, batch_size)
-                _embed(tower, live, retain=tower is step.towers[-1])
-            _gradients_of_features(step, live)
-            _replay_retained(step)
-            for tower in step.towers:
-                # Twice: the second chunk meets the gradients that the first one left behind.
-                for _ in range(2 if tower.trainable else 0):
-                    forget_autocast_casts()
-                    _replay(step, tower)
+            cached.run({})
     return _step_memory(live)
-
-
-def _first_and_last(chunk_size: int, batch_size: int) -> list[Chunk]:
-    if batch_size <= chunk_size:
-        return [Chunk(slice(0, batch_size))]
-    return [Chunk(slice(0, chunk_size)), Chunk(slice(batch_size - chunk_size, batch_size))]
 
 
 def _watch(step: FakeStep, rounding: Rounding) -> LiveBytes:
     kinds = {"parameter": step.state, "optimizer": step.optimizer, "input": step.inputs}
     live = LiveBytes(start=kinds, rounding=rounding)
     for parameter in step.trainable:
-        parameter.register_post_accumulate_grad_hook(_marker(live, "gradient"))
+        mark_gradient(parameter, live.mark, "gradient")
     return live
-
-
-def _marker(live: LiveBytes, kind: str) -> Callable[[Tensor], None]:
-    return lambda leaf: live.mark([leaf.grad] if leaf.grad is not None else [], kind)
 
 
 def _forward(tower: Tower) -> Any:
     flat = tower.forward(tower.module, tower.chunks[0])
     return pytree.tree_unflatten(flat, tower.structure)
-
-
-def _embed(tower: Tower, live: LiveBytes, *, retain: bool) -> None:
-    """Fill `features` as the engine does, from the first and the last chunk."""
-    for chunk in tower.chunks:
-        kept = retain and chunk is tower.chunks[-1] and tower.trainable is not False
-        with torch.set_grad_enabled(tower.trainable is None or kept):
-            parts = tower.forward(tower.module, chunk)
-        tower.keep(parts, chunk)
-        chunk.graph = parts if kept and tower.trainable else None
-        live.mark(tower.features, "feature")
-
-
-def _gradients_of_features(step: FakeStep, live: LiveBytes) -> None:
-    for tower in step.towers:
-        for feature in tower.features:
-            feature.requires_grad_(bool(tower.trainable) and feature.is_floating_point())
-            if feature.requires_grad:
-                feature.register_post_accumulate_grad_hook(_marker(live, "feature"))
-    features = [pytree.tree_unflatten(tower.features, tower.structure) for tower in step.towers]
-    loss_value = _scalar(step.loss(*features))
-    with autocast_off(step.device_types):
-        loss_value.backward()
-
-
-def _replay_retained(step: FakeStep) -> None:
-    """The backward of the one chunk whose graph was kept."""
-    for tower in step.towers:
-        for chunk in tower.chunks:
-            if chunk.graph is not None:
-                graph, chunk.graph = chunk.graph, None
-                _backward(step, tower, chunk, graph)
-
-
-def _replay(step: FakeStep, tower: Tower) -> None:
-    chunk = tower.chunks[0]
-    _backward(step, tower, chunk, tower.forward(tower.module, chunk))
-
-
-def _backward(step: FakeStep, tower: Tower, chunk: Chunk, outputs: list[Tensor]) -> None:
-    pairs = [
-        (output, cached.grad[chunk.rows])
-        for output, cached in zip(outputs, tower.features, strict=True)
-        if cached.grad is not None
-    ]
-    with autocast_off(step.device_types):
-        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 
 
 def _whole_storages(features: Any) -> list[Tensor]:
