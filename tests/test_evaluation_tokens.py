@@ -60,7 +60,9 @@ def test_scores_are_those_of_plain_loops(held: int, monkeypatch: pytest.MonkeyPa
 def test_recall_ranks_each_direction_by_its_own_score(tile: int) -> None:
     images, texts = tokens(12, 4), tokens(24, 5, seed=1)
     owners = torch.arange(12).repeat_interleave(2)
-    metrics = recall_at_k(images, texts, text_to_image=owners, ks=(1, 3, 10), tile=tile)
+    metrics = recall_at_k(
+        images, texts, image_ids=torch.arange(12), text_ids=owners, ks=(1, 3, 10), tile=tile
+    )
     rows = torch.arange(12)
     for direction, scores, ids, others in (
         (metrics.image_to_text, matrix(images, texts), rows, owners),
@@ -197,7 +199,8 @@ class TestFolds:
                 recall_at_k(
                     images[start : start + size],
                     texts[own],
-                    text_to_image=owners[own] - start,
+                    image_ids=torch.arange(size),
+                    text_ids=owners[own] - start,
                     ks=(1, 2),
                 )
             )

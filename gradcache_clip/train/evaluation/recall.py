@@ -79,7 +79,6 @@ def recall_at_k(
     image_features: Features,
     text_features: Features,
     *,
-    text_to_image: Int[Tensor, " m"] | None = None,
     image_ids: Int[Tensor, " n"] | None = None,
     text_ids: Int[Tensor, " m"] | None = None,
     ks: Sequence[int] = (1, 5, 10),
@@ -97,10 +96,9 @@ def recall_at_k(
         image_features: one row per image, any floating dtype and device; (N, D), or
             `TokenFeatures`, which are ranked by their own scores.
         text_features: one row per text, on the same device and of the same kind.
-        text_to_image: index of the image of each text (several captions per image).
-        image_ids, text_ids: instead: integers, equal where image and text belong together (several
-            captions per image and several images per caption). With none of the three, row i of
-            the images belongs to row i of the texts.
+        image_ids, text_ids: integers, equal where image and text belong together: several captions
+            per image, several images per caption. Without them row i of the images belongs to row i
+            of the texts.
         ks: depths. Recall at or beyond the number of candidates is 1 by definition, as is chance.
         tile: edge of the blocks of the score matrix.
 
@@ -115,16 +113,16 @@ def recall_at_k(
         Karpathy and Fei-Fei 2015, section 4.2 (recall@k with several captions per image).
 
     Example:
-        >>> features = torch.eye(4)
-        >>> metrics = recall_at_k(features, features[[0, 0, 1, 2, 3]],
-        ...                       text_to_image=torch.tensor([0, 0, 1, 2, 3]), ks=(1,))
+        >>> features, owners = torch.eye(4), torch.tensor([0, 0, 1, 2, 3])
+        >>> metrics = recall_at_k(features, features[owners],
+        ...                       image_ids=torch.arange(4), text_ids=owners, ks=(1,))
         >>> metrics.text_to_image.recall[1], metrics.text_to_image.chance[1]
         (1.0, 0.25)
     """
     check_features("image_features", image_features, tile)
     check_features("text_features", text_features, tile)
     check_sizes("image_features", image_features, "text_features", text_features)
-    images, texts = _ids(image_features, text_features, text_to_image, image_ids, text_ids)
+    images, texts = _ids(image_features, text_features, image_ids, text_ids)
     _check_partners(images, texts)
     return RetrievalMetrics(
         image_to_text=recall_of_queries(
@@ -192,34 +190,22 @@ def _first(scores: Tensor, k: int) -> Retrieved:
 
 
 def _ids(
-    images: Features,
-    texts: Features,
-    text_to_image: Tensor | None,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
+    images: Features, texts: Features, image_ids: Tensor | None, text_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Ids of images and of texts, whichever way the caller gave them."""
-    if (image_ids is None) != (text_ids is None) or (
-        text_to_image is not None and image_ids is not None
-    ):
-        raise ValueError(
-            "text_to_image, image_ids, text_ids: expected text_to_image alone, both image_ids and "
-            "text_ids, or none, got another mixture; drop what is too much"
-        )
-    rows = torch.arange(len(images), device=images.device)
-    if image_ids is not None and text_ids is not None:
-        check_ids("image_ids", image_ids, images)
-        check_ids("text_ids", text_ids, texts)
-        return image_ids.to(images.device), text_ids.to(images.device)
-    if text_to_image is not None:
-        check_ids("text_to_image", text_to_image, texts, below=len(images))
-        return rows, text_to_image.to(images.device)
-    if len(images) != len(texts):
-        raise ValueError(
-            f"text_features: expected {len(images)} rows, one per image, got {len(texts)}; "
-            "pass text_to_image=, the index of the image of each text"
-        )
-    return rows, rows
+    """Ids of images and of texts; without any, those of pairs."""
+    if (image_ids is None) != (text_ids is None):
+        raise ValueError("image_ids, text_ids: expected both or none, got one; pass the other too")
+    if image_ids is None or text_ids is None:
+        if len(images) != len(texts):
+            raise ValueError(
+                f"text_features: expected {len(images)} rows, one per image, got {len(texts)}; "
+                "pass image_ids= and text_ids=, equal where image and text belong together"
+            )
+        rows = torch.arange(len(images), device=images.device)
+        return rows, rows
+    check_ids("image_ids", image_ids, images)
+    check_ids("text_ids", text_ids, texts)
+    return image_ids.to(images.device), text_ids.to(images.device)
 
 
 def _check_partners(image_ids: Tensor, text_ids: Tensor) -> None:
