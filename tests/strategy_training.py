@@ -105,7 +105,7 @@ def under_deepspeed(stage: int) -> dict[str, Any]:
     """Two steps that DeepSpeed clips by the norm of its own gradients, the scale along with it."""
     engine, truth = engine_for(both_towers(), stage, gradient_clipping=MAX_NORM), both_towers()
     loss, true_loss = ClipLoss(), steps.PlainClip().double()
-    optimizer, sgd = torch.optim.SGD(loss.parameters(), lr=LR), []
+    optimizer = torch.optim.SGD(loss.parameters(), lr=LR)
     sgd = torch.optim.SGD([*truth.double().parameters(), *true_loss.parameters()], lr=LR)
     strategy = DeepSpeedStrategy(engine)
     cache, errors = GradCache(engine, loss, chunk_size=3, strategy=strategy), []
@@ -134,6 +134,29 @@ def under_deepspeed(stage: int) -> dict[str, Any]:
     return {"errors": errors}
 
 
+def with_its_own_scheduler() -> dict[str, Any]:
+    """It sets the rate, which what is outside of the engine follows, and goes on where it was."""
+    warm_up = {"warmup_max_lr": 0.5, "warmup_num_steps": 4, "warmup_type": "linear"}
+    scheduler = {"scheduler": {"type": "WarmupLR", "params": warm_up}}
+    loss, saved, rates = ClipLoss(), None, []
+    for turn in range(2):
+        engine = engine_for(both_towers(), 1, **scheduler)
+        strategy, optimizer = DeepSpeedStrategy(engine), torch.optim.SGD(loss.parameters(), lr=1.0)
+        if saved is not None:
+            strategy.load_state(optimizer, [engine, loss], saved)
+        cache = GradCache(engine, loss, chunk_size=3, strategy=strategy)
+        batch = rows_of(dist.get_rank(), steps.global_batch(turn))
+        optimizer.zero_grad()
+        cache(*(inputs.float() for inputs in batch))
+        strategy.step(optimizer, [engine, loss])
+        strategy.set_learning_rate(optimizer, 7.0)
+        rates.append(engine.optimizer.param_groups[0]["lr"])
+        assert optimizer.param_groups[0]["lr"] == rates[-1]
+        saved = strategy.state(optimizer, [engine, loss])
+    assert rates == [0.0, 0.125]
+    return {"errors": [0.0]}
+
+
 def refused_when_sharded() -> dict[str, Any]:
     [encoder, _], loss = each_sharded(two_towers()), ClipLoss()
     modules, optimizer = [encoder, loss], adamw(encoder, loss)
@@ -154,4 +177,5 @@ def training_cases() -> dict[str, Any]:
 
 
 def deepspeed_training() -> dict[str, Any]:
-    return {f"ZeRO-{stage}: clipped": partial(under_deepspeed, stage) for stage in range(4)}
+    cases = {f"ZeRO-{stage}: clipped": partial(under_deepspeed, stage) for stage in range(4)}
+    return {**cases, "ZeRO-1: own scheduler": with_its_own_scheduler}

@@ -98,6 +98,26 @@ def test_going_on_from_saved_weights_and_state_is_going_on():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_a_parameter_that_was_never_used_starts_anew():
+    modules, optimizer = trained()
+    backward(modules, strategy := LocalStrategy())
+    modules[0]["text"].bias.grad = None
+    strategy.step(optimizer, modules)
+    state = copy.deepcopy(strategy.state(optimizer, modules))
+    assert state["optimizer"]["text.bias"] == {} != state["optimizer"]["text.weight"]
+    others, other_optimizer = trained()
+    strategy.load_weights(others[0], strategy.weights(modules[0]))
+    others[1].load_state_dict(modules[1].state_dict())
+    strategy.load_state(other_optimizer, others, state)
+    for each, steps in ((modules, optimizer), (others, other_optimizer)):
+        steps.zero_grad()
+        backward(each, strategy)
+        strategy.step(steps, each)
+    assert other_optimizer.state[others[0]["text"].bias]["step"] == 1
+    for ours, theirs in zip(others[0].parameters(), modules[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_names_are_those_without_compile_and_tied_weights_are_one():
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     second.weight = first.weight

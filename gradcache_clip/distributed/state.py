@@ -13,7 +13,7 @@ from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.wrappers import DDP, DEEPSPEED, is_kind
 
 StateByName = dict[str, dict[str, Any]]
-"""Name of a parameter -> its moments and its count of steps."""
+"""Name of a parameter -> its moments and its count of steps; empty where it was never stepped."""
 
 
 def rank0_keeps(value: Tensor) -> Tensor:
@@ -114,17 +114,16 @@ def state_by_name(
     """State of an optimizer by the names of its parameters.
 
     Args:
-        optimizer: over some of the parameters.
+        optimizer: over these parameters.
         named: parameters by name.
         whole: makes the whole of a tensor of which this process may hold a part.
     """
     return {
         name: {
             key: whole(value) if isinstance(value, Tensor) else value
-            for key, value in optimizer.state[parameter].items()
+            for key, value in optimizer.state.get(parameter, {}).items()
         }
         for name, parameter in named.items()
-        if parameter in optimizer.state
     }
 
 
@@ -151,7 +150,8 @@ def load_state_by_name(
     for index, parameter in enumerate(parameters):
         if saved and parameter.requires_grad:
             values = saved_of(saved, names[id(parameter)])
-            state[index] = {key: _part_of(v, parameter, part) for key, v in values.items()}
+            if values:
+                state[index] = {key: _part_of(v, parameter, part) for key, v in values.items()}
     settings = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": settings})
 

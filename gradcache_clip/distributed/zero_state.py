@@ -76,8 +76,8 @@ def load_moments(engine: Any, named: Named, saved: Mapping[str, Mapping[str, Any
         load_state_by_name(_base(engine), named, saved, lambda value, _: value)
         return
     states = [(parameter, saved_of(saved, name)) for name, parameter in named.items() if saved]
-    if states:
-        _make_room(engine, states[0][1])
+    if stepped := [values for _, values in states if values]:
+        _make_room(engine, stepped[0])
         _link_moments(engine)
     for parameter, values in states:
         for key, value in values.items():
