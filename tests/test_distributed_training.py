@@ -118,6 +118,12 @@ def test_a_parameter_that_was_never_used_starts_anew():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_the_learning_rate_reaches_every_group():
+    optimizer = torch.optim.SGD([{"params": nn.Linear(2, 2).parameters()} for _ in range(2)], lr=1)
+    LocalStrategy().set_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
 def test_names_are_those_without_compile_and_tied_weights_are_one():
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     second.weight = first.weight

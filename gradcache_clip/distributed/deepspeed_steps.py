@@ -86,7 +86,8 @@ class DeepSpeedSteps(ManyRanks):
         if optimizer is not None and self.engine.was_step_applied():
             if max_norm > 0:
                 factor = (max_norm / (norm + 1e-6)).nan_to_num(1.0).clamp(max=1.0)
-                torch._foreach_mul_(outside, factor)
+                for gradient in outside:
+                    gradient.mul_(factor)
             optimizer.step()
         return torch.hypot(norm, norm_outside)
 
