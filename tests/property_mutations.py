@@ -24,8 +24,8 @@ def _as_it_is(target: str, value: Any) -> Change:
 
 
 ON_ONE: Mapping[str, Change] = {
-    "a replay is dropped": _same_chunks("step._replays", faults.drops_a_replay),
-    "kept graphs get no backward": _same_chunks("step._replays", faults.drops_kept_graphs),
+    "a replay is dropped": _same_chunks("schedule.groups", faults.drops_a_replay),
+    "kept graphs get no backward": _same_chunks("schedule.groups", faults.drops_kept_graphs),
     "a replay draws new numbers": _same_chunks(
         "tower.Tower.replay", faults.replays_with_new_numbers
     ),

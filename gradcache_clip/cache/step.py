@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain, groupby
-from operator import itemgetter
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,12 +21,11 @@ from gradcache_clip.cache.checks import (
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.finished_loss import finished
 from gradcache_clip.cache.gradient_hooks import HeldHooks
-from gradcache_clip.cache.graph_budget import GraphBudget, Retention
-from gradcache_clip.cache.random_state import RandomState
+from gradcache_clip.cache.graph_budget import GraphBudget
 from gradcache_clip.cache.recovery import StepSnapshot
 from gradcache_clip.cache.replay_check import ReplayCheck, failures_of
 from gradcache_clip.cache.row_check import check_rows
-from gradcache_clip.cache.schedule import replay_order
+from gradcache_clip.cache.schedule import Turn, draws_repeated, retentions, turns
 from gradcache_clip.cache.settings import History, Settings
 from gradcache_clip.cache.torch_state import (
     autocast_off,
@@ -38,6 +36,9 @@ from gradcache_clip.cache.torch_state import (
 from gradcache_clip.cache.tower import Tower, modules_of, trained_modules
 from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import LocalStrategy
+
+# Entered once per chunk.
+_NOTHING = nullcontext()
 
 
 class CachedStep:
@@ -113,7 +114,8 @@ class CachedStep:
     def embed(self) -> None:
         """Fill every tower's `features`; graphs are kept as far as the budget goes."""
         unknown = [tower for tower in self.towers if tower.trainable is None]
-        for tower, retention in zip(self.towers, self._retentions(), strict=True):
+        kept = retentions(self.towers, self._budget, self.strategy)
+        for tower, retention in zip(self.towers, kept, strict=True):
             tower.embed(retention)
         self.strategy.embedded()
         together = any(tower.embed_chunk_size is not None for tower in self.towers)
@@ -128,20 +130,6 @@ class CachedStep:
         if self._settings.check_rows and not self._rows_checked:
             self._rows_checked = check_rows(self.towers, self.strategy)
         self._device_types = device_types(self.towers)
-
-    def _retentions(self) -> list[Retention]:
-        budget = self._budget
-        if self.strategy.joint_first_and_last:
-            # The first and the last replay go through the wrapper that exchanges gradients.
-            ends = [range(1, len(t.chunks) - 1) for t in self.towers]
-            return [Retention(budget, t.chunks, r) for t, r in zip(self.towers, ends, strict=True)]
-        places = range(len(self.towers))
-        # Where all are unknown the last one may turn out to be frozen; then none is kept.
-        last = max((i for i in places if self.towers[i].trainable), default=places[-1])
-        return [
-            Retention(budget, t.chunks, range(n), always=n - 1 if i == last else None)
-            for i, t, n in ((i, self.towers[i], len(self.towers[i].chunks)) for i in places)
-        ]
 
     def _backward_of_loss(self, loss_kwargs: Mapping[str, Any]) -> Any:
         """Fill every tower's `gradients`, and `.grad` of the loss's own parameters."""
@@ -171,66 +159,57 @@ class CachedStep:
         return finished(output, loss)
 
     def replay(self) -> ReplayCheck:
-        """Every tower's `gradients` go into the parameters; what both passes computed, compared."""
+        """Send every tower's `gradients` into the parameters; return how far features moved."""
         self.phase = "replay"
         towers = [tower for tower in self.towers if tower.trainable]
-        device = self.towers[0].features[0].device
-        check, order = ReplayCheck(device), _replays(towers, self.strategy)
-        replayed = [chunk for _, chunk in chain(*order) if not chunk.graph]
-        states = [chunk.random_state for chunk in replayed if chunk.random_state is not None]
-        after_embed = RandomState.capture(_drawn_on(states)) if states else None
         norms = [module for tower in towers for module in tower.modules]
+        check, order = ReplayCheck(self.towers[0].features[0].device), turns(towers, self.strategy)
         self._autocasts = any(map(torch.is_autocast_enabled, self._device_types))
         copies = any(tower.copies for tower in towers)
-        upcoming = [*order[1:], []] if copies else [[]] * len(order)
+        upcoming = [turn.group if copies else [] for turn in order[1:]]
         if not self.strategy.reduces:
-            self._hooks.expect(tower for tower, _ in chain(*order))
-        once = self._hooks.waiting and not self.strategy.reduces
-        turns = zip(map(_is_kept, order), order, _encoders(order), upcoming, strict=True)
-        try:
-            for kept, same in groupby(turns, key=itemgetter(0)):
+            self._hooks.expect(tower for turn in order for tower, _ in turn.group)
+        pairs = zip(order, [*upcoming, []], strict=False)
+        with draws_repeated(order), _casts_forgotten():
+            for kept, same in groupby(pairs, key=lambda pair: pair[0].kept):
                 with (kept_running_statistics if kept else frozen_running_statistics)(norms):
-                    for _, group, (modules, finished), following in same:
-                        with self.strategy.replay_context(modules, finished):
-                            self._replay_together(group, check, kept)
-                        if once:
-                            self._hooks.replayed(tower for tower, _ in group)
+                    for turn, following in same:
+                        self._take(turn, check)
                         for tower, chunk in following:
                             if chunk.graph is None:
                                 tower.expect(chunk)
-        finally:
-            # Whatever draws next continues from where one pass over the batch would have left off.
-            if after_embed is not None:
-                after_embed.restore()
-            forget_autocast_casts()
         return check
 
-    def _replay_together(
-        self, group: Sequence[tuple[Tower, Chunk]], check: ReplayCheck, kept: bool
-    ) -> None:
+    def _take(self, turn: Turn, check: ReplayCheck) -> None:
         """Forward the chunks that left no graph, then one backward for all of them."""
-        if not kept:
-            forget_autocast_casts()
-        compares = self._settings.replay_check != "off"
         looks = not self._history.stepped or self._snapshot is not None
         reached: list[Tensor] = []
         gradients: list[Tensor] = []
-        for tower, chunk in group:
-            graph, chunk.graph = chunk.graph, None
-            features = tower.replay(chunk) if graph is None else graph
-            if compares and graph is None:
-                check.compare(tower, chunk, features)
-            if looks and tower.name not in self._looked_behind:
-                self._look_behind(tower, features)
-            for feature, gradient in zip(features, tower.gradients, strict=True):
-                if gradient is not None and feature.requires_grad:
-                    reached.append(feature)
-                    gradients.append(gradient[chunk.rows])
-        if self._autocasts:
-            with autocast_off(self._device_types):
+        with self.strategy.replay_context(turn.modules, turn.finished):
+            if not turn.kept:
+                forget_autocast_casts()
+            for tower, chunk in turn.group:
+                features = self._features(tower, chunk, check)
+                if looks and tower.name not in self._looked_behind:
+                    self._look_behind(tower, features)
+                for feature, gradient in zip(features, tower.gradients, strict=True):
+                    if gradient is not None and feature.requires_grad:
+                        reached.append(feature)
+                        gradients.append(gradient[chunk.rows])
+            with autocast_off(self._device_types) if self._autocasts else _NOTHING:
                 self.strategy.backward(reached, gradients)
-        else:
-            self.strategy.backward(reached, gradients)
+        if self._hooks.waiting and not self.strategy.reduces:
+            self._hooks.replayed(tower for tower, _ in turn.group)
+
+    def _features(self, tower: Tower, chunk: Chunk, check: ReplayCheck) -> list[Tensor]:
+        """Features with the graph from the embed, or with that of a replay."""
+        graph, chunk.graph = chunk.graph, None
+        if graph is not None:
+            return graph
+        features = tower.replay(chunk)
+        if self._settings.replay_check != "off":
+            check.compare(tower, chunk, features)
+        return features
 
     def _look_behind(self, tower: Tower, features: Sequence[Tensor]) -> None:
         """Leaves that no module has registered: refused where they go wrong, or set aside."""
@@ -243,33 +222,6 @@ class CachedStep:
         # One chunk shows what an encoder hides; a function may use other parameters each time.
         if tower.get_features is None or isinstance(tower.get_features, nn.Module):
             self._looked_behind.add(tower.name)
-
-
-def _replays(towers: list[Tower], strategy: LocalStrategy) -> list[list[tuple[Tower, Chunk]]]:
-    """Groups that share one backward; a chunk whose graph is there is one, and gives way early."""
-    kept = [[(tower, chunk)] for tower in towers for chunk in tower.chunks if chunk.graph]
-    left = [[chunk for chunk in tower.chunks if not chunk.graph] for tower in towers]
-    order = replay_order([len(chunks) for chunks in left], strategy.joint_first_and_last)
-    groups = [[(towers[tower], left[tower][index]) for tower, index in group] for group in order]
-    first = 0 if strategy.kept_graphs_first else 1
-    return [*groups[:first], *kept, *groups[first:]]
-
-
-def _encoders(
-    order: Sequence[Sequence[tuple[Tower, Chunk]]],
-) -> list[tuple[list[nn.Module], set[nn.Module]]]:
-    """The encoders of each group, and those of them that no later group runs."""
-    found: list[tuple[list[nn.Module], set[nn.Module]]] = []
-    later: set[nn.Module] = set()
-    for group in reversed(order):
-        modules = [tower.module for tower, _ in group]
-        found.append((modules, {*modules} - later))
-        later.update(modules)
-    return found[::-1]
-
-
-def _is_kept(group: Sequence[tuple[Tower, Chunk]]) -> bool:
-    return bool(group[0][1].graph)
 
 
 def _takes_gradient(tower: Tower, feature: Tensor) -> bool:
@@ -291,6 +243,9 @@ def device_types(towers: Iterable[Tower]) -> set[str]:
     return {feature.device.type for tower in towers for feature in tower.features} | {"cpu"}
 
 
-def _drawn_on(states: Iterable[RandomState]) -> tuple[torch.device, ...]:
-    """Devices whose generators a replay will set back."""
-    return tuple(sorted({device for state in states for device, _ in state.devices}, key=str))
+@contextmanager
+def _casts_forgotten() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        forget_autocast_casts()
