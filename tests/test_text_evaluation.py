@@ -18,8 +18,9 @@ from gradcache_clip.cli import main
 from gradcache_clip.train import loop
 from gradcache_clip.train.config import ConfigError
 from gradcache_clip.train.config_file import load_config, save_config
+from gradcache_clip.train.evaluation.embed import EmbedOptions
 from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
-from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts
+from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts, embed_held_out_texts
 from gradcache_clip.train.run_folder import RunFolder
 from gradcache_clip.train.run_pictures import draw_run, run_curve
 from gradcache_clip.train.session import load_trained
@@ -48,13 +49,33 @@ def test_recall_is_by_cosine_of_each_width():
     assert scalars["query_to_document_mean_rank"] == 1.5
 
 
-def test_equal_documents_are_one_candidate(data, tmp_path):
-    rows = [{"anchor": f"red {i}", "positive": "dot", "negative": "bar"} for i in range(3)]
-    write_lines(tmp_path / "v.jsonl", [*rows, {**rows[0], "positive": "hook"}])
-    summary = run_small(
-        data, tmp_path / "run", f"data.validation={tmp_path}/v.jsonl", "train.steps=2"
+class Lengths(torch.nn.Module):
+    """Embeds texts by their length; documents point elsewhere than queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, tower: int, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.weight * torch.stack([tokens["length"], tokens["length"] * 0 + tower], 1)
+
+
+def test_texts_are_embedded_in_order_and_equal_documents_once():
+    rows = [("aaaa", "dot"), ("a", "a hook"), ("aaa", "dot"), ("aa", "x")]
+    found = embed_held_out_texts(
+        Lengths(),
+        lambda texts: {"length": torch.tensor([float(len(text)) for text in texts])},
+        iter(rows),
+        EmbedOptions(batch_size=3),
+        widths=(1,),
+        recall_at=(1,),
     )
-    assert summary.metrics["query_to_document_recall_at_1_chance"] == pytest.approx(1 / 2)
+    assert found is not None and found.documents == ["dot", "a hook", "x"]
+    assert found.queries == ["aaaa", "a", "aaa", "aa"] and found.query_ids.tolist() == [0, 1, 0, 2]
+    assert found.query_features.tolist() == [[4, 0], [1, 0], [3, 0], [2, 0]]
+    assert found.document_features.tolist() == [[3, 1], [6, 1], [1, 1]]
+    assert found.scalars()["query_to_document_recall_at_1_chance"] == pytest.approx(1 / 3)
+    assert [*found.metrics().by_width] == [2, 1]
 
 
 def test_evaluate_prints_a_row_for_each_width(tmp_path, capsys):
