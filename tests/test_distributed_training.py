@@ -162,6 +162,12 @@ def test_an_optimizer_over_other_parameters_is_refused():
     refused(counts.format(7, 5, 0), lambda s, o, m: s.state(o, [*m, more]))
 
 
+@pytest.mark.parametrize("norm", [-1.0, float("nan")])
+def test_what_is_no_norm_is_refused(norm):
+    refused("max_norm: expected a norm above 0", lambda s, o, m: s.step(o, m, norm))
+    refused("max_norm: expected a norm above 0", lambda s, o, m: s.clip(m, norm))
+
+
 def test_two_parameters_of_one_name_are_refused():
     def state(strategy: LocalStrategy, optimizer: torch.optim.Optimizer, modules: list) -> None:
         strategy.state(optimizer, [*modules[0].values(), modules[1]])

@@ -108,6 +108,18 @@ def check_optimizer(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) ->
         )
 
 
+def check_max_norm(max_norm: float) -> None:
+    """Raise for a bound that gradients cannot be clipped to.
+
+    Raises:
+        ValueError: it is negative or NaN.
+    """
+    if not max_norm >= 0:
+        raise ValueError(
+            f"max_norm: expected a norm above 0, or 0 for no clipping, got {max_norm}; change it"
+        )
+
+
 def state_by_name(
     optimizer: Optimizer, named: Mapping[str, nn.Parameter], whole: Callable[[Tensor], Tensor]
 ) -> StateByName:

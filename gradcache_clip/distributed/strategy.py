@@ -43,6 +43,7 @@ from torch.optim import Optimizer
 
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.state import (
+    check_max_norm,
     check_optimizer,
     checked_weights,
     load_state_by_name,
@@ -206,6 +207,7 @@ class LocalStrategy:
         Returns:
             The norm before, a 0-dim tensor on the device; nothing waits for it.
         """
+        check_max_norm(max_norm)
         given = [p for p in trained_parameters(modules) if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
         if max_norm > 0:
@@ -217,8 +219,8 @@ class LocalStrategy:
     ) -> Tensor:
         """Unscale the gradients, clip them as `clip` does, and step the optimizer.
 
-        With a `grad_scaler` whose gradients overflowed, the weights stay as they are. Gradients
-        stay: call `optimizer.zero_grad()` before the next cached step.
+        Where gradients overflowed, a `grad_scaler` leaves the weights as they are. Gradients stay:
+        call `optimizer.zero_grad()` before the next cached step.
 
         Args:
             optimizer: over the trainable parameters of `modules`.
@@ -231,6 +233,7 @@ class LocalStrategy:
         Raises:
             ValueError: the optimizer has other parameters than `modules` train.
         """
+        check_max_norm(max_norm)
         self._check_optimizer(optimizer, modules)
         if self.grad_scaler is None:
             norm = self.clip(modules, max_norm)

@@ -26,7 +26,7 @@ from gradcache_clip.distributed.fsdp_parts import (
 from gradcache_clip.distributed.many_ranks import ManyRanks
 from gradcache_clip.distributed.same_backward import same_backward
 from gradcache_clip.distributed.same_forward import ForwardLog
-from gradcache_clip.distributed.state import rank0_keeps, trained_parameters
+from gradcache_clip.distributed.state import check_max_norm, rank0_keeps, trained_parameters
 from gradcache_clip.distributed.unreached import without_use
 from gradcache_clip.distributed.wrappers import (
     FSDP2,
@@ -150,6 +150,7 @@ class FSDPStrategy(ManyRanks):
                 _reduce(root, reshard=self.keep_gathered)
 
     def clip(self, modules: Sequence[nn.Module], max_norm: float) -> Tensor:
+        check_max_norm(max_norm)
         for part in sharded_parts(modules):
             part.reshard()
         gradients = [p.grad for p in trained_parameters(modules) if p.grad is not None]
