@@ -86,8 +86,8 @@ def test_only_the_worst_rows_are_printed():
 @pytest.mark.parametrize("engine_error", ["a chunk left out", "another chunk's gradient"])
 def test_an_engine_that_is_wrong_is_caught(engine_error, monkeypatch):
     if engine_error == "a chunk left out":
-        order = engine_step.replay_order
-        monkeypatch.setattr(engine_step, "replay_order", lambda *a: order(*a)[1:])
+        order = engine_step.turns
+        monkeypatch.setattr(engine_step, "turns", lambda *a: order(*a)[1:])
     else:
         monkeypatch.setattr(engine_step, "_taken_gradient", lambda leaf, _: leaf.grad.roll(1, 0))
     report = verify_beside_mlp(mlp(12))

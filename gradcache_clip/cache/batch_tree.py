@@ -111,7 +111,7 @@ def parts_with_rows(
     if isinstance(inputs, tuple) and inputs and not any(map(_is_known, inputs)):
         raise TypeError(_tuple_of_samples(path, inputs[0]))
     found = False
-    for name, child in _children(inputs):
+    for name, child in children_of(inputs):
         found |= isinstance(child, Shared)
         for part in parts_with_rows(child, f"{path}[{name!r}]", whole, name):
             found = True
@@ -167,7 +167,7 @@ def tensors_in(inputs: Any, *, shared: bool = True) -> Iterator[Tensor]:
         return
     if isinstance(inputs, Shared) and not shared:
         return
-    children = inputs if isinstance(inputs, list) else [child for _, child in _children(inputs)]
+    children = inputs if isinstance(inputs, list) else [child for _, child in children_of(inputs)]
     for child in children:
         if isinstance(child, Tensor):
             yield child
@@ -289,7 +289,8 @@ def _is_dataclass(inputs: Any) -> bool:
     return dataclasses.is_dataclass(inputs) and not isinstance(inputs, type)
 
 
-def _children(inputs: Any) -> list[tuple[Any, Any]]:
+def children_of(inputs: Any) -> list[tuple[Any, Any]]:
+    """Keys and parts of a mapping, tuple or dataclass; nothing for anything else."""
     if isinstance(inputs, Mapping):
         return list(inputs.items())
     if isinstance(inputs, tuple):
@@ -303,7 +304,7 @@ def _map_children(inputs: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(inputs, tuple):
         children = [function(child) for child in inputs]
         return type(inputs)(*children) if hasattr(inputs, "_fields") else tuple(children)
-    pairs = _children(inputs)
+    pairs = children_of(inputs)
     if not pairs:
         return inputs
     # A shallow copy keeps the class (BatchEncoding, a frozen dataclass) and all that is not a part.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcache_clip.cache.batch_tree import _children
+from gradcache_clip.cache.batch_tree import children_of
 
 
 class Kept:
@@ -45,6 +45,6 @@ def named_tensors(inputs: Any, path: str) -> Iterator[tuple[str, Tensor]]:
         if inputs.dtype.kind in "biufc" and inputs.ndim and inputs.flags.writeable:
             yield path, torch.from_numpy(inputs)
         return
-    children: Iterable[Any] = enumerate(inputs) if isinstance(inputs, list) else _children(inputs)
+    children: Iterable[Any] = enumerate(inputs) if isinstance(inputs, list) else children_of(inputs)
     for key, child in children:
         yield from named_tensors(child, f"{path}[{key!r}]")

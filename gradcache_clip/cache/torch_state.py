@@ -56,7 +56,7 @@ def refuse_cached_parametrizations() -> None:
 @contextmanager
 def frozen_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Norms in train mode still normalise by their chunk, but record it only at the embed."""
-    norms = [norm for _, norm in _norms_in_training(modules, _NormBase)]
+    norms = _norms_in_training(modules)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         # Instance norm records whenever it has buffers, so there the share of the new is zero.
@@ -74,7 +74,7 @@ def frozen_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
 def kept_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     """The backward of a graph from the embed may run a norm again, inside a checkpoint, and the
     checkpoint wants it to save what it saved before: it records, and that is undone."""
-    norms = [norm for _, norm in _norms_in_training(modules, _NormBase)]
+    norms = _norms_in_training(modules)
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     try:
         yield
@@ -90,7 +90,7 @@ def warn_of_batch_norm(modules: Iterable[nn.Module]) -> bool:
         name or type(child).__name__
         for module in {id(module): module for module in modules}.values()
         for name, child in module.named_modules()
-        if _normalises_by_chunk(child)
+        if normalises_by_chunk(child)
     ]
     if not names:
         return False
@@ -106,20 +106,19 @@ def warn_of_batch_norm(modules: Iterable[nn.Module]) -> bool:
 
 def has_batch_statistics(module: nn.Module) -> bool:
     """Whether a row's features depend on the other rows of its chunk."""
-    return any(_normalises_by_chunk(child) for child in module.modules())
+    return any(map(normalises_by_chunk, module.modules()))
 
 
-def _normalises_by_chunk(module: nn.Module) -> bool:
+def normalises_by_chunk(module: nn.Module) -> bool:
+    """Whether it is a batch norm that uses the statistics of the rows that it is given."""
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
-def _norms_in_training(
-    modules: Iterable[nn.Module], kind: type[_NormBase]
-) -> list[tuple[str, _NormBase]]:
-    unique = {id(module): module for module in modules}.values()
+def _norms_in_training(modules: Iterable[nn.Module]) -> list[_NormBase]:
+    """Norms that record running statistics."""
     return [
-        (name or type(child).__name__, child)
-        for module in unique
-        for name, child in module.named_modules()
-        if isinstance(child, kind) and child.training and child.track_running_stats
+        child
+        for module in {id(module): module for module in modules}.values()
+        for child in module.modules()
+        if isinstance(child, _NormBase) and child.training and child.track_running_stats
     ]

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.rounding import relative_change
-from gradcache_clip.cache.torch_state import forget_autocast_casts, kernels_as_with_gradients
+from gradcache_clip.cache.torch_state import (
+    forget_autocast_casts,
+    kernels_as_with_gradients,
+    normalises_by_chunk,
+)
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import innermost
 
@@ -114,7 +117,7 @@ class _Watcher:
         def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
             self.note(self._stack[-1] if self._stack else Place("the input"), (args, kwargs))
             self._stack.append(place)
-            if _normalises_by_batch(module):
+            if normalises_by_chunk(module):
                 self.watched.batch_norms.append(place)
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -158,10 +161,6 @@ def _numpy_state() -> Any:
         return None
     _, key, *rest = numpy.random.get_state()
     return key.tobytes(), rest
-
-
-def _normalises_by_batch(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
 def eager(module: nn.Module) -> AbstractContextManager[Any]:
