@@ -12,7 +12,7 @@ SHARDED = runs/demo-deepspeed
 demo-deepspeed: $(VENV)/train.done $(VENV)/deepspeed.done  ## the same training on two processes of the CPU, ZeRO-2
 	$(if $(FRESH),rm -rf $(SHARDED))
 	$(BIN)/python examples/data/$(DATA).py data/$(DATA)
-	$(BIN)/gradcache-clip launch --engine deepspeed --zero 2 --nproc 2 train examples/demo.yaml \
+	$(BIN)/gradcache-clip launch --strategy deepspeed --zero 2 --nproc 2 train examples/demo.yaml \
 	  data.train=data/$(DATA)/train data.validation=data/$(DATA)/validation train.device=cpu \
 	  train.output=$(SHARDED) $$(test -d $(SHARDED)/checkpoints && echo train.resume=true) $(DEMO_FLAGS)
 	$(BIN)/gradcache-clip evaluate $(SHARDED) --device cpu

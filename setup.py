@@ -16,6 +16,7 @@ TRAIN = [
     "omegaconf>=2.3",
     "pillow>=10.3",
     "psutil>=5.9",
+    "pydantic>=2.8",
     "rich>=13.7",
     "safetensors>=0.4.3",
     "scikit-learn>=1.5",

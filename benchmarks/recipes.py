@@ -96,9 +96,9 @@ def _work(name: str) -> tuple[list[str], Path, dict[str, Any]]:
     resume = f"train.resume={str(run.exists()).lower()}"
     command = ["-m", "gradcache_clip.cli", "train", f"recipes/{name}.yaml", resume]
     settings = {key: getattr(config.train, key) for key in _SETTINGS}
-    if config.data.text_fields:
+    if config.program == "texts":
         settings["rows"] = "pairs" if len(config.data.text_fields) == 2 else "triplets"
-    if config.train.chunk_tokens:
+    if getattr(config.train, "chunk_tokens", 0):
         settings.update(chunk_size=config.train.chunk_tokens, chunk_of="tokens")
     return command, run, settings
 

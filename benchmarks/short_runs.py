@@ -25,8 +25,6 @@ _TEXT = (
 _WORDS = _TEXT.split()
 
 _SHORT = (
-    "data.shuffle_buffer=50",
-    "data.vocab_size=400",
     "data.workers=0",
     "optimizer.warmup_steps=1",
     "train.batch_size=24",
@@ -35,6 +33,7 @@ _SHORT = (
     "train.evaluate_every=0",
     "train.device=cpu",
 )
+_VIEWS, _TEXTS = ("moco_image", "simclr"), ("text_embedding",)
 _TINY_BERT = (
     "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32,"
     " hidden_dropout_prob: 0, attention_probs_dropout_prob: 0, initializer_range: 0.25}"
@@ -69,7 +68,6 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "text_embedding": (
         *_OWN_TEXT_TOWER,
         "data.context_length=24",
-        "model.feature_dim=16",
         "loss.matryoshka=[4,8,16]",
         "train.chunk_tokens=70",
     ),
@@ -83,7 +81,9 @@ def settings(recipe: str, data: Path, output: Path) -> list[str]:
     places = [f"data.train={pairs}/train", f"data.validation={pairs}/validation"]
     if recipe == "lit":
         places.append(f"model.image_weights={data}/weights/image.safetensors")
-    return [*_SHORT, *RECIPES[recipe], *places, f"train.output={output}"]
+    sizes = [] if recipe in _VIEWS else ["data.vocab_size=400"]
+    sizes += [] if recipe in _TEXTS else ["data.shuffle_buffer=50"]
+    return [*_SHORT, *sizes, *RECIPES[recipe], *places, f"train.output={output}"]
 
 
 def make_data(folder: Path, recipes: Sequence[str] = tuple(RECIPES)) -> Path:

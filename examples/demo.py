@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +22,7 @@ from gradcache_clip.memory import count_cached_step, count_plain_step
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.precision import autocast
+from gradcache_clip.train.programs import program_of
 from gradcache_clip.train.report import (
     RunFigures,
     draw_curves,
@@ -31,7 +32,6 @@ from gradcache_clip.train.report import (
 )
 from gradcache_clip.train.run_folder import RunFolder, existing_run
 from gradcache_clip.train.run_pictures import run_curve
-from gradcache_clip.train.session import build_encoder
 from gradcache_clip.train.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
@@ -48,8 +48,8 @@ def main() -> int:
     if options.fresh and RunFolder(output).config.is_file():
         shutil.rmtree(output)
     cached, accumulated = output, output / "accumulated"
-    for folder, negatives in ((cached, "batch"), (accumulated, "chunk")):
-        status = train(shards, folder, negatives, options.overrides, console)
+    for folder, caching in ((cached, True), (accumulated, False)):
+        status = train(shards, folder, caching, options.overrides, console)
         if status:
             return status
     report(cached, accumulated, console, options.results)
@@ -66,17 +66,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(
-    shards: Path, output: Path, negatives: str, overrides: list[str], console: Console
-) -> int:
+def train(shards: Path, output: Path, caching: bool, overrides: list[str], console: Console) -> int:
     """One run in a process of its own, so that its peak memory is its own; resumed if cut off."""
     run = RunFolder(output)
     settings = [
         *(f"data.train={shards / 'train'}", f"data.validation={shards / 'validation'}"),
-        *(f"train.output={output}", f"train.negatives={negatives}", *overrides),
+        *(f"train.output={output}", f"train.grad_cache={str(caching).lower()}", *overrides),
     ]
     if (run.read_summary() or {}).get("finished"):
-        made_by = replace(existing_run(output)[1].train, resume=False)
+        made_by = existing_run(output)[1].updated({"train.resume": False}).train
         if made_by != load_config(HERE / "demo.yaml", settings).train:
             print(
                 f"demo: {output} holds a run with other settings; pass --fresh (FRESH=1)",
@@ -85,7 +83,7 @@ def train(
             return 2
         console.print(f"[dim]{output} is finished; --fresh (make demo FRESH=1) trains again")
         return 0
-    console.rule(f"training with negatives from the whole {negatives}")
+    console.rule(f"training with negatives from the whole {'batch' if caching else 'chunk'}")
     resume = ["train.resume=true"] if run.has_begun() else []
     command = [sys.executable, "-m", "gradcache_clip.cli", "train", str(HERE / "demo.yaml")]
     return subprocess.call([*command, *settings, *resume])
@@ -129,7 +127,7 @@ def column(
 ) -> RunFigures:
     summary = run.read_summary()
     assert summary is not None
-    whole = config.train.negatives == "batch"
+    whole = config.train.grad_cache
     return RunFigures(
         name=name,
         recall=summary["metrics"],
@@ -147,7 +145,7 @@ def count_memory(run: RunFolder, config: Config) -> tuple[int, int, int]:
     import torch
 
     tokenizer = load_tokenizer(run.tokenizer, config.data.context_length)
-    encoder = build_encoder(config, tokenizer)
+    encoder = program_of(config).encoder(tokenizer)
     size = config.data.image_size
     images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     example = images, tokenizer(["a caption of some words"] * 2, pad_to_context=True)

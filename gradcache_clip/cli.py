@@ -158,7 +158,7 @@ def _add_coco_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
+    from gradcache_clip.train.evaluate import evaluate_run
 
     evaluate_run(
         arguments.run_folder,

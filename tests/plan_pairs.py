@@ -17,7 +17,7 @@ from gradcache_clip.memory.plan_models import Sizes, build_on_meta, checkpoint_b
 from gradcache_clip.memory.plan_options import PlanOptions
 from gradcache_clip.memory.plan_work import work_of
 from gradcache_clip.memory.schedules import Work
-from gradcache_clip.train.config import ModelConfig
+from gradcache_clip.train.config_model import DualConfig
 from gradcache_clip.train.token_towers import TokenEncoder, TokenLoss
 from gradcache_clip.train.towers import DualEncoder, build_towers
 
@@ -33,7 +33,7 @@ _IMAGES: dict[str, dict[str, Any]] = {
 }
 
 
-def model_config(image: str, dropout: float = 0.1) -> ModelConfig:
+def model_config(image: str, dropout: float = 0.1) -> DualConfig:
     """A small pair; BERT on the text side."""
     text = {
         "hidden_size": 32,
@@ -43,11 +43,11 @@ def model_config(image: str, dropout: float = 0.1) -> ModelConfig:
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,
     }
-    return ModelConfig(**_IMAGES[image], text="bert", text_kwargs=text, feature_dim=24)
+    return DualConfig(**_IMAGES[image], text="bert", text_kwargs=text, feature_dim=24)
 
 
 def traced(
-    model: ModelConfig,
+    model: DualConfig,
     *,
     world: Any = "cpu",
     checkpointed: bool = False,
@@ -71,7 +71,7 @@ def traced(
     )
 
 
-def real(model: ModelConfig, *, tokens: bool = False) -> DualEncoder:
+def real(model: DualConfig, *, tokens: bool = False) -> DualEncoder:
     """The same pair with weights."""
     pair = build_towers(
         model,

@@ -16,26 +16,18 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import logged, overrides
+from tiny_run import NO_DROPOUT, logged, overrides
 from torch import Tensor
 
-from gradcache_clip.train import loop
+from gradcache_clip.train import run as training
 from gradcache_clip.train.checkpoint import load_latest
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.failures import PeerFailure
 
 PRELOADED = (
-    *("gradcache_clip.train.loop", "processes", "timm", "torch.utils.tensorboard"),
+    *("gradcache_clip.train.run", "processes", "timm", "torch.utils.tensorboard"),
     "transformers.models.bert.modeling_bert",
 )
-NO_DROPOUT = (
-    "data.random_crop=1",
-    "model.image_kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}",
-    "model.text_kwargs={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,"
-    " intermediate_size: 32, hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}",
-    "train.ema_decay=0",
-)
-
 # A rank's part of this batch is one group of samples, so that both worlds fill it with the same.
 SAME_BATCHES = (*NO_DROPOUT, "train.batch_size=64", "train.checkpoint_every=0")
 
@@ -50,8 +42,8 @@ def alone(data: Path, output: Path, *more: str) -> Path:
     """A run of one process over the lanes of two ranks."""
     settings = overrides(data, output, *SAME_BATCHES, "data.workers=2", *more)
     # Pictures take longer than such a run.
-    with mock.patch.object(loop, "draw_run"):
-        loop.train(load_config(None, settings), console=Console(quiet=True))
+    with mock.patch.object(training, "draw_run"):
+        training.train(load_config(None, settings), console=Console(quiet=True))
     return output
 
 
@@ -124,11 +116,11 @@ def _train(
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    loop.draw_run = lambda *_: []
+    training.draw_run = lambda *_: []
     if fault is not None:
         inject(rank, fault)
     try:
-        summary = loop.train(load_config(None, settings), console=Console(quiet=True))
+        summary = training.train(load_config(None, settings), console=Console(quiet=True))
         send.send("finished" if summary.finished else f"stopped after {summary.step}")
     except PeerFailure as error:
         send.send(f"PeerFailure: {error}")
@@ -139,13 +131,13 @@ def _train(
 
 def inject(rank: int, fault: Fault) -> None:
     """Call `fault` once in every step, behind its number."""
-    original, steps = loop.take_step, iter(range(1, 1000))
+    original, steps = training.take_step, iter(range(1, 1000))
 
     def take_step(*arguments):
         fault(rank, next(steps))
         return original(*arguments)
 
-    loop.take_step = take_step
+    training.take_step = take_step
 
 
 def _outcome(process: multiprocessing.Process, receive: Connection) -> str:

@@ -10,14 +10,12 @@ from unittest import mock
 from rich.console import Console
 from tiny_run import logged
 
-from gradcache_clip.train import loop
+from gradcache_clip.train import run as training
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.loop import RunSummary
+from gradcache_clip.train.run import RunSummary
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = (
-    "data.shuffle_buffer=50",
-    "data.vocab_size=400",
     "data.workers=0",
     "optimizer.warmup_steps=1",
     "train.batch_size=24",
@@ -41,8 +39,8 @@ def shortened(data: Path, output: Path, *more: str) -> list[str]:
 def run_recipe(name: str, data: Path, output: Path, *more: str) -> RunSummary:
     """The recipe with fewer steps and pairs; pictures take longer than such a run."""
     config = load_config(recipe(name), shortened(data, output, *more))
-    with mock.patch.object(loop, "draw_run"):
-        return loop.train(config, console=Console(quiet=True))
+    with mock.patch.object(training, "draw_run"):
+        return training.train(config, console=Console(quiet=True))
 
 
 def assert_trains_and_resumes(name: str, data: Path, folder: Path, *more: str) -> RunSummary:
@@ -59,12 +57,12 @@ def assert_trains_and_resumes(name: str, data: Path, folder: Path, *more: str) -
 
 
 def _stopped_after_two(name: str, data: Path, output: Path, *more: str) -> RunSummary:
-    original, steps = loop.take_step, iter(range(1, 5))
+    original, steps = training.take_step, iter(range(1, 5))
 
     def interrupted(*arguments):
         if next(steps) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments)
 
-    with mock.patch.object(loop, "take_step", interrupted):
+    with mock.patch.object(training, "take_step", interrupted):
         return run_recipe(name, data, output, *more)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcache_clip import ByLength, ClipLoss, FrozenTrunk, GradCache
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
-from gradcache_clip.train.config import ModelConfig
+from gradcache_clip.train.config_model import DualConfig
 from gradcache_clip.train.modalities import TEXT
 from gradcache_clip.train.towers import build_towers
 from gradcache_clip.verification.compare import verify
@@ -185,7 +185,7 @@ def test_a_trunk_that_is_trained_is_refused_before_anything_is_changed():
 
 
 def dual_encoder(freeze: str, image: str = "resnet10t") -> nn.Module:
-    config = ModelConfig(
+    config = DualConfig(
         image=image,
         text_kwargs={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                      "intermediate_size": 32, "hidden_dropout_prob": 0.2},

@@ -13,10 +13,11 @@ import torch
 
 from gradcache_clip.cache import ReplayMismatchError
 from gradcache_clip.cli import main
-from gradcache_clip.train import command, loop
+from gradcache_clip.train import command
+from gradcache_clip.train import evaluate as evaluate_module
+from gradcache_clip.train import run as training
 from gradcache_clip.train.checkpoint import CheckpointError, DamagedCheckpointError
-from gradcache_clip.train.config import ConfigError
-from gradcache_clip.train.evaluation import evaluate_run as evaluate_module
+from gradcache_clip.train.config_errors import ConfigError
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def last_line(text: str) -> str:
 def test_expected_errors_end_with_one_line(
     error: Exception, said: str, config: str, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(loop, "train", failing(error))
+    monkeypatch.setattr(training, "train", failing(error))
     assert main(["train", config]) == 2
     line = last_line(capsys.readouterr().err)
     assert line.startswith("gradcache-clip: ") and said in line
@@ -68,7 +69,7 @@ def test_expected_errors_end_with_one_line(
 def test_a_traceback_on_request(
     arguments: list[str], config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "train", failing(CheckpointError("cut")))
+    monkeypatch.setattr(training, "train", failing(CheckpointError("cut")))
     with pytest.raises(CheckpointError):
         main([*arguments, config])
 
@@ -84,13 +85,13 @@ def test_a_traceback_on_request(
 def test_bugs_keep_their_traceback(
     bug: Exception, config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "train", failing(bug))
+    monkeypatch.setattr(training, "train", failing(bug))
     with pytest.raises(type(bug)):
         main(["train", config])
 
 
 def test_an_interrupt_is_no_error(config: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(loop, "train", failing(KeyboardInterrupt()))
+    monkeypatch.setattr(training, "train", failing(KeyboardInterrupt()))
     assert main(["train", config]) == 130
     assert last_line(capsys.readouterr().err) == "gradcache-clip: interrupted"
 
@@ -146,7 +147,7 @@ def test_other_libraries_speak_only_when_needed(
         logging.getLogger("another.library").warning("mind this")
         raise ConfigError("stop")
 
-    monkeypatch.setattr(loop, "train", chatter)
+    monkeypatch.setattr(training, "train", chatter)
     assert main(["train", config]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error == ["WARNING: mind this", "gradcache-clip: stop"]

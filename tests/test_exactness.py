@@ -9,7 +9,7 @@ from one_shot import gradient_errors, one_shot, twins, worst
 from torch import Tensor, nn
 
 from gradcache_clip import ClipLoss, GradCache
-from gradcache_clip.train.config import ModelConfig
+from gradcache_clip.train.config_model import DualConfig
 from gradcache_clip.train.towers import DualEncoder, build_towers
 
 ROWS, CHUNK = 10, 4
@@ -37,7 +37,7 @@ def build(image: str, dtype: torch.dtype, *, dropout: float) -> DualEncoder:
         arguments = {**arguments, "proj_drop_rate": dropout, "drop_path_rate": dropout}
     text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = ModelConfig(
+    config = DualConfig(
         image=name,
         image_kwargs=arguments,
         text_kwargs={**text, "intermediate_size": 64},

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from tiny_run import make_data, overrides
 
-from gradcache_clip.train import loop
+from gradcache_clip.train import run as training
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.loop import train
+from gradcache_clip.train.run import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -36,8 +36,8 @@ def test_minimal_loop_is_short():
 def test_the_demo_compares_two_runs(tmp_path: Path):
     data = make_data(tmp_path / "data")
     cached, accumulated = tmp_path / "run", tmp_path / "run" / "accumulated"
-    for output, negatives in ((cached, "batch"), (accumulated, "chunk")):
-        more = ["train.steps=3", f"train.negatives={negatives}"]
+    for output, caching in ((cached, "true"), (accumulated, "false")):
+        more = ["train.steps=3", f"train.grad_cache={caching}"]
         train(load_config(None, overrides(data, output, *more)))
     console = Console(file=io.StringIO(), width=200)
     _demo().report(cached, accumulated, console)
@@ -57,19 +57,19 @@ def test_the_demo_ends_where_its_data_cannot_be_made(monkeypatch: pytest.MonkeyP
 
 def test_the_demo_recipe_loads():
     config = load_config(EXAMPLES / "demo.yaml")
-    assert (config.train.batch_size, config.train.negatives) == (1024, "batch")
+    assert (config.train.batch_size, config.train.grad_cache) == (1024, True)
 
 
 def test_the_deepspeed_example_hands_both_files_on(monkeypatch):
     given = []
-    monkeypatch.setattr(loop, "train", lambda config: given.append(config) or Finished())
+    monkeypatch.setattr(training, "train", lambda config: given.append(config) or Finished())
     files = ["--config", str(EXAMPLES / "demo.yaml"), "--deepspeed_config", "ds.json"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--local_rank=1", *files, "train.steps=20"])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(EXAMPLES / "deepspeed" / "train.py"))
     (config,) = given
     assert (config.train.batch_size, config.train.steps) == (1024, 20)
-    assert config.distributed.engine == "deepspeed"
+    assert config.distributed.strategy == "deepspeed"
     assert config.distributed.deepspeed_config == "ds.json"
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_run import logged, make_data
 from torch import Tensor, nn
 
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.frozen_features import FrozenFeatures
 
@@ -139,10 +139,13 @@ def test_a_run_learns_the_same(data, weights, tmp_path, monkeypatch, precision) 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.freeze=text", "model.freeze: expected image with model.frozen_features"),
+        ("model.freeze=text", "model.freeze: expected 'image' with model.frozen_features"),
         ("data.random_crop=0.8", "data.random_crop: expected 1.0 with model.frozen_features"),
         ("loss.name=late_interaction", "loss.name: expected clip or siglip with model.frozen"),
-        ("distributed.engine=fsdp", "distributed.engine: expected ddp with model.frozen_features"),
+        (
+            "distributed.strategy=fsdp",
+            "distributed.strategy: expected 'ddp' with model.frozen_features",
+        ),
     ],
 )
 def test_what_would_show_other_images_or_towers_is_refused(tmp_path, setting, message) -> None:

@@ -14,7 +14,7 @@ from tiny_shards import picture
 from torch import Tensor, nn
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.data import DecodedSample
 from gradcache_clip.train.evaluation.classify import linear_probe, vote_of_neighbours
 from gradcache_clip.train.evaluation.embed import EmbedOptions
@@ -179,7 +179,7 @@ def test_colours_are_told_apart_by_the_tower():
         # Of 90 images one green has no label, so reds come first; 11 of 30 held out are red.
         "label_chance": 11 / 30,
     }
-    assert (held_out.metrics.images, held_out.metrics.classes) == (30, 3)
+    assert (held_out.accuracy.images, held_out.accuracy.classes) == (30, 3)
 
 
 def test_shards_without_labels_are_refused_before_the_run(tmp_path):

@@ -24,7 +24,7 @@ from processes import (
 from tiny_run import logged, make_data, overrides
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.device import choose_device
 from gradcache_clip.train.failures import FailureChannel
 
@@ -170,12 +170,12 @@ def test_torchrun_gets_the_places_and_the_config(data, tmp_path, monkeypatch):
     config = tmp_path / "config.yaml"
     config.write_text("{}")
     places = ["--nproc", "4", "--nnodes", "2", "--node-rank", "1", "--master-addr", "here"]
-    main(["launch", *places, "--engine", "deepspeed", "--zero", "3", "train", str(config)])
+    main(["launch", *places, "--strategy", "deepspeed", "--zero", "3", "train", str(config)])
     assert calls == [
         [
             *("--nproc-per-node=4", "--nnodes=2", "--node-rank=1", "--master-addr=here"),
             *("--master-port=29500", "-m", "gradcache_clip.train", str(config)),
-            *("distributed.engine=deepspeed", "distributed.zero=3"),
+            *("distributed.strategy=deepspeed", "distributed.zero=3"),
         ]
     ]
 
@@ -205,5 +205,5 @@ def test_who_keeps_the_others_waiting_is_named():
 
 
 def test_chunk_negatives_need_one_process(data, tmp_path):
-    outcome = in_processes(2, data, tmp_path / "run", "train.negatives=chunk")
-    assert all("expected batch with 2 processes, got chunk" in each for each in outcome)
+    outcome = in_processes(2, data, tmp_path / "run", "train.grad_cache=false")
+    assert all("expected true with 2 processes, got false" in each for each in outcome)

@@ -11,7 +11,7 @@ from processes import SAME_BATCHES, alone, assert_same_run, in_processes, interr
 from tiny_run import make_data, overrides
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.config import Config, ConfigError, DistributedConfig
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.deepspeed_config import deepspeed_settings, precision_of, zero_stage
 
@@ -49,8 +49,8 @@ def test_engines_in_turn_give_the_weights_of_one_process(data, one_process, tmp_
 def of(engine: str) -> list[str]:
     name, _, stage = engine.partition("-")
     if not stage:
-        return [f"distributed.engine={name}"]
-    return ["distributed.engine=deepspeed", f"distributed.zero={stage}"]
+        return [f"distributed.strategy={name}"]
+    return ["distributed.strategy=deepspeed", f"distributed.zero={stage}"]
 
 
 def settings(tmp_path: Path, file: dict | None, *changes: str, processes: int = 2) -> dict:
@@ -108,7 +108,7 @@ def test_what_contradicts_the_run_is_shown_with_both(tmp_path, file, message):
 def test_launch_reads_the_file_before_it_starts_anything(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("{}")
     (tmp_path / "ds.json").write_text('{"train_batch_size": 7}')
-    command = ["launch", "--nproc", "2", "--engine", "deepspeed", "train"]
+    command = ["launch", "--nproc", "2", "--strategy", "deepspeed", "train"]
     file = f"distributed.deepspeed_config={tmp_path}/ds.json"
     assert main([*command, str(tmp_path / "config.yaml"), file]) == 2
     assert "train_batch_size: expected 1024 as" in capsys.readouterr().err
@@ -125,9 +125,9 @@ def test_the_example_file_fits_the_demo():
 )
 def test_what_is_no_configuration(tmp_path, text, message):
     (tmp_path / "ds.json").write_text(text)
-    config = Config(distributed=DistributedConfig(deepspeed_config=f"{tmp_path}/ds.json"))
+    config = load_config(None, [f"distributed.deepspeed_config={tmp_path}/ds.json"])
     with pytest.raises(ConfigError, match=message):
         deepspeed_settings(config, 2)
-    config.distributed.deepspeed_config = f"{tmp_path}/nowhere.json"
+    config = config.updated({"distributed.deepspeed_config": f"{tmp_path}/nowhere.json"})
     with pytest.raises(ConfigError, match="nowhere.json, which does not exist"):
         deepspeed_settings(config, 2)

@@ -18,10 +18,12 @@ from rich.console import Console
 from tiny_run import logged, make_data, overrides
 
 from gradcache_clip.cli import main
-from gradcache_clip.train import loop
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train import fit
+from gradcache_clip.train import run as training
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.loop import RunSummary, train
+from gradcache_clip.train.run import RunSummary, train
+from gradcache_clip.train.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -128,19 +130,20 @@ def test_ctrl_c_saves_and_says_how_to_resume(data, tmp_path):
     assert resumed.finished and resumed.step == step + 1
 
 
-@pytest.mark.parametrize("place", ["loop._log_row", "loop._embed"])
-def test_ctrl_c_anywhere_in_a_step_still_saves(data, tmp_path, monkeypatch, place):
-    output, name = tmp_path / "a run", place.removeprefix("loop.")
-    original = getattr(loop, name)
+@pytest.mark.parametrize("name", ["save", "_log_row"])
+def test_ctrl_c_anywhere_in_a_step_still_saves(data, tmp_path, monkeypatch, name):
+    output = tmp_path / "a run"
+    place = TrainState if name == "save" else fit
+    original = getattr(place, name)
 
-    def interrupted(session, *arguments):
-        if session.step == 3:
+    def interrupted(state, *arguments):
+        if state.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(session, *arguments)
+        return original(state, *arguments)
 
-    monkeypatch.setattr(loop, name, interrupted)
+    monkeypatch.setattr(place, name, interrupted)
     console = Console(file=io.StringIO())
-    config = load_config(None, overrides(data, output, "train.evaluate_every=3"))
+    config = load_config(None, overrides(data, output, "train.checkpoint_every=3"))
     summary = train(config, console=console)
     assert (summary.step, summary.finished) == (3, False)
     assert (output / "checkpoints" / "step-00000003").is_dir()
@@ -161,7 +164,7 @@ def test_sigterm_to_the_whole_process_group_saves(data, tmp_path):
 
 
 def test_an_error_in_the_middle_saves_what_was_trained(data, tmp_path, monkeypatch):
-    original = loop.take_step
+    original = training.take_step
 
     def fails(backward, *arguments):
         fails.calls += 1
@@ -170,14 +173,14 @@ def test_an_error_in_the_middle_saves_what_was_trained(data, tmp_path, monkeypat
         return original(backward, *arguments)
 
     fails.calls = 0
-    monkeypatch.setattr(loop, "take_step", fails)
+    monkeypatch.setattr(training, "take_step", fails)
     with pytest.raises(ValueError, match="a bad batch"):
         run(data, tmp_path / "run", "train.checkpoint_every=0")
     assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
 
 
 def test_weights_that_are_nan_are_never_saved(data, tmp_path, monkeypatch):
-    original = loop.take_step
+    original = training.take_step
 
     def poisons(backward, *arguments):
         result = original(backward, *arguments)
@@ -188,7 +191,7 @@ def test_weights_that_are_nan_are_never_saved(data, tmp_path, monkeypatch):
         return result
 
     poisons.calls = 0
-    monkeypatch.setattr(loop, "take_step", poisons)
+    monkeypatch.setattr(training, "take_step", poisons)
     with pytest.raises(ValueError, match=r"weights: expected finite numbers after step 3.*in imag"):
         run(data, tmp_path / "run", "train.checkpoint_every=1")
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -211,7 +214,7 @@ def test_a_failed_evaluation_loses_no_training(data, tmp_path):
 
 
 def test_rates_leave_out_what_is_no_training():
-    meter = loop.Meter()
+    meter = fit.Meter()
     time.sleep(0.05)
     meter.count(10)
     with meter.held():
@@ -221,7 +224,7 @@ def test_rates_leave_out_what_is_no_training():
     rates = meter.rates()
     assert 100 <= rates["step_ms"] * 2 < 400
     assert rates["pairs_per_s"] == pytest.approx(20_000 / (2 * rates["step_ms"]))
-    assert meter.pairs == 20
+    assert meter.samples == 20
 
 
 def test_a_finished_run_that_is_resumed_keeps_its_summary(whole, data):
@@ -311,7 +314,7 @@ def test_mistakes_end_with_one_line(data, tmp_path, capsys, change, message):
 def test_chunk_negatives_average_the_losses_of_the_chunks(data, tmp_path):
     """At a scale near zero a loss is the logarithm of the number of pairs that compete."""
     more = ["train.steps=3", "train.chunk_size=12", "loss.init_logit_scale=0.01"]
-    run(data, tmp_path / "chunk", *more, "train.negatives=chunk")
+    run(data, tmp_path / "chunk", *more, "train.grad_cache=false")
     run(data, tmp_path / "batch", *more)
     chunk, batch = (logged(tmp_path / name, "loss")[1] for name in ("chunk", "batch"))
     assert chunk == pytest.approx(math.log(12), abs=0.01)

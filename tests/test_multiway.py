@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from pathlib import Path
 
@@ -21,21 +20,21 @@ from gradcache_clip import ByLength, ClipLoss, GradCache
 from gradcache_clip.distributed import DDPStrategy
 from gradcache_clip.memory.planner import plan_config
 from gradcache_clip.train.checkpoint import load_latest, save_checkpoint
-from gradcache_clip.train.config import ConfigError, ModelConfig
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.config_model import MultiwayConfig
 from gradcache_clip.train.optimizer import parameter_groups
 from gradcache_clip.train.towers import DualEncoder, build_towers
 from gradcache_clip.verification.compare import verify
 
 SIZES = {"width": 16, "depth": 2, "heads": 2, "hidden": 24, "patch_size": 8}
-CONFIG = ModelConfig(architecture="multiway", multiway_kwargs=SIZES, feature_dim=8)
 KWARGS = "{width: 16, depth: 2, heads: 2, hidden: 24, patch_size: 8}"
 MULTIWAY = ("model.architecture=multiway", f"model.multiway_kwargs={KWARGS}")
 ROWS, CHUNK = 10, 4
 
 
 def build(image_size: int = 16, **changes: object) -> DualEncoder:
-    config = dataclasses.replace(CONFIG, multiway_kwargs=SIZES | changes)
+    config = MultiwayConfig(multiway_kwargs=SIZES | changes, feature_dim=8)
     return build_towers(
         config, image_size=image_size, context_length=9, vocab_size=40, pad_token_id=0
     )
@@ -176,30 +175,33 @@ def test_a_plan_counts_shared_weights_once():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dpeth": 3}, "multiway_kwargs: expected the name of a known size .* 'dpeth'.* 'depth'"),
-        ({"heads": 3}, "multiway_kwargs.width: expected a multiple of 3, the number of heads"),
-        ({"depth": 0}, "multiway_kwargs.depth: expected a whole number above 0, got 0"),
-        ({"width": 16.0}, "multiway_kwargs.width: expected a whole number above 0, got 16.0"),
-        ({"hidden": True}, "multiway_kwargs.hidden: expected a whole number above 0, got True"),
-        ({"drop_path": 1}, "multiway_kwargs.drop_path: expected a number from 0 to less than 1"),
-        ({"drop_path": "x"}, "multiway_kwargs.drop_path: expected a number from 0 to less than"),
-        ({"patch_size": 7}, "multiway_kwargs.patch_size: expected a divisor of data.image_size, "
-         "which is 16, got 7"),
+        ("dpeth=3", "multiway_kwargs.dpeth: no such key; did you mean .*depth"),
+        ("heads=3", "multiway_kwargs.width: expected a multiple of 3, the number of heads"),
+        ("depth=0", "multiway_kwargs.depth: expected at least 1, got 0"),
+        ("width=16.5", "multiway_kwargs.width: expected an integer, got 16.5"),
+        ("hidden=true", "multiway_kwargs.hidden: expected an integer, got True"),
+        ("drop_path=1", "multiway_kwargs.drop_path: expected less than 1, got 1"),
+        ("drop_path=x", "multiway_kwargs.drop_path: expected a number, got 'x'"),
     ],
-)  # fmt: skip
+)
 def test_unfit_sizes_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        build(**changes)
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [*MULTIWAY, f"model.multiway_kwargs.{changes}"])
+
+
+def test_patches_divide_the_image():
+    expected = "multiway_kwargs.patch_size: expected a divisor of data.image_size, which is 16, got"
+    with pytest.raises(ConfigError, match=expected):
+        build(patch_size=7)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (["model.architecture=triple"], "architecture: expected one of dual, multiway, got"),
-        (["model.multiway_kwargs.depth=3"], "multiway_kwargs: expected nothing with .*=dual"),
-        ([*MULTIWAY, "model.freeze=image"], "model.freeze: expected nothing with .*=multiway"),
-        ([*MULTIWAY, "model.image_pool=mean"], "model.image_pool: expected cls with .*=multiway"),
-        ([*MULTIWAY, "model.text_pool=mean"], "model.text_pool: expected cls with .*=multiway"),
+        (["model.multiway_kwargs.depth=3"], "multiway_kwargs: no such key with .*the default"),
+        ([*MULTIWAY, "model.freeze=image"], "model.freeze: no such key with .*=multiway"),
+        ([*MULTIWAY, "model.image_pool=mean"], "model.image_pool: no such key with .*=multiway"),
         ([*MULTIWAY, "model.text_pretrained=true", "data.tokenizer=x"], "model.text_pretrained: "),
     ],
 )
@@ -239,7 +241,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_in_two_processes(data, tmp_path, engine):
     more = (*MULTIWAY, "train.steps=3")
     one = alone(data, tmp_path / "one", *more)
-    settings = [*SAME_BATCHES, *more, f"distributed.engine={engine}"]
+    settings = [*SAME_BATCHES, *more, f"distributed.strategy={engine}"]
     assert in_processes(2, data, tmp_path / "two", *settings) == ["finished"] * 2
     assert_same_run(tmp_path / "two", one)
     assert any("experts" in name for name in weights(one))

@@ -13,14 +13,16 @@ from test_distributed import LOCAL, WORLD, OneModule, global_batch, in_two_proce
 from tiny_run import make_data, overrides
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from trainer_step import Formula, assert_same_gradients, assert_step_equals, same_group, session_of
+from trainer_step import Formula, assert_same_gradients, assert_step_equals, same_group, trainer_of
 from trainer_step import unit as unit_rows
 
 from gradcache_clip import GradCache
 from gradcache_clip.distributed import DDPStrategy
-from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.objective import build_loss, build_objective, numbers_of
+from gradcache_clip.train.programs import program_of
+from gradcache_clip.train.programs.program import numbers_of
 
 NO_DRAWS = (
     "data.random_crop=1",
@@ -96,14 +98,14 @@ def siglip(config: Config, logits: Tensor, loss: nn.Module, same: Tensor) -> Ten
 
 @pytest.mark.parametrize("settings", CLIP_SETTINGS, ids=lambda each: " ".join(each) or "plain")
 def test_the_trainers_step_is_the_formula(data, tmp_path, settings):
-    session = session_of(None, overrides(data, tmp_path, *NO_DRAWS, *settings), tmp_path)
+    trainer = trainer_of(None, overrides(data, tmp_path, *NO_DRAWS, *settings), tmp_path)
     seen = []
 
     def formula(images: Tensor, texts: Tensor, loss: nn.Module, groups: list[str]) -> Tensor:
         seen.append(same_group(groups))
-        return formula_of(session.config)(images, texts, loss, groups)
+        return formula_of(trainer.config)(images, texts, loss, groups)
 
-    assert_step_equals(session, formula, groups_of_three)
+    assert_step_equals(trainer, formula, groups_of_three)
     assert seen[0].sum() > len(seen[0])
 
 
@@ -112,30 +114,30 @@ def test_each_setting_is_another_loss(data, tmp_path):
     losses = set()
     for number, settings in enumerate(CLIP_SETTINGS):
         folder = tmp_path / str(number)
-        session = session_of(None, overrides(data, folder, *NO_DRAWS, *settings), folder)
-        output = assert_step_equals(session, formula_of(session.config), groups_of_three)
+        trainer = trainer_of(None, overrides(data, folder, *NO_DRAWS, *settings), folder)
+        output = assert_step_equals(trainer, formula_of(trainer.config), groups_of_three)
         losses.add(round(float(output.loss), 12))
     assert len(losses) == len(CLIP_SETTINGS)
 
 
 def test_chunks_alone_know_their_groups(data, tmp_path):
     """Plain accumulation: each chunk has a loss of its own, weighted by its rows."""
-    more = ("loss.positives=group", "train.negatives=chunk")
-    session = session_of(None, overrides(data, tmp_path, *NO_DRAWS, *more), tmp_path)
-    whole, size = formula_of(session.config), session.config.train.chunk_size
+    more = ("loss.positives=group", "train.grad_cache=false")
+    trainer = trainer_of(None, overrides(data, tmp_path, *NO_DRAWS, *more), tmp_path)
+    whole, size = formula_of(trainer.config), trainer.config.train.chunk_size
 
     def formula(images: Tensor, texts: Tensor, loss: nn.Module, groups: list[str]) -> Tensor:
         parts = [slice(start, start + size) for start in range(0, len(images), size)]
         losses = [whole(images[p], texts[p], loss, groups[p]) * len(images[p]) for p in parts]
         return sum(losses) / len(images)
 
-    assert_step_equals(session, formula)
+    assert_step_equals(trainer, formula)
 
 
 def test_the_scale_is_held_at_100_or_not_at_all():
     for name, bound, scale in (("clip", 100, 100), ("clip", 0, 1000), ("siglip", 0, 1000)):
         settings = [f"loss.name={name}", f"loss.max_logit_scale={bound}"]
-        loss = build_loss(build_objective(load_config(None, settings))).double()
+        loss = program_of(load_config(None, settings)).loss().double()
         with torch.no_grad():
             loss.log_logit_scale.fill_(1000).log_()
         loss(torch.eye(3).double(), torch.eye(3).double())
@@ -145,11 +147,14 @@ def test_the_scale_is_held_at_100_or_not_at_all():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["loss.max_logit_scale=-1"], "loss.max_logit_scale: expected at least 0, got -1.0"),
+        (["loss.max_logit_scale=-1"], "loss.max_logit_scale: expected at least 0, got -1"),
         (["loss.init_logit_scale=101"], "loss.init_logit_scale: expected at most loss.max_logit"),
         (["loss.init_logit_scale=0", "loss.max_logit_scale=0"], "init_logit_scale: .* more than 0"),
-        (["loss.name=siglip", "loss.label_smoothing=0.1"], "label_smoothing: expected 0 with loss"),
-        (["loss.name=siglip", "loss.positives=ignore"], "positives: expected pair or group with"),
+        (
+            ["loss.name=siglip", "loss.label_smoothing=0.1"],
+            "label_smoothing: no such key with",
+        ),
+        (["loss.name=siglip", "loss.positives=ignore"], "positives: expected one of pair, group"),
         (["loss.positives=all"], "loss.positives: expected one of pair, group, ignore, got 'all'"),
     ],
 )
@@ -179,13 +184,13 @@ def groups_over_two_ranks(rank: int) -> None:
 def compare_with_one_process(rank: int, settings: list[str]) -> None:
     torch.manual_seed(7)
     config = load_config(None, ["model.feature_dim=8", *settings])
-    objective = build_objective(config)
-    loss, pair = build_loss(objective).double(), OneModule(tower(6), tower(9)).double()
+    program = program_of(config)
+    loss, pair = program.loss().double(), OneModule(tower(6), tower(9)).double()
     truth = copy.deepcopy([pair, loss])
     mine = slice(rank * LOCAL, (rank + 1) * LOCAL)
     cache = GradCache(DDP(pair), loss, chunk_size=4, strategy=DDPStrategy())
     inputs = global_batch(0)
-    kwargs = objective.loss_kwargs(GROUPS[mine], torch.device("cpu"))
+    kwargs = program._loss_kwargs(GROUPS[mine], torch.device("cpu"))
     out = cache(*(x[mine] for x in inputs), loss_kwargs=kwargs)
     features = [truth[0](index, given) for index, given in enumerate(inputs)]
     expected = formula_of(config)(*features, truth[1], GROUPS)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradcache_clip.train.config import ModelConfig, OptimizerConfig
+from gradcache_clip.train.config import OptimizerConfig
+from gradcache_clip.train.config_model import DualConfig
 from gradcache_clip.train.ema import moving_average, update_average
 from gradcache_clip.train.optimizer import build_optimizer, learning_rate_at
 from gradcache_clip.train.towers import build_towers
@@ -27,7 +28,7 @@ def names_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, s
 
 
 def test_groups_of_real_towers() -> None:
-    model = ModelConfig(
+    model = DualConfig(
         image="vit_tiny_patch16_224",
         image_kwargs={"depth": 1, "embed_dim": 16, "num_heads": 2},
         text_kwargs={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},

@@ -19,7 +19,6 @@ from gradcache_clip.memory.plan_answer import memory_of, methods_of, speed_of
 from gradcache_clip.memory.plan_models import build_on_meta, configured_pair, train_last
 from gradcache_clip.memory.plan_work import Traced, trace_all
 from gradcache_clip.memory.schedules import accumulated_step, cached_step, kept_bytes, plain_step
-from gradcache_clip.train.config import Config
 
 ROOT = Path(__file__).parent.parent
 _SMALL = PlanOptions(batch_size=4096, chunk_size=16, image_size=32, context_length=16)
@@ -275,7 +274,7 @@ def test_the_command_plans_a_configuration(tmp_path, capsys):
     assert found["options"]["chunk_size"] == 32 and found["least_step_ms"] is None
     assert main([*arguments[:1], str(path), "--gpu", "0.65GB", "--json"]) == 1
     assert not json.loads(capsys.readouterr().out)["fits"]
-    assert main(["plan", str(path), "train.inputs=host", *arguments[2:]]) == 0
+    assert main(["plan", str(path), "train.batch_device=host", *arguments[2:]]) == 0
     on_host = json.loads(capsys.readouterr().out)
     assert on_host["input_bytes"] == pytest.approx(found["input_bytes"] * 2 * 32 / 4096, rel=0.01)
     assert main(["plan", str(path), "model.freeze=text", *arguments[2:]]) == 0
@@ -315,7 +314,7 @@ def test_vectors_of_patches_and_words_are_counted(monkeypatch, capsys):
         (["c.yaml", "--image", "a", "--text", "b", "--gpu", "24GB"], "got both"),
         (["c.yaml", "--gpu", "24GB", "--image-size", "32"], "pass data.image_size=32"),
         (["recipes/simclr.yaml", "--gpu", "24GB"], "got nt_xent: views and queues are not counted"),
-        (["recipes/moco.yaml", "--gpu", "24GB"], "plan the same towers with loss.name=clip"),
+        (["recipes/moco.yaml", "--gpu", "24GB"], "plan the same towers with program=pairs"),
     ],
 )
 def test_mistakes_end_with_one_line(arguments, message, capsys, monkeypatch):
@@ -327,13 +326,17 @@ def test_mistakes_end_with_one_line(arguments, message, capsys, monkeypatch):
 def test_a_pretrained_text_encoder_is_planned_from_its_configuration(tmp_path):
     from transformers import BertConfig
 
+    from gradcache_clip.train.config_model import DualConfig
+    from gradcache_clip.train.programs.pairs import PairData, PairsConfig
+
     text = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     BertConfig(**text, intermediate_size=96, vocab_size=500).save_pretrained(tmp_path)
     for name, layers, vocab_size in ((str(tmp_path), 3, 500), ("bert-base-uncased", 12, 30522)):
-        config = Config()
-        config.model.text, config.model.text_pretrained = name, True
-        config.data.tokenizer = "bert-base-uncased" if layers == 12 else "train"
-        config.data.vocab_size = 500
+        model = {"text": name, "text_pretrained": True}
+        data = {"tokenizer": "bert-base-uncased" if layers == 12 else "train", "vocab_size": 500}
+        sections = {"model": DualConfig(**model), "data": PairData(**data)}
+        # Whose tokens go with the weights is for training to ask.
+        config = PairsConfig().model_copy(update=sections)
         encoder = build_on_meta(*configured_pair(config))
         found = encoder.text_tower.backbone.config
         assert (found.num_hidden_layers, found.vocab_size) == (layers, vocab_size)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from recipe_runs import assert_trains_and_resumes, recipe, shortened
 from tiny_run import make_data
 from torch import Tensor, nn
-from trainer_step import assert_step_equals, session_of, unit
+from trainer_step import assert_step_equals, trainer_of, unit
 
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.multiway import MultiwayBlock, MultiwayImages, MultiwayTexts
@@ -74,10 +74,10 @@ def text_features(encoder: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
 
 
 def test_features_and_objective_are_those_of_the_paper(data, tmp_path):
-    session = session_of(recipe("beit3"), shortened(data, tmp_path / "run"), tmp_path / "run")
-    encoder, loss = session.encoder, session.loss
-    batch = next(iter(session.batches()))
-    (images, tokens), _ = session.inputs_of(batch)
+    trainer = trainer_of(recipe("beit3"), shortened(data, tmp_path / "run"), tmp_path / "run")
+    encoder, loss = trainer.encoder, trainer.loss
+    batch = next(iter(trainer.batches()))
+    (images, tokens), _ = trainer.inputs_of(batch)
     vectors = image_features(encoder, images), text_features(encoder, tokens)
     for tower, expected in enumerate(vectors):
         found = encoder(tower, (images, tokens)[tower])
@@ -89,13 +89,13 @@ def test_features_and_objective_are_those_of_the_paper(data, tmp_path):
 
 
 def test_the_step_is_that_of_the_whole_batch(data, tmp_path):
-    session = session_of(recipe("beit3"), shortened(data, tmp_path / "run"), tmp_path / "run")
+    trainer = trainer_of(recipe("beit3"), shortened(data, tmp_path / "run"), tmp_path / "run")
 
     def formula(images: Tensor, texts: Tensor, loss: nn.Module, groups: list[str]) -> Tensor:
         S = loss.log_logit_scale.exp() * unit(images) @ unit(texts).T
         return -(S.log_softmax(1).diagonal() + S.log_softmax(0).diagonal()).mean() / 2
 
-    assert_step_equals(session, formula)
+    assert_step_equals(trainer, formula)
 
 
 def test_a_short_run_resumes_exactly(data, tmp_path):
@@ -106,4 +106,4 @@ def test_a_short_run_resumes_exactly(data, tmp_path):
 def test_the_recipe_says_what_it_trains():
     config = load_config(recipe("beit3"))
     assert (config.model.architecture, config.loss.name) == ("multiway", "clip")
-    assert config.train.batch_size == 1024 and config.train.negatives == "batch"
+    assert config.train.batch_size == 1024 and config.train.grad_cache

@@ -10,10 +10,10 @@ import torch
 from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
 from tiny_run import logged, make_data
 from torch import Tensor, nn
-from trainer_step import assert_step_equals, session_of
+from trainer_step import assert_step_equals, trainer_of
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
 
 
@@ -44,19 +44,19 @@ def formula(images: Tensor, texts: Tensor, loss: nn.Module, groups: list[str]) -
 def test_the_step_is_the_equations(data, tmp_path, scale):
     more = [f"loss.init_logit_scale={scale}"]
     settings = shortened(data, tmp_path / "run", *more)
-    session = session_of(recipe("clip"), settings, tmp_path / "run")
-    assert_step_equals(session, formula)
-    assert float(session.loss.logit_scale.detach()) == pytest.approx(scale)
+    trainer = trainer_of(recipe("clip"), settings, tmp_path / "run")
+    assert_step_equals(trainer, formula)
+    assert float(trainer.loss.logit_scale.detach()) == pytest.approx(scale)
 
 
 def test_features_are_projections_of_class_tokens(data, tmp_path):
-    session = session_of(recipe("clip"), shortened(data, tmp_path / "run"), tmp_path / "run")
-    encoder = session.encoder
-    (images, tokens), _ = session.inputs_of(next(iter(session.batches())))
+    trainer = trainer_of(recipe("clip"), shortened(data, tmp_path / "run"), tmp_path / "run")
+    encoder = trainer.encoder
+    (images, tokens), _ = trainer.inputs_of(next(iter(trainer.batches())))
     vit = encoder.image_tower.backbone
     h_v = vit.forward_features((images.double() / 255 - 0.5) / 0.5)[:, 0]
     h_w = encoder.text_tower.backbone(**tokens).last_hidden_state[:, 0]
-    cls = session.tokenizer._backend.token_to_id("[CLS]")
+    cls = trainer.tokenizer._backend.token_to_id("[CLS]")
     assert (tokens["input_ids"][:, 0] == cls).all()
     torch.testing.assert_close(encoder(0, images), h_v @ encoder.image_projection.weight.T)
     torch.testing.assert_close(encoder(1, tokens), h_w @ encoder.text_projection.weight.T)
@@ -71,10 +71,10 @@ def test_the_scale_is_clamped_at_100(data, tmp_path):
     config = load_config(output / "config.yaml")
     assert config.loss.max_logit_scale == 100
     # A step may end above the bound; the next loss uses it at the bound.
-    session = session_of(output / "config.yaml", ["train.resume=true"], output)
+    trainer = trainer_of(output / "config.yaml", ["train.resume=true"], output)
     with torch.no_grad():
-        session.loss.log_logit_scale.fill_(10.0)
-    assert_step_equals(session, formula)
+        trainer.loss.log_logit_scale.fill_(10.0)
+    assert_step_equals(trainer, formula)
     assert len(scales) == 4
 
 

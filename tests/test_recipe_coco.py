@@ -11,14 +11,15 @@ import pytest
 from recipe_runs import assert_trains_and_resumes, recipe, shortened
 from tiny_shards import picture
 from torch import Tensor, nn
-from trainer_step import assert_step_equals, same_group, session_of, unit
+from trainer_step import assert_step_equals, same_group, trainer_of, unit
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
+from gradcache_clip.train.evaluate import evaluate_run
+from gradcache_clip.train.peers import Peers
+from gradcache_clip.train.programs import program_of
 from gradcache_clip.train.run_folder import existing_run
-from gradcache_clip.train.session import load_trained
 from gradcache_clip.train.sources import Sample, write_shards
-from gradcache_clip.train.task import task_of
+from gradcache_clip.train.state import load_trained
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "drawn_coco.py"
 # Of its towers the weights are on a hub, and this machine need not reach it.
@@ -87,8 +88,8 @@ def test_captions_of_one_image_are_positives_of_each_other(tmp_path: Path) -> No
     ]
     write_shards(samples, tmp_path / "train", source="test", license="CC0-1.0")
     settings = shortened(tmp_path, tmp_path / "run", *SMALL, "data.validation=")
-    session = session_of(recipe("coco"), settings, tmp_path / "run")
-    assert_step_equals(session, positives_of_one_image)
+    trainer = trainer_of(recipe("coco"), settings, tmp_path / "run")
+    assert_step_equals(trainer, positives_of_one_image)
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +117,10 @@ def test_the_test_set_is_ranked_whole_and_in_folds(
 
 def test_folds_follow_the_order_of_the_file(run: Path, data: Path, drawn: Path) -> None:
     folder, config = existing_run(run)
-    config.data.validation, config.train.device = str(data / "test"), "cpu"
-    encoder, tokenizer, _ = load_trained(config, folder)
-    held_out = task_of(config).embed_held_out(encoder, tokenizer)
+    changes = {"data.validation": str(data / "test"), "train.device": "cpu"}
+    program = program_of(config.updated(changes))
+    encoder, tokenizer, _ = load_trained(program, folder)
+    held_out = program.evaluate(encoder, tokenizer, Peers())
     images = json.loads((drawn / "dataset_coco.json").read_text())["images"]
     of_file = [i["sentences"][0]["raw"] for i in images if i["split"] == "test"]
     assert held_out.image_captions == of_file

@@ -10,11 +10,11 @@ from processes import SAME_BATCHES, alone, assert_same_run, in_processes
 from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
 from tiny_run import make_data
 from torch import Tensor, nn
-from trainer_step import assert_step_equals, session_of
+from trainer_step import Trainer, assert_step_equals, trainer_of
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.config import ConfigError
-from gradcache_clip.train.session import Session
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.token_towers import PatchTower, Tokens
 from gradcache_clip.train.towers import ImageTower
 
@@ -35,9 +35,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
-def started(data: Path, folder: Path, *more: str) -> Session:
+def started(data: Path, folder: Path, *more: str) -> Trainer:
     """The recipe as it starts, with small towers, in fp64."""
-    return session_of(recipe("filip"), shortened(data, folder, *SMALL, *more), folder)
+    return trainer_of(recipe("filip"), shortened(data, folder, *SMALL, *more), folder)
 
 
 def equations_of_filip(images: Tensor, texts: list[Tensor], scale: Tensor) -> Tensor:
@@ -77,10 +77,10 @@ def formula(images: Tensor, texts: Tokens, loss: nn.Module, groups: list[str]) -
 )
 def test_the_step_is_the_equations(data: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     settings = ("train.batch_size=12", "train.chunk_size=5", *more)
-    session = started(data, tmp_path / "run", *settings)
-    output = assert_step_equals(session, formula)
+    trainer = started(data, tmp_path / "run", *settings)
+    output = assert_step_equals(trainer, formula)
     assert 0 <= float(output.accuracy) <= 1
-    frozen = [name for name, p in session.encoder.named_parameters() if p.grad is None]
+    frozen = [name for name, p in trainer.encoder.named_parameters() if p.grad is None]
     assert bool(frozen) == any("freeze" in setting for setting in more)
 
 
@@ -90,14 +90,14 @@ def test_chunks_compete_alone_where_they_are_told_to(data: Path, tmp_path: Path)
         losses = [formula(images[p], Tokens(*(t[p] for t in texts)), loss, groups) for p in parts]
         return sum(loss * (p.stop - p.start) / 12 for loss, p in zip(losses, parts, strict=True))
 
-    settings = ("train.batch_size=12", "train.chunk_size=5", "train.negatives=chunk")
+    settings = ("train.batch_size=12", "train.chunk_size=5", "train.grad_cache=false")
     assert_step_equals(started(data, tmp_path / "run", *settings), of_chunks)
 
 
 def test_patches_without_class_token_and_all_tokens_of_a_text(data: Path, tmp_path: Path) -> None:
-    session = started(data, tmp_path / "run")
-    encoder = session.encoder
-    (images, tokens), loss_kwargs = session.inputs_of(next(iter(session.batches())))
+    trainer = started(data, tmp_path / "run")
+    encoder = trainer.encoder
+    (images, tokens), loss_kwargs = trainer.inputs_of(next(iter(trainer.batches())))
     vit = encoder.image_tower.backbone
     patches = vit.forward_features((images.double() / 255 - 0.5) / 0.5)[:, 1:]
     assert patches.shape[1] == 16
@@ -106,7 +106,7 @@ def test_patches_without_class_token_and_all_tokens_of_a_text(data: Path, tmp_pa
     hidden = encoder.text_tower.backbone(**tokens).last_hidden_state
     expected = hidden @ encoder.text_projection.weight.T
     torch.testing.assert_close(texts.vectors[:, :length], expected)
-    assert texts.vectors.shape[1] == texts.mask.shape[1] == session.config.data.context_length
+    assert texts.vectors.shape[1] == texts.mask.shape[1] == trainer.config.data.context_length
     assert torch.equal(texts.mask.sum(1), tokens["attention_mask"].sum(1))
     assert (texts.mask[:, :3]).all() and not loss_kwargs
 
@@ -134,8 +134,8 @@ def test_patches_of_other_models(
 ) -> None:
     size = 28 if "14" in image else 32
     more = (f"model.image={image}", f"model.image_kwargs={arguments}", f"data.image_size={size}")
-    session = started(data, tmp_path / "run", *more)
-    tower, pixels = session.encoder.image_tower, torch.randn(2, 3, size, size).double()
+    trainer = started(data, tmp_path / "run", *more)
+    tower, pixels = trainer.encoder.image_tower, torch.randn(2, 3, size, size).double()
     found = tower.eval()(pixels)
     assert found.shape[:2] == (2, patches)
     whole = tower.backbone.forward_features(pixels)
@@ -151,8 +151,8 @@ def test_patches_of_other_models(
 
 
 def test_what_padding_holds_changes_nothing(data: Path, tmp_path: Path) -> None:
-    session = started(data, tmp_path / "run")
-    loss, images = session.loss, torch.randn(4, 3, 8, dtype=torch.float64)
+    trainer = started(data, tmp_path / "run")
+    loss, images = trainer.loss, torch.randn(4, 3, 8, dtype=torch.float64)
     vectors = torch.randn(4, 5, 8, dtype=torch.float64)
     mask = torch.arange(5) < torch.tensor([5, 3, 4, 2])[:, None]
     other = torch.where(mask[:, :, None], vectors, torch.full_like(vectors, 50.0))
@@ -207,10 +207,13 @@ def test_two_processes_give_the_weights_of_one(data: Path, tmp_path: Path, excha
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("loss.positives=group", "loss.positives: expected pair with loss.name=late_interaction"),
-        ("loss.matryoshka=[4, 8]", "loss.matryoshka: expected no widths with"),
-        ("loss.label_smoothing=0.1", "loss.label_smoothing: expected 0 with"),
-        ("model.architecture=multiway", "model.architecture: expected dual with loss.name=late"),
+        ("loss.positives=group", "loss.positives: no such key with loss.name=late_interaction"),
+        ("loss.matryoshka=[4, 8]", "loss.matryoshka: no such key with"),
+        ("loss.label_smoothing=0.1", "loss.label_smoothing: no such key with"),
+        (
+            "model.architecture=multiway",
+            "model.image: no such key with model.architecture",
+        ),
     ],
 )
 def test_what_scores_of_tokens_cannot_do_is_refused(
@@ -219,6 +222,12 @@ def test_what_scores_of_tokens_cannot_do_is_refused(
     with pytest.raises(ConfigError, match=message):
         run_recipe("filip", data, tmp_path / "run", *SMALL, setting)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_vector_of_a_multiway_transformer_has_no_tokens() -> None:
+    settings = ["model.architecture=multiway", "loss.name=late_interaction"]
+    with pytest.raises(ConfigError, match="architecture: expected 'dual' with loss.name=late"):
+        load_config(None, settings)
 
 
 class Flat(nn.Module):

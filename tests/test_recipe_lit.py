@@ -15,12 +15,12 @@ from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
 from safetensors.torch import load_file, save_file
 from tiny_run import make_data, overrides
 from torch import Tensor, nn
-from trainer_step import assert_step_equals, session_of, unit
+from trainer_step import assert_step_equals, trainer_of, unit
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.config import ConfigError, ModelConfig
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
+from gradcache_clip.train.config_model import DualConfig
+from gradcache_clip.train.evaluate import evaluate_run
 from gradcache_clip.train.towers import DualEncoder, build_towers
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrained_weights.py"
@@ -60,8 +60,8 @@ def settings(data: Path, output: Path, file: Path, *more: str) -> list[str]:
 
 def test_the_step_is_that_of_clip_over_locked_features(data, file, tmp_path):
     run = tmp_path / "run"
-    session = session_of(recipe("lit"), settings(data, run, file), run)
-    tower = session.encoder.image_tower
+    trainer = trainer_of(recipe("lit"), settings(data, run, file), run)
+    tower = trainer.encoder.image_tower
     stored = load_file(file)
     for name, value in tower.backbone.state_dict().items():
         torch.testing.assert_close(value, stored[name].to(value.dtype), rtol=0, atol=0)
@@ -71,24 +71,24 @@ def test_the_step_is_that_of_clip_over_locked_features(data, file, tmp_path):
         own = torch.arange(len(S))
         return (F.cross_entropy(S, own) + F.cross_entropy(S.T, own)) / 2
 
-    assert_step_equals(session, formula)
+    assert_step_equals(trainer, formula)
     assert all(p.grad is None for p in tower.parameters())
-    assert session.encoder.image_projection.weight.grad.any()
-    assert all(p.grad is not None for p in session.encoder.text_tower.parameters())
+    assert trainer.encoder.image_projection.weight.grad.any()
+    assert all(p.grad is not None for p in trainer.encoder.text_tower.parameters())
 
 
 def test_a_locked_feature_is_that_of_the_file(data, file, tmp_path):
     """An independent model reads the file; nothing of the batch reaches its batch norm."""
-    session = session_of(recipe("lit"), settings(data, tmp_path / "run", file), tmp_path / "run")
-    (images, _), _ = session.inputs_of(next(iter(session.batches())))
+    trainer = trainer_of(recipe("lit"), settings(data, tmp_path / "run", file), tmp_path / "run")
+    (images, _), _ = trainer.inputs_of(next(iter(trainer.batches())))
     model = timm.create_model("tf_efficientnet_lite0", num_classes=7).double().eval()
     model.load_state_dict(load_file(file))
     pooled = model.forward_head(
         model.forward_features((images.double() / 255 - 0.5) / 0.5), pre_logits=True
     )
-    expected = pooled @ session.encoder.image_projection.weight.T
-    assert session.encoder.training
-    torch.testing.assert_close(session.encoder(0, images), expected, rtol=1e-10, atol=1e-12)
+    expected = pooled @ trainer.encoder.image_projection.weight.T
+    assert trainer.encoder.training
+    torch.testing.assert_close(trainer.encoder(0, images), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_short_run_resumes_exactly_and_changes_no_locked_weight(data, file, tmp_path):
@@ -136,16 +136,16 @@ def test_a_pretrained_text_tower_from_a_folder(data, file, tmp_path, monkeypatch
     model.save_pretrained(folder)
     more = [f"model.image_weights={file}", f"model.text={folder}", f"data.tokenizer={folder}"]
     run = tmp_path / "run"
-    session = session_of(recipe("lit"), shortened(data, run, "data.image_size=32", *more), run)
-    tower = session.encoder.text_tower
-    assert tower.pool == "mean" and session.config.model.text_pretrained
+    trainer = trainer_of(recipe("lit"), shortened(data, run, "data.image_size=32", *more), run)
+    tower = trainer.encoder.text_tower
+    assert tower.pool == "mean" and trainer.config.model.text_pretrained
     for name, value in tower.backbone.state_dict().items():
         torch.testing.assert_close(value.float(), model.state_dict()[name], rtol=0, atol=0)
     assert_trains_and_resumes("lit", data, tmp_path, "data.image_size=32", *more)
 
 
 def build(**model: object) -> DualEncoder:
-    config = ModelConfig(**{"image": "tf_efficientnet_lite0", "feature_dim": 8, **model})
+    config = DualConfig(**{"image": "tf_efficientnet_lite0", "feature_dim": 8, **model})
     sizes = {"image_size": 32, "context_length": 9, "vocab_size": 40, "pad_token_id": 0}
     return build_towers(config, **sizes)
 
@@ -164,10 +164,10 @@ def test_positions_are_resized_to_the_images(tmp_path):
 
 
 def test_weights_that_cannot_be_used_are_named(file, tmp_path):
-    with pytest.raises(ConfigError, match="image_weights: expected a .safetensors file, which hol"):
-        ModelConfig(image_weights="weights.pth")
-    with pytest.raises(ConfigError, match="image_pretrained: expected false beside model.image_w"):
-        ModelConfig(image_weights=str(file), image_pretrained=True)
+    with pytest.raises(ValueError, match="image_weights: expected a .safetensors file, which hol"):
+        DualConfig(image_weights="weights.pth")
+    with pytest.raises(ValueError, match="image_pretrained: expected false with model.image_w"):
+        DualConfig(image_weights=str(file), image_pretrained=True)
     with pytest.raises(ValueError, match="got .*none.safetensors, which does not exist; check"):
         build(image_weights=str(tmp_path / "none.safetensors"))
     other = r"image_weights: expected weights of resnet10t with \{\}, got .*image.safetensors, whic"
@@ -180,7 +180,7 @@ def test_weights_that_cannot_be_used_are_named(file, tmp_path):
 
 
 def test_chunks_alone_may_have_a_locked_tower(data, file, tmp_path):
-    more = (*SMALL, f"model.image_weights={file}", "train.negatives=chunk")
+    more = (*SMALL, f"model.image_weights={file}", "train.grad_cache=false")
     assert run_recipe("lit", data, tmp_path / "run", *more).finished
 
 
@@ -192,7 +192,7 @@ def test_two_processes_have_the_run_of_one(data, tmp_path, freeze):
     settings = [*SAME_BATCHES, *more]
     assert in_processes(2, data, tmp_path / "two", *settings) == ["finished"] * 2
     assert_same_run(tmp_path / "two", one)
-    start = session_of(None, overrides(data, tmp_path / "new", *settings), tmp_path / "new").encoder
+    start = trainer_of(None, overrides(data, tmp_path / "new", *settings), tmp_path / "new").encoder
     kept = {n: v for n, v in start.state_dict().items() if n.startswith(f"{freeze}_tower.")}
     assert kept and all(torch.equal(weights(one)[n].double(), v) for n, v in kept.items())
 

@@ -11,12 +11,12 @@ from processes import in_processes
 from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
 from tiny_run import make_data
 from torch import Tensor, nn
-from trainer_step import assert_step_equals, session_of
+from trainer_step import assert_step_equals, trainer_of
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.objective import build_objective
+from gradcache_clip.train.programs import program_of
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +40,34 @@ def formula(images: Tensor, texts: Tensor, loss: nn.Module, groups: list[str]) -
 
 
 def test_the_step_is_the_algorithm(data, tmp_path):
-    session = session_of(recipe("siglip"), shortened(data, tmp_path / "run"), tmp_path / "run")
-    assert float(session.loss.logit_scale.detach()) == pytest.approx(10)
-    assert float(session.loss.logit_bias.detach()) == -10
-    assert_step_equals(session, formula)
-    assert session.loss.logit_bias.grad.abs() > 0
+    trainer = trainer_of(recipe("siglip"), shortened(data, tmp_path / "run"), tmp_path / "run")
+    assert float(trainer.loss.logit_scale.detach()) == pytest.approx(10)
+    assert float(trainer.loss.logit_bias.detach()) == -10
+    assert_step_equals(trainer, formula)
+    assert trainer.loss.logit_bias.grad.abs() > 0
 
 
 def test_the_scale_has_no_upper_bound(data, tmp_path):
-    session = session_of(recipe("siglip"), shortened(data, tmp_path / "run"), tmp_path / "run")
+    trainer = trainer_of(recipe("siglip"), shortened(data, tmp_path / "run"), tmp_path / "run")
     with torch.no_grad():
-        session.loss.log_logit_scale.fill_(7.0)
-    assert_step_equals(session, formula)
-    assert float(session.loss.log_logit_scale.detach()) == 7.0
+        trainer.loss.log_logit_scale.fill_(7.0)
+    assert_step_equals(trainer, formula)
+    assert float(trainer.loss.log_logit_scale.detach()) == 7.0
 
 
 def test_a_bound_holds_where_one_is_given(data, tmp_path):
     more = ("loss.max_logit_scale=20",)
     settings = shortened(data, tmp_path / "run", *more)
-    session = session_of(recipe("siglip"), settings, tmp_path / "run")
+    trainer = trainer_of(recipe("siglip"), settings, tmp_path / "run")
     with torch.no_grad():
-        session.loss.log_logit_scale.fill_(7.0)
+        trainer.loss.log_logit_scale.fill_(7.0)
 
     def bounded(images: Tensor, texts: Tensor, loss: nn.Module, groups: list[str]) -> Tensor:
         with torch.no_grad():
             loss.log_logit_scale.clamp_(max=torch.tensor(20.0).double().log().item())
         return formula(images, texts, loss, groups)
 
-    assert_step_equals(session, bounded)
+    assert_step_equals(trainer, bounded)
 
 
 def test_a_short_run_resumes_exactly(data, tmp_path):
@@ -91,8 +91,8 @@ def test_two_processes_finish_together(data, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("loss.label_smoothing=0.1", "loss.label_smoothing: expected 0 with loss.name=siglip"),
-        ("loss.positives=ignore", "loss.positives: expected pair or group with siglip"),
+        ("loss.label_smoothing=0.1", "loss.label_smoothing: no such key with loss.name=siglip"),
+        ("loss.positives=ignore", "loss.positives: expected one of pair, group, got"),
     ],
 )
 def test_what_the_loss_has_no_use_for_is_refused(data, tmp_path, setting, message):
@@ -102,8 +102,8 @@ def test_what_the_loss_has_no_use_for_is_refused(data, tmp_path, setting, messag
 
 
 def test_guessing_is_the_best_logit_for_all_pairs():
-    objective = build_objective(load_config(recipe("siglip")))
+    program = program_of(load_config(recipe("siglip")))
     logit = torch.linspace(-12, 0, 100_001, dtype=torch.float64)
     losses = F.softplus(-logit) + 1023 * F.softplus(logit)
-    assert objective.guess == pytest.approx(losses.min().item(), rel=1e-6)
-    assert build_objective(load_config(recipe("clip"))).guess is None, "log of the candidates"
+    assert program.guess == pytest.approx(losses.min().item(), rel=1e-6)
+    assert program_of(load_config(recipe("clip"))).guess is None, "log of the candidates"

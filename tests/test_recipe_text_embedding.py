@@ -17,15 +17,14 @@ from text_files import make_texts, names, write_lines
 from text_runs import SMALL, run_small
 from tiny_run import logged
 from torch import Tensor
-from trainer_step import assert_step_equals, session_of
+from trainer_step import assert_step_equals, trainer_of
 
 from gradcache_clip.cli import main
-from gradcache_clip.train import loop
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train import run as training
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.objective import build_objective
+from gradcache_clip.train.programs import program_of
 from gradcache_clip.train.report.metrics_log import read_log
-from gradcache_clip.train.step import make_backward
 
 DROPOUT = "model.text_kwargs.hidden_dropout_prob=0.1"
 
@@ -61,7 +60,7 @@ def test_the_step_is_the_formula(data, tmp_path, count, positives, widths):
     fields = ",".join(names(count))
     more = (f"data.text_fields=[{fields}]", f"loss.positives={positives}")
     settings = shortened(data, tmp_path / "run", *SMALL, *more, f"loss.matryoshka={widths}")
-    session = session_of(recipe("text_embedding"), settings, tmp_path / "run")
+    trainer = trainer_of(recipe("text_embedding"), settings, tmp_path / "run")
     repeated = []
 
     def formula(*arguments) -> Tensor:
@@ -72,7 +71,7 @@ def test_the_step_is_the_formula(data, tmp_path, count, positives, widths):
         scale, ignore = float(loss.logit_scale.detach()), positives == "ignore"
         return of_the_page(features, scale, widths or [16], texts, ignore)
 
-    output = assert_step_equals(session, formula)
+    output = assert_step_equals(trainer, formula)
     assert repeated[0] > 0, "else nothing would be ignored"
     assert 0 <= output.accuracy <= 1
 
@@ -83,7 +82,7 @@ def test_chunks_by_rows_or_tokens_are_the_same_step(data, tmp_path):
         ("train.chunk_tokens=70",),
         ("train.chunk_tokens=0",),
         ("train.chunk_tokens=0", "train.sort_by_length=false"),
-        ("train.chunk_tokens=70", "train.memory_budget_gib=1", "train.inputs=host"),
+        ("train.chunk_tokens=70", "train.memory_budget_gib=1", "train.batch_device=host"),
     ):
         run = tmp_path / str(len(losses))
         run_small(data, run, *more)
@@ -93,11 +92,11 @@ def test_chunks_by_rows_or_tokens_are_the_same_step(data, tmp_path):
 
 
 def test_a_chunk_holds_as_many_tokens_as_asked_for(data, tmp_path):
-    session = session_of(recipe("text_embedding"), shortened(data, tmp_path, *SMALL), tmp_path)
-    sorting = session.objective.sort_by_length
+    trainer = trainer_of(recipe("text_embedding"), shortened(data, tmp_path, *SMALL), tmp_path)
+    sorting = trainer.program.sort_by_length
     assert [each.max_tokens for each in sorting] == [70, 70, 70]
     pairs = load_config(None, ["train.sort_by_length=true", "train.chunk_tokens=9"])
-    images, texts = build_objective(pairs).sort_by_length
+    images, texts = program_of(pairs).sort_by_length
     assert images is None and texts.max_tokens == 9
 
 
@@ -143,10 +142,10 @@ def test_verify_says_that_it_is_exact(data, tmp_path, capsys):
 def test_two_processes_are_one(data, tmp_path, engine):
     """Both read one order, so that two ranks of 32 rows hold what one process holds of 64."""
     more = [
-        *SMALL, "data.text_fields=[anchor,positive,negative]", "loss.name=info_nce",
+        "program=texts", *SMALL, "data.text_fields=[anchor,positive,negative]",
         "loss.positives=ignore", "train.sort_by_length=true", "train.batch_size=64",
-        "train.steps=3", "train.ema_decay=0", "train.checkpoint_every=0", "data.random_crop=1",
-        "model.image_kwargs={}", "model.text_pool=mean", "evaluation.at_start=true",
+        "train.steps=3", "train.ema_decay=0", "train.checkpoint_every=0",
+        "model.text_pool=mean", "evaluation.at_start=true",
     ]  # fmt: skip
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
@@ -154,7 +153,7 @@ def test_two_processes_are_one(data, tmp_path, engine):
         more.append("train.chunk_tokens=0")
     one, two = tmp_path / "one", tmp_path / "two"
     assert in_processes(1, data, one, *more) == ["finished"]
-    assert in_processes(2, data, two, *more, f"distributed.engine={engine}") == ["finished"] * 2
+    assert in_processes(2, data, two, *more, f"distributed.strategy={engine}") == ["finished"] * 2
     assert_same_run(two, one)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
     assert summaries[0]["metrics"] == pytest.approx(summaries[1]["metrics"])
@@ -163,28 +162,30 @@ def test_two_processes_are_one(data, tmp_path, engine):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.text_fields=[]", "data.text_fields: expected the fields of queries and documents"),
         ("data.text_fields=[a]", "data.text_fields: expected two or more different names"),
         ("data.text_fields=[a,a]", "data.text_fields: expected two or more different names"),
-        ("loss.name=clip", "loss.name: expected 'info_nce' with data.text_fields, got 'clip'"),
-        ("loss.positives=group", "loss.positives: expected pair or ignore with loss.name=info_nce"),
-        ("loss.label_smoothing=0.1", "loss.label_smoothing: expected 0.0 with loss.name=info_nce"),
-        ("data.views=2", "data.views: expected 1 with data.text_fields, got 2"),
-        ("data.random_crop=0.5", "data.random_crop: expected 1.0 with data.text_fields, got 0.5"),
-        ("data.allow_url_schemes=[https]", "data.allow_url_schemes: expected [] with data.text_f"),
-        ("model.image_pretrained=true", "model.image_pretrained: expected False with data.text_f"),
+        ("loss.name=clip", "loss.name: expected one of info_nce, got 'clip'"),
+        ("loss.positives=group", "loss.positives: expected one of pair, ignore, got 'group'"),
+        ("loss.label_smoothing=0.1", "loss.label_smoothing: no such key"),
+        ("program=views", "data.text_fields: no such key"),
+        ("data.random_crop=0.5", "data.random_crop: no such key"),
+        ("data.allow_url_schemes=[https]", "data.allow_url_schemes: no such key"),
+        ("model.image_pretrained=true", "model.image_pretrained: no such key"),
         ("data.text_prompts=[a]", "data.text_prompts: expected none, or one for queries and one"),
         ("data.validation=", "data.validation: expected something to evaluate on with evaluation"),
-        ("model.freeze=text", "model.freeze: expected '' with data.text_fields, got 'text'"),
-        ("train.negatives=chunk", "train.negatives: expected batch with train.chunk_tokens"),
-        ("evaluation.folds=2", "evaluation.folds: expected 1 with data.text_fields, got 2"),
+        ("model.freeze=text", "model.freeze: no such key"),
+        ("train.grad_cache=false", "train.grad_cache: expected true with train.chunk_tokens"),
+        ("evaluation.folds=2", "evaluation.folds: no such key"),
         ("train.sort_by_length=false", "train.sort_by_length: expected true with train.chunk_tok"),
         ("train.chunk_tokens=-1", "train.chunk_tokens: expected at least 0, got -1"),
         (
-            "distributed.engine=fsdp",
-            "train.chunk_tokens: expected 0 without distributed.engine=ddp",
+            "distributed.strategy=fsdp",
+            "train.chunk_tokens: expected 0 with distributed.strategy=fsdp",
         ),
-        ("loss.matryoshka=[4,8]", "loss.matryoshka: expected rising widths that end with model"),
+        (
+            "loss.matryoshka=[4,8]",
+            "loss.matryoshka: expected rising widths that end with the",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(data, tmp_path, change, message):
@@ -193,9 +194,9 @@ def test_what_does_not_go_together_is_refused(data, tmp_path, change, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_width_is_that_of_the_model(data, tmp_path):
-    with pytest.raises(ConfigError, match="model.feature_dim: expected the width of 'bert', which"):
-        run_small(data, tmp_path / "run", "model.feature_dim=8", "loss.matryoshka=[8]")
+def test_the_widest_prefix_is_that_of_the_model(data, tmp_path):
+    with pytest.raises(ConfigError, match="loss.matryoshka: .* width of the features, which is 16"):
+        run_small(data, tmp_path / "run", "loss.matryoshka=[8]")
     assert not (tmp_path / "run").exists()
 
 
@@ -231,7 +232,7 @@ def test_held_out_lines_are_no_training_lines(data, tmp_path):
 def test_a_first_step_that_fails_leaves_nothing_in_the_way(data, tmp_path):
     """The evaluation before it is no step that could be lost."""
     with (
-        mock.patch.object(loop, "take_step", side_effect=ValueError("no memory")),
+        mock.patch.object(training, "take_step", side_effect=ValueError("no memory")),
         pytest.raises(ValueError, match="no memory"),
     ):
         run_small(data, tmp_path / "run")
@@ -242,22 +243,19 @@ def test_a_first_step_that_fails_leaves_nothing_in_the_way(data, tmp_path):
 
 def test_every_parameter_gets_a_gradient(data, tmp_path):
     """As DDP wants it."""
-    session = session_of(recipe("text_embedding"), shortened(data, tmp_path, *SMALL), tmp_path)
-    with closing(session.batches()) as batches:
-        inputs, loss_kwargs = session.inputs_of(next(batches))
-    module, strategy = session.engine.module, session.engine.strategy
-    make_backward(module, session.loss, session.objective, strategy)(
-        *inputs, loss_kwargs=loss_kwargs
-    )
-    without = [name for name, p in session.encoder.named_parameters() if p.grad is None]
+    trainer = trainer_of(recipe("text_embedding"), shortened(data, tmp_path, *SMALL), tmp_path)
+    with closing(trainer.batches()) as batches:
+        inputs, loss_kwargs = trainer.inputs_of(next(batches))
+    trainer.backward()(*inputs, loss_kwargs=loss_kwargs)
+    without = [name for name, p in trainer.encoder.named_parameters() if p.grad is None]
     assert without == []
 
 
 def test_prompts_stand_before_queries_and_before_all_that_answers(data, tmp_path):
     more = "data.text_prompts=['seek: ','keep: ']", "data.text_fields=[anchor,positive,negative]"
     settings = shortened(data, tmp_path, *SMALL, *more)
-    session = session_of(recipe("text_embedding"), settings, tmp_path)
-    with closing(session.batches()) as batches:
+    trainer = trainer_of(recipe("text_embedding"), settings, tmp_path)
+    with closing(trainer.batches()) as batches:
         queries, documents, negatives = next(batches).texts
     assert all(text.startswith("seek: ") and text != "seek: " for text in queries)
     assert all(text.startswith("keep: ") for text in (*documents, *negatives))

@@ -12,19 +12,20 @@ from recipe_runs import recipe, shortened
 from rich.console import Console
 from text_files import make_texts, write_lines
 from text_runs import SMALL, run_small
-from trainer_step import session_of
+from trainer_step import trainer_of
 
 from gradcache_clip.cli import main
-from gradcache_clip.train import loop
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train import run as training
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config, save_config
+from gradcache_clip.train.evaluate import evaluate_run
 from gradcache_clip.train.evaluation.embed import EmbedOptions
-from gradcache_clip.train.evaluation.evaluate_run import evaluate_run
 from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts, embed_held_out_texts
+from gradcache_clip.train.peers import Peers
+from gradcache_clip.train.programs import program_of
 from gradcache_clip.train.run_folder import RunFolder
 from gradcache_clip.train.run_pictures import draw_run, run_curve
-from gradcache_clip.train.session import load_trained
-from gradcache_clip.train.task import task_of
+from gradcache_clip.train.state import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_evaluate_prints_a_row_for_each_width(tmp_path, capsys):
 
 def pretrained(model: Path, *more: str) -> tuple[str, ...]:
     """Settings for the tower of sentence-transformers in a folder."""
-    sizes = "model.text_kwargs={}", "model.feature_dim=32", "loss.matryoshka=[8,32]"
+    sizes = "model.text_kwargs={}", "loss.matryoshka=[8,32]"
     source = f"data.tokenizer={model}", f"model.text={model}", "model.text_pretrained=true"
     return *source, *sizes, *more
 
@@ -110,10 +111,10 @@ def test_a_pretrained_tower_says_what_sentence_transformers_says(data, tmp_path)
 
     theirs, texts = tiny_model(tmp_path / "model"), sentences(9, 20, seed=3)
     settings = shortened(data, tmp_path / "run", *SMALL, *pretrained(tmp_path / "model"))
-    session = session_of(recipe("text_embedding"), settings, tmp_path / "new")
-    assert session.tokenizer is not None
+    trainer = trainer_of(recipe("text_embedding"), settings, tmp_path / "new")
+    assert trainer.tokenizer is not None
     with torch.no_grad():
-        found = session.encoder.float().eval()(2, session.tokenizer(texts))
+        found = trainer.encoder.float().eval()(2, trainer.tokenizer(texts))
     torch.testing.assert_close(found, torch.tensor(theirs.encode(texts)), atol=1e-6, rtol=1e-5)
 
 
@@ -138,7 +139,8 @@ def test_an_exported_tower_is_the_trained_one(data, tmp_path, capsys, pool):
     # Weights that nobody trained would be drawn at random.
     assert not [name for name, _ in exported.named_parameters() if "pooler" in name]
     run = RunFolder(tmp_path / "run")
-    encoder, tokenizer, _ = load_trained(load_config(run.config), run)
+    program = program_of(load_config(run.config))
+    encoder, tokenizer, _ = load_trained(program, run)
     assert tokenizer is not None and exported.max_seq_length == 24
     for prompt, encode in zip(
         prompts, (exported.encode_query, exported.encode_document), strict=True
@@ -147,7 +149,7 @@ def test_an_exported_tower_is_the_trained_one(data, tmp_path, capsys, pool):
             trained = encoder.eval()(0, tokenizer([prompt + text for text in texts]))
         said = torch.tensor(encode(texts))
         torch.testing.assert_close(said, F.normalize(trained, dim=1), atol=1e-6, rtol=1e-5)
-    held_out = task_of(load_config(run.config)).embed_held_out(encoder, tokenizer)
+    held_out = program.evaluate(encoder, tokenizer, Peers())
     assert isinstance(held_out, HeldOutTexts)
     for prompt, shown in zip(prompts, (held_out.queries, held_out.documents), strict=True):
         assert all(text.startswith(prompt) and text != prompt for text in shown)
@@ -168,7 +170,7 @@ def test_what_cannot_be_exported(data, tmp_path, capsys):
 
 def test_pictures(data, tmp_path):
     config = load_config(recipe("text_embedding"), shortened(data, tmp_path / "run", *SMALL))
-    loop.train(config, console=Console(quiet=True))
+    training.train(config, console=Console(quiet=True))
     run = RunFolder(tmp_path / "run")
     assert {path.name for path in run.pictures.iterdir()} == {"curves.png", "gallery.png"}
     for path in run.pictures.iterdir():
@@ -176,4 +178,4 @@ def test_pictures(data, tmp_path):
     curve = run_curve(run, config)
     assert curve.candidates == 2 * 24
     assert curve.guessed_loss == pytest.approx(3 * torch.tensor(48.0).log().item(), rel=1e-6)
-    assert len(draw_run(run, config, None, None)) == 1
+    assert len(draw_run(run, program_of(config), None, None)) == 1

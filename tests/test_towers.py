@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 import random
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gradcache_clip.train.config import ModelConfig
+from gradcache_clip.train.config_model import DualConfig
 from gradcache_clip.train.probe import check_towers
 from gradcache_clip.train.tokenizer import CLS, PAD, SEP, Tokenizer, load_tokenizer, train_tokenizer
 from gradcache_clip.train.towers import DualEncoder, build_towers
@@ -26,7 +25,7 @@ TINY_TEXT = {
     "intermediate_size": 48,
 }
 TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-TINY = ModelConfig(
+TINY = DualConfig(
     image="vit_tiny_patch16_224",
     image_kwargs=TINY_VIT,
     text="bert",
@@ -41,9 +40,9 @@ CAPTIONS = [
 ]
 
 
-def build(config: ModelConfig = TINY, **changes: object) -> DualEncoder:
+def build(config: DualConfig = TINY, **changes: object) -> DualEncoder:
     return build_towers(
-        dataclasses.replace(config, **changes),
+        config.model_copy(update=changes),
         image_size=32,
         context_length=12,
         vocab_size=300,
@@ -214,7 +213,7 @@ def test_towers_that_cannot_work_are_found(
     changes: dict[str, object], image_size: int, message: str
 ) -> None:
     encoder = build_towers(
-        dataclasses.replace(TINY, **changes),
+        TINY.model_copy(update=changes),
         image_size=image_size,
         context_length=12,
         vocab_size=300,

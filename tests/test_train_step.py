@@ -8,13 +8,15 @@ import pytest
 import torch
 from tiny_run import make_data, overrides
 from torch import Tensor, nn
-from trainer_step import session_of
+from trainer_step import trainer_of
 
 from gradcache_clip import ClipLoss
+from gradcache_clip.cache import ByLength
 from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.distributed import LocalStrategy
-from gradcache_clip.train.config import Config, ConfigError, DistributedConfig, TrainConfig
-from gradcache_clip.train.objective import Objective
+from gradcache_clip.train.config import TrainConfig
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.step import make_backward
 
 ROWS = 12
@@ -46,8 +48,9 @@ def gradients(**options: object) -> tuple[TwoTowers, list[Tensor]]:
         "attention_mask": (torch.arange(9) < lengths[:, None]).long(),
     }
     images = torch.randn(ROWS, 6, dtype=torch.float64)
-    config = Config(train=TrainConfig(batch_size=ROWS, chunk_size=3, **options))
-    make_backward(model, loss, Objective(config), LocalStrategy())(images, texts)
+    order = [None, ByLength()] if options.pop("sort_by_length", False) else None
+    config = TrainConfig(batch_size=ROWS, chunk_size=3, **options)
+    make_backward(model, loss, config, LocalStrategy(), order)(images, texts)
     return model, [p.grad for p in (*model.parameters(), *loss.parameters())]
 
 
@@ -73,35 +76,34 @@ def test_sorted_captions_are_trimmed_to_the_longest_of_a_chunk():
 
 @pytest.mark.parametrize(("place", "found"), [("host", "cpu"), ("device", "meta")])
 def test_a_batch_waits_where_it_is_told_to(tmp_path: Path, place: str, found: str):
-    more = (f"train.inputs={place}", "loss.positives=group")
+    more = (f"train.batch_device={place}", "loss.positives=group")
     settings = overrides(make_data(tmp_path / "data"), tmp_path / "run", *more)
-    session = session_of(None, settings, tmp_path / "run")
-    session.device = torch.device("meta")
-    inputs, loss_kwargs = session.inputs_of(next(iter(session.batches())))
+    trainer = trainer_of(None, settings, tmp_path / "run")
+    inputs, loss_kwargs = trainer.inputs_of(next(iter(trainer.batches())), "meta")
     assert {tensor.device.type for tensor in tensors_in(inputs)} == {found}
     # The loss takes the features of all, which are on the device in any case.
     assert loss_kwargs["labels"].device.type == "meta"
 
 
 def test_deepspeed_has_its_inputs_on_the_device():
-    train, deepspeed = TrainConfig(inputs="host"), DistributedConfig(engine="deepspeed")
-    with pytest.raises(ConfigError, match="train.inputs: expected device with distributed.engine"):
-        Config(train=train, distributed=deepspeed)
-    assert Config(train=train).train.inputs == "host"
+    host, deepspeed = "train.batch_device=host", "distributed.strategy=deepspeed"
+    with pytest.raises(ConfigError, match="train.batch_device: expected 'device' with distributed"):
+        load_config(None, [host, deepspeed])
+    assert load_config(None, [host]).train.batch_device == "host"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exchange": "broadcast"}, "train.exchange: expected one of gather, ring, got"),
-        ({"inputs": "disk"}, "train.inputs: expected one of device, host, got"),
+        (["exchange=broadcast"], "train.exchange: expected one of gather, ring, got"),
+        (["batch_device=disk"], "train.batch_device: expected one of device, host, got"),
         (
-            {"inputs": "host", "negatives": "chunk"},
-            "train.inputs: expected device with train.negatives=chunk, got 'host'",
+            ["batch_device=host", "grad_cache=false"],
+            "train.batch_device: expected 'device' with train.grad_cache=false, got 'host'",
         ),
-        ({"memory_budget_gib": -1.0}, "train.memory_budget_gib: expected at least 0, got -1"),
+        (["memory_budget_gib=-1"], "train.memory_budget_gib: expected at least 0, got -1"),
     ],
 )
 def test_values_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        TrainConfig(**options)
+        load_config(None, [f"train.{option}" for option in options])

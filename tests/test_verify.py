@@ -455,7 +455,7 @@ def test_the_command_on_a_run(run, capsys):
     [
         (["--rows", "1"], "--rows: expected at least 2, got 1"),
         (["--rows", "4000"], "lower --rows or add samples"),
-        (["train.negatives=chunk"], "train.negatives: expected batch, got chunk"),
+        (["train.grad_cache=false"], "train.grad_cache: expected true, got false"),
     ],
 )
 def test_mistakes_end_with_one_line(arguments, said, run, capsys):

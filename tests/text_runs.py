@@ -6,7 +6,7 @@ from pathlib import Path
 
 from recipe_runs import run_recipe
 
-from gradcache_clip.train.loop import RunSummary
+from gradcache_clip.train.run import RunSummary
 
 TINY_BERT = (
     "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32,"
@@ -19,7 +19,6 @@ SMALL = (
     "model.text=bert",
     "model.text_pretrained=false",
     f"model.text_kwargs={TINY_BERT}",
-    "model.feature_dim=16",
     "loss.matryoshka=[4,8,16]",
     "train.chunk_tokens=70",
 )

@@ -31,6 +31,18 @@ OVERRIDES = (
     "train.device=cpu",
 )
 
+NO_DROPOUT = (
+    "data.random_crop=1",
+    "model.image_kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}",
+    "model.text_kwargs={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,"
+    " intermediate_size: 32, hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}",
+    "train.ema_decay=0",
+)
+_OF_TEXTS = ("data.context_length", "data.vocab_size", "model.text_kwargs")
+_OF_TOWERS = ("model.image", "model.image_kwargs", "model.text_kwargs")
+_OF_IMAGES = ("data.image_size", "data.shuffle_buffer", "data.random_crop", "model.feature_dim",
+              "model.image", "model.image_kwargs")  # fmt: skip
+
 
 def make_data(folder: Path, characters: int = 60) -> Path:
     """Shards of drawn characters, about 150 training pairs of 60."""
@@ -39,8 +51,14 @@ def make_data(folder: Path, characters: int = 60) -> Path:
 
 
 def overrides(data: Path, output: Path, *more: str) -> list[str]:
+    """Settings of a tiny run, and others; those of towers that it does not have are left out."""
     places = [f"data.train={data}/train", f"data.validation={data}/validation"]
-    return [*OVERRIDES, *places, f"train.output={output}", *more]
+    left_out = _OF_TEXTS if "program=views" in more else ()
+    left_out += _OF_IMAGES if "program=texts" in more else ()
+    left_out += _OF_TOWERS if "model.architecture=multiway" in more else ()
+    ours = {*OVERRIDES, *NO_DROPOUT}
+    settings = [*OVERRIDES, *places, f"train.output={output}", *more]
+    return [s for s in settings if not (s in ours and s.partition("=")[0] in left_out)]
 
 
 def logged(run: Path, name: str) -> dict[int, float]:

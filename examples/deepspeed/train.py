@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.loop import train
+from gradcache_clip.train.run import train
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--config", required=True, help="the run, as for gradcache-clip train")
@@ -17,9 +17,9 @@ parser.add_argument("--local_rank", type=int, help="of DeepSpeed's launcher")
 parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
 options = parser.parse_args()
 
-engine = [
-    "distributed.engine=deepspeed",
+strategy = [
+    "distributed.strategy=deepspeed",
     f"distributed.deepspeed_config={options.deepspeed_config}",
 ]
-summary = train(load_config(options.config, [*engine, *options.overrides]))
+summary = train(load_config(options.config, [*strategy, *options.overrides]))
 sys.exit(0 if summary.finished else 130)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gradcache_clip.train.backbones import arguments_of, unknown_name
-from gradcache_clip.train.config import Config, ConfigError, ModelConfig
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.config_model import DualConfig, MultiwayConfig
 from gradcache_clip.train.towers import DualEncoder, build_towers
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.programs.pairs import PairsConfig
 
 
 @dataclass(frozen=True)
@@ -126,14 +129,14 @@ class Sizes:
 
 def named_pair(
     image: str, text: str, *, image_size: int | None, context_length: int, feature_dim: int
-) -> tuple[ModelConfig, Sizes]:
+) -> tuple[DualConfig, Sizes]:
     """A timm name and a short name, type or published name of a text encoder.
 
     Raises:
         ValueError: an unknown name, with the nearest ones.
     """
     found = _text_name(text)
-    model = ModelConfig(
+    model = DualConfig(
         image=image,
         text=found.kind,
         text_kwargs=dict(found.arguments),
@@ -144,7 +147,7 @@ def named_pair(
     return model, Sizes(size, context_length, found.vocab_size, found.pad_token_id)
 
 
-def configured_pair(config: Config) -> tuple[ModelConfig, Sizes]:
+def configured_pair(config: PairsConfig) -> tuple[DualConfig | MultiwayConfig, Sizes]:
     """The models of a training configuration; pretrained ones are built without their weights.
 
     A vocabulary that is learned in training is taken to be as large as it may become.
@@ -153,18 +156,19 @@ def configured_pair(config: Config) -> tuple[ModelConfig, Sizes]:
         ConfigError: a tokenizer whose vocabulary is not known here.
     """
     data = config.data
-    model = dataclasses.replace(config.model, image_pretrained=False, image_weights="")
     vocab_size, pad_token_id = _vocabulary(config)
-    if model.text_pretrained:
-        found = _pretrained_name(model.text)
-        arguments = dict(found.arguments) | dict(model.text_kwargs)
-        model = dataclasses.replace(
-            model, text=found.kind, text_kwargs=arguments, text_pretrained=False
-        )
+    model = config.model
+    if isinstance(model, DualConfig):
+        changes: dict[str, Any] = {"image_pretrained": False, "image_weights": ""}
+        if model.text_pretrained:
+            found = _pretrained_name(model.text)
+            arguments = dict(found.arguments) | model.text_kwargs
+            changes |= {"text": found.kind, "text_kwargs": arguments, "text_pretrained": False}
+        model = model.model_copy(update=changes)
     return model, Sizes(data.image_size, data.context_length, vocab_size, pad_token_id)
 
 
-def build_on_meta(model: ModelConfig, sizes: Sizes) -> DualEncoder:
+def build_on_meta(model: DualConfig | MultiwayConfig, sizes: Sizes) -> DualEncoder:
     """Both towers in train mode, with shapes and no memory.
 
     Raises:
@@ -268,7 +272,7 @@ def _own_image_size(image: str) -> int:
     return int(published.input_size[-1]) if published else 224
 
 
-def _vocabulary(config: Config) -> tuple[int, int]:
+def _vocabulary(config: PairsConfig) -> tuple[int, int]:
     data = config.data
     if data.tokenizer == "train":
         return data.vocab_size, 0

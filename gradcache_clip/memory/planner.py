@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,9 +24,14 @@ from gradcache_clip.memory.plan_models import (
 )
 from gradcache_clip.memory.plan_options import Plan, PlanOptions
 from gradcache_clip.memory.plan_work import trace_all
-from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.deepspeed_config import DEFAULT_STAGE
 from gradcache_clip.train.token_towers import TokenEncoder
 from gradcache_clip.train.towers import DualEncoder
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.programs.pairs import PairsConfig
 
 
 def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) -> Plan:
@@ -71,7 +77,7 @@ def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) ->
     return _planned((image, text), encoder, sizes, gpu, options, started)
 
 
-def plan_config(config: Config, gpu: str, options: PlanOptions | None = None) -> Plan:
+def plan_config(config: PairsConfig, gpu: str, options: PlanOptions | None = None) -> Plan:
     """The same for a configuration of the training command; see `options_of` for its options.
 
     Raises:
@@ -84,42 +90,50 @@ def plan_config(config: Config, gpu: str, options: PlanOptions | None = None) ->
     if config.loss.name == "late_interaction":
         with torch.device("meta"):
             encoder = TokenEncoder(encoder, sizes.context_length)
-    dual = config.model.architecture == "dual"
-    names = (config.model.image, config.model.text) if dual else (config.model.architecture,) * 2
+    found: Any = config.model
+    dual = found.architecture == "dual"
+    names = (found.image, found.text) if dual else (found.architecture,) * 2
     return _planned(names, encoder, sizes, gpu, options or options_of(config), started)
 
 
-def options_of(config: Config) -> PlanOptions:
-    """The options that a training configuration implies, on one process."""
-    train, engine = config.train, config.distributed.engine
+def options_of(config: PairsConfig) -> PlanOptions:
+    """The options that a training configuration implies, on one process.
+
+    Raises:
+        ConfigError: as `plan_config`.
+    """
+    _check_counted(config)
+    train, distributed = config.train, config.distributed
+    zero = {"deepspeed": distributed.zero, "fsdp": 3}.get(distributed.strategy, 0)
+    frozen = getattr(config.model, "freeze", "")
     return PlanOptions(
         batch_size=train.batch_size,
         chunk_size=train.chunk_size,
         precision=train.precision,
         ema=train.ema_decay > 0,
-        inputs=train.inputs,
-        zero={"deepspeed": config.distributed.zero, "fsdp": 3}.get(engine, 0),
+        inputs=train.batch_device,
+        zero=DEFAULT_STAGE if zero < 0 else zero,
         image_size=config.data.image_size,
         context_length=config.data.context_length,
         feature_dim=config.model.feature_dim,
-        image_trainable=float(config.model.freeze != "image"),
-        text_trainable=float(config.model.freeze != "text"),
+        image_trainable=float(frozen != "image"),
+        text_trainable=float(frozen != "text"),
     )
 
 
 def _check_counted(config: Config) -> None:
-    name = config.loss.name
-    if config.data.text_fields:
+    if config.program == "texts":
         raise ConfigError(
-            "data.text_fields: expected none, since plan counts an image and a text tower, got "
-            f"{config.data.text_fields}; texts alone need the graph of one chunk at a time: lower "
-            "train.chunk_tokens or train.chunk_size where a step does not fit"
+            "program: expected pairs, since plan counts an image and a text tower, got texts, "
+            "which need the graph of one chunk at a time: lower train.chunk_tokens or "
+            "train.chunk_size where a step does not fit"
         )
+    name = config.loss.name
     if name not in ("clip", "siglip", "late_interaction"):
         raise ConfigError(
             f"loss.name: expected clip, siglip or late_interaction, which compare an image with a "
             f"text, got {name}: views and queues are not counted; plan the same towers with "
-            "loss.name=clip data.views=1 loss.learn_logit_scale=true"
+            "program=pairs, loss.name=clip and a learned scale"
         )
 
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from gradcache_clip.train.config import ModelConfig
+    from gradcache_clip.train.config_model import ImageTowerConfig, TextTowerConfig
 
 _TIMM_POOLS = {"cls": "token", "mean": "avg"}
 _SPECIAL_IDS = frozenset({"bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"})
 _LONGEST_REASON = 200
 
 
-def build_image_backbone(config: ModelConfig, *, image_size: int) -> Any:
+def build_image_backbone(config: ImageTowerConfig, *, image_size: int) -> Any:
     """A timm model without classifier that maps (B, 3, H, W) to pooled features (B, C).
 
     `config.image_pool` is "cls" (the class token), "mean" (of patches or positions) or "default"
@@ -64,7 +64,7 @@ def build_image_backbone(config: ModelConfig, *, image_size: int) -> Any:
         ) from error
 
 
-def _with_weights(config: ModelConfig, arguments: dict[str, Any]) -> Any:
+def _with_weights(config: ImageTowerConfig, arguments: dict[str, Any]) -> Any:
     """A timm model with the weights of a safetensors file."""
     import timm
 
@@ -87,7 +87,7 @@ def _with_weights(config: ModelConfig, arguments: dict[str, Any]) -> Any:
 
 
 def build_text_backbone(
-    config: ModelConfig, *, context_length: int, vocab_size: int, pad_token_id: int
+    config: TextTowerConfig, *, context_length: int, vocab_size: int, pad_token_id: int
 ) -> Any:
     """A transformers encoder that maps ids and mask (B, L) to `.last_hidden_state` (B, L, C).
 
@@ -129,7 +129,7 @@ def arguments_of(text_config: Any) -> dict[str, Any]:
     return {key: value for key, value in text_config.to_diff_dict().items() if key in known}
 
 
-def _with_text_weights(model: ModelConfig, **options: Any) -> Any:
+def _with_text_weights(model: TextTowerConfig, **options: Any) -> Any:
     """A pretrained model; weights that it has no use for, such as the pooler's, are left out."""
     from transformers import AutoModel
 
@@ -200,7 +200,7 @@ def _unloadable() -> tuple[type[Exception], ...]:
     return (OSError, SafetensorError, *_unfit())
 
 
-def _text_unfit(config: ModelConfig, error: Exception) -> ValueError:
+def _text_unfit(config: TextTowerConfig, error: Exception) -> ValueError:
     return ValueError(
         f"model.text: expected a text encoder that can be built with {config.text_kwargs}, got "
         f"{config.text!r} ({first_line(error)}); change model.text_kwargs, or pass e.g. "
@@ -218,7 +218,7 @@ def _timm_pool(pool: str) -> str:
 
 
 def _new_text_config(
-    config: ModelConfig, context_length: int, vocab_size: int, pad_token_id: int
+    config: TextTowerConfig, context_length: int, vocab_size: int, pad_token_id: int
 ) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -250,7 +250,7 @@ def _text_arguments(config_class: Any) -> set[str]:
     return parameters | set(config_class.attribute_map)
 
 
-def _load_text_config(config: ModelConfig) -> Any:
+def _load_text_config(config: TextTowerConfig) -> Any:
     from transformers import AutoConfig
 
     overrides = dict(config.text_kwargs)
@@ -260,14 +260,14 @@ def _load_text_config(config: ModelConfig) -> Any:
         raise _load_error(config, error) from error
 
 
-def _load_error(config: ModelConfig, error: Exception) -> ValueError:
+def _load_error(config: TextTowerConfig, error: Exception) -> ValueError:
     return ValueError(
         f"model.text: expected a hub name or folder with safetensors weights, got {config.text!r} "
         f"({first_line(error)}); check the name, or set model.text_pretrained=false"
     )
 
 
-def _check_is_encoder(config: ModelConfig, text_config: Any) -> None:
+def _check_is_encoder(config: TextTowerConfig, text_config: Any) -> None:
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     reads_tokens = "vocab_size" in _text_arguments(type(text_config))
@@ -289,7 +289,7 @@ def _check_is_encoder(config: ModelConfig, text_config: Any) -> None:
 
 
 def _check_fits(
-    config: ModelConfig, text_config: Any, context_length: int, vocab_size: int
+    config: TextTowerConfig, text_config: Any, context_length: int, vocab_size: int
 ) -> None:
     limit = getattr(text_config, "max_position_embeddings", None) or context_length
     if context_length > limit:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradcache_clip.train.loop import RunSummary
+    from gradcache_clip.train.run import RunSummary
 
 INTERRUPTED = 130
 
@@ -46,7 +46,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Train, say what came of it, and give the exit status."""
     from gradcache_clip.train.config_file import load_config
     from gradcache_clip.train.device import is_first_process
-    from gradcache_clip.train.loop import train
+    from gradcache_clip.train.run import train
 
     summary = train(load_config(arguments.config, arguments.overrides))
     if is_first_process():

@@ -1,283 +1,269 @@
-"""The configuration of a run: nested dataclasses, checked when built."""
+"""Sections of a configuration that every program has, checked when they are built."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
-from gradcache_clip.train.config_checks import (
-    ConfigError,
-    above,
-    at_least,
-    check,
-    in_range,
-    not_empty,
-    one_of,
-)
-from gradcache_clip.train.config_data import SMALLEST_VOCABULARY, DataConfig
-from gradcache_clip.train.config_model import (
-    LossConfig,
-    ModelConfig,
-    check_frozen_features,
-    check_tokens,
-    check_widths,
-)
-from gradcache_clip.train.config_views import AugmentConfig, check_contrast
+from pydantic import Field, field_validator, model_validator
 
-__all__ = [
-    "SMALLEST_VOCABULARY",
-    "AugmentConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "DistributedConfig",
-    "EvaluationConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "TrainConfig",
-]
+from gradcache_clip.train.config_errors import ConfigError, checked
+from gradcache_clip.train.config_section import Section, changeable, expect
+
+Self = TypeVar("Self", bound="Section")
 
 
-@dataclass
-class OptimizerConfig:
+class DataConfig(Section):
+    """Where samples come from and how they are read."""
+
+    # The loader's state knows the data by names and sizes, wherever they are.
+    train: str = changeable("data/train", min_length=1)
+    """Training set: a folder, file, glob or brace pattern (`shards/{000..099}.tar`)."""
+
+    validation: str = changeable("")
+    """The same for held-out samples; empty: no evaluation while training."""
+
+    workers: int = changeable(0, ge=0)
+    """Processes that read and decode for each training process; 0: the training process does."""
+
+    max_broken_share: float = changeable(0.05, ge=0, le=1)
+    """Share of samples that may be unreadable before the run stops."""
+
+
+class OptimizerConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
 
-    weight_decay: float = 0.2
+    weight_decay: float = Field(0.2, ge=0)
     """Decay of matrices; norms, biases, embeddings and the logit scale have none."""
 
-    beta1: float = 0.9
+    beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the gradient's mean."""
 
-    beta2: float = 0.98
+    beta2: float = Field(0.98, ge=0, lt=1)
     """Decay of the gradient's square."""
 
-    eps: float = 1e-6
+    eps: float = Field(1e-6, gt=0)
     """Added to the denominator."""
 
-    warmup_steps: int = 100
+    warmup_steps: int = Field(100, ge=0)
     """Steps over which the learning rate rises linearly from zero; fewer than `train.steps`."""
 
-    max_grad_norm: float = 0.0
+    max_grad_norm: float = Field(0.0, ge=0)
     """Gradients are scaled down to this global norm; 0 leaves them."""
 
-    def __post_init__(self) -> None:
-        at_least(0, "optimizer", self, "weight_decay", "warmup_steps", "max_grad_norm")
-        above(0, "optimizer", self, "learning_rate", "eps")
-        in_range("[0, 1)", "optimizer", self, "beta1", "beta2")
 
-
-@dataclass
-class TrainConfig:
+class TrainConfig(Section):
     """The loop."""
 
-    output: str = "runs/clip"
+    output: str = changeable("runs/clip", min_length=1)
     """Folder of the run; an existing run is resumed with `train.resume=true`, never overwritten."""
 
-    resume: bool = False
+    resume: bool = changeable(False)
     """Go on from the newest good checkpoint in `output`."""
 
-    batch_size: int = 1024
-    """Pairs in a step, of all processes together; every pair meets every other in the loss."""
+    batch_size: int = Field(1024, ge=2)
+    """Samples in a step, of all processes together; each meets every other in the loss."""
 
-    chunk_size: int = 64
-    """Pairs that go through an encoder at once; sets the memory of a step."""
+    chunk_size: int = Field(64, ge=1)
+    """Samples that go through an encoder at once; sets the memory of a step."""
 
-    memory_budget_gib: float = 0.0
+    memory_budget_gib: float = changeable(0.0, ge=0)
     """Memory for graphs that are kept instead of replayed; 0: that of one chunk."""
 
-    sort_by_length: bool = False
-    """Chunks of captions of similar length, each trimmed to its longest."""
-
-    chunk_tokens: int = 0
-    """Tokens of texts that go through an encoder at once, padding included, with `sort_by_length`;
-    0: `chunk_size` texts, however long."""
-
-    inputs: str = "device"
+    batch_device: Literal["device", "host"] = changeable("device")
     """Where a batch waits: on the `device`, or on the `host`, from which chunks are copied one
     ahead of use, so that memory does not grow with its images."""
 
-    exchange: str = "gather"
+    exchange: Literal["gather", "ring"] = changeable("gather")
     """How features of other processes arrive: `gather`, all at once, or `ring`, one by one."""
 
-    negatives: str = "batch"
-    """`batch`: gradient caching, all pairs compete. `chunk`: plain accumulation, for comparison."""
+    grad_cache: bool = True
+    """Cache gradients, so that all samples of a batch compete. `false`: plain accumulation, whose
+    loss ends at a chunk; for comparison."""
 
-    steps: int = 1000
+    steps: int = changeable(1000, ge=1)
     """Optimizer steps."""
 
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """`fp32`, or autocast to `bf16` or `fp16` (with gradient scaling)."""
 
-    device: str = "auto"
+    device: str = changeable("auto", min_length=1)
     """`auto` takes an accelerator where there is one; else `cpu`, `cuda`, `cuda:1`."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of weights, data order and dropout; process r draws its dropout with `seed + r`."""
 
-    log_every: int = 1
+    log_every: int = changeable(1, ge=1)
     """Steps between two log rows."""
 
-    evaluate_every: int = 0
-    """Steps between two evaluations on the validation pairs; 0: at the end only."""
+    evaluate_every: int = changeable(0, ge=0)
+    """Steps between two evaluations on the validation set; 0: at the end only."""
 
-    checkpoint_every: int = 100
+    checkpoint_every: int = changeable(100, ge=0)
     """Steps between two checkpoints; 0: at the end only."""
 
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = changeable(2, ge=1)
     """Checkpoints that are kept, newest first."""
 
-    ema_decay: float = 0.0
+    ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights, used to evaluate; 0: off."""
 
-    compile: bool = False
+    compile: bool = changeable(False)
     """Run the encoders through torch.compile."""
 
-    impl: str = "auto"
-    """Implementation of the loss: `auto`, `reference`, `tiled`, `triton`."""
+    impl: Literal["auto", "reference", "tiled", "triton"] = "auto"
+    """Implementation of the loss."""
 
-    def __post_init__(self) -> None:
-        not_empty("train", self, "output", "device")
-        at_least(2, "train", self, "batch_size")
-        at_least(1, "train", self, "chunk_size", "steps", "log_every", "keep_checkpoints")
-        at_least(0, "train", self, "evaluate_every", "checkpoint_every", "chunk_tokens")
-        if self.chunk_tokens:
-            with_it = "with train.chunk_tokens"
-            check(self.sort_by_length, "train", self, "sort_by_length", f"true {with_it}")
-            check(self.negatives == "batch", "train", self, "negatives", f"batch {with_it}")
-        check(0 <= self.seed < 2**63, "train", self, "seed", "a number from 0 to 2**63 - 1")
-        one_of(("batch", "chunk"), "train", self, "negatives")
-        one_of(("fp32", "bf16", "fp16"), "train", self, "precision")
-        one_of(("auto", "reference", "tiled", "triton"), "train", self, "impl")
-        one_of(("gather", "ring"), "train", self, "exchange")
-        one_of(("device", "host"), "train", self, "inputs")
-        at_least(0, "train", self, "memory_budget_gib")
-        in_range("[0, 1)", "train", self, "ema_decay")
-        if self.negatives == "chunk":
-            self._check_chunks()
-
-    def _check_chunks(self) -> None:
-        """With `negatives: chunk`, a chunk of one pair has nothing to learn from."""
-        check(self.inputs == "device", "train", self, "inputs", "device with train.negatives=chunk")
+    @model_validator(mode="after")
+    def _check_chunks(self: Self) -> Self:
+        """Without gradient caching, a chunk of one sample has nothing to learn from."""
+        assert isinstance(self, TrainConfig)
+        if self.grad_cache:
+            return self
+        expect(self, "train.batch_device", "device", "train.grad_cache=false")
         if self.chunk_size == 1:
             raise ConfigError(
-                "train.chunk_size: expected at least 2 with train.negatives=chunk, got 1; "
-                "a chunk of one pair has no negatives"
+                "train.chunk_size: expected at least 2 with train.grad_cache=false, got 1; "
+                "a chunk of one sample has no negatives"
             )
         if self.batch_size % self.chunk_size == 1:
             raise ConfigError(
-                f"train.batch_size: expected no last chunk of one pair, which has no negatives, "
-                f"with train.negatives=chunk, got {self.batch_size} in chunks of "
+                f"train.batch_size: expected no last chunk of one sample, which has no negatives, "
+                f"with train.grad_cache=false, got {self.batch_size} in chunks of "
                 f"{self.chunk_size}; use train.batch_size={self.batch_size - 1}"
             )
+        return self
 
 
-@dataclass
-class EvaluationConfig:
-    """Retrieval on the validation pairs."""
+class TextTrainConfig(TrainConfig):
+    """The loop, for samples that hold texts."""
 
-    batch_size: int = 256
-    """Pairs embedded at once; changes memory, not results."""
+    sort_by_length: bool = False
+    """Chunks of texts of similar length, each trimmed to its longest."""
 
-    recall_at: list[int] = field(default_factory=lambda: [1, 5, 10])
-    """The k of recall@k."""
+    chunk_tokens: int = Field(0, ge=0)
+    """Tokens of texts that go through an encoder at once, padding included, with `sort_by_length`;
+    0: `chunk_size` texts, however long."""
 
-    gallery: int = 6
-    """Queries shown in the gallery picture in each direction."""
+    @model_validator(mode="after")
+    def _check_tokens(self) -> TextTrainConfig:
+        if self.chunk_tokens:
+            expect(self, "train.sort_by_length", True, "train.chunk_tokens")
+            expect(self, "train.grad_cache", True, "train.chunk_tokens")
+        return self
 
-    folds: int = 1
-    """Consecutive parts of the validation images over which recall is averaged; 5 for COCO's 1K."""
 
-    at_start: bool = False
+class EvaluationConfig(Section):
+    """Evaluation on the validation set."""
+
+    batch_size: int = changeable(256, ge=1)
+    """Samples embedded at once; changes memory, not results."""
+
+    gallery: int = changeable(6, ge=1)
+    """Queries shown in the gallery picture."""
+
+    at_start: bool = changeable(False)
     """Also before the first step: what pretrained weights bring along."""
 
-    neighbours: int = 20
-    """Training images that vote on the label of a held-out one, where `data.views` is 2."""
 
-    def __post_init__(self) -> None:
-        at_least(1, "evaluation", self, "batch_size", "gallery", "folds", "neighbours")
-        if not self.recall_at or min(self.recall_at) < 1:
+class RetrievalConfig(EvaluationConfig):
+    """Retrieval on the validation set."""
+
+    recall_at: list[int] = changeable([1, 5, 10])
+    """The k of recall@k."""
+
+    @field_validator("recall_at")
+    @classmethod
+    def _check_depths(cls, depths: list[int]) -> list[int]:
+        if not depths or min(depths) < 1:
             raise ConfigError(
-                f"evaluation.recall_at: expected positive integers, got {self.recall_at}; "
-                "use [1, 5, 10]"
+                f"evaluation.recall_at: expected positive integers, got {depths}; use [1, 5, 10]"
             )
+        return depths
 
 
-@dataclass
-class DistributedConfig:
+class DistributedConfig(Section):
     """Several processes: `gradcache-clip launch`, torchrun or deepspeed start them."""
 
-    engine: str = "ddp"
-    """What holds parameters and reduces gradients: `ddp`, `fsdp` or `deepspeed`."""
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = changeable("ddp")
+    """What holds parameters and reduces gradients."""
 
-    zero: int = -1
+    zero: int = changeable(-1, ge=-1, le=3)
     """ZeRO stage of DeepSpeed, 0 to 3; -1: that of `deepspeed_config`, or 2 without one."""
 
-    deepspeed_config: str = ""
+    deepspeed_config: str = changeable("")
     """A DeepSpeed configuration of your own (JSON), used as it is; empty: one is made."""
 
-    timeout_s: int = 600
+    timeout_s: int = changeable(600, ge=1)
     """Longest that a process waits for the others before it gives up."""
 
-    def __post_init__(self) -> None:
-        one_of(("ddp", "fsdp", "deepspeed"), "distributed", self, "engine")
-        check(-1 <= self.zero <= 3, "distributed", self, "zero", "0 to 3, or -1")
-        at_least(1, "distributed", self, "timeout_s")
 
+class Config(Section):
+    """What every program is configured by; each says what its sections hold."""
 
-@dataclass
-class Config:
-    """Everything that defines a run; saved beside its results."""
+    program: str
+    """Which one: `pairs` of images and captions, two `views` of images, or `texts`."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    """Shards and how they are read."""
+    data: DataConfig = DataConfig()
+    """Samples and how they are read."""
 
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """How two views of an image differ."""
+    model: Any = None
+    """The encoder."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The towers."""
-
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: Any = None
     """What is minimised."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer and its schedule."""
 
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = TrainConfig()
     """The loop."""
 
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Retrieval on held-out pairs."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation on held-out samples."""
 
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    distributed: DistributedConfig = DistributedConfig()
     """Several processes."""
 
-    def __post_init__(self) -> None:
-        check_widths(self.model, self.loss)
-        check_tokens(self.model, self.loss)
-        check_contrast(self)
-        check_frozen_features(self)
-        # Whose parameters may lie elsewhere than they are used, as ZeRO-3 offloads them.
-        there = self.distributed.engine != "deepspeed" or self.train.inputs == "device"
-        check(there, "train", self.train, "inputs", "device with distributed.engine=deepspeed")
-        looks = self.data.validation or not self.evaluation.at_start
-        expected = "something to evaluate on with evaluation.at_start"
-        check(bool(looks), "data", self.data, "validation", expected)
-        # A forward waits for all ranks there, whose tokens need not make as many chunks.
-        alike = self.distributed.engine == "ddp" or not self.train.chunk_tokens
-        check(alike, "train", self.train, "chunk_tokens", "0 without distributed.engine=ddp")
+    @model_validator(mode="after")
+    def _check_run(self) -> Config:
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
         if warmup >= steps:
             raise ConfigError(
                 f"optimizer.warmup_steps: expected 0 to less than the {steps} steps of the run, "
                 f"got {warmup}; use optimizer.warmup_steps={steps // 10} or raise train.steps"
             )
-        if self.model.text_pretrained and self.data.tokenizer == "train":
+        if self.evaluation.at_start and not self.data.validation:
             raise ConfigError(
-                "data.tokenizer: expected the one that the weights of model.text were trained with "
-                "(model.text_pretrained=true), got 'train', which learns another; use "
-                f"data.tokenizer={self.model.text}"
+                "data.validation: expected something to evaluate on with evaluation.at_start, got "
+                "''; change it in the config or with data.validation=PATH"
             )
+        if self.distributed.strategy == "deepspeed":
+            # ZeRO-3 offloads parameters, which then lie elsewhere than they are used.
+            expect(self, "train.batch_device", "device", "distributed.strategy=deepspeed")
+            # It steps the scale apart from the encoder.
+            if self.loss is not None:
+                expect(self, "loss.learn_logit_scale", True, "distributed.strategy=deepspeed")
+        if isinstance(self.train, TextTrainConfig) and self.distributed.strategy != "ddp":
+            # A forward waits for all ranks there, whose tokens need not make as many chunks.
+            beside = f"distributed.strategy={self.distributed.strategy}"
+            expect(self, "train.chunk_tokens", 0, beside)
+        return self
+
+    def updated(self: Self, changes: Mapping[str, Any]) -> Self:
+        """A checked copy with other values.
+
+        Example:
+            >>> class Plain(Config):
+            ...     program: Literal["plain"] = "plain"
+            >>> Plain().updated({"train.steps": 500}).train.steps
+            500
+        """
+        sections = self.model_dump()
+        for key, value in changes.items():
+            section, name = key.split(".")
+            sections[section][name] = value
+        return checked(type(self), sections)

@@ -1,76 +1,77 @@
-"""The section `data` of a configuration: where samples come from and how they are read."""
+"""The section `data` of each program."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from pydantic import Field, field_validator
 
-from gradcache_clip.train.config_checks import at_least, check, in_range, not_empty
+from gradcache_clip.train.config import DataConfig
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.config_section import Section
 
 SMALLEST_VOCABULARY = 259
 """256 bytes and three special tokens, which every learned tokenizer has."""
 
 
-@dataclass
-class DataConfig:
-    """Where samples come from and how they are read."""
+class ImageData(DataConfig):
+    """Webdataset shards of images."""
 
-    train: str = "data/train"
-    """Folder of shards, glob or brace pattern (`shards/{000..099}.tar`) to train on; with
-    `text_fields` a .jsonl file, a folder of them or a glob."""
-
-    validation: str = ""
-    """The same for held-out samples; empty: no evaluation while training."""
-
-    image_size: int = 64
+    image_size: int = Field(64, ge=1)
     """Height and width in pixels that images are resized and cropped to."""
 
-    random_crop: float = 1.0
+    random_crop: float = Field(1.0, gt=0, le=1)
     """Smallest share of the image's area that a random crop keeps; 1 crops at the centre."""
 
-    views: int = 1
-    """2: two random views of each image instead of an image and its caption; see `augment`."""
+    shuffle_buffer: int = Field(5000, ge=1)
+    """Undecoded samples held in memory, from which the next is drawn at random."""
 
-    text_fields: list[str] = field(default_factory=list)
-    """With any, the data are .jsonl files of texts instead of images: names of the fields of a line
-    that hold a query, its document and hard negatives, such as [anchor, positive, negative]."""
+    allow_url_schemes: list[str] = Field([])
+    """Schemes besides local files, such as `https`; `pipe` runs commands and is off."""
 
-    text_prompts: list[str] = field(default_factory=list)
+
+class TokenizedData(Section):
+    """Texts as tokens."""
+
+    context_length: int = Field(32, ge=3)
+    """Longest caption or text in tokens, start and end included; longer ones are cut."""
+
+    tokenizer: str = Field("train", min_length=1)
+    """`train` learns one from the training texts; else a tokenizer.json or a hub name."""
+
+    vocab_size: int = Field(8192, ge=SMALLEST_VOCABULARY)
+    """Largest vocabulary of a learned tokenizer; 256 bytes and 3 special tokens are in each."""
+
+
+class PairData(ImageData, TokenizedData):
+    """Webdataset shards of images and captions."""
+
+
+class TextData(DataConfig, TokenizedData):
+    """Rows of texts: .jsonl files, a folder of them or a glob."""
+
+    text_fields: list[str] = Field(["anchor", "positive"])
+    """Names of the fields of a row that hold a query, its document and hard negatives, such as
+    [anchor, positive, negative]."""
+
+    text_prompts: list[str] = Field([])
     """What stands before each query, and before each document and hard negative, such as
     ["query: ", "passage: "]; empty: nothing."""
 
-    context_length: int = 32
-    """Longest caption or text in tokens, start and end included; longer ones are cut."""
+    @field_validator("text_fields")
+    @classmethod
+    def _check_fields(cls, fields: list[str]) -> list[str]:
+        if len(fields) < 2 or len(set(fields)) < len(fields) or not all(fields):
+            raise ConfigError(
+                f"data.text_fields: expected two or more different names, got {fields}; use e.g. "
+                "data.text_fields=[anchor,positive]"
+            )
+        return fields
 
-    workers: int = 0
-    """Processes that read and decode for each training process; 0: the training process does."""
-
-    shuffle_buffer: int = 5000
-    """Undecoded samples held in memory, from which the next is drawn at random."""
-
-    max_broken_share: float = 0.05
-    """Share of samples that may be unreadable before the run stops."""
-
-    allow_url_schemes: list[str] = field(default_factory=list)
-    """Schemes besides local files, such as `https`; `pipe` runs commands and is off."""
-
-    tokenizer: str = "train"
-    """`train` learns one from the training texts; else a tokenizer.json or a hub name."""
-
-    vocab_size: int = 8192
-    """Largest vocabulary of a learned tokenizer; 256 bytes and 3 special tokens are in each."""
-
-    def __post_init__(self) -> None:
-        not_empty("data", self, "train", "tokenizer")
-        at_least(1, "data", self, "image_size", "shuffle_buffer")
-        at_least(3, "data", self, "context_length")
-        at_least(SMALLEST_VOCABULARY, "data", self, "vocab_size")
-        at_least(0, "data", self, "workers")
-        check(self.views in (1, 2), "data", self, "views", "1 or 2")
-        fields = self.text_fields
-        several = not fields or (len(fields) > 1 and len(set(fields)) == len(fields))
-        check(several and all(fields), "data", self, "text_fields", "two or more different names")
-        expected = "none, or one for queries and one for documents with data.text_fields"
-        paired = not self.text_prompts or (len(self.text_prompts) == 2 and bool(fields))
-        check(paired, "data", self, "text_prompts", expected)
-        in_range("[0, 1]", "data", self, "max_broken_share")
-        in_range("(0, 1]", "data", self, "random_crop")
+    @field_validator("text_prompts")
+    @classmethod
+    def _check_prompts(cls, prompts: list[str]) -> list[str]:
+        if len(prompts) not in (0, 2):
+            raise ConfigError(
+                f"data.text_prompts: expected none, or one for queries and one for documents, got "
+                f"{prompts}; use e.g. ['query: ', 'passage: ']"
+            )
+        return prompts

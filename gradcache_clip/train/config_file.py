@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from gradcache_clip.train.config import Config, ConfigError, ModelConfig
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_errors import ConfigError, checked, field_of
+from gradcache_clip.train.programs import PROGRAMS, program_class
+
+DEFAULT_PROGRAM = "pairs"
 
 # A model's arguments say nothing to another model.
 _ARGUMENTS_OF = {"image": "image_kwargs", "text": "text_kwargs"}
-_EXPECTED = {
-    "int": "an integer",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "list[int]": "a list of integers such as [1, 5, 10]",
-    "list[str]": "a list such as [a, b]",
-    "dict[str, Any]": "a mapping such as {depth: 4}",
-}
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
     """Defaults, then the YAML file, then `section.key=value` overrides, checked as a whole.
 
-    A value replaces the one before it, mappings such as `model.image_kwargs` too; a longer key
-    such as `model.image_kwargs.depth=4` changes one entry. An override that changes `model.image`
+    `program` says what the sections hold; see `gradcache_clip.train.programs`. A value replaces the
+    one before it, mappings such as `model.image_kwargs` too; a longer key such as
+    `model.image_kwargs.depth=4` changes one entry. An override that changes `model.image`
     (`model.text`) drops the `image_kwargs` (`text_kwargs`) of the file. An empty value is the empty
     text where text is expected, and text is taken as it stands: `data.train={000..099}.tar`.
 
@@ -41,33 +35,52 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         4096
     """
     given = _read_yaml(path)
-    _reject_unknown_keys(given, Config, "")
-    _apply(given, [_parse(override) for override in overrides])
-    return _resolve(given)
+    schema = _schema(given, overrides)
+    _apply(given, [_parse(override, schema) for override in overrides], schema)
+    return checked(schema, _resolved(given))
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration; `load_config(path)` gives it back."""
     from omegaconf import OmegaConf
 
-    OmegaConf.save(OmegaConf.structured(config), str(path))
+    OmegaConf.save(OmegaConf.create(config.model_dump()), str(path))
 
 
-def _resolve(given: Mapping[str, Any]) -> Config:
-    """Typed and checked; OmegaConf converts values and looks up `${section.key}`."""
+def _schema(given: Mapping[str, Any], overrides: Sequence[str]) -> type[Config]:
+    """The configuration of the program that is asked for last."""
+    asked = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "program"]
+    name = [given.get("program", DEFAULT_PROGRAM), *asked][-1]
+    if name not in PROGRAMS:
+        raise ConfigError(
+            f"program: expected one of {', '.join(PROGRAMS)}, got {name!r}; "
+            "change it in the config or with program=NAME"
+        )
+    schema: type[Config] = program_class(name).schema
+    return schema
+
+
+def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
+    """With every `${section.key}` looked up."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+        found: Any = OmegaConf.to_container(OmegaConf.create(dict(given)), resolve=True)
     except OmegaConfBaseException as error:
-        raise _value_error(error, given) from error
+        name = re.split(r"[\[]", str(getattr(error, "full_key", None) or "config"))[0]
+        got: Any = given
+        for key in name.split("."):
+            got = got.get(key) if isinstance(got, Mapping) else got
+        raise ConfigError(
+            f"{name}: expected ${{section.key}} to name a value of this config, got {got!r} "
+            f"({_one_line(error)}); correct the name or write the value out"
+        ) from error
     except RecursionError as error:
         raise ConfigError(
             "config: expected ${section.key} to end at a value, got a circle; write the value out"
         ) from error
-    assert isinstance(config, Config)
-    return config
+    return dict(found)
 
 
 def _read_yaml(path: str | Path | None) -> dict[str, Any]:
@@ -94,22 +107,15 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: expected YAML, got an error{line}: {_one_line(error)}; correct that place"
         ) from error
-    sections = _as_mapping(loaded, str(path))
-    return {
-        key: _with_empty_texts(value, key) if isinstance(value, dict) else value
-        for key, value in sections.items()
-    }
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"{path}: expected sections with keys, got {type(loaded).__name__}; write for instance "
+            "'train:' and below it, indented, 'batch_size: 4096'"
+        )
+    return {str(key): value for key, value in loaded.items()}
 
 
-def _with_empty_texts(keys: dict[str, Any], section: str) -> dict[str, Any]:
-    """`validation:` with nothing behind it is YAML's null, and means the empty text."""
-    return {
-        key: "" if value is None and _type_of([section, key]) == "str" else value
-        for key, value in keys.items()
-    }
-
-
-def _parse(override: str) -> tuple[list[str], Any]:
+def _parse(override: str, schema: type[Config]) -> tuple[list[str], Any]:
     """`section.key=value` to its keys and its value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -122,7 +128,8 @@ def _parse(override: str) -> tuple[list[str], Any]:
             f"override: expected section.key=value, got {override!r}; "
             "write for instance train.batch_size=4096"
         )
-    if _type_of(keys) == "str":
+    field = field_of(schema, keys)
+    if field is not None and field.annotation is str:
         return keys, _unquoted(text.strip())
     try:
         return keys, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
@@ -138,106 +145,38 @@ def _unquoted(text: str) -> str:
     return match[2] if match else text
 
 
-def _apply(given: dict[str, Any], overrides: Sequence[tuple[list[str], Any]]) -> None:
+def _apply(
+    given: dict[str, Any], overrides: Sequence[tuple[list[str], Any]], schema: type[Config]
+) -> None:
     """Put overrides into `given`, in order; later ones win."""
-    for keys, value in overrides:
-        nested = value
-        for key in reversed(keys):
-            nested = {key: nested}
-        _reject_unknown_keys(nested, Config, "")
     single = [pair for keys, value in overrides for pair in _each_key(keys, value)]
-    _drop_other_models_arguments(given, single)
+    _drop_other_models_arguments(given, single, schema)
     for keys, value in single:
-        place = given
+        section = given
         for key in keys[:-1]:
-            if not isinstance(place.get(key), dict):
-                place[key] = {}
-            place = place[key]
-        place[keys[-1]] = value
+            if not isinstance(section.get(key), dict):
+                section[key] = {}
+            section = section[key]
+        section[keys[-1]] = value
 
 
 def _each_key(keys: list[str], value: Any) -> list[tuple[list[str], Any]]:
     """`train={steps: 5, seed: 1}` says nothing of the section's other keys."""
-    return [([*keys, key], value[key]) for key in value] if len(keys) == 1 else [(keys, value)]
+    whole = len(keys) == 1 and isinstance(value, dict)
+    return [([*keys, key], value[key]) for key in value] if whole else [(keys, value)]
 
 
 def _drop_other_models_arguments(
-    given: dict[str, Any], overrides: Sequence[tuple[list[str], Any]]
+    given: dict[str, Any], overrides: Sequence[tuple[list[str], Any]], schema: type[Config]
 ) -> None:
-    before = given.get("model", {})
+    before = given.get("model")
     for model, arguments in _ARGUMENTS_OF.items():
         names = [value for keys, value in overrides if keys == ["model", model]]
-        if names and names[-1] != before.get(model, getattr(ModelConfig, model)):
+        field = field_of(schema, ["model", model])
+        if not names or field is None or not isinstance(before, dict):
+            continue
+        if names[-1] != before.get(model, field.default):
             before.pop(arguments, None)
-
-
-def _as_mapping(loaded: Any, name: str) -> dict[str, Any]:
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"{name}: expected sections with keys, got {type(loaded).__name__}; "
-            f"sections are {', '.join(item.name for item in fields(Config))}"
-        )
-    return loaded
-
-
-def _reject_unknown_keys(given: Any, schema: type, prefix: str) -> None:
-    known = {item.name: item for item in fields(schema)}
-    for key, value in _as_mapping(given, prefix.rstrip(".") or "config").items():
-        if key not in known:
-            raise ConfigError(f"{prefix}{key}: no such key; {_hint(str(key), schema, prefix)}")
-        section = _section(known[key])
-        if section is not None:
-            _reject_unknown_keys(value, section, f"{prefix}{key}.")
-
-
-def _hint(key: str, schema: type, prefix: str) -> str:
-    section, dot, rest = key.partition(".")
-    if dot and not prefix and _type_of([section, rest]) is not None:
-        return f"a file nests its keys: write {rest!r} indented below '{section}:'"
-    near = difflib.get_close_matches(key, _all_keys(prefix, schema), n=1, cutoff=0.5)
-    names = ", ".join(item.name for item in fields(schema))
-    return f"did you mean {prefix}{near[0]}?" if near else f"keys are {names}"
-
-
-def _all_keys(prefix: str, schema: type) -> list[str]:
-    names = []
-    for item in fields(schema):
-        section = _section(item)
-        names.append(item.name)
-        if section is not None and not prefix:
-            names.extend(f"{item.name}.{key.name}" for key in fields(section))
-    return names
-
-
-def _section(item: Field[Any]) -> type | None:
-    factory = item.default_factory
-    return factory if isinstance(factory, type) and is_dataclass(factory) else None
-
-
-def _type_of(keys: Sequence[str]) -> str | None:
-    """The type of `section.key` as config.py writes it; None where there is no such field."""
-    schema: Any = {item.name: _section(item) for item in fields(Config)}.get(keys[0])
-    if schema is None or len(keys) != 2:
-        return None
-    return {item.name: str(item.type) for item in fields(schema)}.get(keys[1])
-
-
-def _value_error(error: Exception, given: Mapping[str, Any]) -> ConfigError:
-    """OmegaConf's error as one line: key, expected, got, remedy."""
-    from omegaconf.errors import GrammarParseError, InterpolationResolutionError
-
-    keys = re.split(r"[.\[]", str(getattr(error, "full_key", None) or "config"))[:2]
-    name, section = ".".join(keys), given.get(keys[0])
-    got = section.get(keys[-1]) if isinstance(section, Mapping) else section
-    if isinstance(error, (GrammarParseError, InterpolationResolutionError)):
-        return ConfigError(
-            f"{name}: expected ${{section.key}} to name a value of this config, got {got!r} "
-            f"({_one_line(error)}); correct the name or write the value out"
-        )
-    expected = _EXPECTED.get(_type_of(keys) or "", "another value")
-    return ConfigError(
-        f"{name}: expected {expected}, got {got!r}; change it in the config or with {name}=VALUE"
-    )
 
 
 def _one_line(error: Exception) -> str:

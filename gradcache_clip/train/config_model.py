@@ -1,32 +1,23 @@
-"""What a run trains and what for: the sections `model` and `loss` of a configuration."""
+"""Encoders of the training command: what can be set of towers."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from gradcache_clip.train.config_checks import (
-    ConfigError,
-    above,
-    at_least,
-    check,
-    in_range,
-    not_empty,
-    one_of,
-)
+from pydantic import Field, Tag, model_validator
 
-_LOSSES = ("clip", "siglip", "late_interaction", "nt_xent", "moco", "info_nce")
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.config_section import Section, changeable, expect, told_by
 
 
-@dataclass
-class ModelConfig:
-    """The two towers and their projections."""
+class ImageTowerConfig(Section):
+    """A timm model."""
 
-    image: str = "vit_tiny_patch16_224"
+    image: str = Field("vit_tiny_patch16_224", min_length=1)
     """Name of a timm model."""
 
-    image_kwargs: dict[str, Any] = field(default_factory=dict)
+    image_kwargs: dict[str, Any] = Field({})
     """Further arguments of `timm.create_model`, such as `depth: 4`.
 
     A value given as a whole replaces that of the file, and `model.image_kwargs.depth=4` changes one
@@ -39,13 +30,32 @@ class ModelConfig:
     image_weights: str = ""
     """A safetensors file of weights for `image` by timm's names, instead of those of the hub."""
 
-    image_pool: str = "default"
+    image_pool: Literal["cls", "mean", "default"] = "default"
     """`cls`, `mean` over patches, or the model's own (`default`)."""
 
-    text: str = "bert"
+    feature_dim: int = Field(256, ge=1)
+    """Width D of the features."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> ImageTowerConfig:
+        """Only one source, and no format that can run code."""
+        if self.image_weights:
+            expect(self, "model.image_pretrained", False, "model.image_weights")
+        if self.image_weights and not self.image_weights.endswith(".safetensors"):
+            raise ConfigError(
+                f"model.image_weights: expected a .safetensors file, which holds no code, got "
+                f"{self.image_weights!r}; convert it"
+            )
+        return self
+
+
+class TextTowerConfig(Section):
+    """A transformers model."""
+
+    text: str = Field("bert", min_length=1)
     """A transformers model type, built from `text_kwargs`; a hub name or folder when pretrained."""
 
-    text_kwargs: dict[str, Any] = field(default_factory=dict)
+    text_kwargs: dict[str, Any] = Field({})
     """Fields of the transformers configuration, such as `num_hidden_layers: 4`.
 
     Overridden like `image_kwargs`; an override that changes `model.text` drops those of the file.
@@ -54,164 +64,88 @@ class ModelConfig:
     text_pretrained: bool = False
     """Load pretrained weights of `text` (safetensors only)."""
 
-    text_pool: str = "cls"
+    text_pool: Literal["cls", "mean"] = "cls"
     """`cls` (first token) or `mean` over tokens."""
 
-    feature_dim: int = 256
-    """Width D of the features; with `data.text_fields` that of the text tower."""
 
-    projection_hidden: int = 0
-    """Width of a hidden layer of the projection, with ReLU, where `data.views` is 2; 0: none."""
+class DualConfig(ImageTowerConfig, TextTowerConfig):
+    """An image tower and a text tower, each with a linear projection."""
 
-    freeze: str = ""
+    architecture: Literal["dual"] = "dual"
+    """`dual`: a tower each."""
+
+    freeze: Literal["", "image", "text"] = ""
     """`image` or `text`: that backbone keeps its weights, runs once a step and is never replayed;
     its projection is trained."""
 
-    frozen_features: str = ""
+    frozen_features: str = changeable("")
     """Folder of what a frozen image tower says of each training image, computed once and read in
     later epochs and runs; empty: it is computed in every step."""
 
-    architecture: str = "dual"
-    """`dual`: a tower each. `multiway`: one Transformer for both, with shared attention and a
-    feed-forward network for each (BEiT-3), in the place of `image` and `text`."""
-
-    multiway_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Sizes of the `multiway` Transformer, such as `depth: 4`; see `train/multiway.py`."""
-
-    def __post_init__(self) -> None:
-        not_empty("model", self, "image", "text")
-        at_least(1, "model", self, "feature_dim")
-        at_least(0, "model", self, "projection_hidden")
-        one_of(("cls", "mean", "default"), "model", self, "image_pool")
-        one_of(("cls", "mean"), "model", self, "text_pool")
-        one_of(("", "image", "text"), "model", self, "freeze")
-        one_of(("dual", "multiway"), "model", self, "architecture")
+    @model_validator(mode="after")
+    def _check_frozen(self) -> DualConfig:
         if self.frozen_features:
-            expected = "image with model.frozen_features"
-            check(self.freeze == "image", "model", self, "freeze", expected)
-        if self.image_weights:
-            self._check_weights()
-        if self.architecture == "multiway":
-            self._check_multiway()
-        else:
-            expected = "nothing with model.architecture=dual"
-            check(not self.multiway_kwargs, "model", self, "multiway_kwargs", expected)
-
-    def _check_weights(self) -> None:
-        """Only one source, and no format that can run code."""
-        expected = "false beside model.image_weights"
-        check(not self.image_pretrained, "model", self, "image_pretrained", expected)
-        safe = self.image_weights.endswith(".safetensors")
-        check(safe, "model", self, "image_weights", "a .safetensors file, which holds no code")
-
-    def _check_multiway(self) -> None:
-        """One Transformer is trained as a whole, and [CLS] stands for an image or a text."""
-        expected = "nothing with model.architecture=multiway, whose Transformer starts new"
-        for name in ("image_weights", "image_pretrained", "text_pretrained", "freeze"):
-            check(not getattr(self, name), "model", self, name, expected)
-        for name in ("image_pool", "text_pool"):
-            expected = "cls with model.architecture=multiway"
-            check(getattr(self, name) != "mean", "model", self, name, expected)
+            expect(self, "model.freeze", "image", "model.frozen_features")
+        return self
 
 
-@dataclass
-class LossConfig:
-    """What is minimised over the features of the whole batch."""
+class MultiwaySizes(Section):
+    """Sizes of the Multiway Transformer; the defaults are those of BEiT-3 base."""
 
-    name: str = "clip"
-    """`clip`: a softmax over all pairs, both ways. `siglip`: a sigmoid for each pair.
-    `late_interaction`: a softmax over scores of all patches and tokens, which are not pooled.
-    `nt_xent`: a softmax over two views of each image (SimCLR). `moco`: pairs, or two views, against
-    keys of a moving average of the towers and a queue of earlier ones (MoCo). `info_nce`: each
-    query of `data.text_fields` against all documents and hard negatives."""
+    width: int = Field(768, ge=1)
+    """Width C."""
 
-    init_logit_scale: float = 1 / 0.07
-    """First multiplier of the cosine similarity; above 0 and at most `max_logit_scale`."""
+    depth: int = Field(12, ge=1)
+    """Blocks."""
 
-    max_logit_scale: float = 100.0
-    """Upper bound of the multiplier, as in CLIP; 0: none, as in SigLIP."""
+    heads: int = Field(12, ge=1)
+    """Attention heads of a block; they divide the width."""
 
-    learn_logit_scale: bool = True
-    """Train the multiplier; `false` keeps it at `init_logit_scale`, as SimCLR and MoCo do."""
+    hidden: int = Field(3072, ge=1)
+    """Inner width of each feed-forward network."""
 
-    init_logit_bias: float = -10.0
-    """First value of what `siglip` adds to every logit."""
+    patch_size: int = Field(16, ge=1)
+    """Height and width of a patch in pixels; it divides `data.image_size`."""
 
-    momentum: float = 0.999
-    """Of the moving average that embeds the keys of `moco`."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Share of the rows that skip a layer of the last block; fewer do in earlier blocks."""
 
-    queue_size: int = 65536
-    """Keys of earlier steps that `moco` holds as negatives, of all processes together."""
+    @model_validator(mode="after")
+    def _check_width(self) -> MultiwaySizes:
+        if self.width % self.heads:
+            raise ConfigError(
+                f"model.multiway_kwargs.width: expected a multiple of {self.heads}, the number of "
+                f"heads, got {self.width}; change either"
+            )
+        return self
 
-    label_smoothing: float = 0.0
-    """Share of the target that `clip` spreads over all that compete."""
-
-    positives: str = "pair"
-    """What pairs of one match group, such as the captions of one image, are to each other: `pair`,
-    negatives as all others; `group`, positives; `ignore`, neither (`clip`, `info_nce`). With
-    `info_nce`, a document or hard negative that says the same as a query's own document."""
-
-    matryoshka: list[int] = field(default_factory=list)
-    """Widths whose prefixes of the features are trained too, such as [64, 128, 256]."""
-
-    def __post_init__(self) -> None:
-        one_of(_LOSSES, "loss", self, "name")
-        in_range("[0, 1)", "loss", self, "momentum")
-        at_least(1, "loss", self, "queue_size")
-        one_of(("pair", "group", "ignore"), "loss", self, "positives")
-        above(0, "loss", self, "init_logit_scale")
-        at_least(0, "loss", self, "max_logit_scale")
-        in_range("[0, 1)", "loss", self, "label_smoothing")
-        expected = f"at most loss.max_logit_scale, which is {self.max_logit_scale}"
-        below = self.init_logit_scale <= (self.max_logit_scale or math.inf)
-        check(below, "loss", self, "init_logit_scale", expected)
-        if self.name == "late_interaction":
-            self._check_late_interaction()
-        if self.name == "siglip":
-            self._check_siglip()
-
-    def _check_late_interaction(self) -> None:
-        """Its score of a pair is no product of two vectors, and each pair has one positive."""
-        with_it = "with loss.name=late_interaction"
-        check(self.positives == "pair", "loss", self, "positives", f"pair {with_it}")
-        check(not self.matryoshka, "loss", self, "matryoshka", f"no widths {with_it}")
-        check(self.label_smoothing == 0, "loss", self, "label_smoothing", f"0 {with_it}")
-
-    def _check_siglip(self) -> None:
-        """It has no softmax to leave a candidate out of, or to smooth."""
-        check(self.label_smoothing == 0, "loss", self, "label_smoothing", "0 with loss.name=siglip")
-        check(self.positives != "ignore", "loss", self, "positives", "pair or group with siglip")
+    @property
+    def gain(self) -> float:
+        """How much larger than Xavier's the first weights of values, outputs and experts are."""
+        return math.sqrt(math.log(2 * self.depth))
 
 
-def check_widths(model: ModelConfig, loss: LossConfig) -> None:
-    """Raise unless the widths of a Matryoshka loss rise to that of the features."""
-    widths = loss.matryoshka
-    rising = all(a < b for a, b in zip([0, *widths], widths, strict=False))
-    if widths and not (rising and widths[-1] == model.feature_dim):
-        raise ConfigError(
-            f"loss.matryoshka: expected rising widths that end with model.feature_dim, which is "
-            f"{model.feature_dim}, got {widths}; use e.g. "
-            f"[{model.feature_dim // 4}, {model.feature_dim // 2}, {model.feature_dim}]"
-        )
+class MultiwayConfig(Section):
+    """One Transformer for images and texts (BEiT-3), which starts new."""
+
+    architecture: Literal["multiway"] = "multiway"
+    """`multiway`: shared attention, and a feed-forward network for each modality."""
+
+    multiway_kwargs: MultiwaySizes = MultiwaySizes()
+    """Sizes of the Transformer, such as `depth: 4`."""
+
+    feature_dim: int = Field(256, ge=1)
+    """Width D of the features."""
 
 
-def check_frozen_features(config: Any) -> None:
-    """Raise unless every epoch shows the same images to one frozen tower that pools them."""
-    if not config.model.frozen_features:
-        return
-    with_it = "with model.frozen_features"
-    for section, name, allowed in (
-        ("loss", "name", ("clip", "siglip")),
-        ("data", "random_crop", (1.0,)),
-        ("distributed", "engine", ("ddp",)),
-    ):
-        part = getattr(config, section)
-        expected = f"{' or '.join(map(str, allowed))} {with_it}"
-        check(getattr(part, name) in allowed, section, part, name, expected)
+class ViewConfig(ImageTowerConfig):
+    """An image tower, and a projection that is left out afterwards."""
+
+    projection_hidden: int = Field(0, ge=0)
+    """Width of a hidden layer of the projection, with ReLU; 0: none."""
 
 
-def check_tokens(model: ModelConfig, loss: LossConfig) -> None:
-    """Raise if a loss of tokens meets towers that give one vector for all of them."""
-    if loss.name == "late_interaction":
-        expected = "dual with loss.name=late_interaction"
-        check(model.architecture == "dual", "model", model, "architecture", expected)
+PairModel = Annotated[
+    Annotated[DualConfig, Tag("dual")] | Annotated[MultiwayConfig, Tag("multiway")],
+    told_by("architecture", "dual"),
+]

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_errors import ConfigError
 
 DEFAULT_STAGE = 2
 _AUTO = "auto"

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 
 FIRST = 0
 """The rank that writes the run folder and speaks to the person."""

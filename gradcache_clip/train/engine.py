@@ -19,7 +19,8 @@ from gradcache_clip.distributed import (
     LocalStrategy,
 )
 from gradcache_clip.distributed.strategies import innermost
-from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.deepspeed_config import deepspeed_settings, zero_stage
 from gradcache_clip.train.optimizer import build_optimizer, parameter_groups
 from gradcache_clip.train.peers import Peers
@@ -99,10 +100,14 @@ def build_engine(encoder: nn.Module, loss: nn.Module, config: Config, peers: Pee
         ConfigError: settings that the strategy cannot be exact with, or a DeepSpeed configuration
             that contradicts the run.
     """
-    kind = config.distributed.engine
+    kind = config.distributed.strategy
     if peers.world_size == 1 and kind != "deepspeed":
         return _with(LocalStrategy, encoder, loss, config)
-    _check_negatives(config, peers)
+    if not config.train.grad_cache:
+        raise ConfigError(
+            f"train.grad_cache: expected true with {peers.world_size} processes, got false, whose "
+            "softmax ends at a chunk of one; train it with one"
+        )
     if kind == "deepspeed":
         return _in_deepspeed(encoder, loss, config, peers)
     if kind == "fsdp":
@@ -111,22 +116,6 @@ def build_engine(encoder: nn.Module, loss: nn.Module, config: Config, peers: Pee
     places = None if device.type == "cpu" else [device.index]
     module = nn.parallel.DistributedDataParallel(encoder, device_ids=places)
     return _with(DDPStrategy, module, loss, config)
-
-
-def rows_of_a_process(config: Config, processes: int) -> int:
-    """Pairs of a step that each of so many processes embeds.
-
-    Raises:
-        ConfigError: the batch does not divide by the number of processes.
-    """
-    rows, rest = divmod(config.train.batch_size, processes)
-    if rest:
-        fitting = [n for n in (rows * processes, (rows + 1) * processes) if n]
-        raise ConfigError(
-            f"train.batch_size: expected a multiple of the {processes} processes, which share it, "
-            f"got {config.train.batch_size}; use {' or '.join(map(str, fitting))}"
-        )
-    return rows
 
 
 def repeated_layers(encoder: nn.Module) -> Iterator[nn.Module]:
@@ -163,10 +152,10 @@ def _sharded(encoder: nn.Module, loss: nn.Module, config: Config) -> Engine:
     """The layers of both towers sharded one by one, and what is left of the encoder together."""
     if config.train.precision == "fp16":
         raise ConfigError(
-            "train.precision: expected fp32 or bf16 with distributed.engine=fsdp, got fp16, whose "
-            "scaled gradients no process sees whole; use bf16"
+            "train.precision: expected fp32 or bf16 with distributed.strategy=fsdp, got "
+            "fp16, whose scaled gradients no process sees whole; use bf16"
         )
-    _refuse_average(config, "distributed.engine=fsdp", "distributed.engine=ddp")
+    _refuse_average(config, "distributed.strategy=fsdp", "distributed.strategy=ddp")
     # Towers may share layers.
     for layer in dict.fromkeys(repeated_layers(encoder)):
         fully_shard(layer)
@@ -209,14 +198,6 @@ def _initialize(encoder: nn.Module, config: Config, settings: dict[str, Any]) ->
         optimizer = build_optimizer(config.optimizer, encoder)
         engine, *_ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=settings)
     return engine
-
-
-def _check_negatives(config: Config, peers: Peers) -> None:
-    if config.train.negatives != "batch":
-        raise ConfigError(
-            f"train.negatives: expected batch with {peers.world_size} processes, got "
-            f"{config.train.negatives}, whose softmax ends at a chunk of one; train it with one"
-        )
 
 
 def _refuse_average(config: Config, where: str, instead: str) -> None:

@@ -8,9 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gradcache_clip.train.backbones import without_pooler
-from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.programs import program_of
+from gradcache_clip.train.programs.texts import TextsConfig
 from gradcache_clip.train.run_folder import existing_run
-from gradcache_clip.train.session import load_trained
+from gradcache_clip.train.state import load_trained
 
 _POOLS = {"cls": "cls_token", "mean": "mean_tokens"}
 _MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
@@ -36,16 +38,16 @@ def export_run(run_folder: str | Path, out: str | Path) -> Path:
             holds something.
     """
     run, config = existing_run(run_folder)
-    if not config.data.text_fields:
+    if not isinstance(config, TextsConfig):
         raise ConfigError(
-            f"run: expected one over texts (data.text_fields), got {run.path}, which pairs images "
-            "with captions or views; its weights are the safetensors files in checkpoints/"
+            f"run: expected one over texts (program: texts), got {run.path}, which is over "
+            f"{config.program}; its weights are the safetensors files in checkpoints/"
         )
     out = Path(out)
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise ConfigError(f"out: expected a new or empty folder, got {out}; choose another")
-    config.train.device = "cpu"
-    encoder, tokenizer, _ = load_trained(config, run)
+    program = program_of(config.updated({"train.device": "cpu"}))
+    encoder, tokenizer, _ = load_trained(program, run)
     assert tokenizer is not None
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as temporary:
@@ -53,7 +55,7 @@ def export_run(run_folder: str | Path, out: str | Path) -> Path:
         backbone = encoder.text_tower.backbone
         backbone.save_pretrained(written)
         _save_tokenizer(run.tokenizer, tokenizer.pad_token, config.data.context_length, written)
-        _save_modules(written, config, without_pooler(backbone.config))
+        _save_modules(written, config, backbone.config)
         if out.exists():
             out.rmdir()
         written.rename(out)
@@ -73,8 +75,8 @@ def _save_tokenizer(file: Path, pad_token: str, context_length: int, out: Path) 
     tokenizer.save_pretrained(out)
 
 
-def _save_modules(out: Path, config: Config, model_args: dict[str, Any]) -> None:
-    """What sentence-transformers reads beside a model, which it builds with `model_args`."""
+def _save_modules(out: Path, config: TextsConfig, backbone: Any) -> None:
+    """What sentence-transformers reads beside a model."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(_MODULES)
@@ -83,12 +85,12 @@ def _save_modules(out: Path, config: Config, model_args: dict[str, Any]) -> None
         (out / path).mkdir()
     model, data = config.model, config.data
     modes = {f"pooling_mode_{name}": model.text_pool == pool for pool, name in _POOLS.items()}
-    pooling = {"word_embedding_dimension": model.feature_dim, **modes}
+    pooling = {"word_embedding_dimension": backbone.hidden_size, **modes}
     prompts = dict(zip(("query", "document"), data.text_prompts, strict=False))
     _write(out / "modules.json", modules)
     _write(out / "1_Pooling" / "config.json", pooling)
     length = {"max_seq_length": data.context_length}
-    _write(out / "sentence_bert_config.json", {**length, "model_args": model_args})
+    _write(out / "sentence_bert_config.json", {**length, "model_args": without_pooler(backbone)})
     _write(out / "config_sentence_transformers.json", {"prompts": prompts})
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 
 _DIGEST_BYTES = 16
 
@@ -130,20 +130,6 @@ class FrozenFeatures:
         new = {digest: row for digest, row in rows.items() if digest not in self._rows}
         if new:
             self._add(list(new), features[list(new.values())])
-
-
-def frozen_features(
-    config: Config, tower: Any, rank: int, autocast: Callable[[], AbstractContextManager[Any]]
-) -> FrozenFeatures:
-    """As a configuration has it: in the folder `model.frozen_features`."""
-    return FrozenFeatures(
-        tower,
-        Path(config.model.frozen_features),
-        rank=rank,
-        chunk_size=config.train.chunk_size,
-        context=autocast,
-        setting=f"{config.data.image_size} {config.train.precision}",
-    )
 
 
 def _digest_of(tower: nn.Module, setting: str) -> str:

@@ -21,7 +21,9 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node-rank", type=int, default=0, help="which of the machines this is")
     parser.add_argument("--master-addr", help="address of machine 0, needed with several")
     parser.add_argument("--master-port", type=int, default=29500, help="a free port of machine 0")
-    parser.add_argument("--engine", choices=("ddp", "fsdp", "deepspeed"), help="distributed.engine")
+    parser.add_argument(
+        "--strategy", choices=("ddp", "fsdp", "deepspeed"), help="distributed.strategy"
+    )
     parser.add_argument("--zero", type=int, choices=range(4), help="distributed.zero")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a CLIP model from shards")
@@ -38,15 +40,15 @@ def run_launch(arguments: argparse.Namespace) -> int:
     """
     from gradcache_clip.train.config_file import load_config
     from gradcache_clip.train.deepspeed_config import deepspeed_settings
-    from gradcache_clip.train.engine import rows_of_a_process
+    from gradcache_clip.train.peers import rows_of_a_process
 
     processes = _processes_here(arguments)
     _check_machines(arguments)
-    overrides = [*arguments.overrides, *_engine_overrides(arguments)]
+    overrides = [*arguments.overrides, *_strategy_overrides(arguments)]
     # Said here once, not by every process.
     config = load_config(arguments.config, overrides)
-    rows_of_a_process(config, processes * arguments.nnodes)
-    if config.distributed.engine == "deepspeed":
+    rows_of_a_process(config.train.batch_size, processes * arguments.nnodes)
+    if config.distributed.strategy == "deepspeed":
         deepspeed_settings(config, processes * arguments.nnodes)
     command = ["-m", "gradcache_clip.train", str(arguments.config), *overrides]
     if getattr(arguments, "traceback", False):
@@ -81,8 +83,8 @@ def _check_machines(arguments: argparse.Namespace) -> None:
         )
 
 
-def _engine_overrides(arguments: argparse.Namespace) -> list[str]:
-    given = {"engine": arguments.engine, "zero": arguments.zero}
+def _strategy_overrides(arguments: argparse.Namespace) -> list[str]:
+    given = {"strategy": arguments.strategy, "zero": arguments.zero}
     return [f"distributed.{key}={value}" for key, value in given.items() if value is not None]
 
 

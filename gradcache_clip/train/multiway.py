@@ -5,10 +5,8 @@ B rows of a chunk, H and W pixels, P patches, L tokens, C width of the Transform
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,48 +15,11 @@ from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from gradcache_clip.train.backbones import unknown_name
-from gradcache_clip.train.config_checks import ConfigError, check, in_range
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.config_model import MultiwayConfig, MultiwaySizes
 from gradcache_clip.train.modalities import IMAGE, TEXT, TOWERS
 
-if TYPE_CHECKING:
-    from gradcache_clip.train.config import ModelConfig
-
-_SECTION = "model.multiway_kwargs"
 _EMBEDDING_STD = 0.02
-
-
-@dataclass(frozen=True)
-class MultiwaySizes:
-    """What `model.multiway_kwargs` may hold; the defaults are those of BEiT-3 base."""
-
-    width: int = 768
-    """Width C."""
-    depth: int = 12
-    """Blocks."""
-    heads: int = 12
-    """Attention heads of a block; they divide the width."""
-    hidden: int = 3072
-    """Inner width of each feed-forward network."""
-    patch_size: int = 16
-    """Height and width of a patch in pixels; it divides `data.image_size`."""
-    drop_path: float = 0.0
-    """Share of the rows that skip a layer of the last block; fewer do in earlier blocks."""
-
-    def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "hidden", "patch_size"):
-            value = getattr(self, name)
-            check(type(value) is int and value > 0, _SECTION, self, name, "a whole number above 0")
-        real = isinstance(self.drop_path, int | float)
-        check(real, _SECTION, self, "drop_path", "a number from 0 to less than 1")
-        in_range("[0, 1)", _SECTION, self, "drop_path")
-        expected = f"a multiple of {self.heads}, the number of heads"
-        check(self.width % self.heads == 0, _SECTION, self, "width", expected)
-
-    @property
-    def gain(self) -> float:
-        """How much larger than Xavier's the first weights of values, outputs and experts are."""
-        return math.sqrt(math.log(2 * self.depth))
 
 
 class Expert(nn.Module):
@@ -183,7 +144,12 @@ class MultiwayTexts(nn.Module):
 
 
 def multiway_backbones(
-    config: ModelConfig, *, image_size: int, context_length: int, vocab_size: int, pad_token_id: int
+    config: MultiwayConfig,
+    *,
+    image_size: int,
+    context_length: int,
+    vocab_size: int,
+    pad_token_id: int,
 ) -> tuple[MultiwayImages, MultiwayTexts]:
     """Both backbones of a pair, which own their embeddings and share one Transformer.
 
@@ -191,18 +157,17 @@ def multiway_backbones(
     contrastive objective and when it retrieves. Its weights are in both passes and learn from both.
 
     Raises:
-        ConfigError: an unknown or unfit entry of `model.multiway_kwargs`, or patches that do not
-            divide the image.
+        ConfigError: patches that do not divide the image.
 
     Source:
         Wang et al. 2023, "Image as a foreign language", sections 2.1 and 3.1; Sub-LN and its
         initialisation are from Wang et al. 2022, "Foundation transformers" (Magneto), figure 2.
     """
-    sizes = _sizes(config)
+    sizes = config.multiway_kwargs
     if image_size % sizes.patch_size:
         raise ConfigError(
-            f"{_SECTION}.patch_size: expected a divisor of data.image_size, which is {image_size}, "
-            f"got {sizes.patch_size}; change either"
+            f"model.multiway_kwargs.patch_size: expected a divisor of data.image_size, which is "
+            f"{image_size}, got {sizes.patch_size}; change either"
         )
     transformer = MultiwayTransformer(sizes)
     texts = MultiwayTexts(
@@ -213,11 +178,3 @@ def multiway_backbones(
         pad_token_id=pad_token_id,
     )
     return MultiwayImages(transformer, sizes, image_size), texts
-
-
-def _sizes(config: ModelConfig) -> MultiwaySizes:
-    known = [item.name for item in fields(MultiwaySizes)]
-    for name in config.multiway_kwargs:
-        if name not in known:
-            raise unknown_name(_SECTION, name, "size of the Multiway Transformer", known)
-    return MultiwaySizes(**config.multiway_kwargs)

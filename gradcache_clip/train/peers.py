@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.device import FIRST, choose_device, launched_processes
 from gradcache_clip.train.failures import FailureChannel
 
@@ -84,6 +85,22 @@ class Peers:
         return int(largest)
 
 
+def rows_of_a_process(batch_size: int, processes: int) -> int:
+    """Rows of a step that each of so many processes embeds.
+
+    Raises:
+        ConfigError: the batch does not divide by the number of processes.
+    """
+    rows, rest = divmod(batch_size, processes)
+    if rest:
+        fitting = [n for n in (rows * processes, (rows + 1) * processes) if n]
+        raise ConfigError(
+            f"train.batch_size: expected a multiple of the {processes} processes, which share it, "
+            f"got {batch_size}; use {' or '.join(map(str, fitting))}"
+        )
+    return rows
+
+
 @contextmanager
 def joined(config: Config) -> Iterator[Peers]:
     """This process among its peers; where a launcher has started several, in a process group.
@@ -95,7 +112,7 @@ def joined(config: Config) -> Iterator[Peers]:
         ConfigError: fewer devices than processes on this machine.
         PeerFailure: another process has failed; the message names it and what it was doing.
     """
-    made_here, needs_group = not dist.is_initialized(), config.distributed.engine == "deepspeed"
+    made_here, needs_group = not dist.is_initialized(), config.distributed.strategy == "deepspeed"
     if made_here and launched_processes() == 1 and not needs_group:
         yield Peers()
         return

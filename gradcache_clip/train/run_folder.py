@@ -9,24 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gradcache_clip.train.backbones import arguments_of
-from gradcache_clip.train.config import Config, ConfigError, ModelConfig
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_errors import ConfigError, field_of
 from gradcache_clip.train.config_file import load_config, save_config
+from gradcache_clip.train.config_model import ImageTowerConfig, TextTowerConfig
 from gradcache_clip.train.report.metrics_log import FILE_NAME, read_log
-from gradcache_clip.train.tokenizer import Tokenizer
-
-# What may change between the parts of one run; all else would make it another run.
-_MAY_CHANGE = {
-    # The loader's state knows the data by names and sizes, wherever they are.
-    "data.train", "data.validation", "evaluation.batch_size", "evaluation.recall_at",
-    "evaluation.gallery", "evaluation.neighbours", "evaluation.at_start",
-    "train.output", "train.resume", "train.steps", "train.log_every", "train.evaluate_every",
-    "train.checkpoint_every", "train.keep_checkpoints", "train.compile", "train.device",
-    "train.exchange", "train.memory_budget_gib", "train.inputs", "model.frozen_features",
-    "data.max_broken_share",
-    # What is left of an epoch is shared out among however many read it.
-    "data.workers", "distributed.engine", "distributed.zero", "distributed.deepspeed_config",
-    "distributed.timeout_s",
-}  # fmt: skip
+from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not self.has_begun():
             tokenizer.save(self.tokenizer)
-        if config.model.text_pretrained:
+        if getattr(config.model, "text_pretrained", False):
             found = encoder.text_tower.backbone.config
             self._write_json(self.text_model, [found.model_type, arguments_of(found)])
         temporary = self.config.with_suffix(".tmp")
@@ -96,13 +84,21 @@ class RunFolder:
     def write_summary(self, summary: Any) -> None:
         self._write_json(self.summary, dataclasses.asdict(summary))
 
-    def trained_model(self, model: ModelConfig) -> ModelConfig:
+    def trained(self, config: Config) -> Config:
         """The same without the weights that it began with, since a checkpoint has all."""
-        model = dataclasses.replace(model, image_pretrained=False, image_weights="")
-        if not (model.text_pretrained and self.text_model.is_file()):
-            return model
-        kind, arguments = json.loads(self.text_model.read_text(encoding="utf-8"))
-        return dataclasses.replace(model, text=kind, text_kwargs=arguments, text_pretrained=False)
+        model, changes = config.model, dict[str, Any]()
+        if isinstance(model, ImageTowerConfig):
+            changes |= {"model.image_pretrained": False, "model.image_weights": ""}
+        if isinstance(model, TextTowerConfig) and self.text_model.is_file():
+            kind, arguments = json.loads(self.text_model.read_text(encoding="utf-8"))
+            changes |= {"model.text": kind, "model.text_kwargs": arguments}
+            changes["model.text_pretrained"] = False
+        return config.updated(changes)
+
+    def read_tokenizer(self, config: Config) -> Tokenizer:
+        """The one that was saved when the run began, so that a resumed run reads the same."""
+        data: Any = config.data
+        return load_tokenizer(self.tokenizer, data.context_length)
 
     def _write_json(self, path: Path, content: Any) -> None:
         temporary = path.with_suffix(".tmp")
@@ -147,7 +143,7 @@ def check_run(config: Config) -> RunFolder:
             f"train.output: expected a new folder, got {run.path}, which holds a run; go on with "
             "train.resume=true or choose another folder"
         )
-    _check_same_run(load_config(run.config), config)
+    _check_same_run(_saved_config(run), config)
     return run
 
 
@@ -163,21 +159,47 @@ def existing_run(path: str | Path) -> tuple[RunFolder, Config]:
             f"run: expected the folder of a run, got {path}, which has no config.yaml; "
             "pass the train.output of a training run"
         )
-    return run, load_config(run.config)
+    return run, _saved_config(run)
+
+
+def _saved_config(run: RunFolder) -> Any:
+    """What a run was configured by.
+
+    Raises:
+        ConfigError: it has keys that this version does not know.
+    """
+    try:
+        return load_config(run.config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"run: expected one of this version of gradcache-clip, got {run.path}, whose "
+            f"config.yaml has other keys ({error}); use the version that wrote it"
+        ) from error
 
 
 def _check_same_run(before: Config, now: Config) -> None:
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
-    changed = [key for key in new if key not in _MAY_CHANGE and old.get(key) != new[key]]
-    if changed:
-        shown = ", ".join(f"{key} {old.get(key)!r} -> {new[key]!r}" for key in changed[:3])
-        raise ConfigError(
-            f"train.resume: expected the configuration of the run, got other values: {shown}; "
-            "undo them, or start a new run in another folder"
-        )
+    if type(before) is not type(now):
+        raise _other_run(f"program {before.program!r} -> {now.program!r}")
+    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    other = [key for key in changed if not _is_changeable(now, key)]
+    if other:
+        shown = (f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in other[:3])
+        raise _other_run(", ".join(shown))
 
 
-def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
-    }
+def _other_run(shown: str) -> ConfigError:
+    return ConfigError(
+        f"train.resume: expected the configuration of the run, got other values: {shown}; "
+        "undo them, or start a new run in another folder"
+    )
+
+
+def _is_changeable(config: Config, key: str) -> bool:
+    field = field_of(type(config), key.split("."))
+    return field is not None and bool(field.json_schema_extra)
+
+
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
+    keys = {name: value for name, value in sections.items() if isinstance(value, dict)}
+    return {f"{name}.{key}": value for name, found in keys.items() for key, value in found.items()}

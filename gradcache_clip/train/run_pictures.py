@@ -3,53 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from gradcache_clip.train.config import Config
-from gradcache_clip.train.evaluation.held_out import HeldOut
-from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts
-from gradcache_clip.train.evaluation.labelled import LabelledImages
-from gradcache_clip.train.objective import build_objective
+from gradcache_clip.train.programs import program_of
+from gradcache_clip.train.programs.program import Program
 from gradcache_clip.train.report.curves import RunCurve, draw_curves
 from gradcache_clip.train.report.metrics_log import read_log
-from gradcache_clip.train.report.pictures import (
-    draw_gallery,
-    draw_neighbours,
-    draw_similarity,
-    draw_text_gallery,
-)
 from gradcache_clip.train.run_folder import RunFolder
 
 
 def draw_run(
-    run: RunFolder,
-    config: Config,
-    batch: HeldOut | None,
-    held_out: HeldOut | HeldOutTexts | LabelledImages | None,
+    run: RunFolder, program: Program[Any], evaluated: Any | None, preview: Any | None
 ) -> list[Path]:
     """Draw the log, a training batch and the held-out samples into `pictures/`."""
-    folder, rows = run.pictures, config.evaluation.gallery
-    files = [draw_curves([run_curve(run, config)], folder / "curves.png")]
-    if batch is not None and len(batch.texts) >= 2:
-        of = "Pairs of a training batch"
-        files.append(draw_similarity(batch, folder / "similarity.png", of=of))
-    if isinstance(held_out, LabelledImages):
-        files.append(draw_neighbours(held_out, folder / "neighbours.png", rows=rows))
-    elif isinstance(held_out, HeldOutTexts):
-        files.append(draw_text_gallery(held_out, folder / "gallery.png", rows=rows))
-    elif held_out is not None:
-        if len(held_out.image_ids.unique()) >= 2:
-            files.append(draw_similarity(held_out, folder / "similarity_held_out.png"))
-        files.append(draw_gallery(held_out, folder / "gallery.png", rows=rows))
-    return files
+    run.pictures.mkdir(exist_ok=True)
+    curves = draw_curves([run_curve(run, program.config)], run.pictures / "curves.png")
+    return [curves, *program.draw(run.pictures, evaluated, preview)]
 
 
-def run_curve(run: RunFolder, config: Config, name: str | None = None) -> RunCurve:
+def run_curve(run: RunFolder, config: Any, name: str | None = None) -> RunCurve:
     """The log of a run, labelled with its batch, or its chunks where the softmax ends there."""
-    train = config.train
+    train, program = config.train, program_of(config)
     name = name or (
         f"cached, batch of {train.batch_size:,}"
-        if train.negatives == "batch"
+        if train.grad_cache
         else f"accumulated, chunks of {train.chunk_size:,}"
     )
-    objective = build_objective(config)
-    return RunCurve(name, read_log(run.path), objective.candidates, objective.guess)
+    return RunCurve(name, read_log(run.path), program.candidates, program.guess)

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.cache import GradCache
+from gradcache_clip.cache import ByLength, GradCache
 from gradcache_clip.cache.batch_tree import count_rows, take_rows
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.losses import ContrastiveOutput
-from gradcache_clip.train.engine import Engine
-from gradcache_clip.train.objective import Objective
+from gradcache_clip.train.config import TrainConfig
 
 Backward = Callable[..., ContrastiveOutput]
 """Called with the inputs of the towers and `loss_kwargs`."""
@@ -28,17 +27,24 @@ class StepResult(NamedTuple):
 
 
 def make_backward(
-    encoder: nn.Module, loss: nn.Module, objective: Objective, strategy: LocalStrategy
+    encoder: nn.Module,
+    loss: nn.Module,
+    config: TrainConfig,
+    strategy: LocalStrategy,
+    sort_by_length: Sequence[ByLength | None] | None = None,
 ) -> Backward:
-    """Forward and backward of a batch, as the configuration of the objective says."""
-    config = objective.config.train
-    if config.negatives == "batch":
+    """Forward and backward of a batch, as the configuration says.
+
+    Args:
+        sort_by_length: how chunks of each input are cut; see `GradCache`.
+    """
+    if config.grad_cache:
         return GradCache(
             encoder,
             loss,
             chunk_size=config.chunk_size,
             memory_budget=int(config.memory_budget_gib * 2**30) or None,
-            sort_by_length=objective.sort_by_length,
+            sort_by_length=sort_by_length,
             strategy=strategy,
         )
 
@@ -49,7 +55,7 @@ def make_backward(
 
 
 def take_step(
-    backward: Backward, inputs: Sequence[Any], loss_kwargs: Mapping[str, Any], engine: Engine
+    backward: Backward, inputs: Sequence[Any], loss_kwargs: Mapping[str, Any], engine: Any
 ) -> StepResult:
     """Gradients of one batch, clipped, into the weights; nothing waits for the device."""
     engine.begin_step()

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from gradcache_clip.train.backbones import build_text_backbone
-from gradcache_clip.train.config_checks import ConfigError
 from gradcache_clip.train.towers import TextTower
 
 if TYPE_CHECKING:
-    from gradcache_clip.train.config import ModelConfig
+    from gradcache_clip.train.config_model import TextTowerConfig
 
 
 class TextEncoder(nn.Module):
@@ -54,22 +53,16 @@ class TextEncoder(nn.Module):
 
 
 def build_text_encoder(
-    config: ModelConfig, *, context_length: int, vocab_size: int, pad_token_id: int
+    config: TextTowerConfig, *, context_length: int, vocab_size: int, pad_token_id: int
 ) -> TextEncoder:
     """The text tower of a configuration, in train mode.
 
     Raises:
-        ValueError: a model that cannot be built (see `build_text_backbone`), or whose width is
-            another than `model.feature_dim`.
+        ValueError: a model that cannot be built; see `build_text_backbone`.
     """
     backbone = build_text_backbone(
         config, context_length=context_length, vocab_size=vocab_size, pad_token_id=pad_token_id
     )
     width = backbone.config.hidden_size
-    if config.feature_dim != width:
-        raise ConfigError(
-            f"model.feature_dim: expected the width of {config.text!r}, which is {width}, with "
-            f"data.text_fields, got {config.feature_dim}; use model.feature_dim={width}"
-        )
     # A pretrained backbone arrives in evaluation mode.
     return TextEncoder(TextTower(backbone, width=width, pool=config.text_pool)).train()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradcache_clip.cache import FrozenTrunk
 from gradcache_clip.losses import ContrastiveOutput, LateInteractionLoss
-from gradcache_clip.train.config import ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.modalities import IMAGE, TEXT
 from gradcache_clip.train.towers import DualEncoder, ImageTower, TextTower
 

@@ -16,7 +16,7 @@ from gradcache_clip.train.backbones import build_image_backbone, build_text_back
 from gradcache_clip.train.modalities import IMAGE, TEXT, TOWERS
 
 if TYPE_CHECKING:
-    from gradcache_clip.train.config import ModelConfig
+    from gradcache_clip.train.config_model import DualConfig, MultiwayConfig
 
 
 class ImageTower(nn.Module):
@@ -178,7 +178,7 @@ class DualEncoder(nn.Module):
 
 
 def build_towers(
-    model_config: ModelConfig,
+    model_config: DualConfig | MultiwayConfig,
     *,
     image_size: int,
     context_length: int,
@@ -210,17 +210,20 @@ def build_towers(
         pad_token_id=pad_token_id,
     )
     image_tower = image_tower_around(image_backbone)
-    text_tower = TextTower(
-        text_backbone, width=text_backbone.config.hidden_size, pool=model_config.text_pool
-    )
+    # Both are as a Multiway Transformer has them, too, of which neither can be said.
+    pool = getattr(model_config, "text_pool", "cls")
+    frozen = getattr(model_config, "freeze", "")
+    text_tower = TextTower(text_backbone, width=text_backbone.config.hidden_size, pool=pool)
     encoder = DualEncoder(image_tower, text_tower, feature_dim=model_config.feature_dim)
-    if model_config.freeze:
-        encoder.freeze(TOWERS.index(model_config.freeze))
+    if frozen:
+        encoder.freeze(TOWERS.index(frozen))
     # Pretrained backbones arrive in evaluation mode.
     return encoder.train()
 
 
-def _backbones(config: ModelConfig, *, image_size: int, **texts: int) -> tuple[Any, Any]:
+def _backbones(
+    config: DualConfig | MultiwayConfig, *, image_size: int, **texts: int
+) -> tuple[Any, Any]:
     """Of images and of texts; those of the Multiway Transformer share most of their weights."""
     if config.architecture == "multiway":
         from gradcache_clip.train.multiway import multiway_backbones

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -16,12 +16,18 @@ from rich.text import Text
 from gradcache_clip.cache import GradCache
 from gradcache_clip.train.checkpoint import load_latest
 from gradcache_clip.train.command import CommandError
-from gradcache_clip.train.config import Config, ConfigError
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.device import choose_device
+from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.precision import autocast
+from gradcache_clip.train.programs import program_of
+from gradcache_clip.train.programs.program import Program
 from gradcache_clip.train.run_folder import RunFolder, existing_run
-from gradcache_clip.train.session import Session, start_session
+from gradcache_clip.train.state import TrainState, start
 from gradcache_clip.train.step import make_backward
+from gradcache_clip.train.tokenizer import Tokenizer
 from gradcache_clip.verification.compare import verify
 from gradcache_clip.verification.report import COLUMNS, DIFFERS, SAME_CHUNKS, VerifyReport
 
@@ -55,8 +61,11 @@ def verify_run(
     if rows < 2:
         raise CommandError(f"--rows: expected at least 2, got {rows}; a pair needs a negative")
     try:
-        session, origin = _session(Path(config_or_run), overrides, rows)
-        report = _verify(session, rows)
+        config, run = _read(Path(config_or_run), overrides)
+        program = program_of(_for_one_batch(config, rows))
+        state, tokenizer = start(program, run, Peers())
+        origin = _with_trained_weights(state, Path(config_or_run))
+        report = _verify(program, state, tokenizer)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise CommandError(
             f"memory: expected {rows} pairs to fit at once, got no memory for them; pass fewer "
@@ -71,55 +80,53 @@ def verify_run(
     return report
 
 
-def _session(path: Path, overrides: Sequence[str], rows: int) -> tuple[Session, str]:
-    """The run as it starts, or with the weights it has reached; and where they are from."""
-    if not path.is_dir():
-        config = load_config(path, overrides)
-        run = RunFolder(Path(config.train.output))
-        return start_session(_for_one_batch(config, rows), run), f"{path}, weights as at its start"
-    run, _ = existing_run(path)
-    session = start_session(_for_one_batch(load_config(run.config, overrides), rows), run)
-    checkpoint = load_latest(run.checkpoints)
+def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, RunFolder]:
+    if path.is_dir():
+        run, _ = existing_run(path)
+        return load_config(run.config, overrides), run
+    config: Config = load_config(path, overrides)
+    return config, RunFolder(Path(config.train.output))
+
+
+def _with_trained_weights(state: TrainState, path: Path) -> str:
+    """Where the weights are from: a run folder gives those of its newest checkpoint."""
+    checkpoint = load_latest(state.run.checkpoints) if path.is_dir() else None
     if checkpoint is None:
-        return session, f"{path}, weights as at its start"
+        return f"{path}, weights as at its start"
     try:
-        session.encoder.load_state_dict(checkpoint.modules["encoder"])
-        session.loss.load_state_dict(checkpoint.modules["loss"])
+        state.encoder.load_state_dict(checkpoint.modules["encoder"])
+        state.loss.load_state_dict(checkpoint.modules["loss"])
     except RuntimeError as error:
         raise ConfigError(
             f"model: expected the towers of the run in {path}, got others, which its weights do "
             "not fit; leave overrides of model out"
         ) from error
-    return session, f"{path}, step {checkpoint.step}"
+    return f"{path}, step {checkpoint.step}"
 
 
 def _for_one_batch(config: Config, rows: int) -> Config:
-    if config.train.negatives != "batch":
+    if not config.train.grad_cache:
         raise ConfigError(
-            f"train.negatives: expected batch, got {config.train.negatives}, which caches no "
-            "gradients; pass train.negatives=batch"
+            "train.grad_cache: expected true, got false, which caches no gradients; pass "
+            "train.grad_cache=true"
         )
-    train = dataclasses.replace(config.train, batch_size=rows, resume=False, ema_decay=0.0)
-    return dataclasses.replace(
-        config, train=train, data=dataclasses.replace(config.data, workers=0)
-    )
+    changes = {"train.batch_size": rows, "train.resume": False, "train.ema_decay": 0.0}
+    return config.updated({**changes, "data.workers": 0})
 
 
-def _verify(session: Session, rows: int) -> VerifyReport:
-    config = session.config.train
-    strategy = session.engine.strategy
-    if session.engine.scaler.is_enabled():
-        strategy.grad_scaler = torch.amp.GradScaler(
-            session.device.type, init_scale=_FIRST_FP16_SCALE
-        )
+def _verify(program: Program[Any], state: TrainState, tokenizer: Tokenizer | None) -> VerifyReport:
+    config, device = program.config.train, choose_device(program.config.train.device)
+    strategy = state.engine.strategy
+    if state.engine.scaler.is_enabled():
+        strategy.grad_scaler = torch.amp.GradScaler(device.type, init_scale=_FIRST_FP16_SCALE)
     if config.compile:
-        session.encoder.compile()
-    cache = make_backward(session.encoder, session.loss, session.objective, strategy)
+        state.encoder.compile()
+    cache = make_backward(state.encoder, state.loss, config, strategy, program.sort_by_length)
     assert isinstance(cache, GradCache)
-    with closing(session.batches()) as batches:
+    with closing(state.batches()) as batches:
         batch = next(batches)
-    inputs, loss_kwargs = session.inputs_of(batch)
-    with autocast(config.precision, session.device):
+    inputs, loss_kwargs = program.inputs(batch, tokenizer, device)
+    with autocast(config.precision, device):
         return verify(cache, *inputs, loss_kwargs=loss_kwargs)
 
 

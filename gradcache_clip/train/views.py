@@ -13,7 +13,7 @@ from gradcache_clip.train.backbones import build_image_backbone
 from gradcache_clip.train.towers import ImageTower, image_tower_around, linear_projection
 
 if TYPE_CHECKING:
-    from gradcache_clip.train.config import ModelConfig
+    from gradcache_clip.train.config_model import ViewConfig
 
 
 class ViewEncoder(nn.Module):
@@ -53,7 +53,7 @@ class ViewEncoder(nn.Module):
         return self.encode_image(images)
 
 
-def build_view_encoder(config: ModelConfig, *, image_size: int) -> ViewEncoder:
+def build_view_encoder(config: ViewConfig, *, image_size: int) -> ViewEncoder:
     """The image tower of a configuration and its projection, in train mode.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gradcache_clip.train.config_checks import ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.data.broken import BrokenReport, BrokenTally
 from gradcache_clip.train.data.decode import BrokenSample
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradcache_clip.train.config_checks import ConfigError
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.evaluation.classify import linear_probe, vote_of_neighbours
 from gradcache_clip.train.evaluation.embed import EmbedOptions, embed_rows
 from gradcache_clip.train.evaluation.held_out import thumbnail
@@ -54,17 +54,21 @@ class LabelledImages:
         features: (N, C), L2-normalised fp32, on the CPU; of the tower, without its projection.
         labels: N names of classes.
         thumbnails: uint8 (N, 3, height, width), at most 64 pixels.
-        metrics: accuracy with the training set as the known images.
+        accuracy: with the training set as the known images.
     """
 
     features: Tensor
     labels: list[str]
     thumbnails: Tensor
-    metrics: LabelMetrics
+    accuracy: LabelMetrics
+
+    def metrics(self) -> LabelMetrics:
+        """Accuracies and counts."""
+        return self.accuracy
 
     def scalars(self) -> dict[str, float]:
         """Accuracies for the log."""
-        return self.metrics.to_scalars()
+        return self.accuracy.to_scalars()
 
 
 def embed_labelled(

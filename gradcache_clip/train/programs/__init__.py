@@ -1,0 +1,33 @@
+"""The programs of the training command, by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradcache_clip.train.config import Config
+    from gradcache_clip.train.programs.program import Program
+
+PROGRAMS = {
+    "pairs": "Pairs",
+    "views": "Views",
+    "texts": "Texts",
+}
+"""Module in this package, and the class in it; its `Config` is what it is configured by."""
+
+
+def program_class(name: str) -> Any:
+    """The class of a program.
+
+    Example:
+        >>> program_class("views").__name__
+        'Views'
+    """
+    return getattr(import_module(f"{__name__}.{name}"), PROGRAMS[name])
+
+
+def program_of(config: Config) -> Program:
+    """The program that a configuration is for."""
+    program: Program = program_class(config.program)(config)
+    return program

@@ -1,0 +1,155 @@
+"""Texts alone: one tower that embeds queries and documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+from rich.table import Table
+from torch import nn
+
+from gradcache_clip.train.config import Config, RetrievalConfig, TextTrainConfig
+from gradcache_clip.train.config_data import TextData
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.config_loss import InfoNCEConfig, build_loss, check_widths
+from gradcache_clip.train.config_model import TextTowerConfig
+from gradcache_clip.train.config_section import expect
+from gradcache_clip.train.data.text_lines import TextLines, find_text_files, read_all_texts
+from gradcache_clip.train.data.text_loader import TextBatch, TextLoader
+from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts, embed_held_out_texts
+from gradcache_clip.train.evaluation.tables import text_table
+from gradcache_clip.train.peers import Peers, rows_of_a_process
+from gradcache_clip.train.programs.program import Program, Step, check_tokenizer, numbers_of
+from gradcache_clip.train.report.pictures import draw_text_gallery
+from gradcache_clip.train.texts import build_text_encoder
+from gradcache_clip.train.tokenizer import Tokenizer
+
+
+class TextsConfig(Config):
+    """Queries and documents."""
+
+    program: Literal["texts"] = "texts"
+    """Texts alone."""
+    data: TextData = TextData()
+    """Lines of texts."""
+    model: TextTowerConfig = TextTowerConfig()
+    """The text tower, whose width is that of the features."""
+    loss: InfoNCEConfig = InfoNCEConfig()
+    """What is minimised."""
+    train: TextTrainConfig = TextTrainConfig()
+    """The loop."""
+    evaluation: RetrievalConfig = RetrievalConfig()
+    """Retrieval of held-out documents."""
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> TextsConfig:
+        # A chunk of queries has its documents and negatives, but not their marks, side by side.
+        expect(self, "train.grad_cache", True, "program=texts")
+        check_tokenizer(self.model, self.data.tokenizer)
+        return self
+
+
+class Texts(Program[TextsConfig]):
+    """One text tower for queries, their documents and hard negatives."""
+
+    schema = TextsConfig
+
+    def __init__(self, config: TextsConfig) -> None:
+        super().__init__(config)
+        self._columns = min(3, len(config.data.text_fields))
+
+    @property
+    def texts_of_inputs(self) -> Sequence[bool]:
+        return [True] * self._columns
+
+    def check_data(self) -> None:
+        data = self.config.data
+        TextLines(data.validation, data.text_fields[:2])
+
+    def loader(self, peers: Peers) -> TextLoader:
+        config, data = self.config, self.config.data
+        if data.validation:
+            _check_apart(data)
+        return TextLoader(
+            data.train,
+            rows_of_a_process(config.train.batch_size, peers.world_size),
+            fields=data.text_fields,
+            prompts=data.text_prompts,
+            seed=config.train.seed,
+            workers=data.workers,
+            max_broken_share=data.max_broken_share,
+            rank=peers.rank,
+            world_size=peers.world_size,
+            on_every_rank=peers.all,
+        )
+
+    def texts(self) -> Iterable[str]:
+        data = self.config.data
+        rows = read_all_texts(data.train, data.text_fields, max_broken_share=data.max_broken_share)
+        return (text for row in rows for text in row)
+
+    def encoder(self, tokenizer: Tokenizer | None) -> nn.Module:
+        assert tokenizer is not None
+        encoder = build_text_encoder(
+            self.config.model,
+            context_length=self.config.data.context_length,
+            vocab_size=tokenizer.vocab_size,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        check_widths(self.config.loss.matryoshka, encoder.text_tower.width)
+        return encoder
+
+    def loss(self) -> nn.Module:
+        return build_loss(self.config)
+
+    def inputs(self, batch: TextBatch, tokenizer: Tokenizer | None, device: torch.device) -> Step:
+        inputs = tuple(self._tokens(column, tokenizer, device) for column in batch.texts)
+        if self.config.loss.positives == "pair":
+            return inputs, {}
+        return inputs, {"ids": numbers_of(batch.groups).to(device, non_blocking=True)}
+
+    @property
+    def candidates(self) -> int:
+        return super().candidates * (len(self.config.data.text_fields) - 1)
+
+    def evaluate(
+        self, encoder: Any, tokenizer: Tokenizer | None, peers: Peers
+    ) -> HeldOutTexts | None:
+        assert tokenizer is not None
+        config, data = self.config, self.config.data
+        rows = read_all_texts(
+            data.validation,
+            data.text_fields[:2],
+            prompts=data.text_prompts,
+            max_broken_share=data.max_broken_share,
+        )
+        return embed_held_out_texts(
+            encoder,
+            tokenizer,
+            rows,
+            self._embedding(peers),
+            widths=config.loss.matryoshka,
+            recall_at=config.evaluation.recall_at,
+        )
+
+    def table(self, evaluated: HeldOutTexts, title: str) -> Table:
+        return text_table(evaluated.metrics(), title)
+
+    def draw(self, folder: Path, evaluated: Any | None, preview: Any | None) -> list[Path]:
+        if evaluated is None:
+            return []
+        rows = self.config.evaluation.gallery
+        return [draw_text_gallery(evaluated, folder / "gallery.png", rows=rows)]
+
+
+def _check_apart(data: TextData) -> None:
+    held_out = {file.resolve() for file in find_text_files(data.validation)}
+    shared = [file for file in find_text_files(data.train) if file.resolve() in held_out]
+    if shared:
+        raise ConfigError(
+            f"data.validation: expected other files than those of data.train, got {shared[0]} "
+            "in both; name a file where a folder holds both, or leave data.validation out"
+        )

@@ -1,0 +1,192 @@
+"""A training run from its configuration to its summary."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gradcache_clip.train.config import Config
+from gradcache_clip.train.device import choose_device, processes_here
+from gradcache_clip.train.fit import Fitted, Step, fit
+from gradcache_clip.train.optimizer import learning_rate_at
+from gradcache_clip.train.peers import Peers, joined
+from gradcache_clip.train.programs import program_of
+from gradcache_clip.train.programs.program import Program
+from gradcache_clip.train.progress import peak_memory_bytes
+from gradcache_clip.train.report.metrics_log import MetricsLog
+from gradcache_clip.train.run_folder import RunFolder, check_run
+from gradcache_clip.train.run_pictures import draw_run
+from gradcache_clip.train.state import TrainState, start
+from gradcache_clip.train.step import StepResult, make_backward, take_step
+from gradcache_clip.train.tokenizer import Tokenizer
+
+# Paths may hold what rich takes for markup, and a command must stay on its line.
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run came to; written to `summary.json`."""
+
+    output: str
+    """The run's folder."""
+    step: int
+    """Optimizer steps taken."""
+    finished: bool
+    """False when it was interrupted and can be resumed."""
+    loss: float | None
+    """Of the last logged step."""
+    pairs_per_s: float
+    """Training samples a second over this part of the run, evaluation left out."""
+    peak_memory_bytes: int
+    """Most memory that the process (on a GPU: its tensors) held."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Broken training samples that were passed over, by reason; counted in every epoch."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Held-out retrieval, or classification, after the last step, if there is a validation set."""
+
+
+def train(config: Config, *, console: Console | None = None) -> RunSummary:
+    """Train, evaluate, save and draw one run, as its configuration says.
+
+    Leaves in `train.output`: config.yaml, tokenizer.json, metrics.jsonl and TensorBoard events,
+    checkpoints/, pictures/ and summary.json. The first Ctrl-C ends after the running step with a
+    checkpoint, and so does an error on one process. Where a launcher has started several processes,
+    all call this function together, share the batch, and the first of them writes.
+
+    Raises:
+        ConfigError, ValueError, OSError: before anything is written, when the configuration cannot
+            be run here; while training, for data that cannot be read and features that are not
+            finite.
+        PeerFailure: another process has failed; the message names it and what it was doing.
+    """
+    with joined(config) as peers:
+        console = console or Console(stderr=True)
+        return _Run(config, peers, console if peers.is_first else Console(quiet=True)).train()
+
+
+class _Run:
+    """One run in one of its processes."""
+
+    def __init__(self, config: Config, peers: Peers, console: Console) -> None:
+        self.config, self.peers, self.console = config, peers, console
+        self.program: Program[Any] = program_of(config)
+        folder = check_run(config) if peers.is_first else RunFolder(Path(config.train.output))
+        self.folder = folder
+        self.state, self.tokenizer = start(self.program, folder, peers)
+        self.device = choose_device(config.train.device)
+
+    def train(self) -> RunSummary:
+        state, peers = self.state, self.peers
+        before = peers.broadcast_from_rank0(self.folder.read_summary() if peers.is_first else None)
+        first_step = state.step
+        if peers.is_first:
+            self.folder.begin(self.config, self.tokenizer, state.encoder)
+        if first_step:
+            self.console.print(f"going on from step {first_step} of {self.folder.path}", **_PLAIN)
+        fitted = self._fit()
+        if self._finished and state.step == first_step and self.config.data.validation:
+            # Nothing was left to train: the log has this evaluation already.
+            fitted.evaluated = self._evaluate()
+        if state.step == first_step and before is not None:
+            summary = RunSummary(**{**before, "finished": self._finished})
+        else:
+            summary = peers.broadcast_from_rank0(self._summary(fitted))
+        if peers.is_first:
+            self.folder.write_summary(summary)
+        if summary.finished:
+            self._draw(fitted.evaluated)
+        else:
+            self.console.print(_how_to_resume(summary, peers.world_size), **_PLAIN)
+        return summary
+
+    @property
+    def _finished(self) -> bool:
+        return self.state.step >= self.config.train.steps
+
+    def _fit(self) -> Fitted:
+        if self.config.train.compile:
+            self.state.encoder.compile()
+        with self._log() as log:
+            return fit(
+                self.state,
+                training_step(self.program, self.state, self.tokenizer, self.device),
+                self.config.train,
+                evaluate=self._evaluate if self.config.data.validation else None,
+                at_start=self.config.evaluation.at_start,
+                log=log,
+                console=self.console,
+            )
+
+    def _log(self) -> AbstractContextManager[MetricsLog | None]:
+        """Where the figures of this process go; nowhere unless it is the first."""
+        if not self.peers.is_first:
+            return nullcontext()
+        # A run that begins anew has not been evaluated at its start, either.
+        return MetricsLog(self.folder.path, resume_step=self.state.step or -1)
+
+    def _evaluate(self) -> Any:
+        """The held-out samples, embedded by all processes, on the first."""
+        self.peers.set_phase(f"evaluating after step {self.state.step}")
+        return self.program.evaluate(self.state.evaluated, self.tokenizer, self.peers)
+
+    def _draw(self, evaluated: Any) -> None:
+        self.peers.set_phase("embedding a batch for a picture")
+        with closing(self.state.batches()) as batches:
+            preview = self.program.preview(self.state.evaluated, self.tokenizer, batches)
+        if self.peers.is_first:
+            draw_run(self.folder, self.program, evaluated, preview)
+
+    def _summary(self, fitted: Fitted) -> RunSummary:
+        skipped = Counter[str]()
+        for counts in self.peers.gather_to_rank0(self.state.loader.broken.counts):
+            skipped.update(counts)
+        meter = fitted.meter
+        return RunSummary(
+            output=str(self.folder.path),
+            step=self.state.step,
+            finished=self._finished,
+            loss=fitted.row.get("loss"),
+            pairs_per_s=meter.samples / meter.seconds if meter.seconds else 0.0,
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            skipped=dict(skipped),
+            metrics=fitted.evaluated.scalars() if fitted.evaluated else {},
+        )
+
+
+def training_step(
+    program: Program[Any], state: TrainState, tokenizer: Tokenizer | None, device: torch.device
+) -> Step:
+    """One optimizer step on a batch of a program."""
+    config, engine = program.config, state.engine
+    backward = make_backward(
+        engine.module, state.loss, config.train, engine.strategy, program.sort_by_length
+    )
+
+    def step(batch: Any) -> StepResult:
+        rate = learning_rate_at(state.step, config.optimizer, config.train.steps)
+        engine.set_learning_rate(rate)
+        inputs, loss_kwargs = program.inputs(batch, tokenizer, device)
+        result = take_step(backward, inputs, loss_kwargs, engine)
+        program.after_step(state.encoder, state.loss)
+        return result
+
+    return step
+
+
+def _how_to_resume(summary: RunSummary, processes: int) -> str:
+    if not summary.step:
+        return "stopped before the first step"
+    config = shlex.quote(f"{summary.output}/config.yaml")
+    command = "train" if processes == 1 else f"launch --nproc {processes_here(processes)} train"
+    return (
+        f"stopped after step {summary.step} with a checkpoint; go on with\n"
+        f"    gradcache-clip {command} {config} train.resume=true"
+    )

@@ -1,0 +1,221 @@
+"""The state of a training run after a number of steps, built from its program and saved as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip.train.checkpoint import (
+    Checkpoint,
+    capture_rng,
+    load_checkpoint,
+    load_latest,
+    restore_rng,
+    save_checkpoint,
+)
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.data import join_states
+from gradcache_clip.train.device import choose_device
+from gradcache_clip.train.ema import moving_average
+from gradcache_clip.train.engine import Engine, build_engine
+from gradcache_clip.train.peers import Peers
+from gradcache_clip.train.probe import check_towers
+from gradcache_clip.train.programs.program import Program
+from gradcache_clip.train.run_folder import RunFolder
+from gradcache_clip.train.sources.splits import track
+from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
+
+
+@dataclass
+class TrainState:
+    """What training changes, in each process of a run."""
+
+    run: RunFolder
+    peers: Peers
+    encoder: nn.Module
+    engine: Engine
+    """Steps encoder and loss."""
+    loss: nn.Module
+    ema: ModelEmaV3 | None
+    loader: Any
+    """Endless batches, from the next step on."""
+    save_beside: Callable[[], None] = lambda: None
+    """Writes what is kept beside a checkpoint."""
+    step: int = 0
+    """Optimizer steps taken."""
+    saved_step: int = 0
+
+    def batches(self) -> Generator[Any, None, None]:
+        """Training batches from here on; closing it ends the worker processes."""
+        yield from self.loader
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The encoder to evaluate: with averaged weights where there are such."""
+        return self.ema.module if self.ema else self.engine.evaluated
+
+    def save(self, keep: int) -> None:
+        """Write a checkpoint of all processes together, and keep so many of them.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; earlier checkpoints are untouched.
+            OSError: the disk is full; earlier checkpoints are untouched.
+        """
+        self.peers.set_phase(f"saving after step {self.step}")
+        weights, state = self.engine.weights(), self.engine.state()
+        loaders = self.peers.gather_to_rank0(self.loader.state_dict())
+        generators = self.peers.gather_to_rank0(capture_rng())
+        self.save_beside()
+        if self.peers.is_first:
+            state = {**state, "loader": join_states(loaders), "rng": generators}
+            modules = self._modules(weights)
+            save_checkpoint(
+                self.run.checkpoints, self.step, modules=modules, state=state, keep=keep
+            )
+        self.saved_step = self.step
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on exactly where the checkpoint was written, by however many processes."""
+        self.step = self.saved_step = checkpoint.step
+        self.engine.load_weights(checkpoint.modules["encoder"])
+        self.loss.load_state_dict(checkpoint.modules["loss"])
+        self.engine.load_state(checkpoint.state)
+        self.loader.load_state_dict(checkpoint.state["loader"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(checkpoint.modules["ema"])
+        generators = checkpoint.state["rng"]
+        # A process that was not there before draws as one that begins.
+        if self.peers.rank < len(generators):
+            restore_rng(generators[self.peers.rank])
+
+    def _modules(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        modules: dict[str, Any] = {"encoder": weights, "loss": self.loss.state_dict()}
+        self._check_finite({**weights, **modules["loss"]})
+        if self.ema is not None:
+            modules["ema"] = self.ema.module.state_dict()
+        return modules
+
+    def _check_finite(self, weights: dict[str, Tensor]) -> None:
+        finite = torch.stack([weight.isfinite().all() for weight in weights.values()])
+        if finite.all():
+            return
+        name = [*weights][int((~finite).nonzero()[0])]
+        raise ValueError(
+            f"weights: expected finite numbers after step {self.step}, got NaN or infinity in "
+            f"{name}; nothing was saved, and earlier checkpoints are untouched. Lower "
+            "optimizer.learning_rate or set optimizer.max_grad_norm"
+        )
+
+
+@contextmanager
+def saved_at_the_end(state: TrainState, keep: int) -> Iterator[None]:
+    """Save what was trained in this context, also when an error ends it.
+
+    After an error the run goes on behind the batch that failed; it is not tried again. With several
+    processes it goes on from the last checkpoint, since one that failed can save nothing.
+    """
+    try:
+        yield
+    except Exception:
+        if state.step > state.saved_step and state.peers.world_size == 1:
+            # Weights that are the error must neither be saved nor hide it.
+            with suppress(ValueError):
+                state.save(keep)
+        raise
+    if state.step > state.saved_step:
+        state.save(keep)
+
+
+def start(
+    program: Program[Any], run: RunFolder, peers: Peers
+) -> tuple[TrainState, Tokenizer | None]:
+    """Build a run in each of its processes; with `train.resume`, at its newest good checkpoint.
+
+    Raises:
+        ConfigError, ValueError, OSError: it cannot be run here; nothing was written.
+    """
+    config = program.config
+    torch.manual_seed(config.train.seed)
+    device = choose_device(config.train.device)
+    if config.data.validation:
+        program.check_data()
+    loader = program.loader(peers)
+    tokenizer = _tokenizer(program, run, peers)
+    encoder = program.encoder(tokenizer).to(device)
+    longest = tokenizer(["a text", "another"], pad_to_context=True) if tokenizer else None
+    check_towers(encoder, image_size=program.image_size, tokens=longest)
+    loss = program.loss().to(device)
+    decay = config.train.ema_decay
+    ema = moving_average(encoder, decay) if decay else None
+    engine = build_engine(encoder, loss, config, peers)
+    state = TrainState(run, peers, encoder, engine, loss, ema, loader, program.save)
+    if not peers.is_first:
+        # Each process drops other units; the weights above are the same everywhere.
+        torch.manual_seed(config.train.seed + peers.rank)
+    checkpoint = _checkpoint(run, peers) if config.train.resume else None
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    program.begin(encoder, peers.rank, engine.autocast)
+    return state, tokenizer
+
+
+def load_trained(program: Program[Any], run: RunFolder) -> tuple[Any, Tokenizer | None, int]:
+    """Encoder, tokenizer and step of a run's newest good checkpoint, for evaluation.
+
+    Raises:
+        ConfigError: the run has no checkpoint yet.
+    """
+    checkpoint = load_latest(run.checkpoints)
+    if checkpoint is None:
+        raise ConfigError(
+            f"run: expected a checkpoint in {run.checkpoints}, got none; train the run first"
+        )
+    tokenizer = run.read_tokenizer(program.config) if program.reads_texts else None
+    trained = type(program)(run.trained(program.config))
+    encoder = trained.encoder(tokenizer)
+    encoder.load_state_dict(checkpoint.modules.get("ema", checkpoint.modules["encoder"]))
+    device = choose_device(program.config.train.device)
+    return encoder.to(device), tokenizer, checkpoint.step
+
+
+def _checkpoint(run: RunFolder, peers: Peers) -> Checkpoint | None:
+    """The newest good one, as the first process finds it, read by all."""
+    found = load_latest(run.checkpoints) if peers.is_first else None
+    path = peers.broadcast_from_rank0(None if found is None else found.path)
+    if path is None or found is not None:
+        return found
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: expected the checkpoint that rank 0 found there, got none on this machine; "
+            "put train.output on a file system that all machines share"
+        )
+    return load_checkpoint(path)
+
+
+def _tokenizer(program: Program[Any], run: RunFolder, peers: Peers) -> Tokenizer | None:
+    """The first process reads or trains it for all."""
+    if not program.reads_texts:
+        return None
+    tokenizer = None
+    if peers.is_first:
+        begun = run.has_begun()
+        tokenizer = run.read_tokenizer(program.config) if begun else _new_tokenizer(program)
+    shared = peers.broadcast_from_rank0(tokenizer)
+    assert shared is not None
+    return shared
+
+
+def _new_tokenizer(program: Program[Any]) -> Tokenizer:
+    data = program.config.data
+    if data.tokenizer != "train":
+        return load_tokenizer(data.tokenizer, data.context_length)
+    texts = track(program.texts(), "reading texts")
+    return train_tokenizer(texts, vocab_size=data.vocab_size, context_length=data.context_length)
