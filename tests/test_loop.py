@@ -339,3 +339,18 @@ def test_evaluate_prints_recall_and_zero_shot(whole, capsys):
 def test_evaluate_of_no_run(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "has no config.yaml" in capsys.readouterr().err
+
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo.yaml"
+
+
+def test_a_run_of_an_older_version_ends_in_one_line(data, tmp_path, capsys):
+    run_folder = tmp_path / "old"
+    (run_folder / "checkpoints").mkdir(parents=True)
+    (run_folder / "config.yaml").write_text("train: {negatives: batch, inputs: device}")
+    resume = ["train", str(DEMO), f"train.output={run_folder}", "train.resume=true"]
+    for command in (["evaluate", str(run_folder)], ["verify", str(run_folder)], resume):
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "expected one of this version" in line
+        assert "train.negatives: no such key; it is called train.grad_cache now" in line

@@ -148,5 +148,5 @@ def test_what_does_not_go_together_is_refused(data, tmp_path, change, message):
 
 
 def test_a_hidden_layer_is_for_views():
-    with pytest.raises(ConfigError, match="model.projection_hidden: no such key"):
+    with pytest.raises(ConfigError, match="no such key with program=pairs; leave it out, or set program=views"):
         load_config(None, ["model.projection_hidden=64"])

@@ -129,6 +129,27 @@ def test_files_import_each_other_in_no_circle():
         visit(path, ())
 
 
+def reached(path: Path) -> set[Path]:
+    """All files that a file imports, directly or through others."""
+    found: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        new = {*files_imported(waiting.pop())} - found
+        found |= new
+        waiting += new
+    return found
+
+
+def test_the_loop_knows_no_program():
+    programs, own = PACKAGE / "train" / "programs", {"program.py", "momentum_queue.py"}
+    kinds = {path for path in programs.glob("*.py") if path.name not in {"__init__.py", *own}}
+    assert {path.stem for path in kinds} >= {"pairs", "views", "texts"}
+    for name in ("fit", "state", "step", "engine", "config"):
+        assert not reached(PACKAGE / "train" / f"{name}.py") & kinds, name
+    for path in kinds:
+        assert not reached(path) & (kinds - {path}), path
+
+
 def test_no_file_of_the_product_is_long():
     long = {
         path: text.count("\n")

@@ -40,6 +40,14 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key and the remedy."""
 
 
+class UnknownKeyError(ConfigError):
+    """A key that the configuration does not have: `keys` are its parts."""
+
+    def __init__(self, message: str, keys: Sequence[str]) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
 def checked(schema: type[Model], values: Mapping[str, Any]) -> Model:
     """The configuration that these sections make.
 
@@ -83,7 +91,8 @@ def _explained(schema: type[BaseModel], values: Mapping[str, Any], error: Any) -
     keys = _keys_of(schema, error["loc"])
     name = ".".join(keys)
     if error["type"] == "extra_forbidden":
-        return ConfigError(f"{name}: no such key{_beside(schema, keys, values)}")
+        message = f"{name}: no such key{_beside(schema, keys, values)}"
+        return UnknownKeyError(message, keys)
     if error["type"] in ("model_type", "model_attributes_type"):
         got = type(error["input"]).__name__
         return ConfigError(f"{name}: expected keys with values, got {got}; indent them below it")

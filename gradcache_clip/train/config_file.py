@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from gradcache_clip.train.config import Config
-from gradcache_clip.train.config_errors import ConfigError, checked, field_of
+from gradcache_clip.train.config_errors import (
+    ConfigError,
+    UnknownKeyError,
+    checked,
+    field_of,
+)
 from gradcache_clip.train.programs import PROGRAMS, program_class
 
 DEFAULT_PROGRAM = "pairs"
@@ -37,7 +42,22 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     given = _read_yaml(path)
     schema = _schema(given, overrides)
     _apply(given, [_parse(override, schema) for override in overrides], schema)
-    return checked(schema, _resolved(given))
+    try:
+        return checked(schema, _resolved(given))
+    except UnknownKeyError as error:
+        raise _of_another_program(error, schema) from error
+
+
+def _of_another_program(error: UnknownKeyError, schema: type[Config]) -> ConfigError:
+    """The same error, with the programs that have the key where this one has none like it."""
+    schemas = {name: program_class(name).schema for name in PROGRAMS}
+    found = [name for name, other in schemas.items() if field_of(other, error.keys) is not None]
+    if not found or field_of(schema, error.keys) is not None:
+        return error
+    key, program = ".".join(error.keys), schema.model_fields["program"].default
+    return ConfigError(
+        f"{key}: no such key with program={program}; leave it out, or set program={found[0]}"
+    )
 
 
 def save_config(config: Config, path: str | Path) -> None:
