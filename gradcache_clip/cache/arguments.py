@@ -1,4 +1,4 @@
-"""Arguments of `GradCache`: checked where they are given, in a line that says what to pass."""
+"""Check the arguments of `GradCache`; each error says what to pass instead."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OF_GRADCACHE = {
 
 
 def names_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The same function; an argument that it does not take raises with the one that it does."""
+    """Wrap a function so that an unknown keyword raises an error that names the nearest one."""
     names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
@@ -52,7 +52,7 @@ def _unknown_argument(name: str, names: Iterable[str]) -> str:
 
 
 def refuse_keywords(given: Mapping[str, Any]) -> None:
-    """Inputs have no names, and a loss has its arguments in `loss_kwargs`."""
+    """Refuse keywords of a call: arguments of the loss belong into `loss_kwargs`."""
     if "no_sync_except_last" in given:
         raise TypeError(
             "cache(...): expected inputs and loss_kwargs, got no_sync_except_last=; pass "
@@ -94,7 +94,7 @@ def checked_encoders(encoders: Any) -> nn.Module | tuple[nn.Module, ...]:
 
 
 def _named(given: Any) -> str:
-    """As an error calls it: the value where that is short, else its type."""
+    """Describe a value in an error: itself if it is short, else its type."""
     plain = given is None or isinstance(given, (bool, int, float, str, type))
     return repr(given) if plain else type(given).__name__
 
@@ -132,7 +132,7 @@ def checked_get_features(get_features: Any) -> Any:
 
 
 def checked_embed_chunk_size(embed: Any, chunk_size: Any, sort_by_length: Any) -> Any:
-    """None, or whole chunks for each input; "auto" and tokens decide later what a chunk is."""
+    """Require multiples of `chunk_size`, where "auto" and `max_tokens` leave it known."""
     if embed is None:
         return None
     embed = checked_chunk_size(embed, "embed_chunk_size")

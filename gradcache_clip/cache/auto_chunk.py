@@ -1,4 +1,4 @@
-"""chunk_size="auto": measured on the batch itself, and remembered."""
+"""Measure chunk sizes on the first batch (chunk_size="auto"), and remember them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import nn
 from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.checks import check_inputs, check_plain_backward
 from gradcache_clip.cache.chunks import Chunk, row_count
-from gradcache_clip.cache.cutting import build_towers
 from gradcache_clip.cache.gradient_hooks import HeldHooks, hooked_leaves
 from gradcache_clip.cache.graph_budget import SavedBytes, budget_bytes
+from gradcache_clip.cache.prepare import build_towers
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
-from gradcache_clip.cache.settings import Plan, Settings
+from gradcache_clip.cache.settings import Settings
 from gradcache_clip.cache.torch_state import (
     autocast_off,
     forget_autocast_casts,
@@ -40,14 +40,14 @@ _REPEATS = 3
 
 
 class Measured(NamedTuple):
-    """One size: how fast it went, and what its graph kept."""
+    """Throughput and graph size of one chunk size."""
 
     rows_per_s: float
     graph_bytes: int
 
 
 def find_chunk_size(measure: Callable[[int], Measured | None], rows: int, limit_bytes: int) -> int:
-    """Double the size while that pays, fits, and there are rows; None of `measure`: no memory.
+    """Double the size while it gets faster and fits; `measure` returns None when out of memory.
 
     Example:
         >>> find_chunk_size(lambda rows: Measured(min(rows, 32.0), 100 * rows), 1000, 10**6)
@@ -66,7 +66,7 @@ def find_chunk_size(measure: Callable[[int], Measured | None], rows: int, limit_
 
 
 def measured_chunk_size(tower: Tower, rows: int, modules: Sequence[nn.Module]) -> int:
-    """The size at which forward and backward of this tower take least time a row.
+    """Find the size at which forward and backward of a tower take the least time per row.
 
     Gradients (of all `modules`, and of whatever else the tower's graph ends in), random
     generators and running statistics are afterwards as before.
@@ -82,13 +82,13 @@ def measured_chunk_size(tower: Tower, rows: int, modules: Sequence[nn.Module]) -
         snapshot.finish()
 
 
-def measured(settings: Settings, plan: Plan, inputs: Sequence[Any], record: ChunkRecord) -> Plan:
-    """The plan with a size for each encoder, the same on every rank, on record or measured."""
+def measured(plan: Settings, inputs: Sequence[Any], record: ChunkRecord) -> Settings:
+    """Fill in a size for each encoder, recorded or measured, the same on every rank."""
     refuse_cached_parametrizations()
     check_plain_backward(plan.strategy, "chunk_size='auto'", "pass a number")
-    towers = build_towers(settings, replace(plan, chunk_size=1), inputs)
+    towers = build_towers(replace(plan, chunk_size=1), inputs)
     check_inputs(towers)
-    modules, sizes = modules_of(towers, settings.loss), []
+    modules, sizes = modules_of(towers, plan.loss), []
     with HeldHooks(hooked_leaves(towers)).held():
         for tower in towers:
             key, rows = record_key(tower), row_count(tower.chunks)
@@ -133,7 +133,7 @@ def _now(device: torch.device) -> float:
 
 
 class ChunkRecord:
-    """Sizes that were found, in a JSON file: one for each model, input shapes and device."""
+    """Chunk sizes by model, input shape, device and precision, kept in a JSON file."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -154,7 +154,7 @@ class ChunkRecord:
 
 
 def record_key(tower: Tower) -> str:
-    """Key of a recorded size: the model, the shape of a row, the device and the precision."""
+    """Build the key of a size: model, shape of a row, device and precision."""
     module, device = tower.bare_module, device_of([tower])
     parameters = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -167,7 +167,7 @@ def record_key(tower: Tower) -> str:
 
 
 def _read(path: Path) -> dict[str, int]:
-    """Recorded sizes; those of another version or of a damaged file are measured again."""
+    """Read recorded sizes; a damaged file counts as empty."""
     found: dict[str, int] = {}
     with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         content: Any = json.loads(path.read_text())

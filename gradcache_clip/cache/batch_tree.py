@@ -63,7 +63,7 @@ class Part(NamedTuple):
 
 
 def count_rows(inputs: Any, name: str) -> int:
-    """Number of rows that every tensor and list inside `inputs` agrees on.
+    """Count the rows, on which every tensor and list inside `inputs` must agree.
 
     Raises:
         ValueError: nothing in `inputs` has rows, two of its parts disagree, or a tuple holds the
@@ -94,7 +94,7 @@ def count_rows(inputs: Any, name: str) -> int:
 def parts_with_rows(
     inputs: Any, path: str, whole: list[tuple[str, tuple[Any, ...]]] | None = None, key: Any = None
 ) -> Iterator[Part]:
-    """Everything inside `inputs` that is cut; tuples without such a part are added to `whole`."""
+    """Yield every part that is cut into rows; add tuples without any to `whole`."""
     if isinstance(inputs, Shared):
         return
     if _has_rows(inputs):
@@ -122,17 +122,17 @@ def parts_with_rows(
 
 
 def take_rows(inputs: Any, start: int, stop: int) -> Any:
-    """Rows start to stop of everything inside `inputs`; tensors come back as views."""
+    """Take rows start to stop of everything inside `inputs`; tensors are views."""
     return _cut(inputs, lambda part: part[start:stop])
 
 
 def pick_rows(inputs: Any, indices: Tensor) -> Any:
-    """Rows of everything inside `inputs` in the order of `indices`; tensors come back as copies."""
+    """Take the rows at `indices`, in that order; tensors are copies."""
     return _cut(inputs, lambda part: _picked(part, indices))
 
 
 def chunk_of(inputs: Any, chunk: Chunk) -> Any:
-    """The rows of one chunk, without the columns that it trims."""
+    """Take the rows of a chunk, without the columns that it trims."""
     rows = chunk.rows
 
     def take(part: Any) -> Any:
@@ -161,7 +161,7 @@ def _picked(part: Any, indices: Tensor) -> Any:
 
 
 def tensors_in(inputs: Any, *, shared: bool = True) -> Iterator[Tensor]:
-    """Every tensor inside `inputs`, those in lists included; those of `Shared` unless told not."""
+    """Yield every tensor inside `inputs`, in lists too; in `Shared` unless `shared` is False."""
     if isinstance(inputs, Tensor):
         yield inputs
         return
@@ -180,7 +180,7 @@ def map_tensors(
     nested: Any,
     shared: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
-    """`nested` with every tensor inside it, those in lists included, replaced by its image.
+    """Apply a function to every tensor inside `nested`, in lists too, and keep the structure.
 
     Tensors inside `Shared` are given to `shared` instead, if there is one.
     """
@@ -203,7 +203,7 @@ def is_tensor_collection(inputs: Any) -> bool:
 
 
 def _has_rows(inputs: Any) -> bool:
-    """Lists, and what is cut along dimension 0 and has one."""
+    """Whether it is cut into rows: a list, or an array with a first dimension."""
     if isinstance(inputs, Tensor) or _is_array(inputs):
         return inputs.ndim > 0
     return isinstance(inputs, list) or is_tensor_collection(inputs)
@@ -215,7 +215,7 @@ def _is_array(inputs: Any) -> bool:
 
 
 def _is_known(inputs: Any) -> bool:
-    """Whether it is clear which chunk gets what of it."""
+    """Whether its type tells what each chunk gets."""
     return (
         isinstance(inputs, (Tensor, list, tuple, Mapping, *_WHOLE))
         or _is_dataclass(inputs)
@@ -255,7 +255,7 @@ def _disagreement(name: str, one: Part, other: Part) -> str:
 
 
 def hint_at_lists(value: Any) -> str:
-    """For an error that a list of tensors may have led to, which others take for arguments."""
+    """Add to an error where a list of tensors may have been meant as several arguments."""
     if not isinstance(value, list) or not value or not isinstance(value[0], Tensor):
         return ""
     return ". A list holds one sample an element: pass several arguments as a tuple or dict"
@@ -290,7 +290,7 @@ def _is_dataclass(inputs: Any) -> bool:
 
 
 def children_of(inputs: Any) -> list[tuple[Any, Any]]:
-    """Keys and parts of a mapping, tuple or dataclass; nothing for anything else."""
+    """List keys and parts of a mapping, tuple or dataclass; anything else has none."""
     if isinstance(inputs, Mapping):
         return list(inputs.items())
     if isinstance(inputs, tuple):

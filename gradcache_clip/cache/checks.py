@@ -50,7 +50,7 @@ def check_strategy(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
 
 
 def check_same_chunks(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
-    """Raise, on every rank, where one would take more forwards than another."""
+    """Raise, on every rank, if ranks would take different numbers of forwards."""
     by_rank = strategy.gathered([(len(tower.chunks), tower.embed_together) for tower in towers])
     for index, tower in enumerate(towers):
         counts = [counts_of_rank[index] for counts_of_rank in by_rank]
@@ -99,7 +99,7 @@ def check_plain_backward(strategy: LocalStrategy, what: str, remedy: str) -> Non
 
 
 def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
-    """NaN and infinity are named by encoder and chunk; a good batch costs one wait in all.
+    """Refuse NaN and infinity, by encoder and chunk; a good batch costs one synchronisation.
 
     All ranks raise together: one that stopped alone would leave the others waiting for it.
     """
@@ -130,7 +130,7 @@ def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
 
 
 def check_inputs(towers: Sequence[Tower]) -> None:
-    """Tensors without values, or none for a backward; graphs that the first replay would free."""
+    """Refuse meta tensors, inference tensors, and graphs that the first replay would free."""
     for tower in towers:
         tensors = list(tensors_in(tower.inputs))
         _check_tensors(tower, tensors)
@@ -159,7 +159,7 @@ def _check_tensors(tower: Tower, tensors: Sequence[Tensor]) -> None:
 
 
 def check_no_partial_gradients(modules: Sequence[nn.Module], strategy: LocalStrategy) -> None:
-    """After a step that an error or Ctrl-C has ended in its midst: nothing may be added to that."""
+    """Refuse to add to the partial gradients of a step that was interrupted."""
     left = [p for module in modules for p in module.parameters() if p.grad is not None]
     found = any(bool(parameter.grad.any()) for parameter in left if parameter.grad is not None)
     if strategy.anywhere(found, left[0].device if left else torch.device("cpu")):
@@ -170,7 +170,7 @@ def check_no_partial_gradients(modules: Sequence[nn.Module], strategy: LocalStra
 
 
 def check_unchanged(towers: Sequence[Tower], versions: Sequence[int]) -> None:
-    """A loss that writes into the features would be given other features than the replay."""
+    """Refuse a loss that changes features in place: the replay would not see the change."""
     now = [feature._version for tower in towers for feature in tower.features]
     if now != list(versions):
         raise ValueError(

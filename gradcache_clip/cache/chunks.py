@@ -1,4 +1,4 @@
-"""The chunks that a batch is cut into, and what each of them leaves between embed and replay."""
+"""Chunks of a batch, and the state that each keeps between embed and replay."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """The rows as a person counts them."""
+        """The rows, for error messages."""
         if isinstance(self.rows, Tensor):
             shown = ", ".join(map(str, self.rows[:8].tolist()))
             return f"rows {shown}" + (", ..." if len(self) > 8 else "")
@@ -46,13 +46,13 @@ class Chunk:
 
 
 def even_chunks(rows: int, chunk_size: int, at_least: int = 1) -> list[Chunk]:
-    """Consecutive chunks, at least `at_least` of them where the rows suffice."""
+    """Cut rows into consecutive chunks, at least `at_least` of them if there are enough rows."""
     size = min(chunk_size, max(1, math.ceil(rows / at_least)))
     return [Chunk(slice(start, min(start + size, rows))) for start in range(0, rows, size)]
 
 
 def merged(chunks: Sequence[Chunk]) -> Chunk:
-    """One chunk with all rows of several consecutive ones."""
+    """Join consecutive chunks."""
     first, last = chunks[0], chunks[-1]
     trims = [chunk.trim for chunk in chunks if chunk.trim is not None]
     trim = max(trims) if len(trims) == len(chunks) else None
@@ -63,12 +63,12 @@ def merged(chunks: Sequence[Chunk]) -> Chunk:
 
 
 def row_count(chunks: Sequence[Chunk]) -> int:
-    """Rows of the batch that the chunks cut up."""
+    """Count the rows of the batch."""
     last = chunks[-1].rows
     return last.stop if isinstance(last, slice) else sum(map(len, chunks))
 
 
 def indices(chunk: Chunk) -> Tensor:
-    """Row numbers of a chunk."""
+    """Return the row numbers of a chunk."""
     rows = chunk.rows
     return rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop)

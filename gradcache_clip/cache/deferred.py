@@ -104,13 +104,13 @@ class _Deferred:
         step.embed()
         self._step: CachedStep | None = step
         towers = step.towers
-        self._autocast = _Autocast(device_types(towers))
+        self._autocast = _autocast_now(device_types(towers))
         self.embedded = [feature for tower in towers for feature in tower.features]
         self._counts = [len(tower.features) for tower in towers]
         self.frozen = [not tower.trainable for tower in towers for _ in tower.features]
 
     def features(self) -> list[list[Tensor]]:
-        """Flat features of each tower, with a graph whose backward is the replay."""
+        """Return the flat features of each tower, with a graph whose backward is the replay."""
         # Autograd calls a backward only for inputs that ask for a gradient.
         switch = torch.zeros((), requires_grad=True)
         flat = iter(_Replay.apply(switch, self))
@@ -129,14 +129,16 @@ class _Deferred:
                 "deferred_step: expected one backward, got a second one through the same step, "
                 "whose chunks are gone; call deferred_step again, or add the losses first"
             )
-        with torch.enable_grad(), self._autocast.as_it_was():
+        with torch.enable_grad(), ExitStack() as autocast:
+            for context in self._autocast:
+                autocast.enter_context(context)
             mismatches = step.run_replay(gradients)
         if mismatches:
             warnings.warn(mismatches, stacklevel=2)
 
 
 class _Replay(torch.autograd.Function):
-    """The features of a step; what autograd brings back for them goes to its replay."""
+    """Identity on features whose backward is the replay."""
 
     @staticmethod
     def forward(ctx: Any, switch: Tensor, deferred: _Deferred) -> tuple[Tensor, ...]:
@@ -154,20 +156,15 @@ class _Replay(torch.autograd.Function):
         return None, None
 
 
-class _Autocast:
-    """Whether autocast was on, for each type of device, and in which precision."""
-
-    def __init__(self, kinds: Iterable[str]) -> None:
-        self._states = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in sorted(kinds)
-        ]
-        self._caches = torch.is_autocast_cache_enabled()
-
-    def as_it_was(self) -> ExitStack:
-        """A context for whoever computes the same later, when it may be another."""
-        stack = ExitStack()
-        for kind, dtype, enabled in self._states:
-            state = torch.autocast(kind, dtype, enabled=enabled, cache_enabled=self._caches)
-            stack.enter_context(state)
-        return stack
+def _autocast_now(device_types: Iterable[str]) -> list[torch.autocast]:
+    """Contexts for a backward that may run when autocast is another."""
+    caches = torch.is_autocast_cache_enabled()
+    return [
+        torch.autocast(
+            kind,
+            torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=caches,
+        )
+        for kind in sorted(device_types)
+    ]

@@ -1,4 +1,4 @@
-"""The loss of a step that has been taken: a number, whose backward says what to do instead."""
+"""The loss that a finished step returns: its `backward` raises and says what to do."""
 
 from __future__ import annotations
 

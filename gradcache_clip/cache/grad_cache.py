@@ -1,4 +1,4 @@
-"""Gradient caching as a person calls it. B rows, D feature width."""
+"""`GradCache`: check, cut, prepare, run, recover. B rows, D feature width."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gradcache_clip.cache.graph_budget import MemoryBudget, checked_budget
 from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.prepare import prepare
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
-from gradcache_clip.cache.settings import ChunkSize, GetFeatures, History, Plan, Settings
+from gradcache_clip.cache.settings import ChunkSize, GetFeatures, History, Settings
 from gradcache_clip.cache.step import CachedStep
 from gradcache_clip.cache.torch_state import warn_of_batch_norm
 from gradcache_clip.distributed.strategies import LocalStrategy
@@ -128,7 +128,7 @@ class GradCache:
             gradient_hooks=one_of("gradient_hooks", gradient_hooks, HOOK_MODES),
             check_rows=check_rows,
         )
-        self._plan, self._history = Plan.of(self._settings), History()
+        self._plan, self._history = self._settings, History()
         self._record = ChunkRecord(self._settings.chunk_record)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -145,8 +145,8 @@ class GradCache:
         return self._settings
 
     @property
-    def plan(self) -> Plan:
-        """What the next step will use, after "auto" has measured or memory has run out."""
+    def plan(self) -> Settings:
+        """The settings in use, after "auto" has measured or memory has run out."""
         return self._plan
 
     @property
@@ -170,7 +170,7 @@ class GradCache:
     def __call__(
         self, *inputs: Any, loss_kwargs: Mapping[str, Any] | None = None, **unknown: NoReturn
     ) -> Any:
-        """One step's forward and backward; adds to `.grad` of encoders and loss.
+        """Take forward and backward of one step; add to `.grad` of encoders and loss.
 
         Args:
             inputs: one batch for each encoder, nested as the encoder wants it.
@@ -193,8 +193,8 @@ class GradCache:
     def prepare(self, inputs: Sequence[Any]) -> CachedStep:
         """Check a batch and cut it into chunks; for `deferred_step` as well."""
         if self._plan.chunk_size == "auto":
-            self._plan = measured(self._settings, self._plan, inputs, self._record)
-        step, history = prepare(self._settings, self._plan, inputs, self._history), self._history
+            self._plan = measured(self._plan, inputs, self._record)
+        step, history = prepare(self._plan, inputs, self._history), self._history
         if history.broken_off:
             check_no_partial_gradients(step.modules, step.strategy)
             history.broken_off = False

@@ -99,7 +99,7 @@ class HeldHooks:
 
     @contextmanager
     def held(self, snapshot: StepSnapshot | None = None) -> Iterator[None]:
-        """Around a step; after an error `.grad` of leaves whose hooks have not run is as before."""
+        """Hold hooks during a step; after an error restore `.grad` where they have not run."""
         self._snapshot = snapshot
         leaves = [each.leaf for each in self._waiting.values()]
         for leaf in leaves:
@@ -139,14 +139,14 @@ class HeldHooks:
                 )
 
     def expect(self, replays: Iterable[Tower]) -> None:
-        """Towers as often as they will be replayed; a leaf of none of them is finished."""
+        """Note how often each tower will be replayed; leaves of none of them are finished."""
         if any(_after(each.leaf) for each in self._on_parts or ()):
             self._note_change()
         self._left = Counter(map(id, replays))
         self._run_finished()
 
     def leave_to_autograd(self, leaves: Iterable[Tensor]) -> None:
-        """Hooks of the loss's own parameters, which get their gradient at once, and all of it."""
+        """Let hooks of the loss's own parameters run: their gradient is complete at once."""
         for leaf in leaves:
             if self._snapshot is not None and _after(leaf):
                 leaf.grad = self._snapshot.taken_back(leaf)
@@ -191,7 +191,7 @@ class HeldHooks:
 
 
 def held_hooks(mode: str, towers: Sequence[Tower], strategy: LocalStrategy) -> HeldHooks:
-    """Hooks on gradients for one step, checked, to be held as `mode` says.
+    """Check hooks on gradients, and prepare to hold them for one step as `mode` says.
 
     Raises:
         ValueError: as `check_hooks`.
@@ -210,7 +210,7 @@ def _named_leaves(tower: Tower) -> Iterator[tuple[str, Tensor]]:
 
 
 def _refuse(name: str, gradient: Tensor | None) -> None:
-    """A tower that uses the parameter, but has not registered it, was not waited for."""
+    """Raise: a tower that has not registered the parameter used it after its hooks had run."""
     if gradient is not None:
         raise RuntimeError(
             f"{name}: expected only encoders that have registered it to use a parameter with "
@@ -242,7 +242,7 @@ def _described(hook: Callable[..., Any]) -> str:
 
 
 def _unwrapped(hook: Any) -> Any:
-    """The function in a functools.partial."""
+    """Return the function inside a functools.partial."""
     while isinstance(hook, partial):
         hook = hook.func
     return hook

@@ -36,7 +36,7 @@ class GraphBudget:
         self._keeps_one_free = budget == "auto"
 
     def take(self, graph_bytes: Sequence[int]) -> int:
-        """How many of these graphs fit, from the first one on; their bytes leave the budget."""
+        """Take as many of these graphs as fit, from the first one on; return their number."""
         totals = list(accumulate(graph_bytes))
         fitting = sum(total <= self.left_bytes for total in totals)
         if fitting < len(totals) and self._keeps_one_free:
@@ -123,7 +123,7 @@ def _itself(value: int) -> int:
 
 
 def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
-    """Autograd leaves it to whoever packs a tensor to see that it stays as it was."""
+    """Unpack; autograd leaves the check of the version to whoever packed the tensor."""
     tensor, version = saved
     if tensor._version != version:
         raise RuntimeError(
@@ -135,7 +135,7 @@ def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
 
 
 def checked_budget(budget: MemoryBudget) -> MemoryBudget:
-    """Raise for what is no budget."""
+    """Refuse what is no budget."""
     if budget is None or budget == "auto":
         return budget
     if isinstance(budget, float) and 0 < budget <= 1:

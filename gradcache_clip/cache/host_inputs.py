@@ -1,4 +1,4 @@
-"""Chunks of a batch that lies on the host, on their way to the device of an encoder."""
+"""Copy chunks of a batch on the host to the encoder's device, one ahead of use."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class HostInputs:
         self._stream = torch.cuda.Stream(device) if on_cuda else None
 
     def expect(self, chunk: Chunk) -> None:
-        """Start to copy what will be taken next; does nothing where nothing is copied."""
+        """Start to copy the chunk that will be taken next."""
         if self.device is not None:
             self._arriving = self._started(chunk)
 
     def take(self, chunk: Chunk) -> Any:
-        """The rows of a chunk, on the device; the current stream waits for the copy, no host."""
+        """Return the rows of a chunk on the device; only the current stream waits for the copy."""
         if self.device is None:
             if type(self.inputs) is Tensor and type(chunk.rows) is slice and chunk.trim is None:
                 return self.inputs[chunk.rows]

@@ -1,4 +1,4 @@
-"""Tensors beside a copy of their values."""
+"""Tensors with a copy of their values, to compare and to restore."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of unequal length: sorted, cut into chunks, and each chunk trimmed to its longest row."""
+"""Sort rows of unequal length, cut them into chunks, and trim each to its longest row."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ByLength:
             )
 
     def halved(self) -> ByLength:
-        """Half of the tokens a chunk."""
+        """Halve the tokens per chunk."""
         most = self.max_tokens
         return self if most is None else replace(self, max_tokens=max(1, most // 2))
 
@@ -81,7 +81,7 @@ class ByLength:
         return chunks
 
     def _read(self, mask: Tensor, inputs: Any, name: str) -> tuple[Tensor, frozenset[int]]:
-        """Lengths of the rows by the mask, and by id the tensors to trim."""
+        """Read the lengths of the rows from the mask, and the ids of the tensors to trim."""
         if mask.ndim != 2:
             return _lengths_of_mask(mask, name), frozenset()
         parts = [
@@ -128,7 +128,7 @@ def _are_keys(columns: Any) -> bool:
 
 
 def _named(columns: Collection[Any], parts: list[Part], mask: Tensor, name: str) -> list[Part]:
-    """The parts with these keys; each has the columns of the mask."""
+    """Return the parts with these keys; each must have the columns of the mask."""
     named = [part for part in parts if part.key in columns]
     if not named and "attention_mask" not in columns:
         raise ValueError(
@@ -145,7 +145,7 @@ def _named(columns: Collection[Any], parts: list[Part], mask: Tensor, name: str)
 
 
 def _on_host(kept: Tensor, wide: Sequence[Tensor]) -> tuple[Tensor, list[bool]]:
-    """The mask, and which tensors hold one value beyond it; one wait for the device in all."""
+    """Copy the mask to the host, and tell which tensors hold one value beyond it, in one copy."""
     if not wide:
         return kept.cpu(), []
     # The last column of the shortest row is padding, if anything is.
@@ -183,7 +183,7 @@ def _lengths_of_mask(mask: Tensor, name: str) -> Tensor:
 
 
 def _mask_of(inputs: Any) -> Tensor | None:
-    """The one attention_mask in a nest of mappings and tuples."""
+    """Find the one attention_mask in nested mappings and tuples."""
     masks = list(_masks_in(inputs))
     return masks[0] if len(masks) == 1 else None
 

@@ -1,4 +1,4 @@
-"""The state of torch's random generators, so that a replay draws what its embed drew."""
+"""Capture torch's random generators, so that a replay draws what its embed drew."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Repeatable(Protocol):
 
 
 class Draws:
-    """Gives the generators' state before it to every pass that draws random numbers."""
+    """Notes the generators' state before every pass that draws random numbers."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._devices = tuple(devices)
@@ -60,7 +60,7 @@ class Draws:
             self.settle()
 
     def settle(self) -> bool:
-        """Find which of the passes drew; whether any did."""
+        """Find the passes that drew; return whether any did."""
         states, passes = self._states, self._passes
         self._states, self._passes = states[-1:], []
         # Drawing never leads back to a state: where the last is the first, nobody drew.
@@ -73,7 +73,7 @@ class Draws:
 
 
 def accelerators_among(tensors: Iterable[Tensor]) -> tuple[torch.device, ...]:
-    """The devices of `tensors` that have a random generator of their own."""
+    """List the devices of `tensors` that have a random generator of their own."""
     found = {tensor.device for tensor in tensors if tensor.device.type not in _WITHOUT_GENERATOR}
     return tuple(sorted(found, key=str))
 

@@ -1,4 +1,4 @@
-"""Running out of memory inside a step: undo what it did, so that it can start again smaller."""
+"""Undo a step that ran out of memory, so that it can start again with smaller chunks."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class StepSnapshot:
                 leaf.grad = None
 
     def taken_back(self, leaf: Tensor) -> Tensor | None:
-        """The gradient from before the step, which is then no longer set aside."""
+        """Return the gradient from before the step, and no longer keep it aside."""
         _, earlier = self._aside.pop(id(leaf), (leaf, None))
         return earlier
 
     def undo(self, phase: str, reason: str, tried: Sequence[int]) -> None:
-        """Back to the start of the step, or an error that says why not.
+        """Go back to the start of the step, or raise an error that says why not.
 
         Raises:
             torch.OutOfMemoryError: chunks of one row do not fit, or a buffer cannot be restored.
@@ -75,7 +75,7 @@ class StepSnapshot:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """Around a step: gradients from before are there again, also after an error."""
+        """Put earlier gradients back after a step, also after an error."""
         try:
             yield
         except BaseException:
@@ -85,13 +85,13 @@ class StepSnapshot:
             self.finish()
 
     def drop(self) -> None:
-        """Leave out the gradients of this step."""
+        """Drop the gradients of this step."""
         for leaf, _ in self._aside.values():
             leaf.grad = None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Drop this step's gradients; generators and running statistics as at its start."""
+        """Drop this step's gradients; put back generators and running statistics."""
         self.drop()
         self._random_state.restore()
         for buffer, before in self._statistics.values():

@@ -1,4 +1,4 @@
-"""Did the replay compute what the embed computed? If not, the gradients would be silently wrong."""
+"""Compare features of embed and replay: if they differ, gradients are silently wrong."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class _Compared:
         self.moved[rows] = row_norms(change)
 
     def relative(self) -> Tensor:
-        """The change of every row over its size; zero for rows that were not replayed."""
+        """Return each row's change relative to its size; zero for rows that were not replayed."""
         self._compare_collected()
         return relative(self.moved, self.whole)
 
     def failures(self) -> list[tuple[Tower, Chunk, float]]:
-        """Chunks beyond tolerance, each with its largest change."""
+        """List chunks beyond tolerance, each with its largest change."""
         relative = self.relative()
         worst = [(self.tower, chunk, float(relative[chunk.rows].amax())) for chunk in self.chunks]
         return [each for each in worst if not each[2] <= self.tolerance]
@@ -101,7 +101,7 @@ class ReplayCheck:
         return [each for tower in self._compared.values() for each in tower if each.chunks]
 
     def failures(self) -> list[tuple[Tower, Chunk, float]]:
-        """Chunks that changed beyond tolerance, and by how much; the one wait of the check."""
+        """List chunks beyond tolerance; the only place where the check waits for the device."""
         compared = self._begun()
         if not compared:
             return []
@@ -133,7 +133,7 @@ def failures_of(check: ReplayCheck, mode: str, strategy: LocalStrategy) -> str:
 
 
 def _rows_of(chunks: Sequence[Chunk]) -> slice | Tensor:
-    """Rows of chunks in the order of the batch: a range where none is missing between them."""
+    """Return the rows of chunks, as a range if they are consecutive."""
     rows = [chunk.rows for chunk in chunks]
     ranges = [each for each in rows if isinstance(each, slice)]
     if len(ranges) == len(rows) and ranges[-1].stop - ranges[0].start == sum(map(len, chunks)):
@@ -142,7 +142,7 @@ def _rows_of(chunks: Sequence[Chunk]) -> slice | Tensor:
 
 
 def describe(failures: list[tuple[Tower, Chunk, float]]) -> str:
-    """The message for the first failing chunk, with the module that most likely causes it."""
+    """Describe the worst chunk, and the module that most likely causes it."""
     tower, chunk, change = max(failures, key=lambda failure: failure[2])
     index = next(i for i, each in enumerate(tower.chunks) if each is chunk)
     chunks = len({id(chunk) for _, chunk, _ in failures})
@@ -188,7 +188,7 @@ def _likely_cause(tower: Tower, chunk: Chunk) -> str:
 def _watched(
     tower: Tower, chunk: Chunk, expected: Watched | None = None, *, with_graph: bool = False
 ) -> Watched:
-    """One more pass over the chunk, with the random numbers of its embed."""
+    """Trace one more pass over the chunk, with the random numbers of its embed."""
     if chunk.random_state is not None:
         chunk.random_state.restore()
     tolerance = max(map(tolerance_of, tower.features)) / 10

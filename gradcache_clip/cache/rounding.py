@@ -1,4 +1,4 @@
-"""How far features of the same rows may be apart, and how far they are."""
+"""Measure how far features of the same rows are apart, and how far they may be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOLERANCE = {
 
 
 def tolerance_of(features: Tensor) -> float:
-    """Tolerance for the features' dtype, or for the coarser one that autocast computes in."""
+    """Return the tolerance of the features' dtype, or of autocast's if that is coarser."""
     device_type = features.device.type
     coarse = (
         _TOLERANCE.get(torch.get_autocast_dtype(device_type), 0.0)
@@ -26,13 +26,13 @@ def tolerance_of(features: Tensor) -> float:
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """Largest change of a row, relative to its own size or that of a mean row if it is smaller."""
+    """Return the largest change of a row, relative to its size, or the mean size if larger."""
     before, after = before.to(wide(before.dtype)), after.to(wide(after.dtype))
     return relative(row_norms(after - before), before).amax()
 
 
 def relative(moved: Tensor, features: Tensor) -> Tensor:
-    """Distances of rows, relative to the rows' own sizes or that of a mean row."""
+    """Divide distances of rows by the rows' sizes, or by the mean size if that is larger."""
     sizes = row_norms(features.to(moved.dtype))
     floor = sizes.mean().clamp_min(torch.finfo(torch.float32).tiny)
     return moved / torch.maximum(sizes, floor)

@@ -1,4 +1,4 @@
-"""Do rows of a chunk depend on each other? Then no caching gives the gradients of the batch."""
+"""Find rows that depend on other rows of their chunk, which no gradient cache gets right."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ def _check(tower: Tower, strategy: LocalStrategy) -> None:
 
 
 def _tolerance(tower: Tower) -> float:
-    """Kernels for another number of rows round differently, which adds up over layers."""
+    """Allow more than a replay: kernels for another number of rows round differently."""
     tolerance = max(map(tolerance_of, tower.features))
     return min(10 * tolerance, max(0.1, tolerance))
 
 
 def _comparable(tower: Tower, strategy: LocalStrategy) -> bool:
-    """Alike on every rank, for a forward may wait for the others."""
+    """Whether it can be compared; the same answer on every rank, as forwards may be joint."""
     drew = any(chunk.random_state is not None for chunk in tower.chunks[:2])
     cannot = drew or any(map(has_batch_statistics, tower.modules))
     return not strategy.anywhere(cannot, tower.features[0].device)
 
 
 def _otherwise(tower: Tower, strategy: LocalStrategy) -> list[Chunk]:
-    """Its first chunk in halves; chunks of one row two at a time."""
+    """Cut the first chunk into halves; put two chunks of one row together."""
     first = tower.chunks[0]
     one_row = len(first) == 1
     # One pass rather than two on every rank, where a pass waits for the others.
@@ -102,13 +102,13 @@ def _part(chunk: Chunk, start: int, stop: int) -> Chunk:
 
 
 def _as_given(tower: Tower) -> Tower:
-    """Before a frozen trunk ran, so that rows of the trunk are looked at as well."""
+    """Return the tower before its frozen trunk ran, to check rows of the trunk as well."""
     return replace(tower, inputs=tower.given, trunk=None, features=[])
 
 
 @torch.no_grad()
 def _again(tower: Tower, chunks: Sequence[Chunk]) -> list[tuple[Chunk, list[Tensor]]]:
-    """Features of these chunks, in passes that leave no trace."""
+    """Compute the features of chunks; leave no trace in generators and buffers."""
     alone, modules = _as_given(tower), tower.modules
     state = RandomState.capture(accelerators_among(tower.known_tensors()))
     try:
@@ -119,14 +119,14 @@ def _again(tower: Tower, chunks: Sequence[Chunk]) -> list[tuple[Chunk, list[Tens
 
 
 def _copies(alone: Tower, chunk: Chunk) -> list[Tensor]:
-    """An encoder may write every output into the same memory, or compile for every shape."""
+    """Copy features, for an encoder may write every output into the same memory."""
     with kernels_as_with_gradients(), eager(alone.bare_module):
         return [part.detach().clone() for part in alone.forward(alone.bare_module, chunk)]
 
 
 @contextmanager
 def _kept_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Buffers that an encoder changes, in place or by another tensor, are as before."""
+    """Put back buffers that an encoder changes, in place or by another tensor."""
     parts = {id(part): part for module in modules for part in module.modules()}.values()
     before = [(p, n, b, b._version, b.clone()) for p in parts for n, b in _own_buffers(p)]
     try:
@@ -144,7 +144,7 @@ def _own_buffers(part: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _change(tower: Tower, again: Sequence[tuple[Chunk, list[Tensor]]]) -> float:
-    """Largest relative change of a row."""
+    """Return the largest relative change of a row."""
     rows = torch.cat([indices(chunk) for chunk, _ in again])
     changes = [0.0]
     for index, whole in enumerate(tower.features):
@@ -177,7 +177,7 @@ def _message(tower: Tower, change: float, place: str) -> str:
 
 @torch.no_grad()
 def _first_module(tower: Tower, other: Chunk, tolerance: float) -> str:
-    """Where rows first meet, if a look module by module finds it."""
+    """Name the first module in which rows meet, if a trace finds it."""
     few, many = sorted([tower.chunks[0], other], key=len)
     alone = _as_given(tower)
     try:

@@ -1,10 +1,10 @@
-"""Which graphs a step keeps from its embed, and the order in which chunks are replayed."""
+"""Decide which graphs a step keeps from its embed, and in which order chunks are replayed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from gradcache_clip.cache.random_state import RandomState
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import LocalStrategy
 
+T = TypeVar("T")
 Group = list[tuple[Tower, Chunk]]
 
 
@@ -32,7 +33,7 @@ class Turn(NamedTuple):
 def retentions(
     towers: Sequence[Tower], budget: GraphBudget, strategy: LocalStrategy
 ) -> list[Retention]:
-    """Candidates of each tower for graphs that are kept, and one that is kept in any case."""
+    """Choose the chunks of each tower whose graphs may be kept; one is kept in any case."""
     counts = [len(tower.chunks) for tower in towers]
     if strategy.joint_first_and_last:
         # The first and the last replay go through the wrapper that exchanges gradients.
@@ -48,7 +49,7 @@ def retentions(
 
 
 def turns(towers: Sequence[Tower], strategy: LocalStrategy) -> list[Turn]:
-    """The turns of a step, in order."""
+    """List the turns of a step, in order."""
     found: list[Turn] = []
     later: set[nn.Module] = set()
     for group in reversed(groups(towers, strategy)):
@@ -59,17 +60,16 @@ def turns(towers: Sequence[Tower], strategy: LocalStrategy) -> list[Turn]:
 
 
 def groups(towers: Sequence[Tower], strategy: LocalStrategy) -> list[Group]:
-    """Groups that share one backward; a chunk whose graph is there is one, and gives way early."""
+    """Group chunks that share one backward; kept graphs go alone, and early."""
     kept = [[(tower, chunk)] for tower in towers for chunk in tower.chunks if chunk.graph]
-    left = [[chunk for chunk in tower.chunks if not chunk.graph] for tower in towers]
-    order = replay_order([len(chunks) for chunks in left], strategy.joint_first_and_last)
-    replays = [[(towers[tower], left[tower][index]) for tower, index in group] for group in order]
+    left = [[(tower, chunk) for chunk in tower.chunks if not chunk.graph] for tower in towers]
+    replays = replay_order(left, strategy.joint_first_and_last)
     first = 0 if strategy.kept_graphs_first else 1
     return [*replays[:first], *kept, *replays[first:]]
 
 
-def replay_order(counts: list[int], joint_first_and_last: bool) -> list[list[tuple[int, int]]]:
-    """Groups of (tower, chunk) that share one backward; `counts` are the chunks of each tower.
+def replay_order(chunks: Sequence[Sequence[T]], joint_first_and_last: bool) -> list[list[T]]:
+    """Group the chunks of every tower by the backward that they share.
 
     With `joint_first_and_last` the first and the last group carry a chunk of every tower: ZeRO-3
     overwrites gradients in the first backward of a step, and DDP's reducer waits for every
@@ -77,10 +77,9 @@ def replay_order(counts: list[int], joint_first_and_last: bool) -> list[list[tup
     by one, tower by tower, which holds the fewest graphs at once.
 
     Example:
-        >>> replay_order([2, 3], joint_first_and_last=True)
-        [[(0, 0), (1, 0)], [(1, 1)], [(0, 1), (1, 2)]]
+        >>> replay_order(["ab", "xyz"], joint_first_and_last=True)
+        [['a', 'x'], ['y'], ['b', 'z']]
     """
-    chunks = [[(tower, index) for index in range(count)] for tower, count in enumerate(counts)]
     if not joint_first_and_last:
         return [[chunk] for tower in chunks for chunk in tower]
     last = [tower[-1] for tower in chunks if tower]
@@ -91,7 +90,7 @@ def replay_order(counts: list[int], joint_first_and_last: bool) -> list[list[tup
 
 @contextmanager
 def draws_repeated(order: Sequence[Turn]) -> Iterator[None]:
-    """Afterwards whatever draws next continues from where the embed left off."""
+    """Afterwards set generators to where the embed left off."""
     replayed = [chunk for turn in order if not turn.kept for _, chunk in turn.group]
     states = [chunk.random_state for chunk in replayed if chunk.random_state is not None]
     devices = {device for state in states for device, _ in state.devices}

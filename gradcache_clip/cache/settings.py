@@ -1,4 +1,4 @@
-"""Settings of `GradCache` as they were given, and the plan that its steps follow."""
+"""Settings of `GradCache`: as they were given, and as steps use them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Sorting = ByLength | Sequence[ByLength | None] | None
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of `GradCache`, which says what they mean; checked, and never changed."""
+    """Arguments of `GradCache`, which says what they mean; checked, and never changed.
+
+    The plan of a step is another one of these, with sizes that were measured or halved.
+    """
 
     encoders: nn.Module | tuple[nn.Module, ...]
     loss: Callable[..., Any]
@@ -36,31 +39,8 @@ class Settings:
     gradient_hooks: str = "error"
     check_rows: bool = True
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How steps are taken: as the settings say, until sizes are measured or memory runs out."""
-
-    chunk_size: ChunkSize
-    """Rows that go through an encoder at once; "auto" before the first batch was measured."""
-    embed_chunk_size: int | tuple[int, ...] | None
-    sort_by_length: Sorting
-    memory_budget: MemoryBudget
-    strategy: LocalStrategy
-
-    @classmethod
-    def of(cls, settings: Settings) -> Plan:
-        """As the settings say."""
-        return cls(
-            settings.chunk_size,
-            settings.embed_chunk_size,
-            settings.sort_by_length,
-            settings.memory_budget,
-            settings.strategy,
-        )
-
-    def halved(self, rows: int) -> Plan:
-        """Smaller chunks than those of `rows` that did not fit, and less memory for graphs."""
+    def halved(self, rows: int) -> Settings:
+        """Plan smaller chunks than those of `rows`, which did not fit, and half the budget."""
         budget = self.memory_budget
         if isinstance(budget, (int, float)):
             budget = type(budget)(budget / 2)
@@ -75,7 +55,7 @@ class Plan:
 
 @dataclass
 class History:
-    """What earlier steps of a cache have shown, so that it is looked at once."""
+    """What earlier steps of a cache have shown, so that it is checked once."""
 
     stepped: bool = False
     rows_checked: bool = False
@@ -85,7 +65,7 @@ class History:
 
 
 def _for_each(setting: Any, change: Callable[[Any], Any]) -> Any:
-    """A setting for all inputs, or one for each, changed where there is one."""
+    """Change a setting for all inputs, or each of several; None stays."""
     if isinstance(setting, (list, tuple)):
         return tuple(each and change(each) for each in setting)
     return setting and change(setting)

@@ -1,4 +1,4 @@
-"""One gradient-caching step over towers that are built for it: embed, loss, replay."""
+"""One step of gradient caching: embed, loss, replay."""
 
 from __future__ import annotations
 
@@ -35,14 +35,13 @@ from gradcache_clip.cache.torch_state import (
 )
 from gradcache_clip.cache.tower import Tower, modules_of, trained_modules
 from gradcache_clip.distributed.graph import leaves_behind
-from gradcache_clip.distributed.strategies import LocalStrategy
 
 # Entered once per chunk.
 _NOTHING = nullcontext()
 
 
 class CachedStep:
-    """Embed, loss and replay of one batch, which is cut and checked.
+    """Embed, loss and replay of one batch, which `prepare` has cut and checked.
 
     Attributes:
         phase: "embed", "loss" or "replay", whichever was begun last.
@@ -50,15 +49,14 @@ class CachedStep:
 
     def __init__(
         self,
-        settings: Settings,
-        strategy: LocalStrategy,
+        plan: Settings,
         towers: list[Tower],
         hooks: HeldHooks,
         budget: GraphBudget,
         history: History,
     ) -> None:
-        self.towers, self.strategy, self.phase = towers, strategy, "embed"
-        self._settings, self._hooks, self._budget = settings, hooks, budget
+        self.towers, self.strategy, self.phase = towers, plan.strategy, "embed"
+        self._plan, self._hooks, self._budget = plan, hooks, budget
         self._history, self._rows_checked = history, history.rows_checked
         self._snapshot: StepSnapshot | None = None
         self._device_types: set[str] = set()
@@ -68,7 +66,7 @@ class CachedStep:
     @property
     def modules(self) -> list[nn.Module]:
         """Encoders, heads, and the loss if it is a module."""
-        return modules_of(self.towers, self._settings.loss)
+        return modules_of(self.towers, self._plan.loss)
 
     def run(
         self, loss_kwargs: Mapping[str, Any], snapshot: StepSnapshot | None = None
@@ -97,7 +95,7 @@ class CachedStep:
 
     def _finish(self, check: ReplayCheck) -> str:
         self._hooks.run_all()
-        failures = failures_of(check, self._settings.replay_check, self.strategy)
+        failures = failures_of(check, self._plan.replay_check, self.strategy)
         self._history.stepped, self._history.rows_checked = True, self._rows_checked
         return failures
 
@@ -127,7 +125,7 @@ class CachedStep:
             device = tower.features[0].device
             tower.trainable = self.strategy.anywhere(bool(tower.trainable), device)
         check_finite(self.towers, self.strategy)
-        if self._settings.check_rows and not self._rows_checked:
+        if self._plan.check_rows and not self._rows_checked:
             self._rows_checked = check_rows(self.towers, self.strategy)
         self._device_types = device_types(self.towers)
 
@@ -144,7 +142,7 @@ class CachedStep:
         ]
         versions = [feature._version for tower in self.towers for feature in tower.features]
         forget_autocast_casts()
-        output = self._settings.loss(*features, **loss_kwargs)
+        output = self._plan.loss(*features, **loss_kwargs)
         loss = scalar_loss_of(output)
         check_unchanged(self.towers, versions)
         if self._snapshot is not None:
@@ -202,17 +200,17 @@ class CachedStep:
             self._hooks.replayed(tower for tower, _ in turn.group)
 
     def _features(self, tower: Tower, chunk: Chunk, check: ReplayCheck) -> list[Tensor]:
-        """Features with the graph from the embed, or with that of a replay."""
+        """Return features with the graph from the embed, or replay the chunk."""
         graph, chunk.graph = chunk.graph, None
         if graph is not None:
             return graph
         features = tower.replay(chunk)
-        if self._settings.replay_check != "off":
+        if self._plan.replay_check != "off":
             check.compare(tower, chunk, features)
         return features
 
     def _look_behind(self, tower: Tower, features: Sequence[Tensor]) -> None:
-        """Leaves that no module has registered: refused where they go wrong, or set aside."""
+        """Find leaves that no module has registered; refuse them, or set their gradients aside."""
         leaves = list(leaves_behind(features))
         if not self._history.stepped:
             check_leaves(tower, leaves, self.strategy)
@@ -229,7 +227,7 @@ def _takes_gradient(tower: Tower, feature: Tensor) -> bool:
 
 
 def _taken_gradient(leaf: Tensor, factor: float) -> Tensor | None:
-    """The gradient moves out of the leaf, so that no feature stays alive with a second one."""
+    """Move the gradient out of the leaf, so that no feature stays alive with a second one."""
     gradient, leaf.grad = leaf.grad, None
     leaf.requires_grad_(False)
     return _times(gradient, factor)

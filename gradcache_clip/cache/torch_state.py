@@ -22,7 +22,7 @@ def forget_autocast_casts() -> None:
 
 
 def autocast_off(device_types: Iterable[str]) -> AbstractContextManager[object]:
-    """Backward runs outside autocast, as after a one-shot step's `with` block."""
+    """Turn autocast off for a backward, as after the `with` block of a one-shot step."""
     enabled = list(filter(torch.is_autocast_enabled, device_types))
     if not enabled:
         return nullcontext()
@@ -34,8 +34,8 @@ def autocast_off(device_types: Iterable[str]) -> AbstractContextManager[object]:
 
 @contextmanager
 def kernels_as_with_gradients() -> Iterator[None]:
-    """Without gradients torch's Transformer layers take a fast path that rounds, and pads,
-    differently; the embed must compute what the replay will."""
+    """Turn off the inference fast path of torch's Transformer layers, which rounds and pads
+    differently: the embed must compute what the replay will."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -45,7 +45,7 @@ def kernels_as_with_gradients() -> Iterator[None]:
 
 
 def refuse_cached_parametrizations() -> None:
-    """Weights computed once without a graph would silently get no gradient in the replay."""
+    """Refuse `parametrize.cached()`: weights cached without a graph would get no gradient."""
     if parametrize._cache_enabled:
         raise RuntimeError(
             "GradCache: expected parametrizations to be computed anew, got a call inside "
@@ -55,7 +55,7 @@ def refuse_cached_parametrizations() -> None:
 
 @contextmanager
 def frozen_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Norms in train mode still normalise by their chunk, but record it only at the embed."""
+    """Keep norms in train mode from recording statistics, which the embed has recorded."""
     norms = _norms_in_training(modules)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -72,8 +72,8 @@ def frozen_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def kept_running_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The backward of a graph from the embed may run a norm again, inside a checkpoint, and the
-    checkpoint wants it to save what it saved before: it records, and that is undone."""
+    """Put statistics back afterwards. A backward may run a norm again inside a checkpoint, which
+    expects the same saved tensors, so the norm must record as it did in the embed."""
     norms = _norms_in_training(modules)
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     try:
@@ -115,7 +115,7 @@ def normalises_by_chunk(module: nn.Module) -> bool:
 
 
 def _norms_in_training(modules: Iterable[nn.Module]) -> list[_NormBase]:
-    """Norms that record running statistics."""
+    """List norms that record running statistics."""
     return [
         child
         for module in {id(module): module for module in modules}.values()

@@ -66,7 +66,7 @@ class Tower:
 
     @property
     def embed_together(self) -> int:
-        """Chunks of that; one where the features of a row depend on what else is in its chunk."""
+        """Chunks that are embedded at once; one if features of a row depend on its chunk."""
         if self.embed_chunk_size is None or any(map(has_batch_statistics, self.modules)):
             return 1
         return max(1, self.embed_chunk_size // max(map(len, self.chunks)))
@@ -83,7 +83,7 @@ class Tower:
                 self._embed_together(together, draws, retention)
 
     def draws(self) -> Draws:
-        """What notes the chunks that draw random numbers."""
+        """Start to note which chunks draw random numbers."""
         return Draws(accelerators_among(self.known_tensors()))
 
     def _embed_each(self, draws: Draws, retention: Retention) -> None:
@@ -112,7 +112,7 @@ class Tower:
             index = following
 
     def run_trunk_once(self) -> None:
-        """A frozen trunk runs once; from here on the inputs are its outputs."""
+        """Run a frozen trunk; from here on the inputs are its outputs."""
         if self.trunk is not None:
             # One module for all inputs hands on what it is given.
             call = call_encoder if self.encode is call_encoder else _call
@@ -148,7 +148,7 @@ class Tower:
             chunk.graph = parts
 
     def forward(self, module: nn.Module, chunk: Chunk) -> list[Tensor]:
-        """Features of one chunk, flat, after a look at whether they can be cached."""
+        """Compute the flat features of one chunk, and check that they can be cached."""
         features = self._forward(module, chunk)
         self._check_features(features, len(chunk))
         return features
@@ -183,7 +183,7 @@ class Tower:
         return self._host
 
     def replay(self, chunk: Chunk) -> list[Tensor]:
-        """The same chunk again, with its graph and with the random numbers of its embed."""
+        """Run a chunk again, with its graph and with the random numbers of its embed."""
         if chunk.random_state is not None:
             chunk.random_state.restore()
         # Its embed has told that its features can be cached.
@@ -193,7 +193,7 @@ class Tower:
         return [feature[chunk.rows] for feature in self.features]
 
     def known_tensors(self) -> list[Tensor]:
-        """Tensors that are in memory whether or not the tower runs."""
+        """List tensors that are in memory whether or not the tower runs."""
         held = (chain(module.parameters(), module.buffers()) for module in self.modules)
         return [*chain.from_iterable(held), *tensors_in(self.inputs)]
 
@@ -283,16 +283,16 @@ def surely_trainable(module: nn.Module, inputs: Any) -> bool:
 
 
 def device_of(towers: Iterable[Tower]) -> torch.device:
-    """Where a step computes: the accelerator that any of its tensors is on, or the CPU."""
+    """Find where a step computes: the accelerator that any tensor is on, or the CPU."""
     devices = (tensor.device for tower in towers for tensor in tower.known_tensors())
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def trained_modules(towers: Iterable[Tower]) -> list[nn.Module]:
-    """Encoders as they were given, and modules in `get_features`."""
+    """List encoders as they were given, and modules in `get_features`."""
     return [module for tower in towers for module in (tower.module, *tower.modules[1:])]
 
 
 def modules_of(towers: Iterable[Tower], loss: Any) -> list[nn.Module]:
-    """Every module of a step: those of the towers, and the loss if it is one."""
+    """List every module of a step: those of the towers, and the loss if it is one."""
     return [*trained_modules(towers), *([loss] if isinstance(loss, nn.Module) else [])]

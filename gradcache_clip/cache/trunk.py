@@ -16,7 +16,7 @@ from gradcache_clip.cache.host_inputs import HostInputs, device_for
 
 
 def call_encoder(encoder: Callable[..., Any], inputs: Any) -> Any:
-    """Mappings become keyword arguments, tuples positional ones, the rest one argument."""
+    """Call an encoder: a mapping becomes keyword arguments, a tuple positional ones."""
     if isinstance(inputs, Tensor):
         # Most inputs are, and an abstract class is slow to ask.
         return encoder(inputs)
@@ -74,7 +74,7 @@ class FrozenTrunk(nn.Module):
         return self.head(self.through_trunk(*args, **kwargs))
 
     def through_trunk(self, *args: Any, **kwargs: Any) -> Any:
-        """The trunk's output, without a graph."""
+        """Run the trunk without a graph."""
         trained = [name for name, p in self.trunk.named_parameters() if p.requires_grad]
         if trained:
             raise ValueError(
@@ -86,7 +86,7 @@ class FrozenTrunk(nn.Module):
 
 
 def frozen_trunk_of(module: nn.Module, tower: int | None) -> FrozenTrunk | None:
-    """A `FrozenTrunk` itself, or what one module for all inputs names as that of a tower."""
+    """Return a module that is a `FrozenTrunk`, or the one that it names for a tower."""
     if isinstance(module, FrozenTrunk) or tower is None:
         return module if isinstance(module, FrozenTrunk) else None
     named: Callable[[int], FrozenTrunk | None] | None = getattr(module, "frozen_trunk", None)
@@ -100,7 +100,7 @@ def run_trunk(
     name: str,
     call: Callable[[Callable[..., Any], Any], Any] = call_encoder,
 ) -> TrunkOutput:
-    """The trunk over all rows, chunk by chunk; its outputs in the order of the rows."""
+    """Run the trunk over all rows, chunk by chunk; return outputs in the order of the rows."""
     wholes: list[Tensor] = []
     structure: Any = None
     host = HostInputs(inputs, device_for(encoder.parameters(), inputs))

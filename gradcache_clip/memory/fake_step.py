@@ -115,11 +115,13 @@ class FakeStep:
             return self.loss(*features)
 
         modules = tuple(tower.module for tower in self.towers)
-        settings = Settings(modules, marked_loss, replay_check="off", check_rows=False)
+        plan = Settings(
+            modules, marked_loss, strategy=_OnFakes(), replay_check="off", check_rows=False
+        )
         budget = GraphBudget(None, torch.device("cpu"))
         # Looks of a first step ask whether leaves are the module's own; fakes are not.
         history = History(stepped=True)
-        return CachedStep(settings, _OnFakes(), [*self.towers], HeldHooks(), budget, history)
+        return CachedStep(plan, [*self.towers], HeldHooks(), budget, history)
 
 
 def mark_gradient(leaf: Tensor, mark: Mark, kind: str) -> None:

@@ -13,10 +13,9 @@ from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.checks import check_plain_backward, scalar_loss_of
 from gradcache_clip.cache.chunks import Chunk, indices, row_count
-from gradcache_clip.cache.cutting import build_towers
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.gradient_hooks import HeldHooks, hooked_leaves
-from gradcache_clip.cache.prepare import prepare
+from gradcache_clip.cache.prepare import build_towers, prepare
 from gradcache_clip.cache.random_state import RandomState
 from gradcache_clip.cache.settings import History
 from gradcache_clip.cache.step import CachedStep
@@ -54,8 +53,7 @@ class Trial:
     ) -> None:
         check_plain_backward(cache.strategy, "verify", "verify the encoders before wrapping them")
         # Mismatches are reported, with their reasons.
-        self._settings = replace(cache.settings, replay_check="off")
-        self._plan = with_small_chunks(cache.settings, cache.plan, inputs)
+        self._plan = replace(with_small_chunks(cache.plan, inputs), replay_check="off")
         self._inputs, self._loss_kwargs = inputs, loss_kwargs
         self.strategy = cache.strategy
         self.gradient_hooks = cache.settings.gradient_hooks
@@ -70,11 +68,11 @@ class Trial:
 
     def towers(self) -> list[Tower]:
         """Make new towers: a step leaves things behind in those that it ran."""
-        return build_towers(self._settings, self._plan, self._inputs)
+        return build_towers(self._plan, self._inputs)
 
     def _prepared(self) -> CachedStep:
         # The looks of a first step would raise what a verification reports.
-        return prepare(self._settings, self._plan, self._inputs, History(stepped=True, rows_checked=True))
+        return prepare(self._plan, self._inputs, History(stepped=True, rows_checked=True))
 
     def whole(self) -> Cut:
         """All rows of an input at once."""
@@ -101,18 +99,18 @@ class Trial:
 
     def loss_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trained parameters of the loss alone, which no strategy reduces, with their names."""
-        loss, reduced = self._settings.loss, {id(parameter) for parameter in self._reduced}
+        loss, reduced = self._plan.loss, {id(parameter) for parameter in self._reduced}
         named = loss.named_parameters() if isinstance(loss, nn.Module) else ()
         return [(f"loss: {k}", p) for k, p in named if p.requires_grad and id(p) not in reduced]
 
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        one = isinstance(self._settings.encoders, nn.Module)
+        one = isinstance(self._plan.encoders, nn.Module)
         for index, tower in enumerate(self.towers()):
             yield "" if one else f"encoder {index}: ", tower.bare_module
             if isinstance(tower.get_features, nn.Module):
                 yield f"get_features {index}: ", tower.get_features
-        if isinstance(self._settings.loss, nn.Module):
-            yield "loss: ", self._settings.loss
+        if isinstance(self._plan.loss, nn.Module):
+            yield "loss: ", self._plan.loss
 
     def cached(self) -> tuple[Outcome, list[Tower]]:
         """Take the engine's step; also return its towers, whose chunks know their random state."""
@@ -180,7 +178,7 @@ class Trial:
             pytree.tree_unflatten([next(given) for _ in range(structure.num_leaves)], structure)
             for structure in self._structures
         ]
-        return scalar_loss_of(self._settings.loss(*nested, **self._loss_kwargs))
+        return scalar_loss_of(self._plan.loss(*nested, **self._loss_kwargs))
 
     def _backward(
         self, towers: Sequence[Tower], features: Sequence[Tensor], given: Sequence[Tensor]
