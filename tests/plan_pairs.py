@@ -49,7 +49,7 @@ def model_config(image: str, dropout: float = 0.1) -> DualConfig:
 def traced(
     model: DualConfig,
     *,
-    world: Any = "cpu",
+    device_kind: Any = "cpu",
     checkpointed: bool = False,
     tokens: bool = False,
     **more: Any,
@@ -64,7 +64,7 @@ def traced(
     if checkpointed:
         checkpoint_blocks(encoder)
     options = PlanOptions(**({"precision": "fp32", "optimizer": "sgd"} | more))
-    work: Work = work_of(encoder, SIZES, options, CARD, world=world)
+    work: Work = work_of(encoder, SIZES, options, CARD, device_kind=device_kind)
     nothing = {"statistics workspace": 0, "gradient workspace": 0}
     return dataclasses.replace(
         work, rounded=False, workspaces=lambda rows: nothing, reserved_bytes=()

@@ -114,8 +114,8 @@ def test_the_largest_batch_fits_and_the_next_does_not(traced):
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_zero_divides_what_its_stage_says(work, zero):
-    options = dataclasses.replace(_SMALL, batch_size=4 * 4096, world=4, zero=zero)
-    divided = dataclasses.replace(work, shares=plan_work._shares(options), world=4)
+    options = dataclasses.replace(_SMALL, batch_size=4 * 4096, world_size=4, zero=zero)
+    divided = dataclasses.replace(work, shares=plan_work._shares(options), world_size=4)
     found, whole = (memory_of(each, options, 2**34) for each in (divided, work))
     for place, name in enumerate(("optimizer", "gradient", "parameter")):
         expected = whole[f"{name}_bytes"] // (4 if place < zero else 1)
@@ -125,9 +125,9 @@ def test_zero_divides_what_its_stage_says(work, zero):
 
 
 def test_processes_gather_features_and_replay_both_towers_at_once(work):
-    options = dataclasses.replace(_SMALL, batch_size=4 * 4096, world=4)
+    options = dataclasses.replace(_SMALL, batch_size=4 * 4096, world_size=4)
     alone = memory_of(work, dataclasses.replace(_SMALL, batch_size=4096), 2**34)
-    several = memory_of(dataclasses.replace(work, world=4), options, 2**34)
+    several = memory_of(dataclasses.replace(work, world_size=4), options, 2**34)
     gathered = 3 * 4096 * sum(tower.feature_bytes for tower in work.towers)
     assert several["kinds_by_phase"]["loss"]["feature"] >= gathered
     graphs = alone["image_graph_bytes"] + alone["text_graph_bytes"]
@@ -231,7 +231,10 @@ def test_unknown_names_are_met_with_the_nearest(arguments, message):
         ({"optimizer": "adamx"}, "optimizer: expected adamw or"),
         ({"zero": 4}, "zero: expected 0, 1, 2 or 3"),
         ({"image_trainable": 1.5}, "image_trainable: expected a share"),
-        ({"batch_size": 10, "world": 4}, "batch_size: expected a multiple of world=4, got 10"),
+        (
+            {"batch_size": 10, "world_size": 4},
+            "batch_size: expected a multiple of world_size=4, got 10",
+        ),
         ({"memory_budget": "lots"}, "memory_budget: expected an amount of memory, got 'lots'"),
         ({"memory_budget": "30GB"}, "memory_budget: expected less than the 24.0 GiB"),
     ],

@@ -69,7 +69,7 @@ def test_checkpointed_steps_are_predicted_within_two_percent(autocast):
 
 
 def test_sizes_are_extrapolated_exactly():
-    work = traced(model_config("convnext"), precision="bf16", world="cuda")
+    work = traced(model_config("convnext"), precision="bf16", device_kind="cuda")
     direct = _at_rows(37)
     for tower, other in zip(work.towers, direct.towers, strict=True):
         assert (tower.trace.sizes(37) == other.trace.sizes(37)).all()
@@ -81,7 +81,7 @@ def _at_rows(rows):
 
     before, tower_trace._ROWS = tower_trace._ROWS, (rows, rows + 1)
     try:
-        return traced(model_config("convnext"), precision="bf16", world="cuda")
+        return traced(model_config("convnext"), precision="bf16", device_kind="cuda")
     finally:
         tower_trace._ROWS = before
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-World = Literal["cuda", "cpu"]
+DeviceKind = Literal["cuda", "cpu"]
 """Whose kernels: those of NVIDIA GPUs, or those of the CPU."""
 
 _LOW = (
@@ -52,7 +52,7 @@ class DeviceRules(TorchFunctionMode):
     something.
 
     Args:
-        world: whose kernels.
+        device_kind: whose kernels.
         dtype: what autocast casts to, bf16 or fp16; None: no autocast.
 
     Attributes:
@@ -60,9 +60,9 @@ class DeviceRules(TorchFunctionMode):
         on_cast: called with every copy of a parameter that is kept.
     """
 
-    def __init__(self, world: World, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, device_kind: DeviceKind, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.world, self.dtype = world, dtype
+        self.device_kind, self.dtype = device_kind, dtype
         self.keeps_casts = True
         self.on_cast: Callable[[Tensor], Any] = _nothing
         self._casts: dict[int, Tensor] = {}
@@ -87,7 +87,7 @@ class DeviceRules(TorchFunctionMode):
     def _rules_by_name(self) -> Iterator[tuple[str, _Rule]]:
         yield "__bool__", lambda func, args, _: not args[0].is_meta and func(*args)
         yield "scaled_dot_product_attention", lambda _, args, named: self._attention(*args, **named)
-        on_cuda, autocast = self.world == "cuda", self.dtype is not None
+        on_cuda, autocast = self.device_kind == "cuda", self.dtype is not None
         if on_cuda:
             yield "dropout", lambda _, args, named: _dropout(*args, **named)
         yield from ((name, self._in_low) for name in _LOW if autocast)
@@ -135,11 +135,11 @@ class DeviceRules(TorchFunctionMode):
         bias = _as_bias(attn_mask, query)
         aten, options = torch.ops.aten, {"scale": scale}
         given = query, key, value
-        if self.world == "cpu" and (dropout_p or query.dim() != 4):
+        if self.device_kind == "cpu" and (dropout_p or query.dim() != 4):
             return aten._scaled_dot_product_attention_math(
                 *given, bias, dropout_p, is_causal, **options
             )[0]
-        if self.world == "cpu":
+        if self.device_kind == "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 *given, dropout_p, is_causal, attn_mask=bias, **options
             )[0]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradcache_clip.losses import ClipLoss, LateInteractionLoss
-from gradcache_clip.memory.device_rules import DeviceRules, World
-from gradcache_clip.memory.trace import Recorder, Trace, joined
+from gradcache_clip.memory.device_rules import DeviceKind, DeviceRules
+from gradcache_clip.memory.trace import Recorder, Trace, join_recordings
 from gradcache_clip.train.token_towers import TokenLoss, Tokens
 
 _ROWS = (64, 128, 192)
@@ -60,7 +60,7 @@ def trace_loss(
     shapes: Sequence[tuple[int, ...]],
     *,
     features: torch.dtype,
-    world: World = "cuda",
+    device_kind: DeviceKind = "cuda",
     dtype: torch.dtype | None = None,
 ) -> Trace:
     """Segments "forward" and "backward" of a loss over two features of B rows.
@@ -70,10 +70,12 @@ def trace_loss(
     those of `workspaces`.
     """
     recordings = [
-        _recorded(loss, [(rows, *shape) for shape in shapes], features, DeviceRules(world, dtype))
+        _recorded(
+            loss, [(rows, *shape) for shape in shapes], features, DeviceRules(device_kind, dtype)
+        )
         for rows in _ROWS
     ]
-    return joined(recordings, _ROWS)
+    return join_recordings(recordings, _ROWS)
 
 
 def tiled_loss(*, tokens: bool = False) -> nn.Module:

@@ -112,10 +112,10 @@ def speed_of(work: Work, options: PlanOptions, card: Card, capacity: int) -> dic
     for tower, chunks in zip(work.towers, kept, strict=True):
         forward, backward = (_flops(tower, name, options) for name in ("forward", "backward"))
         once += forward + backward
-        in_any_case = last if tower is work.towers[-1] and options.world == 1 else 0
+        in_any_case = last if tower is work.towers[-1] and options.world_size == 1 else 0
         spared = chunks * options.chunk_size + in_any_case
         again += forward * (1 - min(1.0, spared / options.rows))
-    loss = (8 if options.world == 1 else 10) * options.rows * options.batch_size
+    loss = (8 if options.world_size == 1 else 10) * options.rows * options.batch_size
     once += loss * work.pair_flops
     rate = card.rate(options.precision)
     return {
@@ -140,11 +140,13 @@ def _method(
     top = max(_LEAST_CURVE, 2 * options.batch_size)
     batches = [32 * 2**power for power in range(40) if 32 * 2**power <= top]
     curve = [
-        (batch, step(batch // options.world).peak().nbytes + options.context_bytes)
+        (batch, step(batch // options.world_size).peak().nbytes + options.context_bytes)
         for batch in batches
-        if batch >= 2 * options.world
+        if batch >= 2 * options.world_size
     ]
-    return Method(name, rows * options.world, at_least=rows == LARGEST_ROWS, curve=tuple(curve))
+    return Method(
+        name, rows * options.world_size, at_least=rows == LARGEST_ROWS, curve=tuple(curve)
+    )
 
 
 def _flops(tower: TowerWork, name: str, options: PlanOptions) -> float:

@@ -38,7 +38,7 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
     sizes = {
         "batch_size": "pairs in a step, of all processes",
         "chunk_size": "pairs through a tower at once",
-        "world": "processes, each with such a card",
+        "world_size": "processes, each with such a card",
         "image_size": "pixels of an edge",
         "context_length": "tokens of a text",
         "feature_dim": "width of the features",

@@ -31,7 +31,7 @@ class PlanOptions:
     """One of `PRECISIONS`."""
     optimizer: str = "adamw"
     """One of `OPTIMIZER_STATES`."""
-    world: int = 1
+    world_size: int = 1
     """Processes, each with a card of its own."""
     zero: int = 0
     """ZeRO stage: from 1 on states, from 2 on gradients, from 3 on parameters are divided."""
@@ -57,7 +57,7 @@ class PlanOptions:
     """Width D of the features."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "chunk_size", "world", "context_length", "feature_dim"):
+        for name in ("batch_size", "chunk_size", "world_size", "context_length", "feature_dim"):
             _check(name, getattr(self, name), "a positive integer", _positive(getattr(self, name)))
         _check("batch_size", self.batch_size, "at least 2", self.batch_size >= 2)
         one_of = " or ".join(PRECISIONS)
@@ -70,13 +70,15 @@ class PlanOptions:
             _check(name, share, "a share from 0 to 1", 0 <= share <= 1)
         _check("inputs", self.inputs, "device or host", self.inputs in ("device", "host"))
         _check("context_bytes", self.context_bytes, "0 or more", self.context_bytes >= 0)
-        if self.batch_size % self.world:
-            _check("batch_size", self.batch_size, f"a multiple of world={self.world}", False)
+        if self.batch_size % self.world_size:
+            _check(
+                "batch_size", self.batch_size, f"a multiple of world_size={self.world_size}", False
+            )
 
     @property
     def rows(self) -> int:
         """Pairs that one process embeds."""
-        return self.batch_size // self.world
+        return self.batch_size // self.world_size
 
     @property
     def budget_bytes(self) -> int | None:

@@ -28,7 +28,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
 def headline(plan: Plan) -> str:
     """Whether it fits, in one line; both amounts count the CUDA context."""
     options, card = plan.options, plan.card
-    cards = f"{options.world} x {card.name}" if options.world > 1 else card.name
+    cards = f"{options.world_size} x {card.name}" if options.world_size > 1 else card.name
     verdict = "fits" if plan.fits else "does not fit"
     amounts = f"{gib(plan.total_bytes)} of {gib(card.memory_bytes)}"
     return f"Batch {options.batch_size:,} {verdict} on {cards}: {amounts}"
@@ -44,8 +44,10 @@ def setting(plan: Plan) -> str:
         options.precision,
         _WORDS.get(options.optimizer, options.optimizer),
     ]
-    if options.world > 1:
-        parts.append(f"{options.world} processes, ZeRO-{options.zero}" if options.zero else "DDP")
+    if options.world_size > 1:
+        parts.append(
+            f"{options.world_size} processes, ZeRO-{options.zero}" if options.zero else "DDP"
+        )
     if options.checkpointing:
         parts.append("activation checkpointing")
     if min(options.image_trainable, options.text_trainable) < 1:
@@ -72,14 +74,14 @@ def _memory_table(plan: Plan) -> Table:
 def _memory_rows(plan: Plan) -> Iterator[tuple[str, int, str]]:
     options, waits = plan.options, {"device": "the whole batch waits on the card"}
     yield "parameters", plan.parameter_bytes, "fp32"
-    buckets = options.world > 1 and options.zero == 0
+    buckets = options.world_size > 1 and options.zero == 0
     yield "gradients", plan.gradient_bytes, "and as much again in DDP's buckets" * buckets
     yield "optimizer states", plan.optimizer_bytes, "and the averaged weights" * options.ema
     yield "inputs", plan.input_bytes, waits.get(options.inputs, "two chunks at a time")
     yield "features", plan.feature_bytes, "of the whole batch, with gradients"
     yield "loss workspace", plan.loss_bytes, "while the loss runs"
     yield "one chunk's graph, image", plan.image_graph_bytes, "kept for its backward"
-    alone = "one of the two at a time" if options.world == 1 else "both of them at once"
+    alone = "one of the two at a time" if options.world_size == 1 else "both of them at once"
     yield "one chunk's graph, text", plan.text_graph_bytes, alone
     images, texts = plan.kept_chunks
     if images or texts:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradcache_clip.memory.cards import Card
-from gradcache_clip.memory.device_rules import DeviceRules, World
+from gradcache_clip.memory.device_rules import DeviceKind, DeviceRules
 from gradcache_clip.memory.loss_trace import (
     full_matrix_loss,
     tiled_loss,
@@ -76,16 +76,16 @@ def work_of(
     card: Card,
     *,
     passes: Sequence[Pass] = _ALL,
-    world: World = "cuda",
+    device_kind: DeviceKind = "cuda",
 ) -> Work:
     """Trace everything that a step is made of; the layers run for two numbers of rows."""
     dtype, tokens = _AUTOCAST.get(options.precision), isinstance(encoder, TokenEncoder)
-    with DeviceRules(world, dtype), torch.no_grad():
+    with DeviceRules(device_kind, dtype), torch.no_grad():
         features = [encode(inputs(2)) for encode, inputs, _ in _passes(encoder, sizes)]
     shapes, numbers = [tuple(each.shape[1:]) for each in features], features[0].dtype
     row_bytes = [math.prod(shape) * numbers.itemsize for shape in shapes]
     losses = [
-        trace_loss(loss, shapes, features=numbers, world=world, dtype=dtype)
+        trace_loss(loss, shapes, features=numbers, device_kind=device_kind, dtype=dtype)
         for loss in (tiled_loss(tokens=tokens), full_matrix_loss(tokens=tokens))
     ]
     trained = [p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad]
@@ -94,14 +94,14 @@ def work_of(
     *lengths, width = (*(shape[0] for shape in shapes if tokens), shapes[0][-1])
 
     def open_sizes(rows: int) -> dict[str, int]:
-        sides, large = (rows, rows * options.world), card.large_workspace
+        sides, large = (rows, rows * options.world_size), card.large_workspace
         if tokens:
             pair = lengths[0], lengths[1]
             return token_workspaces(*sides, pair, width, numbers.itemsize, large=large)
         return workspaces(*sides, width, numbers.itemsize, large=large)
 
     return Work(
-        towers=towers_of(encoder, sizes, row_bytes, options, passes, world=world),
+        towers=towers_of(encoder, sizes, row_bytes, options, passes, device_kind=device_kind),
         loss=losses[0],
         full_loss=losses[1],
         parameter_bytes=tuple(every),
@@ -110,7 +110,7 @@ def work_of(
         pair_flops=width * math.prod(lengths),
         workspaces=open_sizes,
         shares=_shares(options),
-        world=options.world,
+        world_size=options.world_size,
         reserved_bytes=_reserved(encoder, options, card, trained),
         inputs_on_device=options.inputs == "device",
     )
@@ -123,14 +123,16 @@ def towers_of(
     options: PlanOptions,
     passes: Sequence[Pass],
     *,
-    world: World = "cuda",
+    device_kind: DeviceKind = "cuda",
 ) -> tuple[TowerWork, TowerWork]:
     """Both towers, traced; `feature_bytes` are those of a row of the feature of each."""
     dtype = _AUTOCAST.get(options.precision)
     towers = []
     passed = zip(_passes(encoder, sizes), feature_bytes, strict=True)
     for (encode, inputs, nbytes), row in passed:
-        trace = trace_tower(encode, encoder, inputs, world=world, dtype=dtype, passes=passes)
+        trace = trace_tower(
+            encode, encoder, inputs, device_kind=device_kind, dtype=dtype, passes=passes
+        )
         towers.append(TowerWork(trace, trainable=True, input_bytes=nbytes, feature_bytes=row))
     return towers[0], towers[1]
 
@@ -153,7 +155,7 @@ def _passes(
 
 def _shares(options: PlanOptions) -> dict[str, float]:
     kinds = ("optimizer", "gradient", "parameter")[: options.zero]
-    return {kind: 1 / options.world for kind in kinds if options.world > 1}
+    return {kind: 1 / options.world_size for kind in kinds if options.world_size > 1}
 
 
 def _reserved(
@@ -161,9 +163,9 @@ def _reserved(
 ) -> tuple[tuple[str, int], ...]:
     """Memory that libraries hold throughout: cuBLAS, DDP's buckets, ZeRO-3's parameters."""
     held = [("workspace", _CUBLAS_BYTES[card.capability >= _HOPPER])]
-    if options.world > 1 and options.zero == 0:
+    if options.world_size > 1 and options.zero == 0:
         held.append(("gradient", sum(trained)))
-    if options.world > 1 and options.zero == 3:
+    if options.world_size > 1 and options.zero == 3:
         largest = max(
             sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
             for module in encoder.modules()

@@ -54,7 +54,7 @@ class Work:
     """Bytes inside the tiled loss, by tag, from B."""
     shares: dict[str, float]
     """As `Timeline` takes them."""
-    world: int = 1
+    world_size: int = 1
     """Processes that share the batch; each embeds B rows and needs the features of all."""
     reserved_bytes: tuple[tuple[str, int], ...] = ()
     """Further storages that live throughout: their kind and bytes."""
@@ -74,7 +74,7 @@ def plain_step(work: Work, rows: int, chunk: int) -> Timeline:
     for tower in (image, text):
         timeline.run(tower.trace, "forward plain", rows=rows)
     timeline.enter("loss")
-    timeline.run(work.full_loss, "forward", "backward", rows=rows * work.world)
+    timeline.run(work.full_loss, "forward", "backward", rows=rows * work.world_size)
     timeline.enter("backward")
     for tower in (text, image):
         timeline.run(tower.trace, "backward plain", "end plain", rows=rows)
@@ -91,7 +91,7 @@ def accumulated_step(work: Work, rows: int, chunk: int) -> Timeline:
     for tower in work.towers:
         timeline.run(tower.trace, "embed", "embed end", rows=chunk)
         timeline.hold([rows * tower.feature_bytes], "feature")
-    everyone = rows * work.world
+    everyone = rows * work.world_size
     for number in range(1 + (chunk < rows)):
         timeline.enter(f"chunk {number}")
         for tower in work.towers:
@@ -138,7 +138,7 @@ class _Replays:
     def __init__(self, timeline: Timeline, work: Work, rows: int, chunk: int) -> None:
         self.timeline, self.work, self.rows, self.chunk = timeline, work, rows, chunk
         trainable = [tower for tower in work.towers if tower.trainable]
-        self._last = trainable[-1] if trainable and work.world == 1 else None
+        self._last = trainable[-1] if trainable and work.world_size == 1 else None
         self._last_rows = (rows - 1) % chunk + 1
         self._kept: list[tuple[TowerWork, list[int], range]] = []
         self._left = {id(tower): -(-rows // chunk) for tower in trainable}
@@ -189,7 +189,7 @@ class _Replays:
     def take_others(self) -> None:
         """Chunks that run again: both towers at once, or one after the other."""
         towers = [tower for tower in self.work.towers if self._left.get(id(tower), 0) > 0]
-        for group in [towers] if self.work.world > 1 else [[tower] for tower in towers]:
+        for group in [towers] if self.work.world_size > 1 else [[tower] for tower in towers]:
             for number in range(min(2, max(self._left[id(tower)] for tower in group))):
                 for tower in group:
                     self.timeline.run(tower.trace, "forward replay", rows=self.chunk, again=number)
@@ -217,7 +217,7 @@ def kept_within(work: Work, rows: int, chunk: int, budget: int) -> Kept:
 def all_kept(work: Work, rows: int, chunk: int) -> Kept:
     """All chunks that may be kept, beside the one that is in any case."""
     chunks = -(-rows // min(chunk, rows))
-    if work.world > 1:
+    if work.world_size > 1:
         # The first and the last replay exchange gradients.
         return max(0, chunks - 2), max(0, chunks - 2)
     image, text = work.towers
@@ -249,5 +249,5 @@ def _started(work: Work, rows: int, chunk: int) -> Timeline:
 
 def _gathered(work: Work, rows: int) -> list[int]:
     """Features of the other processes, of both towers."""
-    others = (work.world - 1) * rows
+    others = (work.world_size - 1) * rows
     return [others * tower.feature_bytes for tower in work.towers] if others else []

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.cache.batch_tree import tensors_in
-from gradcache_clip.memory.device_rules import DeviceRules, World
+from gradcache_clip.memory.device_rules import DeviceKind, DeviceRules
 from gradcache_clip.memory.running_module import naming_modules
-from gradcache_clip.memory.trace import Recorder, Trace, joined
+from gradcache_clip.memory.trace import Recorder, Trace, join_recordings
 
 _ROWS = (8, 16)
 # What torch raises where a meta tensor's value is asked for.
@@ -27,7 +27,7 @@ def trace_tower(
     module: nn.Module,
     make_inputs: Callable[[int], Any],
     *,
-    world: World = "cuda",
+    device_kind: DeviceKind = "cuda",
     dtype: torch.dtype | None = None,
     passes: Sequence[Pass] = ("plain", "replay"),
 ) -> Trace:
@@ -41,7 +41,7 @@ def trace_tower(
         encode: inputs to features (rows, D).
         module: holds the parameters, on the meta device, in the mode they are trained in.
         make_inputs: inputs of so many rows, on the meta device.
-        world: whose kernels.
+        device_kind: whose kernels.
         dtype: of autocast; None: off.
         passes: what to record beside the embed.
 
@@ -49,10 +49,10 @@ def trace_tower(
         ValueError: a module that needs the values of a tensor; the error names it.
     """
     recordings = [
-        _recorded(encode, module, make_inputs(rows), DeviceRules(world, dtype), passes)
+        _recorded(encode, module, make_inputs(rows), DeviceRules(device_kind, dtype), passes)
         for rows in _ROWS
     ]
-    return joined(recordings, _ROWS)
+    return join_recordings(recordings, _ROWS)
 
 
 def _recorded(

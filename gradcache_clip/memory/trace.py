@@ -159,7 +159,7 @@ class Trace:
         return sum(difference * term for difference, term in zip(differences, terms, strict=False))
 
 
-def joined(recordings: Sequence[Recorder], rows: Sequence[int]) -> Trace:
+def join_recordings(recordings: Sequence[Recorder], rows: Sequence[int]) -> Trace:
     """One trace of recordings of the same work at equally spaced numbers of rows.
 
     Raises:
