@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradcache_clip.cli import main
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.data import DecodedSample
-from gradcache_clip.train.evaluation.classify import linear_probe, vote_of_neighbours
+from gradcache_clip.train.evaluation.classify import knn_classify, linear_probe
 from gradcache_clip.train.evaluation.embed import EmbedOptions
 from gradcache_clip.train.evaluation.labelled import LabelledImages, embed_labelled
 from gradcache_clip.train.sources.shards import Sample, write_shards
@@ -41,7 +41,7 @@ def votes_one_by_one(features: Tensor, bank: Tensor, labels: Tensor, k: int) -> 
 def test_votes_are_those_of_a_loop(k):
     bank, features = torch.randn(50, 6, dtype=torch.float64), torch.randn(23, 6).double()
     labels = torch.randint(0, 4, (50,))
-    got = vote_of_neighbours(features, bank, labels, k=k)
+    got = knn_classify(features, bank, labels, k=k)
     assert got.tolist() == votes_one_by_one(features, bank, labels, k)
 
 
@@ -49,9 +49,9 @@ def test_near_neighbours_outvote_many_far_ones():
     bank = torch.tensor([[1.0, 0.0], [1.0, 0.01], *([[0.6, 0.8]] * 5)])
     labels = torch.tensor([1, 1, 0, 0, 0, 0, 0])
     query = torch.tensor([[1.0, 0.0]])
-    assert vote_of_neighbours(query, bank, labels, k=7).tolist() == [1]
+    assert knn_classify(query, bank, labels, k=7).tolist() == [1]
     # A temperature without preference counts heads.
-    assert vote_of_neighbours(query, bank, labels, k=7, temperature=1e6).tolist() == [0]
+    assert knn_classify(query, bank, labels, k=7, temperature=1e6).tolist() == [0]
 
 
 def names_by_gradient_descent(features: Tensor, bank: Tensor, labels: Tensor) -> list[int]:
@@ -79,7 +79,7 @@ def test_the_probe_minimises_its_loss():
 
 def test_one_class_is_always_right():
     labels = torch.full((4,), 2)
-    for method in (linear_probe, vote_of_neighbours):
+    for method in (linear_probe, knn_classify):
         assert method(torch.randn(3, 2), torch.randn(4, 2), labels).tolist() == [2, 2, 2]
 
 
@@ -99,7 +99,7 @@ def test_the_probe_finds_a_line_whatever_the_units():
         )
 
 
-@pytest.mark.parametrize("method", [vote_of_neighbours, linear_probe])
+@pytest.mark.parametrize("method", [knn_classify, linear_probe])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -22,7 +22,7 @@ from gradcache_clip.train.config import Config
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.programs import program_of
-from gradcache_clip.train.programs.program import numbers_of
+from gradcache_clip.train.programs.program import group_ids
 
 NO_DRAWS = (
     "data.random_crop=1",
@@ -164,11 +164,11 @@ def test_mistakes_are_named(settings, message):
 
 
 def test_numbers_tell_groups_apart():
-    numbers = numbers_of(["cat", "dog", "cat", "", "Cat"])
+    numbers = group_ids(["cat", "dog", "cat", "", "Cat"])
     assert numbers.dtype == torch.int64 and len(set(numbers.tolist())) == 4
     assert numbers[0] == numbers[2]
     # Not Python's hash, which differs from process to process.
-    assert numbers_of(["cat"]).tolist() == [3429664268601861939]
+    assert group_ids(["cat"]).tolist() == [3429664268601861939]
 
 
 GROUPS = [f"g{row % 7}" for row in range(WORLD * LOCAL)]

@@ -105,5 +105,5 @@ def test_guessing_is_the_best_logit_for_all_pairs():
     program = program_of(load_config(recipe("siglip")))
     logit = torch.linspace(-12, 0, 100_001, dtype=torch.float64)
     losses = F.softplus(-logit) + 1023 * F.softplus(logit)
-    assert program.guess == pytest.approx(losses.min().item(), rel=1e-6)
-    assert program_of(load_config(recipe("clip"))).guess is None, "log of the candidates"
+    assert program.chance_loss == pytest.approx(losses.min().item(), rel=1e-6)
+    assert program_of(load_config(recipe("clip"))).chance_loss is None, "log of the candidates"

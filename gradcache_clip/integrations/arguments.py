@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
-IN_A_LOOP = {
+ENGINE_ARGUMENTS = {
     "gradient_hooks: expected parameters": "model: expected parameters",
     'pass gradient_hooks="once" to run hooks on the finished gradient, or "every_chunk" if parts '
     "are what they want": "take the hooks off, or write a loop of your own with "
@@ -19,7 +19,7 @@ IN_A_LOOP = {
 """Arguments of `GradCache` that errors of the engine name and no trainer has."""
 
 
-def check_whole(name: str, value: Any, remedy: str) -> None:
+def check_positive_int(name: str, value: Any, remedy: str) -> None:
     """Raise for anything but a positive integer."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {_shown(value)}; {remedy}")
@@ -44,7 +44,7 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def own_names(names: Mapping[str, str]) -> Iterator[None]:
+def translate_errors(names: Mapping[str, str]) -> Iterator[None]:
     """Errors of the engine, with every key of `names` in them replaced by its value."""
     try:
         yield

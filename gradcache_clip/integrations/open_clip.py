@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradcache_clip import losses
 from gradcache_clip.distributed import world_size as processes
 from gradcache_clip.distributed.exchange import Exchange
-from gradcache_clip.integrations.arguments import check_whole
+from gradcache_clip.integrations.arguments import check_positive_int
 from gradcache_clip.losses import ContrastiveOutput
 
 _EXCHANGES: dict[str | None, Exchange] = {
@@ -34,7 +34,7 @@ class _OpenClipLoss(nn.Module):
         self, loss: losses.ClipLoss | losses.SigLipLoss, rank: int, world_size: int
     ) -> None:
         super().__init__()
-        check_whole("world_size", world_size, "pass torch.distributed.get_world_size()")
+        check_positive_int("world_size", world_size, "pass torch.distributed.get_world_size()")
         if not isinstance(rank, int) or not 0 <= rank < world_size:
             raise ValueError(
                 f"rank: expected an integer from 0 to world_size - 1 = {world_size - 1}, got "

@@ -20,7 +20,7 @@ from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.graph_budget import MemoryBudget
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
 from gradcache_clip.integrations import sentence_transformers_checks as checks
-from gradcache_clip.integrations.arguments import IN_A_LOOP, own_names
+from gradcache_clip.integrations.arguments import ENGINE_ARGUMENTS, translate_errors
 from gradcache_clip.losses import InfoNCELoss, MatryoshkaLoss
 
 Features = dict[str, Any]
@@ -135,7 +135,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         checks.check_not_wrapped_in_a_loss(self.model)
         given = _merged(columns)
         cache = self._cache(tuple(map(self._sorting, given)), len(columns))
-        with own_names(IN_A_LOOP):
+        with translate_errors(ENGINE_ARGUMENTS):
             loss: Tensor = deferred_step(cache, *({"input": features} for features in given)).loss
         return loss
 

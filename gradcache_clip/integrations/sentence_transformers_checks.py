@@ -15,7 +15,7 @@ from gradcache_clip.cache.checks import one_of
 from gradcache_clip.cache.graph_budget import checked_budget
 from gradcache_clip.distributed import world_size
 from gradcache_clip.distributed.wrappers import innermost, wrapper_in
-from gradcache_clip.integrations.arguments import check_flag, check_positive, check_whole
+from gradcache_clip.integrations.arguments import check_flag, check_positive, check_positive_int
 
 _ONE_WAY = {"query_to_doc"}
 BOTH_WAYS = {"query_to_doc", "doc_to_query"}
@@ -44,10 +44,10 @@ def check_numbers(
     scale: Any, mini_batch_size: Any, mini_batch_num_tokens: Any, flags: Mapping[str, Any]
 ) -> None:
     check_positive("scale", scale, "such as 20.0; to learn it from there pass learnable_scale=True")
-    check_whole("mini_batch_size", mini_batch_size, "take the largest that fits, such as 32")
+    check_positive_int("mini_batch_size", mini_batch_size, "take the largest that fits, such as 32")
     if mini_batch_num_tokens is not None:
         remedy = "such as 16384, or leave it out to cut by mini_batch_size"
-        check_whole("mini_batch_num_tokens", mini_batch_num_tokens, remedy)
+        check_positive_int("mini_batch_num_tokens", mini_batch_num_tokens, remedy)
     for name, value in flags.items():
         check_flag(name, value)
 

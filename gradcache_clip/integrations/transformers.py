@@ -19,7 +19,7 @@ from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.graph_budget import MemoryBudget
 from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.distributed import AllReduceStrategy
-from gradcache_clip.integrations.arguments import IN_A_LOOP, own_names
+from gradcache_clip.integrations.arguments import ENGINE_ARGUMENTS, translate_errors
 from gradcache_clip.integrations.transformers_checks import (
     METHODS,
     check_methods,
@@ -39,7 +39,7 @@ ModelLoss = Callable[..., Any]
 _CLIP, _SIGLIP = ClipLoss(), SigLipLoss()
 
 _OWN_NAMES = {
-    **IN_A_LOOP,
+    **ENGINE_ARGUMENTS,
     " (_Towers)": " of towers",
     "say which with get_features, such as get_features=lambda output: "
     "output.last_hidden_state[:, 0] for a BERT": "let the encoder that towers returns pool it, "
@@ -132,7 +132,7 @@ class GradCacheTrainer(Trainer):
             The loss, 0-dim; with `return_outputs` also (loss, *features).
         """
         batches = self.towers.inputs_of(self.accelerator.unwrap_model(model), inputs)
-        with self.accelerator.autocast(), own_names(_OWN_NAMES):
+        with self.accelerator.autocast(), translate_errors(_OWN_NAMES):
             output = deferred_step(self.cache, *batches)
         if output.accuracy is not None and torch.is_grad_enabled():
             self._accuracies.append(output.accuracy.detach())

@@ -19,7 +19,7 @@ from gradcache_clip.losses import (
 )
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.config_errors import ConfigError
-from gradcache_clip.train.config_section import Section, told_by
+from gradcache_clip.train.config_section import Section, discriminated_by
 
 
 class LossConfig(Section):
@@ -52,7 +52,7 @@ class LossConfig(Section):
             "exchange": exchange,
         }
 
-    def guess(self, candidates: int) -> float | None:
+    def chance_loss(self, candidates: int) -> float | None:
         """Loss of a model that knows nothing, among so many candidates; None for their log."""
         return None
 
@@ -63,7 +63,7 @@ class PrefixLossConfig(LossConfig):
     matryoshka: list[int] = Field([])
     """Widths whose prefixes of the features are trained too, such as [64, 128, 256]."""
 
-    def guess(self, candidates: int) -> float | None:
+    def chance_loss(self, candidates: int) -> float | None:
         return len(self.matryoshka) * math.log(candidates) if self.matryoshka else None
 
 
@@ -99,7 +99,7 @@ class SigLipConfig(PrefixLossConfig):
     def build(self, **options: Any) -> nn.Module:
         return SigLipLoss(init_logit_bias=self.init_logit_bias, **options)
 
-    def guess(self, candidates: int) -> float:
+    def chance_loss(self, candidates: int) -> float:
         """With the best logit that all pairs could share, whose sigmoid is 1 / candidates."""
         alone = math.log(candidates) - (candidates - 1) * math.log1p(-1 / candidates)
         return max(1, len(self.matryoshka)) * alone
@@ -160,11 +160,11 @@ PairLoss = Annotated[
     | Annotated[SigLipConfig, Tag("siglip")]
     | Annotated[LateInteractionConfig, Tag("late_interaction")]
     | Annotated[MoCoConfig, Tag("moco")],
-    told_by("name", "clip"),
+    discriminated_by("name", "clip"),
 ]
 ViewLoss = Annotated[
     Annotated[NTXentConfig, Tag("nt_xent")] | Annotated[MoCoConfig, Tag("moco")],
-    told_by("name", "nt_xent"),
+    discriminated_by("name", "nt_xent"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag, model_validator
 
 from gradcache_clip.train.config_errors import ConfigError
-from gradcache_clip.train.config_section import Section, changeable, expect, told_by
+from gradcache_clip.train.config_section import Section, changeable, discriminated_by, expect
 
 
 class ImageTowerConfig(Section):
@@ -147,5 +147,5 @@ class ViewConfig(ImageTowerConfig):
 
 PairModel = Annotated[
     Annotated[DualConfig, Tag("dual")] | Annotated[MultiwayConfig, Tag("multiway")],
-    told_by("architecture", "dual"),
+    discriminated_by("architecture", "dual"),
 ]

@@ -36,7 +36,7 @@ def changeable(default: Any, **bounds: Any) -> Any:
     return Field(default, json_schema_extra={"changeable": True}, **bounds)
 
 
-def told_by(key: str, default: str) -> Discriminator:
+def discriminated_by(key: str, default: str) -> Discriminator:
     """A key of a section decides which class the section is of."""
 
     def tag(given: Any) -> Any:

@@ -12,12 +12,12 @@ FIRST = 0
 """The rank that writes the run folder and speaks to the person."""
 
 
-def launched_processes() -> int:
+def launched_world_size() -> int:
     """How many processes a launcher such as torchrun says that it started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def processes_here(processes: int) -> int:
+def local_world_size(processes: int) -> int:
     """How many of them run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ConfigError: the device is not here, or there are fewer than processes.
     """
-    if launched_processes() > 1 and name != "cpu":
+    if launched_world_size() > 1 and name != "cpu":
         name = _of_this_process(name)
     if name == "auto":
         here = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
@@ -52,7 +52,7 @@ def choose_device(name: str) -> torch.device:
 def _of_this_process(name: str) -> str:
     if ":" in name:
         raise ConfigError(
-            f"train.device: expected auto, cuda or cpu with {launched_processes()} processes, got "
+            f"train.device: expected auto, cuda or cpu with {launched_world_size()} processes, got "
             f"{name!r}, which all of them would share; leave the number out"
         )
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

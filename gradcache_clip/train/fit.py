@@ -15,7 +15,7 @@ from gradcache_clip.train.config import TrainConfig
 from gradcache_clip.train.ema import update_average
 from gradcache_clip.train.progress import TrainingBar, peak_memory_bytes, stop_on_interrupt
 from gradcache_clip.train.report.metrics_log import MetricsLog
-from gradcache_clip.train.state import TrainState, saved_at_the_end
+from gradcache_clip.train.state import TrainState, save_on_exit
 from gradcache_clip.train.step import StepResult
 
 Step = Callable[[Any], StepResult]
@@ -33,7 +33,7 @@ class Meter:
         self._start = time.perf_counter()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """What happens in this context is no training and does not count."""
         self._seconds += time.perf_counter() - self._start
         try:
@@ -60,7 +60,7 @@ class Meter:
 
 
 @dataclass
-class Fitted:
+class FitResult:
     """What came of the loop."""
 
     meter: Meter = field(default_factory=Meter)
@@ -79,7 +79,7 @@ def fit(
     at_start: bool = False,
     log: MetricsLog | None = None,
     console: Console | None = None,
-) -> Fitted:
+) -> FitResult:
     """Take steps until the last or until Ctrl-C, log, evaluate and save.
 
     Args:
@@ -91,10 +91,10 @@ def fit(
         log: gets the figures; None on all processes but the first.
         console: for the progress bar; stderr when None.
     """
-    fitted, peers = Fitted(), state.peers
+    fitted, peers = FitResult(), state.peers
 
     def evaluated() -> Any:
-        with fitted.meter.held():
+        with fitted.meter.paused():
             found = evaluate() if evaluate is not None else None
             if log is not None and found is not None:
                 log.write(state.step, found.scalars())
@@ -103,7 +103,7 @@ def fit(
     with (
         stop_on_interrupt() as stop,
         TrainingBar(config.steps, state.step, console) as bar,
-        saved_at_the_end(state, config.keep_checkpoints),
+        save_on_exit(state, config.keep_checkpoints),
         closing(state.batches()) as batches,
     ):
         if not state.step and at_start:
@@ -119,7 +119,7 @@ def fit(
                 log.write(state.step, fitted.row)
                 bar.show({"step": state.step, **fitted.row})
             if last or _due(state, config.checkpoint_every):
-                with fitted.meter.held():
+                with fitted.meter.paused():
                     state.save(config.keep_checkpoints)
             if last or (_due(state, config.evaluate_every) and not peers.any(bool(stop))):
                 fitted.evaluated = evaluated()

@@ -40,14 +40,14 @@ def run_launch(arguments: argparse.Namespace) -> int:
     """
     from gradcache_clip.train.config_file import load_config
     from gradcache_clip.train.deepspeed_config import deepspeed_settings
-    from gradcache_clip.train.peers import rows_of_a_process
+    from gradcache_clip.train.peers import rows_per_process
 
     processes = _processes_here(arguments)
     _check_machines(arguments)
     overrides = [*arguments.overrides, *_strategy_overrides(arguments)]
     # Said here once, not by every process.
     config = load_config(arguments.config, overrides)
-    rows_of_a_process(config.train.batch_size, processes * arguments.nnodes)
+    rows_per_process(config.train.batch_size, processes * arguments.nnodes)
     if config.distributed.strategy == "deepspeed":
         deepspeed_settings(config, processes * arguments.nnodes)
     command = ["-m", "gradcache_clip.train", str(arguments.config), *overrides]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.config_errors import ConfigError
-from gradcache_clip.train.device import FIRST, choose_device, launched_processes
+from gradcache_clip.train.device import FIRST, choose_device, launched_world_size
 from gradcache_clip.train.failures import FailureChannel
 
 Value = TypeVar("Value")
@@ -85,7 +85,7 @@ class Peers:
         return int(largest)
 
 
-def rows_of_a_process(batch_size: int, processes: int) -> int:
+def rows_per_process(batch_size: int, processes: int) -> int:
     """Rows of a step that each of so many processes embeds.
 
     Raises:
@@ -102,7 +102,7 @@ def rows_of_a_process(batch_size: int, processes: int) -> int:
 
 
 @contextmanager
-def joined(config: Config) -> Iterator[Peers]:
+def join_processes(config: Config) -> Iterator[Peers]:
     """This process among its peers; where a launcher has started several, in a process group.
 
     The group is that of torch.distributed's environment variables, or the one that the caller has
@@ -113,7 +113,7 @@ def joined(config: Config) -> Iterator[Peers]:
         PeerFailure: another process has failed; the message names it and what it was doing.
     """
     made_here, needs_group = not dist.is_initialized(), config.distributed.strategy == "deepspeed"
-    if made_here and launched_processes() == 1 and not needs_group:
+    if made_here and launched_world_size() == 1 and not needs_group:
         yield Peers()
         return
     # torch 2.13 renamed collectives that its own wrappers still call by their old names.
@@ -136,7 +136,7 @@ def _backend(config: Config) -> dict[str, Any]:
     """Arguments of init_process_group for the device of this process."""
     device = choose_device(config.train.device)
     arguments: dict[str, Any] = {"backend": dist.get_default_backend_for_device(device)}
-    if launched_processes() == 1:
+    if launched_world_size() == 1:
         arguments.update(store=dist.HashStore(), rank=FIRST, world_size=1)
     if device.type != "cpu":
         torch.get_device_module(device).set_device(device)

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from gradcache_clip.train.config import Config
-from gradcache_clip.train.device import choose_device, processes_here
-from gradcache_clip.train.fit import Fitted, Step, fit
+from gradcache_clip.train.device import choose_device, local_world_size
+from gradcache_clip.train.fit import FitResult, Step, fit
 from gradcache_clip.train.optimizer import learning_rate_at
-from gradcache_clip.train.peers import Peers, joined
+from gradcache_clip.train.peers import Peers, join_processes
 from gradcache_clip.train.programs import program_of
 from gradcache_clip.train.programs.program import Program
 from gradcache_clip.train.progress import peak_memory_bytes
@@ -67,12 +67,12 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
             finite.
         PeerFailure: another process has failed; the message names it and what it was doing.
     """
-    with joined(config) as peers:
+    with join_processes(config) as peers:
         console = console or Console(stderr=True)
-        return _Run(config, peers, console if peers.is_first else Console(quiet=True)).train()
+        return _Trainer(config, peers, console if peers.is_first else Console(quiet=True)).train()
 
 
-class _Run:
+class _Trainer:
     """One run in one of its processes."""
 
     def __init__(self, config: Config, peers: Peers, console: Console) -> None:
@@ -111,7 +111,7 @@ class _Run:
     def _finished(self) -> bool:
         return self.state.step >= self.config.train.steps
 
-    def _fit(self) -> Fitted:
+    def _fit(self) -> FitResult:
         if self.config.train.compile:
             self.state.encoder.compile()
         with self._log() as log:
@@ -144,7 +144,7 @@ class _Run:
         if self.peers.is_first:
             draw_run(self.folder, self.program, evaluated, preview)
 
-    def _summary(self, fitted: Fitted) -> RunSummary:
+    def _summary(self, fitted: FitResult) -> RunSummary:
         skipped = Counter[str]()
         for counts in self.peers.gather_to_rank0(self.state.loader.broken.counts):
             skipped.update(counts)
@@ -185,7 +185,7 @@ def _how_to_resume(summary: RunSummary, processes: int) -> str:
     if not summary.step:
         return "stopped before the first step"
     config = shlex.quote(f"{summary.output}/config.yaml")
-    command = "train" if processes == 1 else f"launch --nproc {processes_here(processes)} train"
+    command = "train" if processes == 1 else f"launch --nproc {local_world_size(processes)} train"
     return (
         f"stopped after step {summary.step} with a checkpoint; go on with\n"
         f"    gradcache-clip {command} {config} train.resume=true"

@@ -29,4 +29,4 @@ def run_curve(run: RunFolder, config: Any, name: str | None = None) -> RunCurve:
         if train.grad_cache
         else f"accumulated, chunks of {train.chunk_size:,}"
     )
-    return RunCurve(name, read_log(run.path), program.candidates, program.guess)
+    return RunCurve(name, read_log(run.path), program.candidates, program.chance_loss)

@@ -47,7 +47,7 @@ class TrainState:
     ema: ModelEmaV3 | None
     loader: Any
     """Endless batches, from the next step on."""
-    save_beside: Callable[[], None] = lambda: None
+    on_save: Callable[[], None] = lambda: None
     """Writes what is kept beside a checkpoint."""
     step: int = 0
     """Optimizer steps taken."""
@@ -73,7 +73,7 @@ class TrainState:
         weights, state = self.engine.weights(), self.engine.state()
         loaders = self.peers.gather_to_rank0(self.loader.state_dict())
         generators = self.peers.gather_to_rank0(capture_rng())
-        self.save_beside()
+        self.on_save()
         if self.peers.is_first:
             state = {**state, "loader": join_states(loaders), "rng": generators}
             modules = self._modules(weights)
@@ -116,7 +116,7 @@ class TrainState:
 
 
 @contextmanager
-def saved_at_the_end(state: TrainState, keep: int) -> Iterator[None]:
+def save_on_exit(state: TrainState, keep: int) -> Iterator[None]:
     """Save what was trained in this context, also when an error ends it.
 
     After an error the run goes on behind the batch that failed; it is not tried again. With several
@@ -156,7 +156,7 @@ def start(
     decay = config.train.ema_decay
     ema = moving_average(encoder, decay) if decay else None
     engine = build_engine(encoder, loss, config, peers)
-    state = TrainState(run, peers, encoder, engine, loss, ema, loader, program.save)
+    state = TrainState(run, peers, encoder, engine, loss, ema, loader, program.on_save)
     if not peers.is_first:
         # Each process drops other units; the weights above are the same everywhere.
         torch.manual_seed(config.train.seed + peers.rank)

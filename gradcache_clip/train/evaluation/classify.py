@@ -21,7 +21,7 @@ _TOLERANCE, _MOST_PASSES = 1e-6, 1000
 _TILE = 1024
 
 
-def vote_of_neighbours(
+def knn_classify(
     features: Float[Tensor, "n d"],
     bank: Float[Tensor, "m d"],
     labels: Int[Tensor, " m"],
@@ -49,7 +49,7 @@ def vote_of_neighbours(
 
     Example:
         >>> bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-        >>> vote_of_neighbours(torch.tensor([[0.2, 1.0]]), bank, torch.tensor([0, 0, 1]), k=3)
+        >>> knn_classify(torch.tensor([[0.2, 1.0]]), bank, torch.tensor([0, 0, 1]), k=3)
         tensor([1])
     """
     import numpy as np

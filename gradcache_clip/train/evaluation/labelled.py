@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradcache_clip.train.config_errors import ConfigError
-from gradcache_clip.train.evaluation.classify import linear_probe, vote_of_neighbours
+from gradcache_clip.train.evaluation.classify import knn_classify, linear_probe
 from gradcache_clip.train.evaluation.embed import EmbedOptions, embed_rows
 from gradcache_clip.train.evaluation.held_out import thumbnail
 
@@ -147,7 +147,7 @@ def _metrics(
     sides = features, known_features, classes
     [(most_frequent, _)] = Counter(known_labels).most_common(1)
     return LabelMetrics(
-        knn_accuracy=_share(vote_of_neighbours(*sides, k=neighbours) == truth),
+        knn_accuracy=_share(knn_classify(*sides, k=neighbours) == truth),
         probe_accuracy=_share(linear_probe(*sides) == truth),
         label_chance=labels.count(most_frequent) / len(labels),
         images=len(labels),

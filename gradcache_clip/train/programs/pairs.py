@@ -37,9 +37,9 @@ from gradcache_clip.train.programs.program import (
     Program,
     Step,
     check_tokenizer,
+    group_ids,
     image_loader,
-    numbers_of,
-    samples_of,
+    read_samples,
 )
 from gradcache_clip.train.report.pictures import SIMILARITY_PAIRS, draw_gallery, draw_similarity
 from gradcache_clip.train.token_towers import TokenEncoder, TokenLoss
@@ -177,13 +177,13 @@ class Pairs(Program[PairsConfig]):
 
     def _loss_kwargs(self, groups: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         name = _ARGUMENT.get(getattr(self.config.loss, "positives", ""))
-        return {name: numbers_of(groups).to(device, non_blocking=True)} if name else {}
+        return {name: group_ids(groups).to(device, non_blocking=True)} if name else {}
 
     def after_step(self, encoder: nn.Module, loss: nn.Module) -> None:
         if self._queue is not None:
             self._queue.after_step(encoder, loss)
 
-    def save(self) -> None:
+    def on_save(self) -> None:
         if self._features is not None:
             self._features.save()
 
@@ -197,7 +197,7 @@ class Pairs(Program[PairsConfig]):
         return embed_held_out(
             encoder,
             tokenizer,
-            samples_of(self.config.data.validation, self.config.data, captions=True),
+            read_samples(self.config.data.validation, self.config.data, captions=True),
             self._embedding(peers),
             recall_at=evaluation.recall_at,
             folds=evaluation.folds,

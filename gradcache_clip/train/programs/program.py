@@ -26,7 +26,7 @@ from gradcache_clip.train.data import (
 )
 from gradcache_clip.train.data.augment import Augmentation
 from gradcache_clip.train.evaluation.embed import EmbedOptions
-from gradcache_clip.train.peers import Peers, rows_of_a_process
+from gradcache_clip.train.peers import Peers, rows_per_process
 from gradcache_clip.train.tokenizer import Tokenizer
 
 Settings = TypeVar("Settings", bound=Config)
@@ -99,7 +99,7 @@ class Program(ABC, Generic[Settings]):
     def after_step(self, encoder: nn.Module, loss: nn.Module) -> None:
         """Called after each optimizer step."""
 
-    def save(self) -> None:
+    def on_save(self) -> None:
         """Called with each checkpoint: write what is kept beside it."""
 
     @abstractmethod
@@ -132,10 +132,10 @@ class Program(ABC, Generic[Settings]):
         return train.batch_size if train.grad_cache else train.chunk_size
 
     @property
-    def guess(self) -> float | None:
+    def chance_loss(self) -> float | None:
         """Loss of a model that knows nothing; None for the logarithm of `candidates`."""
-        guess: float | None = self.config.loss.guess(self.candidates)
-        return guess
+        chance_loss: float | None = self.config.loss.chance_loss(self.candidates)
+        return chance_loss
 
     @property
     def sort_by_length(self) -> list[ByLength | None] | None:
@@ -161,7 +161,7 @@ class Program(ABC, Generic[Settings]):
         assert tokenizer is not None
         # torch.compile wants one shape.
         tokens = tokenizer(texts, pad_to_context=self.config.train.compile)
-        return moved(tokens, self._batch_device(device))
+        return to_device(tokens, self._batch_device(device))
 
 
 def image_loader(
@@ -186,7 +186,7 @@ def image_loader(
     )
     return ImageCaptionLoader(
         data.train,
-        rows_of_a_process(config.train.batch_size, peers.world_size),
+        rows_per_process(config.train.batch_size, peers.world_size),
         options=options,
         rank=peers.rank,
         world_size=peers.world_size,
@@ -194,7 +194,9 @@ def image_loader(
     )
 
 
-def samples_of(source: str, data: ImageData, *, captions: bool = False) -> Iterator[DecodedSample]:
+def read_samples(
+    source: str, data: ImageData, *, captions: bool = False
+) -> Iterator[DecodedSample]:
     """All samples of a source, for evaluation."""
     options = LoaderOptions(
         image_size=data.image_size,
@@ -215,18 +217,18 @@ def check_tokenizer(model: TextTowerConfig, tokenizer: str) -> None:
         )
 
 
-def moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Copies on a device; nothing waits for them."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
-def numbers_of(groups: Sequence[str]) -> Tensor:
+def group_ids(groups: Sequence[str]) -> Tensor:
     """int64 (B,), equal for equal names on every process.
 
     Two different names share a number once in 2^64 pairs of names.
 
     Example:
-        >>> numbers = numbers_of(["cat", "dog", "cat"])
+        >>> numbers = group_ids(["cat", "dog", "cat"])
         >>> bool(numbers[0] == numbers[2]), bool(numbers[0] == numbers[1])
         (True, False)
     """

@@ -21,8 +21,8 @@ from gradcache_clip.train.data.text_lines import TextLines, find_text_files, rea
 from gradcache_clip.train.data.text_loader import TextBatch, TextLoader
 from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts, embed_held_out_texts
 from gradcache_clip.train.evaluation.tables import text_table
-from gradcache_clip.train.peers import Peers, rows_of_a_process
-from gradcache_clip.train.programs.program import Program, Step, check_tokenizer, numbers_of
+from gradcache_clip.train.peers import Peers, rows_per_process
+from gradcache_clip.train.programs.program import Program, Step, check_tokenizer, group_ids
 from gradcache_clip.train.report.pictures import draw_text_gallery
 from gradcache_clip.train.texts import build_text_encoder
 from gradcache_clip.train.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ class Texts(Program[TextsConfig]):
             _check_apart(data)
         return TextLoader(
             data.train,
-            rows_of_a_process(config.train.batch_size, peers.world_size),
+            rows_per_process(config.train.batch_size, peers.world_size),
             fields=data.text_fields,
             prompts=data.text_prompts,
             seed=config.train.seed,
@@ -109,7 +109,7 @@ class Texts(Program[TextsConfig]):
         inputs = tuple(self._tokens(column, tokenizer, device) for column in batch.texts)
         if self.config.loss.positives == "pair":
             return inputs, {}
-        return inputs, {"ids": numbers_of(batch.groups).to(device, non_blocking=True)}
+        return inputs, {"ids": group_ids(batch.groups).to(device, non_blocking=True)}
 
     @property
     def candidates(self) -> int:

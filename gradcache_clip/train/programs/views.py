@@ -28,7 +28,7 @@ from gradcache_clip.train.evaluation.labelled import LabelledImages, check_label
 from gradcache_clip.train.evaluation.tables import label_table
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.programs.momentum_queue import MomentumQueue, check_queue
-from gradcache_clip.train.programs.program import Program, Step, image_loader, samples_of
+from gradcache_clip.train.programs.program import Program, Step, image_loader, read_samples
 from gradcache_clip.train.report.pictures import draw_neighbours
 from gradcache_clip.train.tokenizer import Tokenizer
 from gradcache_clip.train.views import build_view_encoder
@@ -104,7 +104,7 @@ class Views(Program[ViewsConfig]):
         data = self.config.data
         find_shards(data.validation, allow_url_schemes=data.allow_url_schemes)
         for source in (data.validation, data.train):
-            check_labels(samples_of(source, data), source)
+            check_labels(read_samples(source, data), source)
 
     def loader(self, peers: Peers) -> ImageCaptionLoader:
         views = Augmentation(**self.config.augment.model_dump())
@@ -147,8 +147,8 @@ class Views(Program[ViewsConfig]):
         data = self.config.data
         return embed_labelled(
             encoder.image_tower,
-            samples_of(data.validation, data),
-            samples_of(data.train, data),
+            read_samples(data.validation, data),
+            read_samples(data.train, data),
             self._embedding(peers),
             neighbours=self.config.evaluation.knn_k,
         )
