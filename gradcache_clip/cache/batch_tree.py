@@ -45,7 +45,8 @@ class Shared:
         >>> class Nearest(torch.nn.Linear):
         ...     def forward(self, x, centres):
         ...         return super().forward(x) - torch.cdist(x, centres)
-        >>> cache = GradCache((Nearest(8, 4), torch.nn.Linear(6, 4)), ClipLoss(), chunk_size=16)
+        >>> encoders = Nearest(8, 4), torch.nn.Linear(6, 4)
+        >>> cache = GradCache(encoders, ClipLoss(), chunk_size=16)
         >>> centres = Shared(torch.randn(4, 8))
         >>> out = cache((torch.randn(64, 8), centres), torch.randn(64, 6))
     """

@@ -57,8 +57,9 @@ class FrozenTrunk(nn.Module):
     Example:
         >>> import torch
         >>> from gradcache_clip import ClipLoss, FrozenTrunk, GradCache
-        >>> trunk, head = torch.nn.Linear(8, 6).requires_grad_(False), torch.nn.Linear(6, 4)
-        >>> cache = GradCache((FrozenTrunk(trunk, head), torch.nn.Linear(5, 4)), ClipLoss())
+        >>> trunk, head = torch.nn.Linear(8, 6), torch.nn.Linear(6, 4)
+        >>> encoder = FrozenTrunk(trunk.requires_grad_(False), head)
+        >>> cache = GradCache((encoder, torch.nn.Linear(5, 4)), ClipLoss())
         >>> out = cache(torch.randn(16, 8), torch.randn(16, 5))
         >>> head.weight.grad.shape
         torch.Size([4, 6])

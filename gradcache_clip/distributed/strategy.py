@@ -77,10 +77,11 @@ class LocalStrategy:
         >>> modules = [nn.ModuleDict(zip(("image", "text"), encoders)), loss]
         >>> optimizer = torch.optim.AdamW([p for m in modules for p in m.parameters()])
         >>> strategy = LocalStrategy()
-        >>> out = GradCache(encoders, loss, strategy=strategy)(torch.ones(4, 8), torch.ones(4, 6))
+        >>> cache = GradCache(encoders, loss, strategy=strategy)
+        >>> out = cache(torch.ones(4, 8), torch.ones(4, 6))
         >>> norm = strategy.step(optimizer, modules, max_norm=1.0)
-        >>> weights, state = strategy.weights(modules[0]), strategy.state(optimizer, modules)
-        >>> [*weights]
+        >>> state = strategy.state(optimizer, modules)
+        >>> [*strategy.weights(modules[0])]
         ['image.weight', 'image.bias', 'text.weight', 'text.bias']
     """
 

@@ -40,7 +40,8 @@ class AllReduceStrategy(ManyRanks):
         >>> from gradcache_clip import ClipLoss, GradCache
         >>> from gradcache_clip.distributed import AllReduceStrategy
         >>> encoders = torch.nn.Linear(8, 4), torch.nn.Linear(6, 4)
-        >>> cache = GradCache(encoders, ClipLoss(), chunk_size=16, strategy=AllReduceStrategy())
+        >>> strategy = AllReduceStrategy()
+        >>> cache = GradCache(encoders, ClipLoss(), chunk_size=16, strategy=strategy)
         >>> out = cache(torch.randn(64, 8), torch.randn(64, 6))
     """
 

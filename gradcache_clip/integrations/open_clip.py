@@ -177,7 +177,8 @@ class SigLipLoss(_OpenClipLoss):
     Example:
         >>> import torch
         >>> from gradcache_clip.integrations.open_clip import SigLipLoss
-        >>> loss = SigLipLoss()(torch.eye(4), torch.eye(4), torch.tensor(10.0), torch.tensor(-10.0))
+        >>> scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+        >>> loss = SigLipLoss()(torch.eye(4), torch.eye(4), scale, bias)
         >>> print(f"{loss:.4f}")
         0.6933
     """

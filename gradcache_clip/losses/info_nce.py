@@ -37,7 +37,8 @@ class InfoNCELoss(ScaledLoss):
     Example:
         >>> import torch
         >>> from gradcache_clip import InfoNCELoss
-        >>> out = InfoNCELoss(init_logit_scale=20.0)(torch.eye(4), torch.eye(4), -torch.eye(4))
+        >>> loss, features = InfoNCELoss(init_logit_scale=20.0), torch.eye(4)
+        >>> out = loss(features, features, -features)
         >>> bool(out.loss < 1e-5), float(out.accuracy)
         (True, 1.0)
     """

@@ -36,7 +36,8 @@ class MoCoLoss(nn.Module):
     Example:
         >>> import torch
         >>> from gradcache_clip.losses import FeatureQueue, InfoNCELoss, MoCoLoss
-        >>> loss = MoCoLoss(InfoNCELoss(init_logit_scale=1.0), [FeatureQueue(size=8, width=4)])
+        >>> queue = FeatureQueue(size=8, width=4)
+        >>> loss = MoCoLoss(InfoNCELoss(init_logit_scale=1.0), [queue])
         >>> _ = loss.queues[0].features_of_all.zero_()
         >>> out = loss(torch.eye(4), torch.eye(4))
         >>> print(f"{out.loss:.4f} = log(1 + 8 / e)")

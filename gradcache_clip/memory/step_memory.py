@@ -136,7 +136,9 @@ def count_cached_step(
     Example:
         >>> import torch
         >>> from torch.nn import Linear, Sequential, Tanh
-        >>> encoders = [Sequential(Linear(8, 512), Tanh(), Linear(512, 4)) for _ in range(2)]
+        >>> def encoder():
+        ...     return Sequential(Linear(8, 512), Tanh(), Linear(512, 4))
+        >>> encoders = [encoder(), encoder()]
         >>> def loss(a, b):
         ...     return (a * b).sum(1).mean()
         >>> example = torch.ones(1, 8), torch.ones(1, 8)

@@ -47,8 +47,8 @@ def late_interaction_loss_with_accuracy(
 
     With x_ip the tokens of image i and y_jr those of text j, over the tokens that the masks keep:
 
-        I_ij = mean over p of max over r of <x_ip, y_jr>        (image i looks for text j)
-        T_ij = mean over r of max over p of <x_ip, y_jr>        (text j looks for image i)
+        I_ij = mean over p of max over r of <x_ip, y_jr>    (image i looks for text j)
+        T_ij = mean over r of max over p of <x_ip, y_jr>    (text j looks for image i)
         loss = (cross_entropy(logit_scale * I, labels)
                 + cross_entropy(logit_scale * T.T, labels)) / 2,    labels 0..B-1
 
@@ -101,10 +101,12 @@ def late_interaction_loss_with_accuracy(
 
     Example:
         >>> import torch
-        >>> from gradcache_clip.ops.late_interaction import late_interaction_loss_with_accuracy
+        >>> from gradcache_clip.ops import late_interaction_loss_with_accuracy
         >>> tokens = torch.eye(12).view(4, 3, 12)
         >>> mask = torch.tensor([True, False, False]).expand(4, 3)
-        >>> result = late_interaction_loss_with_accuracy(tokens, tokens, 3.0, text_mask=mask)
+        >>> result = late_interaction_loss_with_accuracy(
+        ...     tokens, tokens, 3.0, text_mask=mask
+        ... )
         >>> print(f"{result.loss:.4f} {result.text_to_image_accuracy:.1f}")
         0.4414 1.0
     """

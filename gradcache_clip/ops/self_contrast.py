@@ -150,8 +150,8 @@ def sup_con_loss_with_accuracy(
     Example:
         >>> import torch
         >>> from gradcache_clip.ops import sup_con_loss_with_accuracy
-        >>> features = torch.eye(2).repeat(2, 1)
-        >>> result = sup_con_loss_with_accuracy(features, torch.tensor([0, 1, 0, 1]), 2.0)
+        >>> features, labels = torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1])
+        >>> result = sup_con_loss_with_accuracy(features, labels, 2.0)
         >>> print(f"{result.loss:.4f} {result.accuracy:.1f}")
         0.2395 1.0
     """

@@ -81,7 +81,8 @@ def verify(
     Example:
         >>> import torch
         >>> from gradcache_clip import ClipLoss, GradCache, verify
-        >>> cache = GradCache((torch.nn.Linear(8, 4), torch.nn.Linear(6, 4)), ClipLoss())
+        >>> encoders = torch.nn.Linear(8, 4), torch.nn.Linear(6, 4)
+        >>> cache = GradCache(encoders, ClipLoss())
         >>> report = verify(cache, torch.randn(32, 8), torch.randn(32, 6))
         >>> report.exact, len(report.rows), report.reasons
         (True, 5, [])

@@ -86,8 +86,9 @@ def recall_at_k(
 ) -> RetrievalMetrics:
     """Recall@k in both directions, for any number of right answers per query.
 
-        rank of a query = 1 + number of wrong candidates that score at least as high as its best
-                          right one;        recall@k = share of queries with rank <= k
+        rank of a query = 1 + number of wrong candidates that score at least as
+                          high as its best right one
+        recall@k        = share of queries with rank <= k
 
     Ties count against the model, scores within fp32 rounding of each other included, so constant
     features earn nothing. Memory beyond the features: O(N + M) plus a few tiles.
