@@ -92,8 +92,8 @@ def info_nce_loss_with_accuracy(
     Example:
         >>> import torch
         >>> from gradcache_clip.ops import info_nce_loss_with_accuracy
-        >>> features = torch.eye(4)
-        >>> result = info_nce_loss_with_accuracy(features, features, 2.0, symmetric=True)
+        >>> rows = torch.eye(4)
+        >>> result = info_nce_loss_with_accuracy(rows, rows, 2.0, symmetric=True)
         >>> print(f"{result.loss:.4f} {result.document_to_query_accuracy:.1f}")
         0.3408 1.0
     """
