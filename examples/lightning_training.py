@@ -4,6 +4,7 @@ python examples/data/glyphs.py data/glyphs && python examples/lightning_training
 """
 
 import sys
+from pathlib import Path
 
 import timm
 import torch
@@ -55,6 +56,8 @@ def scaled(image: torch.Tensor) -> torch.Tensor:
 
 if __name__ == "__main__":
     folder = sys.argv[1] if len(sys.argv) > 1 else "data/glyphs"
+    if not Path(folder).is_dir():
+        sys.exit(f"{folder} is missing: run python examples/data/glyphs.py {folder}")
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     captions = read_captions(f"{folder}/train")
     tokenizer = train_tokenizer(captions, vocab_size=2000, context_length=24)

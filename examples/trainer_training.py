@@ -4,6 +4,7 @@ python examples/data/glyphs.py data/glyphs && python examples/trainer_training.p
 """
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from gradcache_clip.train.evaluation import recall_at_k
 from gradcache_clip.train.tokenizer import train_tokenizer
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "data/glyphs"
+if not Path(folder).is_dir():
+    sys.exit(f"{folder} is missing: run python examples/data/glyphs.py {folder}")
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 100
 tokenizer = train_tokenizer(read_captions(f"{folder}/train"), vocab_size=2000, context_length=24)
 

