@@ -104,7 +104,11 @@ def features_as_embedded(original: Any, tower: Tower, *args: Any) -> None:
 def trims_one_column_more(original: Any, *args: Any) -> Any:
     chunks = original(*args)
     return [
-        replace(c, trim=c.trim and (c.trim[0], max(1, c.trim[1] - 1))) if c.trim else c
+        replace(
+            c,
+            columns=c.columns
+            and {each: slice(s.start, max(1, s.stop - 1)) for each, s in c.columns.items()},
+        )
         for c in chunks
     ]
 

@@ -184,7 +184,7 @@ def test_every_row_is_in_one_chunk_that_holds_it(lengths, chunk_size, max_tokens
     longest = [int(rows[chunk.rows].max()) for chunk in chunks]
     assert longest == sorted(longest, reverse=True)
     for chunk, length in zip(chunks, longest, strict=True):
-        assert chunk.trim == (9, max(1, length))
+        assert chunk.columns == {id(mask): slice(0, max(1, length))}
         if max_tokens is None:
             assert len(chunk) <= chunk_size
         else:
@@ -221,7 +221,7 @@ def test_dropout_draws_the_same_in_embed_and_replay():
         torch.manual_seed(1)
         chunks = sort.chunks(tokens, 64, 1, "input 0")
         parts = [
-            truth[0](**{name: x[chunk.rows][:, : chunk.trim[1]] for name, x in tokens.items()})
+            truth[0](**{n: x[chunk.rows][:, chunk.columns[id(x)]] for n, x in tokens.items()})
             for chunk in chunks
         ]
         order = torch.cat([chunk.rows for chunk in chunks])

@@ -138,9 +138,8 @@ def chunk_of(inputs: Any, chunk: Chunk) -> Any:
 
     def take(part: Any) -> Any:
         taken = part[rows] if isinstance(rows, slice) else _picked(part, rows)
-        if chunk.trim is None or id(part) not in chunk.trimmed:
-            return taken
-        return taken[:, : chunk.trim[1]]
+        columns = None if chunk.columns is None else chunk.columns.get(id(part))
+        return taken if columns is None else taken[:, columns]
 
     return _cut(inputs, take)
 

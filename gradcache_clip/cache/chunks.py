@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,10 @@ class Chunk:
 
     rows: slice | Tensor
     """A range of the batch, or (after sorting) the indices of its rows."""
-    trim: tuple[int, int] | None = None
-    """(full, kept): tokens of a row, and how many of them this chunk needs; None keeps all."""
-    trimmed: frozenset[int] = frozenset()
-    """By id, the tensors of the batch of which it keeps only that many columns."""
+    columns: Mapping[int, slice] | None = None
+    """By id of a tensor of the batch, the columns that the chunk keeps of it; None keeps all."""
+    cost: int | None = None
+    """Tokens, or whatever else `ByLength` counts, padding included; None counts rows."""
     random_state: RandomState | None = None
     """The generators before its embed, if it drew from them and will be replayed."""
     graph: list[Tensor] | None = None
@@ -33,8 +33,8 @@ class Chunk:
 
     @property
     def size(self) -> int:
-        """Tokens where the chunk is trimmed to its longest row, rows otherwise."""
-        return len(self) * (1 if self.trim is None else self.trim[1])
+        """Its cost where that is known, rows otherwise."""
+        return len(self) if self.cost is None else self.cost
 
     @property
     def name(self) -> str:
@@ -54,12 +54,22 @@ def even_chunks(rows: int, chunk_size: int, at_least: int = 1) -> list[Chunk]:
 def merged(chunks: Sequence[Chunk]) -> Chunk:
     """Join consecutive chunks."""
     first, last = chunks[0], chunks[-1]
-    trims = [chunk.trim for chunk in chunks if chunk.trim is not None]
-    trim = max(trims) if len(trims) == len(chunks) else None
     if isinstance(first.rows, slice) and isinstance(last.rows, slice):
-        return Chunk(slice(first.rows.start, last.rows.stop), trim, first.trimmed)
+        return Chunk(slice(first.rows.start, last.rows.stop))
     rows = torch.cat([chunk.rows for chunk in chunks if isinstance(chunk.rows, Tensor)])
-    return Chunk(rows, trim, first.trimmed)
+    most = max(-(-chunk.size // len(chunk)) for chunk in chunks)
+    return Chunk(rows, _columns_of_all(chunks), None if first.cost is None else most * len(rows))
+
+
+def _columns_of_all(chunks: Sequence[Chunk]) -> dict[int, slice] | None:
+    """Keep the columns that any of the chunks keeps."""
+    kept = [chunk.columns for chunk in chunks if chunk.columns is not None]
+    if len(kept) < len(chunks):
+        return None
+    return {
+        part: slice(min(each[part].start for each in kept), max(each[part].stop for each in kept))
+        for part in kept[0]
+    }
 
 
 def row_count(chunks: Sequence[Chunk]) -> int:

@@ -60,7 +60,7 @@ class HostInputs:
     def take(self, chunk: Chunk) -> Any:
         """Return the rows of a chunk on the device; only the current stream waits for the copy."""
         if self.device is None:
-            if type(self.inputs) is Tensor and type(chunk.rows) is slice and chunk.trim is None:
+            if type(self.inputs) is Tensor and type(chunk.rows) is slice and chunk.columns is None:
                 return self.inputs[chunk.rows]
             return chunk_of(self.inputs, chunk)
         arriving, self._arriving = self._arriving, None

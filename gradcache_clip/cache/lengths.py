@@ -73,10 +73,11 @@ class ByLength:
             longest = max(1, int(lengths[start]))
             rows = chunk_size if self.max_tokens is None else self.max_tokens // longest
             stop = min(start + max(1, min(rows, most)), len(lengths))
-            taken, trim = order[start:stop], None
-            if mask is not None and ends is not None:
-                trim = mask.shape[1], max(1, int(ends[taken].max()))
-            chunks.append(Chunk(taken, trim, trimmed))
+            taken, columns, cost = order[start:stop], None, None
+            if ends is not None:
+                end = max(1, int(ends[taken].max()))
+                columns, cost = dict.fromkeys(trimmed, slice(0, end)), len(taken) * end
+            chunks.append(Chunk(taken, columns, cost))
             start = stop
         return chunks
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.batch_tree import hint_at_lists, tensors_in
+from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.chunks import Chunk, merged, row_count
 from gradcache_clip.cache.graph_budget import NO_RETENTION, Retention, SavedBytes
 from gradcache_clip.cache.host_inputs import HostInputs, device_for
+from gradcache_clip.cache.outputs import WithLosses, check_features, names_in, select
 from gradcache_clip.cache.random_state import Draws, accelerators_among
 from gradcache_clip.cache.torch_state import (
     forget_autocast_casts,
@@ -22,8 +23,6 @@ from gradcache_clip.cache.torch_state import (
     kernels_as_with_gradients,
 )
 from gradcache_clip.cache.trunk import FrozenTrunk, call_encoder, run_trunk
-
-_MODEL_OUTPUT_FIELDS = ("image_embeds", "text_embeds", "sentence_embedding", "pooler_output")
 
 Encode = Callable[[nn.Module, Any], Any]
 
@@ -51,11 +50,16 @@ class Tower:
     """Rows that the embed runs at once while nothing random is drawn."""
     trunk: FrozenTrunk | None = None
     """Runs once a step; the module is then given its outputs."""
+    weighted: tuple[str, ...] = ()
+    """Names of losses that it may return beside its features."""
+    losses: tuple[str, ...] = ()
+    """Those that it returned, which are the last of `features`."""
     features: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
     structure: Any = None
     _kinds: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
     """Shape of a row and dtype, for each of `features`."""
+    _names: tuple[str, ...] | None = None
     given: Any = None
     """The inputs, also once a trunk has run and its outputs have taken their place."""
     _last_had_graph: bool = False
@@ -118,12 +122,13 @@ class Tower:
             call = call_encoder if self.encode is call_encoder else _call
             self.inputs = run_trunk(self.trunk, self.inputs, self.chunks, self.name, call)
             for chunk in self.chunks:
-                chunk.trim = None
+                chunk.cost = None
 
     def _group_size(self, index: int, together: int, drawn: bool, retention: Retention) -> int:
         # The first chunk goes alone: it shows whether the encoder draws random numbers.
         # A graph that is built to see whether there is one has the size of a chunk's.
-        if index == 0 or drawn or self.trainable is None:
+        # A loss of several chunks together is not what their replays will give.
+        if index == 0 or drawn or self.losses or self.trainable is None:
             return 1
         last = min(index + together, len(self.chunks))
         alone = (i for i in range(index, last) if retention.wants_graph(i))
@@ -150,7 +155,8 @@ class Tower:
     def forward(self, module: nn.Module, chunk: Chunk) -> list[Tensor]:
         """Compute the flat features of one chunk, and check that they can be cached."""
         features = self._forward(module, chunk)
-        self._check_features(features, len(chunk))
+        given, trainable = self.inputs, bool(self.trainable)
+        check_features(features, len(chunk), self.name, given, trainable=trainable)
         return features
 
     def _forward(self, module: nn.Module, chunk: Chunk) -> list[Tensor]:
@@ -159,7 +165,7 @@ class Tower:
             host = self._host_inputs()
         output = self.encode(module, host.take(chunk))
         if type(output) is not Tensor or self.get_features is not None:
-            output = self._select(output)
+            output = self._select(output, chunk)
         # Most often one plain tensor, which needs no walk.
         if type(output) is Tensor:
             self.structure = _ONE_LEAF
@@ -221,56 +227,19 @@ class Tower:
         for whole, part in zip(self.features, parts, strict=True):
             whole[chunk.rows] = part.detach() if part.requires_grad else part
 
-    def _select(self, output: Any) -> Any:
-        if self.get_features is not None:
-            return self.get_features(output)
-        if not isinstance(output, Mapping):
-            return output
-        for name in _MODEL_OUTPUT_FIELDS:
-            if isinstance(output.get(name), Tensor):
-                return output[name]
-        raise TypeError(
-            f"{self.name}: expected features (a tensor or a tuple of tensors), got "
-            f"{type(output).__name__} with {', '.join(map(str, output))}; say which with "
-            "get_features, such as get_features=lambda output: output.last_hidden_state[:, 0] for "
-            "a BERT; around a causal model write a module that returns each row's last token, "
-            "hidden[torch.arange(len(mask)), mask.sum(1) - 1] where padding is on the right"
-        )
-
-    def _check_features(self, features: list[Any], rows: int) -> None:
-        for feature in features or [None]:
-            if unusable := _unusable(feature, bool(self.trainable)):
-                raise TypeError(
-                    f"{self.name}: expected features (a real tensor or a tuple of them), got "
-                    f"{unusable}"
-                )
-            if feature.dim() == 0 or feature.shape[0] != rows:
-                raise ValueError(
-                    f"{self.name}: expected features with {rows} rows, one for each sample of the "
-                    f"chunk, got shape {tuple(feature.shape)}; give get_features a function that "
-                    "returns one row a sample, and pass inputs as tensors or lists"
-                    f"{hint_at_lists(self.inputs)}"
-                )
-
-
-def _unusable(feature: Any, trainable: bool) -> str:
-    """Say why a feature cannot be cached, and what to do; empty if it can."""
-    if not isinstance(feature, Tensor):
-        return f"{type(feature).__name__}; extract them with get_features"
-    if feature.is_complex():
-        return f"{feature.dtype}; extract them with get_features"
-    if feature.is_nested:
-        return "a NestedTensor; pool each sample to one vector"
-    if feature.layout is not torch.strided:
-        return f"layout {feature.layout}; return x.to_dense()"
-    if feature.is_meta:
-        return "a tensor on the meta device; give the encoder its weights first"
-    if trainable and feature.is_inference() and not torch.is_inference_mode_enabled():
-        return (
-            "a tensor made inside torch.inference_mode(), which no gradient passes; leave it out "
-            "of the encoder, or freeze the encoder with requires_grad_(False)"
-        )
-    return ""
+    def _select(self, output: Any, chunk: Chunk) -> Any:
+        chosen = select(output, self.get_features, self.weighted, len(chunk), self.name)
+        names = names_in(chosen)
+        if self._names is None:
+            self._names = names
+            self.losses = tuple(chosen.losses) if isinstance(chosen, WithLosses) else ()
+        if names != self._names:
+            raise ValueError(
+                f"{self.name}: expected the same names in the output of every chunk, got "
+                f"{list(names)} for {chunk.name} after {list(self._names)}; return all of them, in "
+                "one order, and a zero where a chunk has no such loss"
+            )
+        return chosen
 
 
 def _call(function: Callable[..., Any], inputs: Any) -> Any:

@@ -149,7 +149,7 @@ class Experiments:
 
     def _padding(self, quiet: Sequence[Place]) -> Iterator[Reason]:
         for trimmed in self._tower.chunks:
-            if trimmed.trim is None:
+            if trimmed.columns is None:
                 continue
             short, long = self._run(trimmed, quiet), self._run(Chunk(trimmed.rows), quiet)
             change = largest_change(short, long)
@@ -169,7 +169,7 @@ class Experiments:
     def _trimmed(self, chunk: Chunk) -> str:
         """Name the tensors that are cut."""
         named = named_tensors(self._tower.inputs, self._input)
-        return ", ".join(path for path, tensor in named if id(tensor) in chunk.trimmed)
+        return ", ".join(path for path, tensor in named if id(tensor) in (chunk.columns or ()))
 
     def _apart(self, quiet: Sequence[Place]) -> tuple[float, Place | None]:
         """Compare features of chunks with the whole batch's; name the first module to differ."""
