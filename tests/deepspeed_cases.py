@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
@@ -28,6 +29,10 @@ from gradcache_clip.distributed import (
 )
 from gradcache_clip.ops import clip_loss
 
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="needs DeepSpeed: pip install 'gradcache-clip[deepspeed]'",
+)
 LR = 0.1
 # What is scaled in fp16 is tried with gradients of features that would otherwise vanish there.
 TINY = 1e-5

@@ -175,6 +175,7 @@ CASES = [
     ),
     Case("matryoshka nt_xent", _matryoshka(_with(NTXentLoss)), _views),
     Case("matryoshka sup_con", _matryoshka(_with(SupConLoss)), _classes),
+    Case("matryoshka siglip", _matryoshka(_with(SigLipLoss)), _pairs(labels=5)),
 ]
 
 

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from gloo_processes import forkserver
 from rich.console import Console
 from tiny_run import NO_DROPOUT, logged, overrides
 from torch import Tensor
@@ -24,10 +25,6 @@ from gradcache_clip.train.checkpoint import load_latest
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.failures import PeerFailure
 
-PRELOADED = (
-    *("gradcache_clip.train.run", "processes", "timm", "torch.utils.tensorboard"),
-    "transformers.models.bert.modeling_bert",
-)
 # A rank's part of this batch is one group of samples, so that both worlds fill it with the same.
 SAME_BATCHES = (*NO_DROPOUT, "train.batch_size=64", "train.checkpoint_every=0")
 
@@ -67,9 +64,7 @@ def in_processes(
     world: int, data: Path, output: Path, *more: str, fault: Fault | None = None
 ) -> list[str]:
     """Train one run in `world` processes; what came of each, "finished" or an error."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED])
-    settings, port = overrides(data, output, *more), _free_port()
+    context, settings, port = forkserver(), overrides(data, output, *more), _free_port()
     started = []
     for rank in range(world):
         receive, send = context.Pipe(duplex=False)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_processes import start
 
 Check = Callable[[], None]
 Suite = Callable[[], Iterator[tuple[str, Check]]]
-
-# Imported once for all processes; the first call of an op imports the former.
-PRELOADED = "torch._dynamo", "gradcache_clip"
 
 # A rank that waits for one that has given up.
 _PATIENCE = timedelta(seconds=20)
@@ -33,12 +27,7 @@ def failures(
     A check that fails an assertion lets the others go on. After any other error the rank is out of
     step with the others, and gives up.
     """
-    if start_method == "forkserver":
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, suite.__module__])
-    rendezvous = f"file://{folder}/rendezvous-{world}"
-    arguments = rendezvous, world, suite, folder
-    mp.start_processes(_run, arguments, nprocs=world, start_method=start_method)
+    start(_run, world, folder, suite, folder, patience=_PATIENCE, start_method=start_method)
     found: list[str] = []
     for rank in range(world):
         report = json.loads((folder / f"rank-{rank}.json").read_text())
@@ -46,16 +35,8 @@ def failures(
     return found
 
 
-def _run(rank: int, rendezvous: str, world: int, suite: Suite, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=_PATIENCE
-    )
-    try:
-        (folder / f"rank-{rank}.json").write_text(json.dumps(list(_failed(suite))))
-    finally:
-        dist.destroy_process_group()
+def _run(suite: Suite, folder: Path) -> None:
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(list(_failed(suite))))
 
 
 def _failed(suite: Suite) -> Iterator[str]:

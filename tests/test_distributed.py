@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_processes import start
 from one_shot import gradient_errors, one_shot, worst
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -45,21 +43,12 @@ class OneModule(nn.Module):
         return self.towers[tower](inputs)
 
 
-def run(rank: int, rendezvous: str, check: Callable[[int], None]) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
-    try:
-        check(rank)
-    finally:
-        # An exception's traceback keeps DDP alive, and DDP its process group, whose threads would
-        # still run when the process ends.
-        gc.collect()
-        dist.destroy_process_group()
-
-
 def in_two_processes(check: Callable[[int], None], folder: Path) -> None:
-    mp.spawn(run, (f"file://{folder}/rendezvous", check), nprocs=WORLD)
+    start(with_rank, WORLD, folder, check)
+
+
+def with_rank(check: Callable[[int], None]) -> None:
+    check(dist.get_rank())
 
 
 def counted_reductions(module: DDP) -> list[int]:

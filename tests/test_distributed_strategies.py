@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import WORST_ERROR
-from deepspeed_cases import deepspeed_cases
+from deepspeed_cases import NEEDS_DEEPSPEED, deepspeed_cases
 from strategy_cases import plain_cases
 from strategy_processes import run_cases
 from strategy_refusals import REFUSALS
@@ -89,12 +88,10 @@ def test_parameters_that_some_chunks_or_ranks_do_not_use(world, tmp_path, record
     record_worst(results, world, record_property)
 
 
+@NEEDS_DEEPSPEED
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_parameters_not_used_under_deepspeed(world, tmp_path, monkeypatch):
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: pip install 'gradcache-clip[deepspeed]'")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_parameters_not_used_under_deepspeed(world, tmp_path):
     results = finished(unreached_under_deepspeed(world), world, tmp_path)
     for name, result in results.items():
         assert result.get("change", 0.0) < CHANGE, (name, result)
@@ -105,12 +102,10 @@ def test_modules_that_would_get_wrong_gradients(tmp_path):
     finished(REFUSALS, 2, tmp_path)
 
 
+@NEEDS_DEEPSPEED
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_gradients_under_deepspeed(world, tmp_path, record_property, monkeypatch):
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: pip install 'gradcache-clip[deepspeed]'")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_gradients_under_deepspeed(world, tmp_path, record_property):
     results = finished(deepspeed_cases(world), world, tmp_path)
     for name, result in results.items():
         tolerance = max((t for precision, t in SIXTEEN.items() if precision in name), default=FP32)

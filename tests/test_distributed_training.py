@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 
 import pytest
 import torch
+from deepspeed_cases import NEEDS_DEEPSPEED
 from strategy_training import deepspeed_training, training_cases
 from test_distributed_strategies import FP32, FP64, finished
 from torch import nn
@@ -22,11 +22,9 @@ def test_strategies_in_turn_give_the_steps_of_one_process(tmp_path):
     assert max(results["strategies in turn"]["errors"]) < FP64, results
 
 
+@NEEDS_DEEPSPEED
 @pytest.mark.distributed
-def test_deepspeed_steps_what_is_outside_of_it(tmp_path, monkeypatch):
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: pip install 'gradcache-clip[deepspeed]'")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_deepspeed_steps_what_is_outside_of_it(tmp_path):
     for name, result in finished(deepspeed_training(), 2, tmp_path).items():
         assert max(result["errors"]) < FP32, (name, result)
 

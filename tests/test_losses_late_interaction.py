@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from gloo_processes import start
 from late_interaction_inputs import OPTIONS, paper_loss, random_mask, token_inputs
 from torch import Tensor, nn
 
@@ -121,16 +119,6 @@ def global_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images, texts, image_mask, text_mask
 
 
-def run(rank: int, rendezvous: str, check: Callable[[int], None]) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
-    try:
-        check(rank)
-    finally:
-        dist.destroy_process_group()
-
-
 def step(
     loss: LateInteractionLoss, images: Tensor, texts: Tensor, **kept: Tensor | None
 ) -> list[Tensor]:
@@ -153,7 +141,8 @@ def compare(rank: int, length: int, **kept: Tensor | None) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-14)
 
 
-def without_and_with_masks(rank: int) -> None:
+def without_and_with_masks() -> None:
+    rank = dist.get_rank()
     compare(rank, 4)
     _, _, image_mask, text_mask = global_batch()
     mine = slice(rank * LOCAL, (rank + 1) * LOCAL)
@@ -164,5 +153,4 @@ def without_and_with_masks(rank: int) -> None:
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
-    rendezvous = f"file://{tmp_path}/rendezvous"
-    mp.spawn(run, (rendezvous, without_and_with_masks), nprocs=WORLD)
+    start(without_and_with_masks, WORLD, tmp_path)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -22,7 +18,7 @@ from gradcache_clip.losses.matryoshka import MatryoshkaLoss
 from gradcache_clip.losses.siglip import SigLipLoss
 from gradcache_clip.ops import contrast
 
-B, D, WORLD = 24, 20, 2
+B, D = 24, 20
 LABELS, IDS = torch.arange(B) % 7, torch.arange(B) % 11
 
 
@@ -154,34 +150,6 @@ def test_a_cached_step_equals_the_plain_one() -> None:
     torch.testing.assert_close(out.loss, plain.loss.detach())
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-13)
-
-
-def compare_with_one_process(rank: int, rendezvous: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    results = {}
-    for world in (1, WORLD):
-        if world == WORLD:
-            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
-        mine = slice(rank * B // WORLD, (rank + 1) * B // WORLD) if world == WORLD else slice(None)
-        for name in ("clip, labels", "info_nce, own", "nt_xent", "sup_con", "siglip"):
-            torch.manual_seed(1)
-            loss, features, options, _ = setting(name)
-            local = {key: value[mine] for key, value in options.items()}
-            out = MatryoshkaLoss(loss, [7, D])(*(x[mine] for x in features), **local)
-            got = torch.autograd.grad(out.loss, features)
-            rows = slice(rank * B // WORLD, (rank + 1) * B // WORLD)
-            results[name, world] = [out.loss.detach(), *out[1:], *(x[rows] for x in got)]
-    dist.destroy_process_group()
-    for name in {name for name, _ in results}:
-        for a, b in zip(results[name, WORLD], results[name, 1], strict=True):
-            if a is not None:
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.distributed
-def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(compare_with_one_process, (f"file://{tmp_path}/rendezvous",), nprocs=WORLD)
 
 
 @pytest.mark.parametrize(

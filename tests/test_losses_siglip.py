@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from one_shot import gradient_errors, one_shot, twins, worst
 from siglip_inputs import plain_loss
-from test_distributed import in_two_processes
 from torch import Tensor, nn
 
 from gradcache_clip import GradCache
@@ -153,37 +150,3 @@ def test_gradient_caching_around_it() -> None:
     torch.testing.assert_close(out.loss, expected.loss.detach(), rtol=1e-12, atol=0)
     name, error = worst(gradient_errors(ours, truth))
     assert error < 1e-10, (name, error)
-
-
-def two_ranks(rank: int) -> None:
-    """Rows of a rank have the gradient that they have in one process, parameters the whole."""
-    alone = dist.new_group([rank], use_local_synchronization=True)
-    owner = torch.tensor([0, 0, 1, 2, 3, 3, 4, 5, 5, 5, 6, 7])
-    images = torch.arange(8)
-    cases = [(12, 12, None), (12, 12, owner), (8, 12, (images, owner))]
-    for rows, texts, labels in cases:
-        generator = torch.Generator().manual_seed(rows)
-        whole = [torch.randn(n, 7, generator=generator).double() for n in (rows, texts)]
-        ours, truth = SigLipLoss().double(), SigLipLoss(group=alone).double()
-        parts = [x.chunk(2)[rank].clone().requires_grad_() for x in whole]
-        own_labels = labels
-        if isinstance(labels, tuple):
-            own_labels = tuple(x.chunk(2)[rank] for x in labels)
-        elif labels is not None:
-            own_labels = labels.chunk(2)[rank]
-        out = ours(*parts, labels=own_labels)
-        out.loss.backward()
-        leaves = [x.requires_grad_() for x in whole]
-        expected = truth(*leaves, labels=labels)
-        expected.loss.backward()
-        for a, b in zip(out, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
-        for part, leaf in zip(parts, leaves, strict=True):
-            torch.testing.assert_close(part.grad, leaf.grad.chunk(2)[rank], rtol=1e-10, atol=1e-14)
-        for a, b in zip(ours.parameters(), truth.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.distributed
-def test_two_processes(tmp_path: Path) -> None:
-    in_two_processes(two_ranks, tmp_path)

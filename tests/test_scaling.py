@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_processes import start
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -23,26 +23,23 @@ _CHECK_BYTES = 4 * 3 * 8
 _SCALE_BYTES = 4
 
 
-def count(rank: int, world: int, rendezvous: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+def count(results: Path) -> None:
     found = {}
     for exchange in ("gather", "ring"):
         images, texts = (torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2))
         with CountedCollectives() as counted:
             ClipLoss(exchange=exchange)(images, texts).loss.backward()
         found[exchange] = dict(counted.calls), counted.total_bytes_received
-    if rank == 0:
+    if dist.get_rank() == 0:
         torch.save(found, results)
-    dist.destroy_process_group()
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_step_of_the_loss_exchanges_what_the_formula_says(world, tmp_path):
-    results = str(tmp_path / "counted.pt")
-    mp.spawn(count, (world, f"file://{tmp_path}/r", results), nprocs=world)
+    start(count, world, tmp_path, tmp_path / "counted.pt")
     checks = (world - 1) * _CHECK_BYTES + 2 * _SCALE_BYTES * (world - 1) // world
-    for exchange, (calls, received) in torch.load(results).items():
+    for exchange, (calls, received) in torch.load(tmp_path / "counted.pt").items():
         found = cost(Setting(world, ROWS, WIDTH, feature_bytes=4, parameters=0, exchange=exchange))
         assert received == found.bytes_received + checks
         # Features of both sides are gathered only in "gather".

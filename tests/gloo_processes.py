@@ -1,0 +1,78 @@
+"""Processes over gloo that fork from a server which has imported what any of them needs."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# What pytest's process has started keeps the environment and the modules of its first use.
+PRELOADED = (
+    *("deepspeed", "gradcache_clip.train.run", "pytest", "timm", "torch._dynamo"),
+    *("torch.distributed.fsdp", "torch.utils.tensorboard"),
+    "transformers.models.bert.modeling_bert",
+)
+# Sharding would look for a device.
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+# Ranks that wait for a collective that others never reach fail, and do not hang.
+PATIENCE = timedelta(seconds=60)
+
+
+def forkserver() -> ForkServerContext:
+    """One server for all tests of a process: the first call starts it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
+    with mock.patch.dict(os.environ, ON_THE_CPU):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def start(
+    check: Callable[..., object],
+    world: int,
+    folder: Path,
+    *arguments: Any,
+    patience: timedelta = PATIENCE,
+    start_method: str = "forkserver",
+) -> None:
+    """Call `check(*arguments)` on every rank; raise what the first one raises."""
+    if start_method == "forkserver":
+        forkserver()
+    given = world, f"file://{folder}/rendezvous-{world}", patience, check, arguments
+    mp.start_processes(_run, given, nprocs=world, start_method=start_method)
+
+
+def _run(
+    rank: int,
+    world: int,
+    rendezvous: str,
+    patience: timedelta,
+    check: Callable[..., object],
+    arguments: tuple[Any, ...],
+) -> None:
+    warnings.simplefilter("ignore")
+    # What a launcher would set, and DeepSpeed asks for.
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+    os.environ.update(ON_THE_CPU, **{name: str(value) for name, value in places.items()})
+    torch.set_num_threads(1)
+    options = {"rank": rank, "world_size": world, "timeout": patience}
+    dist.init_process_group("gloo", init_method=rendezvous, **options)
+    try:
+        check(*arguments)
+    finally:
+        # An exception's traceback keeps DDP alive, and DDP its process group, whose threads would
+        # still run when the process ends.
+        gc.collect()
+        dist.destroy_process_group()
