@@ -99,7 +99,7 @@ def test_features_of_another_tower_or_setting_are_refused(tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match="frozen_features: expected features of this tower"):
             stored(tower, tmp_path, setting=setting)
     save_file({"x": torch.zeros(1)}, tmp_path / "rank-7.safetensors")
-    with pytest.raises(ConfigError, match="in .*rank-7.safetensors, got those of another"):
+    with pytest.raises(ConfigError, match="in .*rank-7.safetensors, got others"):
         stored(Tower(), tmp_path, setting="32 fp32")
 
 

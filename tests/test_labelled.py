@@ -202,4 +202,4 @@ def test_evaluate_prints_what_the_run_has_logged(tmp_path, capsys):
     for name in ("knn_accuracy", "probe_accuracy", "label_chance"):
         assert f"{summary.metrics[name]:.1%}" in printed
     assert main(["evaluate", str(tmp_path / "run"), "--zero-shot", "a {}"]) == 2
-    assert "has learned no images and their captions" in capsys.readouterr().err
+    assert "and not on captioned images" in capsys.readouterr().err

@@ -199,9 +199,9 @@ def test_who_keeps_the_others_waiting_is_named():
     before = ["1 taking step 5", "7 reading the batch of step 5", "4 taking step 5"]
     after = ["4 taking step 5", "9 reading the batch of step 5", "8 taking step 5"]
     waiting = "rank 1 kept the others waiting while reading the batch of step 5"
-    assert channel._of_others(before, after) == waiting
+    assert channel._suspect(before, after) == waiting
     after[2] = before[2]
-    assert channel._of_others(before, after) == "rank 2 ended without a word while taking step 5"
+    assert channel._suspect(before, after) == "rank 2 ended without a word while taking step 5"
 
 
 def test_chunk_negatives_need_one_process(data, tmp_path):

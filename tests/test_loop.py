@@ -217,7 +217,7 @@ def test_rates_leave_out_what_is_no_training():
     meter = fit.Meter()
     time.sleep(0.05)
     meter.count(10)
-    with meter.held():
+    with meter.paused():
         time.sleep(0.5)
     time.sleep(0.05)
     meter.count(10)
@@ -269,7 +269,7 @@ def test_broken_samples_are_counted_in_the_summary(data, tmp_path):
 def test_an_existing_run_is_never_overwritten(whole, data):
     output, _ = whole
     before = (output / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds a run; go on with train\.resume=true"):
+    with pytest.raises(ConfigError, match=r"holds a run; continue it with train\.resume=true"):
         run(data, output)
     with pytest.raises(ConfigError, match=r"other values: train\.batch_size 24 -> 16"):
         run(data, output, "train.resume=true", "train.batch_size=16")
@@ -352,5 +352,5 @@ def test_a_run_of_an_older_version_ends_in_one_line(data, tmp_path, capsys):
     for command in (["evaluate", str(run_folder)], ["verify", str(run_folder)], resume):
         assert main(command) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "expected one of this version" in line
+        assert "expected a run of this version" in line
         assert "train.negatives: no such key; it is called train.grad_cache now" in line

@@ -245,7 +245,7 @@ class Flat(nn.Module):
 
 
 class SurelyFlat(Flat):
-    """The same, though it says that it can leave its pooling out."""
+    """A model that still pools although timm says that its pooling can be removed."""
 
     def reset_classifier(self, num_classes: int, global_pool: str) -> None:
         pass
@@ -255,7 +255,7 @@ def test_a_model_without_patches_is_refused() -> None:
     flat, surely_flat = (
         ImageTower(kind(), width=4, mean=[0.5] * 3, std=[0.5] * 3) for kind in (Flat, SurelyFlat)
     )
-    with pytest.raises(ConfigError, match="expected a model that can leave its pooling out, got"):
+    with pytest.raises(ConfigError, match="expected a model whose pooling can be removed, got"):
         PatchTower(flat)
     with pytest.raises(ValueError, match=r"a vector for each patch, got shape \(2, 4\)"):
         PatchTower(surely_flat)(torch.zeros(2, 3, 8, 8))

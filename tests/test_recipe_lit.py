@@ -164,7 +164,9 @@ def test_positions_are_resized_to_the_images(tmp_path):
 
 
 def test_weights_that_cannot_be_used_are_named(file, tmp_path):
-    with pytest.raises(ValueError, match="image_weights: expected a .safetensors file, which hol"):
+    with pytest.raises(
+        ValueError, match="image_weights: expected a .safetensors file, which cannot run"
+    ):
         DualConfig(image_weights="weights.pth")
     with pytest.raises(ValueError, match="image_pretrained: expected false with model.image_w"):
         DualConfig(image_weights=str(file), image_pretrained=True)

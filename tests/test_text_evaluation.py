@@ -163,7 +163,7 @@ def test_what_cannot_be_exported(data, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     save_config(load_config(), tmp_path / "images" / "config.yaml")
     assert main(["export", str(tmp_path / "images"), str(tmp_path / "out")]) == 2
-    assert "run: expected one over texts" in capsys.readouterr().err
+    assert "run: expected a run with program: texts" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
 

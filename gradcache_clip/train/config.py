@@ -1,4 +1,4 @@
-"""Sections of a configuration that every program has, checked when they are built."""
+"""Sections of a configuration that every program has, validated when they are built."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Self = TypeVar("Self", bound="Section")
 class DataConfig(Section):
     """Where samples come from and how they are read."""
 
-    # The loader's state knows the data by names and sizes, wherever they are.
+    # A resumed run may find its data elsewhere: the loader's state records names and sizes only.
     train: str = changeable("data/train", min_length=1)
     """Training set: a folder, file, glob or brace pattern (`shards/{000..099}.tar`)."""
 
     validation: str = changeable("")
-    """The same for held-out samples; empty: no evaluation while training."""
+    """Validation set, in the same form; empty disables evaluation while training."""
 
     workers: int = changeable(0, ge=0)
-    """Processes that read and decode for each training process; 0: the training process does."""
+    """Worker processes that read and decode, per training process; 0 reads in that process."""
 
     max_broken_share: float = changeable(0.05, ge=0, le=1)
-    """Share of samples that may be unreadable before the run stops."""
+    """Share of samples that may be unreadable; beyond it the run stops."""
 
 
 class OptimizerConfig(Section):
@@ -37,13 +37,13 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
 
     weight_decay: float = Field(0.2, ge=0)
-    """Decay of matrices; norms, biases, embeddings and the logit scale have none."""
+    """Weight decay of matrices; norms, biases, embeddings and the logit scale have none."""
 
     beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the gradient's mean."""
+    """Decay rate of the mean of gradients."""
 
     beta2: float = Field(0.98, ge=0, lt=1)
-    """Decay of the gradient's square."""
+    """Decay rate of the mean of squared gradients."""
 
     eps: float = Field(1e-6, gt=0)
     """Added to the denominator."""
@@ -52,7 +52,7 @@ class OptimizerConfig(Section):
     """Steps over which the learning rate rises linearly from zero; fewer than `train.steps`."""
 
     max_grad_norm: float = Field(0.0, ge=0)
-    """Gradients are scaled down to this global norm; 0 leaves them."""
+    """Clip gradients to this global norm; 0 disables clipping."""
 
 
 class TrainConfig(Section):
@@ -62,64 +62,64 @@ class TrainConfig(Section):
     """Folder of the run; an existing run is resumed with `train.resume=true`, never overwritten."""
 
     resume: bool = changeable(False)
-    """Go on from the newest good checkpoint in `output`."""
+    """Continue from the newest good checkpoint in `output`."""
 
     batch_size: int = Field(1024, ge=2)
-    """Samples in a step, of all processes together; each meets every other in the loss."""
+    """Samples per step, over all processes; each competes with every other in the loss."""
 
     chunk_size: int = Field(64, ge=1)
-    """Samples that go through an encoder at once; sets the memory of a step."""
+    """Samples per pass through an encoder; determines the memory of a step."""
 
     memory_budget_gib: float = changeable(0.0, ge=0)
-    """Memory for graphs that are kept instead of replayed; 0: that of one chunk."""
+    """Memory in GiB for graphs that are kept instead of replayed; 0 keeps that of one chunk."""
 
     batch_device: Literal["device", "host"] = changeable("device")
-    """Where a batch waits: on the `device`, or on the `host`, from which chunks are copied one
-    ahead of use, so that memory does not grow with its images."""
+    """Where the batch is stored: on the `device`, or on the `host`, where each chunk is copied one
+    ahead of use, so that device memory does not grow with the images of a batch."""
 
     exchange: Literal["gather", "ring"] = changeable("gather")
-    """How features of other processes arrive: `gather`, all at once, or `ring`, one by one."""
+    """How processes exchange features: `gather` all at once, or pass them round a `ring`."""
 
     grad_cache: bool = True
-    """Cache gradients, so that all samples of a batch compete. `false`: plain accumulation, whose
-    loss ends at a chunk; for comparison."""
+    """Cache gradients, so that all samples of a batch compete. `false` accumulates plainly, with a
+    loss per chunk; for comparison."""
 
     steps: int = changeable(1000, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """`fp32`, or autocast to `bf16` or `fp16` (with gradient scaling)."""
 
     device: str = changeable("auto", min_length=1)
-    """`auto` takes an accelerator where there is one; else `cpu`, `cuda`, `cuda:1`."""
+    """`cpu`, `cuda`, `cuda:1`; `auto` takes an accelerator if there is one."""
 
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of weights, data order and dropout; process r draws its dropout with `seed + r`."""
+    """Seed of weights, data order and dropout; rank r draws dropout masks with `seed + r`."""
 
     log_every: int = changeable(1, ge=1)
-    """Steps between two log rows."""
+    """Steps between log rows."""
 
     evaluate_every: int = changeable(0, ge=0)
-    """Steps between two evaluations on the validation set; 0: at the end only."""
+    """Steps between evaluations on the validation set; 0: at the end only."""
 
     checkpoint_every: int = changeable(100, ge=0)
-    """Steps between two checkpoints; 0: at the end only."""
+    """Steps between checkpoints; 0: at the end only."""
 
     keep_checkpoints: int = changeable(2, ge=1)
-    """Checkpoints that are kept, newest first."""
+    """Number of newest checkpoints to keep."""
 
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights, used to evaluate; 0: off."""
 
     compile: bool = changeable(False)
-    """Run the encoders through torch.compile."""
+    """Compile the encoders with torch.compile."""
 
     impl: Literal["auto", "reference", "tiled", "triton"] = "auto"
     """Implementation of the loss."""
 
     @model_validator(mode="after")
     def _check_chunks(self: Self) -> Self:
-        """Without gradient caching, a chunk of one sample has nothing to learn from."""
+        """Without gradient caching, refuse chunks of one sample, which have no negatives."""
         assert isinstance(self, TrainConfig)
         if self.grad_cache:
             return self
@@ -139,14 +139,14 @@ class TrainConfig(Section):
 
 
 class TextTrainConfig(TrainConfig):
-    """The loop, for samples that hold texts."""
+    """The loop, for samples with texts."""
 
     sort_by_length: bool = False
-    """Chunks of texts of similar length, each trimmed to its longest."""
+    """Put texts of similar length into one chunk, and trim each chunk to its longest."""
 
     chunk_tokens: int = Field(0, ge=0)
-    """Tokens of texts that go through an encoder at once, padding included, with `sort_by_length`;
-    0: `chunk_size` texts, however long."""
+    """With `sort_by_length`: tokens per pass through an encoder, padding included; 0: `chunk_size`
+    texts, whatever their length."""
 
     @model_validator(mode="after")
     def _check_tokens(self) -> TextTrainConfig:
@@ -160,13 +160,13 @@ class EvaluationConfig(Section):
     """Evaluation on the validation set."""
 
     batch_size: int = changeable(256, ge=1)
-    """Samples embedded at once; changes memory, not results."""
+    """Samples embedded at once; affects memory, not results."""
 
     gallery: int = changeable(6, ge=1)
     """Queries shown in the gallery picture."""
 
     at_start: bool = changeable(False)
-    """Also before the first step: what pretrained weights bring along."""
+    """Also evaluate before the first step, to measure pretrained weights."""
 
 
 class RetrievalConfig(EvaluationConfig):
@@ -186,26 +186,26 @@ class RetrievalConfig(EvaluationConfig):
 
 
 class DistributedConfig(Section):
-    """Several processes: `gradcache-clip launch`, torchrun or deepspeed start them."""
+    """Several processes, started by `gradcache-clip launch`, torchrun or deepspeed."""
 
     strategy: Literal["ddp", "fsdp", "deepspeed"] = changeable("ddp")
-    """What holds parameters and reduces gradients."""
+    """How parameters are stored and gradients reduced."""
 
     zero: int = changeable(-1, ge=-1, le=3)
-    """ZeRO stage of DeepSpeed, 0 to 3; -1: that of `deepspeed_config`, or 2 without one."""
+    """ZeRO stage of DeepSpeed, 0 to 3; -1 takes that of `deepspeed_config`, or 2 without one."""
 
     deepspeed_config: str = changeable("")
-    """A DeepSpeed configuration of your own (JSON), used as it is; empty: one is made."""
+    """Your own DeepSpeed configuration (JSON), used unchanged; empty generates one."""
 
     timeout_s: int = changeable(600, ge=1)
-    """Longest that a process waits for the others before it gives up."""
+    """Seconds that a process waits for the others before it fails."""
 
 
 class Config(Section):
-    """What every program is configured by; each says what its sections hold."""
+    """A configuration; each program declares the contents of its sections."""
 
     program: str
-    """Which one: `pairs` of images and captions, two `views` of images, or `texts`."""
+    """`pairs` of images and captions, two `views` of each image, or `texts`."""
 
     data: DataConfig = DataConfig()
     """Samples and how they are read."""
@@ -214,7 +214,7 @@ class Config(Section):
     """The encoder."""
 
     loss: Any = None
-    """What is minimised."""
+    """The training objective."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer and its schedule."""
@@ -242,19 +242,19 @@ class Config(Section):
                 "''; change it in the config or with data.validation=PATH"
             )
         if self.distributed.strategy == "deepspeed":
-            # ZeRO-3 offloads parameters, which then lie elsewhere than they are used.
+            # ZeRO-3 may offload parameters, so their device does not say where chunks must go.
             expect(self, "train.batch_device", "device", "distributed.strategy=deepspeed")
-            # It steps the scale apart from the encoder.
+            # The logit scale has an optimizer of its own there, which needs a parameter to step.
             if self.loss is not None:
                 expect(self, "loss.learn_logit_scale", True, "distributed.strategy=deepspeed")
         if isinstance(self.train, TextTrainConfig) and self.distributed.strategy != "ddp":
-            # A forward waits for all ranks there, whose tokens need not make as many chunks.
-            beside = f"distributed.strategy={self.distributed.strategy}"
-            expect(self, "train.chunk_tokens", 0, beside)
+            # Every forward is collective there, and ranks may get different numbers of chunks.
+            strategy = f"distributed.strategy={self.distributed.strategy}"
+            expect(self, "train.chunk_tokens", 0, strategy)
         return self
 
     def updated(self: Self, changes: Mapping[str, Any]) -> Self:
-        """A checked copy with other values.
+        """Return a validated copy with other values.
 
         Example:
             >>> class Plain(Config):

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one line: key, expected, got, remedy."""
+"""Turns pydantic's errors into one line: key, expected, got, remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BOUNDS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
-_NOW_CALLED = {
+_RENAMED = {
     "data.views": "program",
     "distributed.engine": "distributed.strategy",
     "evaluation.neighbours": "evaluation.knn_k",
@@ -49,10 +49,10 @@ class UnknownKeyError(ConfigError):
 
 
 def checked(schema: type[Model], values: Mapping[str, Any]) -> Model:
-    """The configuration that these sections make.
+    """Build and validate a configuration.
 
     Raises:
-        ConfigError: an unknown key, or a value of the wrong type or outside its range.
+        ConfigError: an unknown key, or a value of the wrong type or out of range.
     """
     try:
         return schema.model_validate(values)
@@ -61,13 +61,13 @@ def checked(schema: type[Model], values: Mapping[str, Any]) -> Model:
 
 
 def classes_of(schema: type[BaseModel], section: str) -> list[type[BaseModel]]:
-    """The classes that a section may be of; several where one of its keys decides."""
+    """Return the possible classes of a section: several if one of its keys chooses."""
     field = schema.model_fields.get(section)
     return [] if field is None else [*_classes_in(field.annotation)]
 
 
 def field_of(schema: type[BaseModel], keys: Sequence[str]) -> FieldInfo | None:
-    """What `section.key` is declared as, or a longer key; None where there is no such key."""
+    """Return the declaration of `section.key`, or of a longer key; None if there is none."""
     first, *rest = keys
     field = schema.model_fields.get(first)
     if field is None or not rest:
@@ -91,11 +91,13 @@ def _explained(schema: type[BaseModel], values: Mapping[str, Any], error: Any) -
     keys = _keys_of(schema, error["loc"])
     name = ".".join(keys)
     if error["type"] == "extra_forbidden":
-        message = f"{name}: no such key{_beside(schema, keys, values)}"
+        message = f"{name}: no such key{_hint_for_unknown_key(schema, keys, values)}"
         return UnknownKeyError(message, keys)
     if error["type"] in ("model_type", "model_attributes_type"):
         got = type(error["input"]).__name__
-        return ConfigError(f"{name}: expected keys with values, got {got}; indent them below it")
+        return ConfigError(
+            f"{name}: expected keys with values, got {got}; indent them below the section's name"
+        )
     if error["type"] == "union_tag_invalid":
         name = f"{name}.{'architecture' if name == 'model' else 'name'}"
         got, expected = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
@@ -110,12 +112,12 @@ def _change(name: str, expected: str, got: Any) -> ConfigError:
 
 
 def _keys_of(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """`section` or `section.key` of an error; pydantic also names classes and places in lists."""
+    """Return the keys of an error's location, without pydantic's class names and list indices."""
     section, *rest = location
     if len(classes_of(schema, section)) > 1:
         rest = rest[1:]
     keys = [str(section), *(part for part in rest if isinstance(part, str))]
-    # A mapping of any keys ends the key.
+    # Inside a free-form mapping, such as image_kwargs, name the mapping.
     while len(keys) > 2 and field_of(schema, keys[:-1]) is not None:
         inner = field_of(schema, keys[:-1])
         if inner is not None and [*_classes_in(inner.annotation)]:
@@ -137,11 +139,13 @@ def _expected(field: FieldInfo | None, error: Any) -> str:
     return _EXPECTED_TYPE.get(declared, "another value")
 
 
-def _beside(schema: type[BaseModel], keys: Sequence[str], values: Mapping[str, Any]) -> str:
-    """Which key was meant, or with which other setting there is no such key."""
+def _hint_for_unknown_key(
+    schema: type[BaseModel], keys: Sequence[str], values: Mapping[str, Any]
+) -> str:
+    """Say which key was meant, or under which setting the key does not exist."""
     name = ".".join(keys)
-    if name in _NOW_CALLED:
-        return f"; it is called {_NOW_CALLED[name]} now, see docs/training.md"
+    if name in _RENAMED:
+        return f"; it is called {_RENAMED[name]} now, see docs/training.md"
     if field_of(schema, keys) is not None:
         section = values[keys[0]]
         decides = "architecture" if keys[0] == "model" else "name"
@@ -164,7 +168,7 @@ def _hint(schema: type[BaseModel], keys: Sequence[str]) -> str:
 
 
 def _names(schema: type[BaseModel], parents: Sequence[str]) -> list[str]:
-    """Keys of a section, of all the classes that it may be of."""
+    """Return the keys of a section, over all its possible classes."""
     if not parents:
         return [*schema.model_fields]
     field = field_of(schema, parents)

@@ -18,22 +18,22 @@ from gradcache_clip.train.programs import PROGRAMS, program_class
 
 DEFAULT_PROGRAM = "pairs"
 
-# A model's arguments say nothing to another model.
+# Arguments of one model mean nothing to another.
 _ARGUMENTS_OF = {"image": "image_kwargs", "text": "text_kwargs"}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """Defaults, then the YAML file, then `section.key=value` overrides, checked as a whole.
+    """Merge defaults, a YAML file and `section.key=value` overrides, and validate the result.
 
-    `program` says what the sections hold; see `gradcache_clip.train.programs`. A value replaces the
-    one before it, mappings such as `model.image_kwargs` too; a longer key such as
-    `model.image_kwargs.depth=4` changes one entry. An override that changes `model.image`
-    (`model.text`) drops the `image_kwargs` (`text_kwargs`) of the file. An empty value is the empty
-    text where text is expected, and text is taken as it stands: `data.train={000..099}.tar`.
+    `program` determines the contents of the sections; see `gradcache_clip.train.programs`. An
+    override replaces the file's value, also that of a mapping such as `model.image_kwargs`; a
+    longer key such as `model.image_kwargs.depth=4` changes one entry. An override of `model.image`
+    (`model.text`) drops the file's `image_kwargs` (`text_kwargs`). For a string key, the text after
+    `=` is taken literally and may be empty: `data.train={000..099}.tar`.
 
     Raises:
-        ConfigError: an unknown key (with the nearest valid name), a value of the wrong type or
-            outside its range, a file that is missing or no YAML mapping. The message is one line.
+        ConfigError: an unknown key (with the nearest valid name), a value of the wrong type or out
+            of range, a missing file, or one that is not a YAML mapping. The message is one line.
 
     Example:
         >>> load_config(None, ["train.batch_size=4096"]).train.batch_size
@@ -68,7 +68,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def _schema(given: Mapping[str, Any], overrides: Sequence[str]) -> type[Config]:
-    """The configuration of the program that is asked for last."""
+    """Return the configuration class of the program; the last override wins."""
     asked = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "program"]
     name = [given.get("program", DEFAULT_PROGRAM), *asked][-1]
     if name not in PROGRAMS:
@@ -81,7 +81,7 @@ def _schema(given: Mapping[str, Any], overrides: Sequence[str]) -> type[Config]:
 
 
 def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
-    """With every `${section.key}` looked up."""
+    """Resolve every `${section.key}`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -98,7 +98,7 @@ def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise ConfigError(
-            "config: expected ${section.key} to end at a value, got a circle; write the value out"
+            "config: expected ${section.key} to end at a value, got a cycle; write the value out"
         ) from error
     return dict(found)
 
@@ -136,7 +136,7 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
 
 
 def _parse(override: str, schema: type[Config]) -> tuple[list[str], Any]:
-    """`section.key=value` to its keys and its value."""
+    """Split `section.key=value` into keys and value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -168,7 +168,7 @@ def _unquoted(text: str) -> str:
 def _apply(
     given: dict[str, Any], overrides: Sequence[tuple[list[str], Any]], schema: type[Config]
 ) -> None:
-    """Put overrides into `given`, in order; later ones win."""
+    """Apply overrides to `given` in order; later ones win."""
     single = [pair for keys, value in overrides for pair in _each_key(keys, value)]
     _drop_other_models_arguments(given, single, schema)
     for keys, value in single:
@@ -181,7 +181,7 @@ def _apply(
 
 
 def _each_key(keys: list[str], value: Any) -> list[tuple[list[str], Any]]:
-    """`train={steps: 5, seed: 1}` says nothing of the section's other keys."""
+    """Split an override of a whole section, which leaves the section's other keys alone."""
     whole = len(keys) == 1 and isinstance(value, dict)
     return [([*keys, key], value[key]) for key in value] if whole else [(keys, value)]
 
@@ -200,5 +200,5 @@ def _drop_other_models_arguments(
 
 
 def _one_line(error: Exception) -> str:
-    """What OmegaConf or YAML complains of, without their further lines on where it was."""
+    """Return the first line of an error of OmegaConf or YAML; the others say where it was."""
     return str(getattr(error, "problem", None) or error).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Losses of the training command: what can be set of each, and the module that it makes."""
+"""The section `loss` of each program, and the modules that it builds."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from gradcache_clip.train.config_section import Section, discriminated_by
 
 
 class LossConfig(Section):
-    """Every loss multiplies the cosine similarity by a scale, which it learns or keeps."""
+    """Options of every loss. A scale, learned or fixed, multiplies the cosine similarity."""
 
     init_logit_scale: float = Field(1 / 0.07, gt=0)
-    """First multiplier of the cosine similarity; at most `max_logit_scale`."""
+    """Initial multiplier of the cosine similarity; at most `max_logit_scale`."""
 
     max_logit_scale: float = Field(100.0, ge=0)
-    """Upper bound of the multiplier, as in CLIP; 0: none, as in SigLIP."""
+    """Upper bound of the multiplier, as in CLIP; 0 for no bound, as in SigLIP."""
 
     learn_logit_scale: bool = True
-    """Train the multiplier; `false` keeps it at `init_logit_scale`, as SimCLR and MoCo do."""
+    """Train the multiplier; `false` fixes it at `init_logit_scale`, as SimCLR and MoCo do."""
 
     @model_validator(mode="after")
     def _check_scale(self) -> LossConfig:
@@ -44,7 +44,7 @@ class LossConfig(Section):
         return self
 
     def options(self, impl: str, exchange: str) -> dict[str, Any]:
-        """Arguments that all losses take."""
+        """Return the arguments that all losses take."""
         return {
             "init_logit_scale": self.init_logit_scale,
             "max_logit_scale": self.max_logit_scale or math.inf,
@@ -53,60 +53,60 @@ class LossConfig(Section):
         }
 
     def chance_loss(self, candidates: int) -> float | None:
-        """Loss of a model that knows nothing, among so many candidates; None for their log."""
+        """Return the loss of guessing among `candidates`; None if it is log(candidates)."""
         return None
 
 
 class PrefixLossConfig(LossConfig):
-    """A loss that can be taken over prefixes of the features, too."""
+    """A loss that can also be applied to prefixes of the features."""
 
     matryoshka: list[int] = Field([])
-    """Widths whose prefixes of the features are trained too, such as [64, 128, 256]."""
+    """Widths of feature prefixes to train as well, such as [64, 128, 256]; the last is D."""
 
     def chance_loss(self, candidates: int) -> float | None:
         return len(self.matryoshka) * math.log(candidates) if self.matryoshka else None
 
 
 class ClipConfig(PrefixLossConfig):
-    """A softmax over all pairs, both ways."""
+    """Softmax over all pairs, in both directions."""
 
     name: Literal["clip"] = "clip"
     """This loss."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of the target that is spread over all that compete."""
+    """Share of the target that is spread evenly over all candidates."""
 
     positives: Literal["pair", "group", "ignore"] = "pair"
-    """What pairs of one match group, such as the captions of one image, are to each other: `pair`,
-    negatives as all others; `group`, positives; `ignore`, neither."""
+    """How to treat pairs of one match group, such as captions of one image: `pair`, as negatives
+    like all others; `group`, as positives of each other; `ignore`, as neither."""
 
     def build(self, **options: Any) -> nn.Module:
         return ClipLoss(label_smoothing=self.label_smoothing, **options)
 
 
 class SigLipConfig(PrefixLossConfig):
-    """A sigmoid for each pair."""
+    """Sigmoid loss over each pair independently."""
 
     name: Literal["siglip"] = "siglip"
     """This loss."""
 
     init_logit_bias: float = -10.0
-    """First value of what is added to every logit."""
+    """Initial value of the bias that is added to every logit."""
 
     positives: Literal["pair", "group"] = "pair"
-    """What pairs of one match group are to each other: `pair`, negatives; `group`, positives."""
+    """How to treat pairs of one match group: `pair`, as negatives; `group`, as positives."""
 
     def build(self, **options: Any) -> nn.Module:
         return SigLipLoss(init_logit_bias=self.init_logit_bias, **options)
 
     def chance_loss(self, candidates: int) -> float:
-        """With the best logit that all pairs could share, whose sigmoid is 1 / candidates."""
+        """Return the least loss of equal logits: that of the logit with sigmoid 1 / candidates."""
         alone = math.log(candidates) - (candidates - 1) * math.log1p(-1 / candidates)
         return max(1, len(self.matryoshka)) * alone
 
 
 class LateInteractionConfig(LossConfig):
-    """A softmax over scores of all patches and tokens, which are not pooled (FILIP)."""
+    """Softmax over late-interaction scores of unpooled patches and tokens (FILIP)."""
 
     name: Literal["late_interaction"] = "late_interaction"
     """This loss."""
@@ -116,23 +116,23 @@ class LateInteractionConfig(LossConfig):
 
 
 class MoCoConfig(LossConfig):
-    """Against keys of a moving average of the towers, and a queue of earlier ones (MoCo)."""
+    """InfoNCE against keys of a momentum encoder and a queue of earlier keys (MoCo)."""
 
     name: Literal["moco"] = "moco"
     """This loss."""
 
     momentum: float = Field(0.999, ge=0, lt=1)
-    """Of the moving average that embeds the keys."""
+    """Momentum of the key encoder's moving average."""
 
     queue_size: int = Field(65536, ge=1)
-    """Keys of earlier steps that are held as negatives, of all processes together."""
+    """Number of keys of earlier steps to keep as negatives, over all processes."""
 
     def build(self, **options: Any) -> nn.Module:
         return InfoNCELoss(**options)
 
 
 class NTXentConfig(PrefixLossConfig):
-    """A softmax over two views of each image (SimCLR)."""
+    """Softmax over two views of each image (SimCLR)."""
 
     name: Literal["nt_xent"] = "nt_xent"
     """This loss."""
@@ -142,14 +142,14 @@ class NTXentConfig(PrefixLossConfig):
 
 
 class InfoNCEConfig(PrefixLossConfig):
-    """Each query against all documents and hard negatives."""
+    """Softmax of each query over all documents and hard negatives."""
 
     name: Literal["info_nce"] = "info_nce"
     """This loss."""
 
     positives: Literal["pair", "ignore"] = "pair"
-    """What a document or hard negative is that says the same as a query's own document: `pair`, a
-    negative; `ignore`, neither."""
+    """How to treat a document or hard negative with the same text as a query's own document:
+    `pair`, as a negative; `ignore`, as neither."""
 
     def build(self, **options: Any) -> nn.Module:
         return InfoNCELoss(**options)
@@ -171,7 +171,11 @@ ViewLoss = Annotated[
 def build_loss(
     config: Config, wrap: Callable[[nn.Module], nn.Module] = lambda loss: loss
 ) -> nn.Module:
-    """The loss of a configuration, over prefixes of the features too where it names widths."""
+    """Build the loss of a configuration; with `matryoshka`, also over prefixes of the features.
+
+    Args:
+        wrap: applied to the loss, inside `MatryoshkaLoss`.
+    """
     section: Any = config.loss
     train = config.train
     loss = wrap(section.build(**section.options(train.impl, train.exchange)))
@@ -184,11 +188,11 @@ def build_loss(
 
 
 def check_widths(widths: list[int], feature_dim: int) -> None:
-    """Raise ConfigError unless Matryoshka widths rise to that of the features."""
+    """Raise ConfigError unless Matryoshka widths increase up to the feature width."""
     rising = all(a < b for a, b in zip([0, *widths], widths, strict=False))
     if widths and not (rising and widths[-1] == feature_dim):
         raise ConfigError(
-            f"loss.matryoshka: expected rising widths that end with the width of the features, "
-            f"which is {feature_dim}, got {widths}; use e.g. "
+            f"loss.matryoshka: expected increasing widths that end with the feature width "
+            f"{feature_dim}, got {widths}; use e.g. "
             f"[{feature_dim // 4}, {feature_dim // 2}, {feature_dim}]"
         )

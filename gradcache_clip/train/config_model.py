@@ -1,4 +1,4 @@
-"""Encoders of the training command: what can be set of towers."""
+"""The section `model` of each program."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ class ImageTowerConfig(Section):
     image_kwargs: dict[str, Any] = Field({})
     """Further arguments of `timm.create_model`, such as `depth: 4`.
 
-    A value given as a whole replaces that of the file, and `model.image_kwargs.depth=4` changes one
-    entry. An override that changes `model.image` drops what the file gave for another model.
+    An override of the whole mapping replaces that of the file; `model.image_kwargs.depth=4` changes
+    one entry. An override of `model.image` drops the arguments that the file gives for another
+    model.
     """
 
     image_pretrained: bool = False
     """Load timm's pretrained weights."""
 
     image_weights: str = ""
-    """A safetensors file of weights for `image` by timm's names, instead of those of the hub."""
+    """A local safetensors file with weights for `image` under timm's names."""
 
     image_pool: Literal["cls", "mean", "default"] = "default"
-    """`cls`, `mean` over patches, or the model's own (`default`)."""
+    """`cls`, `mean` over patches, or the model's own pooling (`default`)."""
 
     feature_dim: int = Field(256, ge=1)
     """Width D of the features."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> ImageTowerConfig:
-        """Only one source, and no format that can run code."""
+        """Allow one source of weights, and no format that can run code."""
         if self.image_weights:
             expect(self, "model.image_pretrained", False, "model.image_weights")
         if self.image_weights and not self.image_weights.endswith(".safetensors"):
             raise ConfigError(
-                f"model.image_weights: expected a .safetensors file, which holds no code, got "
+                f"model.image_weights: expected a .safetensors file, which cannot run code, got "
                 f"{self.image_weights!r}; convert it"
             )
         return self
@@ -58,7 +59,7 @@ class TextTowerConfig(Section):
     text_kwargs: dict[str, Any] = Field({})
     """Fields of the transformers configuration, such as `num_hidden_layers: 4`.
 
-    Overridden like `image_kwargs`; an override that changes `model.text` drops those of the file.
+    Overridden like `image_kwargs`; an override of `model.text` drops those of the file.
     """
 
     text_pretrained: bool = False
@@ -72,15 +73,15 @@ class DualConfig(ImageTowerConfig, TextTowerConfig):
     """An image tower and a text tower, each with a linear projection."""
 
     architecture: Literal["dual"] = "dual"
-    """`dual`: a tower each."""
+    """`dual`: one tower per modality."""
 
     freeze: Literal["", "image", "text"] = ""
-    """`image` or `text`: that backbone keeps its weights, runs once a step and is never replayed;
-    its projection is trained."""
+    """Backbone to freeze, `image` or `text`: it runs once per step and is never replayed; its
+    projection is still trained."""
 
     frozen_features: str = changeable("")
-    """Folder of what a frozen image tower says of each training image, computed once and read in
-    later epochs and runs; empty: it is computed in every step."""
+    """Folder that caches a frozen image tower's features of training images across epochs and
+    runs; empty computes them in every step."""
 
     @model_validator(mode="after")
     def _check_frozen(self) -> DualConfig:
@@ -99,16 +100,16 @@ class MultiwaySizes(Section):
     """Blocks."""
 
     heads: int = Field(12, ge=1)
-    """Attention heads of a block; they divide the width."""
+    """Attention heads per block; must divide the width."""
 
     hidden: int = Field(3072, ge=1)
     """Inner width of each feed-forward network."""
 
     patch_size: int = Field(16, ge=1)
-    """Height and width of a patch in pixels; it divides `data.image_size`."""
+    """Height and width of a patch in pixels; must divide `data.image_size`."""
 
     drop_path: float = Field(0.0, ge=0, lt=1)
-    """Share of the rows that skip a layer of the last block; fewer do in earlier blocks."""
+    """Stochastic depth of the last block; it rises linearly from 0 in the first."""
 
     @model_validator(mode="after")
     def _check_width(self) -> MultiwaySizes:
@@ -121,12 +122,12 @@ class MultiwaySizes(Section):
 
     @property
     def gain(self) -> float:
-        """How much larger than Xavier's the first weights of values, outputs and experts are."""
+        """Gain over Xavier initialisation for values, outputs and experts."""
         return math.sqrt(math.log(2 * self.depth))
 
 
 class MultiwayConfig(Section):
-    """One Transformer for images and texts (BEiT-3), which starts new."""
+    """One Transformer for images and texts (BEiT-3), trained from scratch."""
 
     architecture: Literal["multiway"] = "multiway"
     """`multiway`: shared attention, and a feed-forward network for each modality."""
@@ -139,10 +140,10 @@ class MultiwayConfig(Section):
 
 
 class ViewConfig(ImageTowerConfig):
-    """An image tower, and a projection that is left out afterwards."""
+    """An image tower, and a projection that is discarded after training."""
 
     projection_hidden: int = Field(0, ge=0)
-    """Width of a hidden layer of the projection, with ReLU; 0: none."""
+    """Width of the projection's hidden layer, with ReLU; 0 makes the projection linear."""
 
 
 PairModel = Annotated[

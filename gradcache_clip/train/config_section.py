@@ -1,4 +1,4 @@
-"""What the sections of every configuration have in common."""
+"""Base class of configuration sections, and helpers to declare and check their keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradcache_clip.train.config_errors import ConfigError
 
 
 class Section(BaseModel):
-    """Keys with defaults; unknown ones are refused, and values stay as they were checked."""
+    """An immutable section with a default for each key; unknown keys are rejected."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -26,18 +26,22 @@ class Section(BaseModel):
     def _as_written(cls, value: Any, info: Any) -> Any:
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and kind in (int, float):
-            raise ValueError("true and false are no numbers")
-        # `validation:` with nothing behind it is YAML's null, and means the empty text.
+            # pydantic would take true as 1.
+            raise ValueError("true and false are not numbers")
+        # `validation:` without a value is null in YAML; it means the empty string here.
         return "" if value is None and kind is str else value
 
 
 def changeable(default: Any, **bounds: Any) -> Any:
-    """A key that may have another value when a run is resumed; any other makes another run."""
+    """Declare a key that may change when a run is resumed; other keys must stay the same."""
     return Field(default, json_schema_extra={"changeable": True}, **bounds)
 
 
 def discriminated_by(key: str, default: str) -> Discriminator:
-    """A key of a section decides which class the section is of."""
+    """Let a key of a section choose its class, as pydantic's discriminators do.
+
+    Unlike pydantic's own, the key has a default and may be left out.
+    """
 
     def tag(given: Any) -> Any:
         return given.get(key, default) if isinstance(given, dict) else getattr(given, key, None)
@@ -45,12 +49,12 @@ def discriminated_by(key: str, default: str) -> Discriminator:
     return Discriminator(tag)
 
 
-def expect(config: Section, key: str, expected: Any, beside: str) -> None:
-    """Raise ConfigError unless `section.key` has the one value that another setting allows.
+def expect(config: Section, key: str, expected: Any, setting: str) -> None:
+    """Raise ConfigError unless `section.key` has the only value that another setting allows.
 
     Args:
-        config: a whole configuration, or the section that the key is of.
-        beside: that setting, such as `loss.name=moco`.
+        config: a whole configuration, or the section that contains the key.
+        setting: the other setting, such as `loss.name=moco`.
     """
     section, name = key.split(".")
     got = getattr(getattr(config, section, config), name)
@@ -58,5 +62,5 @@ def expect(config: Section, key: str, expected: Any, beside: str) -> None:
         wanted = str(expected).lower() if isinstance(expected, bool) else repr(expected)
         shown = str(got).lower() if isinstance(got, bool) else repr(got)
         raise ConfigError(
-            f"{key}: expected {wanted} with {beside}, got {shown}; change one of the two"
+            f"{key}: expected {wanted} with {setting}, got {shown}; change one of the two"
         )

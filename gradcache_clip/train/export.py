@@ -1,4 +1,4 @@
-"""A trained text tower as a folder that sentence-transformers and transformers load."""
+"""`gradcache-clip export`: a trained text tower for sentence-transformers and transformers."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ _MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Norm
 
 
 def export_run(run_folder: str | Path, out: str | Path) -> Path:
-    """Write the text encoder of a run's newest checkpoint, its tokenizer and its pooling.
+    """Write the text encoder of a run's newest checkpoint, with its tokenizer and pooling.
 
-    `SentenceTransformer(out)` then gives the features of the run, normalised; its `encode_query`
-    and `encode_document` put `data.text_prompts` before the texts. What
-    `AutoModel.from_pretrained(out)` gives is to be pooled as `model.text_pool` says; a pooler of
-    that class is not trained, and `add_pooling_layer=False` leaves it out.
+    `SentenceTransformer(out)` then returns the normalised features of the run; its `encode_query`
+    and `encode_document` prepend `data.text_prompts`. Pool the output of
+    `AutoModel.from_pretrained(out)` according to `model.text_pool`, and pass
+    `add_pooling_layer=False` to leave out that class's own pooler, which is untrained.
 
     Args:
-        run_folder: the `train.output` of a run over texts.
+        run_folder: the `train.output` of a run with `program: texts`.
         out: a new or empty folder.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: no such run, one that has images as well, no checkpoint yet, or a folder that
-            holds something.
+        ConfigError: no such run, a run with images, no checkpoint yet, or a folder that is not
+            empty.
     """
     run, config = existing_run(run_folder)
     if not isinstance(config, TextsConfig):
         raise ConfigError(
-            f"run: expected one over texts (program: texts), got {run.path}, which is over "
-            f"{config.program}; its weights are the safetensors files in checkpoints/"
+            f"run: expected a run with program: texts, got {run.path} with program: "
+            f"{config.program}; load its weights from the safetensors files in checkpoints/"
         )
     out = Path(out)
     if out.is_file() or (out.exists() and any(out.iterdir())):
@@ -69,14 +69,14 @@ def _save_tokenizer(file: Path, pad_token: str, context_length: int, out: Path) 
         tokenizer_file=str(file),
         pad_token=pad_token,
         model_max_length=context_length,
-        # The run has trained without types of tokens.
+        # Training passed no token_type_ids, so inference must not either.
         model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.save_pretrained(out)
 
 
 def _save_modules(out: Path, config: TextsConfig, backbone: Any) -> None:
-    """What sentence-transformers reads beside a model."""
+    """Write the files that sentence-transformers reads in addition to a model."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(_MODULES)

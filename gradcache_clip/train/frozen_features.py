@@ -1,4 +1,4 @@
-"""What a locked image tower says of an image, computed once and kept in files for later epochs.
+"""Features of a locked image tower, computed once per image and cached in files.
 
 B images of a batch, N images seen so far, C width of the tower.
 """
@@ -22,20 +22,20 @@ _DIGEST_BYTES = 16
 
 
 class FrozenFeatures:
-    """Pooled features of images by what is in their pixels, so that no image can get another's.
+    """Cache of pooled features, keyed by a digest of the pixels, so images cannot be mixed up.
 
-    Each process writes a file of its own into the folder and reads those of all.
+    Each process writes its own file in the folder and reads the files of all.
 
     Args:
         tower: frozen, in evaluation mode; images (B, 3, H, W) to features (B, C).
-        folder: of the files; made with the first one.
-        rank: which of the processes this is.
+        folder: of the files; created with the first one.
+        rank: of this process.
         chunk_size: images that go through the tower at once.
-        context: such as autocast, around the tower.
-        setting: what its features depend on beside weights and pixels, such as the precision.
+        context: around the tower, such as autocast.
+        setting: anything else that the features depend on, such as the precision.
 
     Raises:
-        ConfigError: the folder has features of another tower or setting.
+        ConfigError: the folder holds features of another tower or setting.
 
     Source: Zhai et al. 2022 (LiT), section 3: features of a locked tower can be precomputed.
 
@@ -68,14 +68,14 @@ class FrozenFeatures:
         self._rows: dict[bytes, int] = {}
         self._table: Tensor | None = None
         for file in sorted(folder.glob("*.safetensors")):
-            self._take_over(file)
+            self._read(file)
         self._saved = len(self)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def of(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) on the host to features (B, C) on the host, in the dtype of the tower's."""
+        """Return features (B, C) of images (B, 3, H, W), both on the host, in the tower's dtype."""
         digests = [
             hashlib.blake2b(image.numpy().tobytes(), digest_size=_DIGEST_BYTES).digest()
             for image in images
@@ -87,7 +87,7 @@ class FrozenFeatures:
         return self._table[[self._rows[digest] for digest in digests]]
 
     def save(self) -> None:
-        """Write what is new, under a temporary name first."""
+        """Write all features if there are new ones, under a temporary name first."""
         if len(self) == self._saved or self._table is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +111,7 @@ class FrozenFeatures:
     def _add(self, digests: Sequence[bytes], features: Tensor) -> None:
         start, stop = len(self), len(self) + len(digests)
         if self._table is None or stop > len(self._table):
+            # Doubling keeps the cost of growing linear in the number of images.
             larger = features.new_empty(2 * stop, *features.shape[1:])
             if self._table is not None:
                 larger[:start] = self._table[:start]
@@ -118,12 +119,12 @@ class FrozenFeatures:
         self._table[start:stop] = features
         self._rows.update(zip(digests, range(start, stop), strict=True))
 
-    def _take_over(self, file: Path) -> None:
+    def _read(self, file: Path) -> None:
         with safe_open(file, "pt") as stored:
             if (stored.metadata() or {}).get("origin") != self._origin:
                 raise ConfigError(
                     f"model.frozen_features: expected features of this tower, image size and "
-                    f"precision in {file}, got those of another; use another folder, or delete it"
+                    f"precision in {file}, got others; use another folder, or delete the file"
                 )
             digests, features = stored.get_tensor("digests"), stored.get_tensor("features")
         rows = {digest.numpy().tobytes(): row for row, digest in enumerate(digests)}
@@ -133,7 +134,7 @@ class FrozenFeatures:
 
 
 def _digest_of(tower: nn.Module, setting: str) -> str:
-    """Of everything that decides what the tower says of pixels."""
+    """Return a digest of everything that the features depend on, except the pixels."""
     digest = hashlib.blake2b(f"{setting} {tower}".encode(), digest_size=_DIGEST_BYTES)
     for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]:
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""AdamW for contrastive training, and its learning rate at each step."""
+"""AdamW with parameter groups, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 if TYPE_CHECKING:
     from gradcache_clip.train.config import OptimizerConfig
 
-# Lookup tables and learned tokens of timm and transformers. A row of a table gets a gradient only
-# in steps that use it, while decay would pull it to zero in every step and wear rare words away.
+# Embedding tables and learned tokens of timm and transformers. A row of a table gets gradients only
+# in steps that use it, but decay would shrink it in every step, rare words most of all.
 _TABLES = (
     *("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "position_bias_table"),
     *("class_embedding", "positional_embedding", "embedding.weight", "embeddings.weight"),
@@ -22,11 +22,11 @@ _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 def build_optimizer(config: OptimizerConfig, *modules: nn.Module) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices decay; everything else does not.
+    """Build AdamW with weight decay on matrices only.
 
-    No decay on parameters with fewer than two dimensions (biases, norm gains, `log_logit_scale`),
-    on embedding and position tables, and on class tokens. Frozen parameters are left out, and a
-    parameter under two names (tied weights) is updated once.
+    Parameters with fewer than two dimensions (biases, norm gains, `log_logit_scale`), embedding and
+    position tables, and class tokens do not decay. Frozen parameters are left out, and tied
+    parameters are updated once.
 
     Args:
         config: `learning_rate`, `weight_decay`, `beta1`, `beta2`, `eps`.
@@ -57,20 +57,21 @@ def build_optimizer(config: OptimizerConfig, *modules: nn.Module) -> torch.optim
 
 
 def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters: those without decay, and those with the decay of the optimizer."""
+    """Group trainable parameters: those without decay, and those with the optimizer's."""
     from timm.optim import param_groups_weight_decay
 
-    # In the list every name has a dot before its last part.
+    # nn.ModuleList prefixes every name with an index and a dot.
     tables = [f"*[._]{name}" for name in _TABLES]
     groups = param_groups_weight_decay(nn.ModuleList(modules), 1.0, no_weight_decay_list=tables)
     for group in groups:
+        # Leave the decay of this group to the optimizer; 1.0 above only told the two apart.
         if group["weight_decay"]:
             del group["weight_decay"]
     return groups
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Learning rate of one step: linear warm-up, then half a cosine down to zero.
+    """Return the learning rate of a step: linear warm-up, then half a cosine down to zero.
 
     Args:
         step: optimizer steps taken before this one, 0 to `total_steps`.
@@ -78,7 +79,7 @@ def learning_rate_at(step: int, config: OptimizerConfig, total_steps: int) -> fl
         total_steps: optimizer steps of the whole run.
 
     Returns:
-        The peak is reached at `warmup_steps - 1`, zero at `total_steps`.
+        The rate, which peaks at step `warmup_steps - 1` and is zero at `total_steps`.
 
     Example:
         >>> from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The folder of a run: made once, resumed on request, never overwritten."""
+"""The folder of a run: created once, resumed on request, never overwritten."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunFolder:
 
     @property
     def text_model(self) -> Path:
-        """What a pretrained text tower is, without its weights."""
+        """Architecture of a pretrained text tower, without its weights."""
         return self.path / "text_model.json"
 
     @property
@@ -49,14 +49,14 @@ class RunFolder:
         return self.path / "summary.json"
 
     def has_begun(self) -> bool:
-        """Whether a step was logged or saved; a start that failed before leaves nothing to lose."""
+        """Return whether a step was logged or saved. Before that there is nothing to lose."""
         log = self.path / FILE_NAME
-        # What was evaluated before the first step can be evaluated again.
+        # An evaluation before the first step, logged as step 0, can be repeated.
         logged = log.is_file() and any(row["step"] > 0 for row in read_log(log))
         return logged or self.checkpoints.is_dir()
 
     def holds_only_a_failed_start(self) -> bool:
-        """Whether everything here is ours, so that nothing is lost by writing it again."""
+        """Return whether all files here are those of a run that never took a step."""
         names = {path.name for path in self.path.iterdir()}
         try:
             load_config(self.config)
@@ -66,9 +66,9 @@ class RunFolder:
         return names <= {*ours, FILE_NAME, "tensorboard"}
 
     def begin(self, config: Config, tokenizer: Tokenizer | None, encoder: Any = None) -> None:
-        """Make the folder and write down what defines the run; a resumed one keeps its tokens.
+        """Create the folder and write the configuration; a resumed run keeps its tokenizer.
 
-        Also saves the architecture of a pretrained text tower, so that the run loads without its
+        Also saves the architecture of a pretrained text tower, so the run loads without its
         source.
         """
         self.path.mkdir(parents=True, exist_ok=True)
@@ -77,6 +77,7 @@ class RunFolder:
         if getattr(config.model, "text_pretrained", False):
             found = encoder.text_tower.backbone.config
             self._write_json(self.text_model, [found.model_type, arguments_of(found)])
+        # Renamed once complete, so that a kill never leaves half a file; likewise below.
         temporary = self.config.with_suffix(".tmp")
         save_config(config, temporary)
         temporary.replace(self.config)
@@ -85,7 +86,7 @@ class RunFolder:
         self._write_json(self.summary, dataclasses.asdict(summary))
 
     def trained(self, config: Config) -> Config:
-        """The same without the weights that it began with, since a checkpoint has all."""
+        """Return a configuration that loads no pretrained weights, as a checkpoint has them all."""
         model, changes = config.model, dict[str, Any]()
         if isinstance(model, ImageTowerConfig):
             changes |= {"model.image_pretrained": False, "model.image_weights": ""}
@@ -96,7 +97,7 @@ class RunFolder:
         return config.updated(changes)
 
     def read_tokenizer(self, config: Config) -> Tokenizer:
-        """The one that was saved when the run began, so that a resumed run reads the same."""
+        """Load the tokenizer that was saved when the run began."""
         data: Any = config.data
         return load_tokenizer(self.tokenizer, data.context_length)
 
@@ -107,7 +108,7 @@ class RunFolder:
         temporary.replace(path)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The fields of the last summary, if one was written."""
+        """Return the fields of the last summary, or None."""
         if not self.summary.is_file():
             return None
         fields: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
@@ -115,19 +116,21 @@ class RunFolder:
 
 
 def check_run(config: Config) -> RunFolder:
-    """The folder of a run that may start or go on there; nothing is written.
+    """Check that a run may start or resume in its folder; writes nothing.
 
     Raises:
-        ConfigError: the folder holds a run and `train.resume` is off, holds something else, or was
-            made by a configuration that differs in more than length and logging.
+        ConfigError: the folder holds a run and `train.resume` is off, it holds other files, or its
+            run has other values of keys that must not change.
     """
     run = RunFolder(Path(config.train.output))
     if run.path.is_file():
-        raise ConfigError(f"train.output: expected a folder, got the file {run.path}")
+        raise ConfigError(
+            f"train.output: expected a folder, got the file {run.path}; choose another path"
+        )
     if config.train.resume and not run.config.is_file():
         raise ConfigError(
             f"train.resume: expected the folder of a run, got {run.path}, which holds none; check "
-            "train.output, or leave train.resume out to start there"
+            "train.output, or leave train.resume out to start a new run there"
         )
     if not run.path.exists() or not any(run.path.iterdir()):
         return run
@@ -140,15 +143,15 @@ def check_run(config: Config) -> RunFolder:
         return run
     if not config.train.resume:
         raise ConfigError(
-            f"train.output: expected a new folder, got {run.path}, which holds a run; go on with "
-            "train.resume=true or choose another folder"
+            f"train.output: expected a new folder, got {run.path}, which holds a run; continue it "
+            "with train.resume=true or choose another folder"
         )
     _check_same_run(_saved_config(run), config)
     return run
 
 
 def existing_run(path: str | Path) -> tuple[RunFolder, Config]:
-    """A run that was made before, with its configuration.
+    """Open an existing run and load its configuration.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -163,7 +166,7 @@ def existing_run(path: str | Path) -> tuple[RunFolder, Config]:
 
 
 def _saved_config(run: RunFolder) -> Any:
-    """What a run was configured by.
+    """Load the configuration of a run.
 
     Raises:
         ConfigError: it has keys that this version does not know.
@@ -172,7 +175,7 @@ def _saved_config(run: RunFolder) -> Any:
         return load_config(run.config)
     except ConfigError as error:
         raise ConfigError(
-            f"run: expected one of this version of gradcache-clip, got {run.path}, whose "
+            f"run: expected a run of this version of gradcache-clip, got {run.path}, whose "
             f"config.yaml has other keys ({error}); use the version that wrote it"
         ) from error
 

@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""Draws the pictures of a run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gradcache_clip.train.run_folder import RunFolder
 def draw_run(
     run: RunFolder, program: Program[Any], evaluated: Any | None, preview: Any | None
 ) -> list[Path]:
-    """Draw the log, a training batch and the held-out samples into `pictures/`."""
+    """Draw curves of the log, a training batch and held-out samples into `pictures/`."""
     run.pictures.mkdir(exist_ok=True)
     curves = draw_curves([run_curve(run, program.config)], run.pictures / "curves.png")
     return [curves, *program.draw(run.pictures, evaluated, preview)]
 
 
 def run_curve(run: RunFolder, config: Any, name: str | None = None) -> RunCurve:
-    """The log of a run, labelled with its batch, or its chunks where the softmax ends there."""
+    """Return the log of a run as a curve, labelled with the size of its softmax."""
     train, program = config.train, program_of(config)
     name = name or (
         f"cached, batch of {train.batch_size:,}"

@@ -14,11 +14,11 @@ PROGRAMS = {
     "views": "Views",
     "texts": "Texts",
 }
-"""Module in this package, and the class in it; its `Config` is what it is configured by."""
+"""Name of each program's module in this package -> name of its class."""
 
 
 def program_class(name: str) -> Any:
-    """The class of a program.
+    """Import and return the class of a program.
 
     Example:
         >>> program_class("views").__name__
@@ -28,6 +28,6 @@ def program_class(name: str) -> Any:
 
 
 def program_of(config: Config) -> Program:
-    """The program that a configuration is for."""
+    """Build the program of a configuration."""
     program: Program = program_class(config.program)(config)
     return program

@@ -1,4 +1,4 @@
-"""MoCo in any program: keys of a moving average of its towers, and a queue of earlier keys."""
+"""MoCo for any program: a momentum encoder, and queues of earlier keys."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gradcache_clip.train.momentum import MomentumEncoder
 
 
 class MomentumQueue:
-    """Queries of a batch against keys of the towers' moving average and of earlier steps.
+    """Builds a program's encoder, loss and inputs for MoCo.
 
     Args:
         config: of the run.
-        towers: whose features are queries; each has keys of its own.
+        towers: number of towers; each has its own momentum encoder and queue.
 
     Source:
         He et al. 2020, "Momentum contrast for unsupervised visual representation learning".
@@ -41,11 +41,11 @@ class MomentumQueue:
 
     @property
     def candidates(self) -> int:
-        """Its own key and the queue."""
+        """Candidates of a query: its own key and the queue."""
         return self._loss.queue_size + 1
 
     def encoder(self, query: Any) -> MomentumEncoder:
-        """The towers, and their moving average."""
+        """Return the towers together with their moving average."""
         encoder = MomentumEncoder(query, towers=self.towers, momentum=self._loss.momentum)
         self._shuffles = has_batch_statistics(encoder)
         if self._shuffles:
@@ -53,7 +53,11 @@ class MomentumQueue:
         return encoder
 
     def loss(self, loss: InfoNCELoss, width: int) -> MoCoLoss:
-        """`loss` of each query against its key and the queue, for features of a width."""
+        """Return `loss` with queues for features of width D.
+
+        Raises:
+            ConfigError: the queue does not divide by the number of processes.
+        """
         size, ranks = self._loss.queue_size, world_size()
         if size % ranks:
             raise ConfigError(
@@ -63,28 +67,29 @@ class MomentumQueue:
         return MoCoLoss(loss, [FeatureQueue(size, width) for _ in range(self.towers)])
 
     def inputs(self, queries: tuple[Any, ...], keys: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Of all towers and of all averages; keys in another order if their chunks could tell."""
+        """Return inputs of all towers and averages; batch norm requires shuffled keys."""
         if self._shuffles:
             images = keys[0]
             keys = pick_rows(keys, self._order(len(images)).to(images.device))
         return *queries, *keys
 
     def loss_kwargs(self, rows: int, device: torch.device) -> dict[str, Any]:
-        """Where each query's key is now."""
+        """Return the position of each query's key, if keys are shuffled."""
         if not self._shuffles:
             return {}
         return {"order": self._order(rows).argsort().to(device, non_blocking=True)}
 
     def after_step(self, encoder: nn.Module, loss: nn.Module) -> None:
-        """Move the average, and queue the keys of this step."""
+        """Update the average, and push the keys of this step to the queues."""
         assert isinstance(encoder, MomentumEncoder) and isinstance(loss, MoCoLoss)
         encoder.update()
         loss.push()
 
     def _order(self, rows: int) -> Tensor:
-        """Of keys: those of one chunk of queries go into as many chunks as there are.
+        """Order keys so that those of one chunk of queries are spread over all chunks.
 
-        Else a query could tell its own key by the batch norm of their chunk (section 3.3).
+        Otherwise a query could recognise its own key by their chunk's batch statistics (section
+        3.3).
         """
         chunks = -(-rows // self.config.train.chunk_size)
         return torch.cat([torch.arange(first, rows, chunks) for first in range(chunks)])
@@ -95,18 +100,18 @@ class MomentumQueue:
             raise ConfigError(
                 f"train.chunk_size: expected less than train.batch_size, which is "
                 f"{train.batch_size}, for towers with batch norm under loss.name=moco, got "
-                f"{train.chunk_size}; keys of other chunks cannot be told by their statistics"
+                f"{train.chunk_size}; with one chunk, batch statistics would reveal a query's key"
             )
 
 
 def check_queue(config: Config) -> None:
-    """Raise ConfigError for settings under which a moving average or a queue would go wrong."""
+    """Raise ConfigError for settings under which a moving average or a queue would be wrong."""
     loss, rows = config.loss, config.train.batch_size
     if not isinstance(loss, MoCoConfig):
         return
     expect(config, "train.grad_cache", True, "loss.name=moco")
     expect(config, "train.ema_decay", 0.0, "loss.name=moco, which averages the weights itself")
-    # The average moves on every process by itself, and needs whole weights for it.
+    # Every process updates its own copy of the average, which needs unsharded weights.
     expect(config, "distributed.strategy", "ddp", "loss.name=moco")
     if loss.queue_size < rows:
         raise ConfigError(

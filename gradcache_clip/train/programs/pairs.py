@@ -46,7 +46,7 @@ from gradcache_clip.train.token_towers import TokenEncoder, TokenLoss
 from gradcache_clip.train.tokenizer import Tokenizer
 from gradcache_clip.train.towers import build_towers
 
-# How the losses call the integers that say which pairs belong together.
+# The argument of the losses that takes the group ids, by `loss.positives`.
 _ARGUMENT = {"group": "labels", "ignore": "ids"}
 
 
@@ -54,7 +54,7 @@ class PairEvaluation(RetrievalConfig):
     """Retrieval on the validation pairs."""
 
     folds: int = changeable(1, ge=1)
-    """Consecutive parts of the validation images over which recall is averaged; 5 for COCO's 1K."""
+    """Number of consecutive parts of the validation images to average over; 5 for COCO 1K."""
 
 
 class PairsConfig(Config):
@@ -67,7 +67,7 @@ class PairsConfig(Config):
     model: PairModel = DualConfig()
     """The towers."""
     loss: PairLoss = ClipConfig()
-    """What is minimised."""
+    """The training objective."""
     train: TextTrainConfig = TextTrainConfig()
     """The loop."""
     evaluation: PairEvaluation = PairEvaluation()
@@ -78,7 +78,7 @@ class PairsConfig(Config):
         check_widths(getattr(self.loss, "matryoshka", []), self.model.feature_dim)
         check_queue(self)
         if isinstance(self.loss, LateInteractionConfig):
-            # One vector stands for an image or a text in the Multiway Transformer.
+            # The Multiway Transformer returns one vector per image or text.
             expect(self, "model.architecture", "dual", "loss.name=late_interaction")
         if isinstance(self.loss, MoCoConfig):
             expect(self, "train.sort_by_length", False, "loss.name=moco")
@@ -91,7 +91,7 @@ class PairsConfig(Config):
             expect(self, "model.freeze", "", "loss.name=moco")
         check_tokenizer(model, self.data.tokenizer)
         if model.frozen_features:
-            # Every epoch shows the same images to one frozen tower that pools them.
+            # Features are cached by pixels, which random crops change in every epoch.
             expect(self, "data.random_crop", 1.0, "model.frozen_features")
             expect(self, "distributed.strategy", "ddp", "model.frozen_features")
             if self.loss.name not in ("clip", "siglip"):
@@ -102,7 +102,7 @@ class PairsConfig(Config):
 
 
 class Pairs(Program[PairsConfig]):
-    """An image tower and a text tower, each caption the partner of its image."""
+    """Trains an image tower and a text tower on images with captions."""
 
     schema = PairsConfig
 

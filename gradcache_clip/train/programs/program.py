@@ -1,4 +1,4 @@
-"""What a training program is to the loop: samples, encoder, loss and evaluation of one kind."""
+"""Interface between a training program and the loop: samples, encoder, loss and evaluation."""
 
 from __future__ import annotations
 
@@ -32,114 +32,114 @@ from gradcache_clip.train.tokenizer import Tokenizer
 Settings = TypeVar("Settings", bound=Config)
 
 Context = Callable[[], AbstractContextManager[Any]]
-"""Makes the context that encoders run in, such as autocast."""
+"""Returns the context that encoders run in, such as autocast."""
 
 Step = tuple[tuple[Any, ...], dict[str, Any]]
-"""What each tower takes, and what the loss is told beside the features."""
+"""Inputs of each tower, and further arguments of the loss."""
 
 
 class Evaluated(Protocol):
-    """Features of a validation set, and what they are worth."""
+    """Result of an evaluation."""
 
     def scalars(self) -> dict[str, float]:
-        """Names and figures for the log."""
+        """Return metrics by name, for the log."""
 
 
 class Program(ABC, Generic[Settings]):
-    """One kind of training, built anew in each process of a run.
+    """One kind of training. Every process of a run builds its own.
 
-    The loop calls an encoder as `encoder(tower, inputs)`, once for each entry of the inputs, and
-    the loss with the features of all.
+    The loop calls `encoder(tower, inputs)` once for each entry of the inputs, and the loss with the
+    features of all of them.
 
     Args:
         config: of the run.
     """
 
     schema: ClassVar[type[Config]]
-    """The configuration that this program reads."""
+    """Configuration class of this program."""
 
     reads_texts: ClassVar[bool] = True
-    """Whether it needs a tokenizer."""
+    """Whether the program needs a tokenizer."""
 
     def __init__(self, config: Settings) -> None:
         self.config = config
 
     @property
     def image_size(self) -> int | None:
-        """Height and width in pixels; None where there are no images."""
+        """Height and width in pixels; None without images."""
         return None
 
     @abstractmethod
     def check_data(self) -> None:
-        """Raise unless there is something to evaluate on, where a validation set is named."""
+        """Raise unless the validation set can be evaluated on; called only if there is one."""
 
     @abstractmethod
     def loader(self, peers: Peers) -> Any:
-        """Training batches of this process."""
+        """Return an endless loader of this process's training batches."""
 
     def texts(self) -> Iterable[str]:
-        """The training set's texts, for learning a tokenizer."""
+        """Yield the texts of the training set, to train a tokenizer on."""
         raise NotImplementedError
 
     @abstractmethod
     def encoder(self, tokenizer: Tokenizer | None) -> nn.Module:
-        """With fresh or pretrained weights, in train mode."""
+        """Build the encoder, with random or pretrained weights, in train mode."""
 
     @abstractmethod
     def loss(self) -> nn.Module:
-        """Over the whole batch of all processes."""
+        """Build the loss over the whole batch of all processes."""
 
     @abstractmethod
     def inputs(self, batch: Any, tokenizer: Tokenizer | None, device: torch.device) -> Step:
-        """A batch as the encoder and the loss take it."""
+        """Convert a batch into inputs of the encoder and arguments of the loss."""
 
     def begin(self, encoder: Any, rank: int, context: Context) -> None:
-        """Called once before the first step, with the context that encoders run in."""
+        """Called once before the first step; `context` is the one that encoders run in."""
 
     def after_step(self, encoder: nn.Module, loss: nn.Module) -> None:
         """Called after each optimizer step."""
 
     def on_save(self) -> None:
-        """Called with each checkpoint: write what is kept beside it."""
+        """Called with each checkpoint, to write files that live outside of it."""
 
     @abstractmethod
     def evaluate(self, encoder: Any, tokenizer: Tokenizer | None, peers: Peers) -> Evaluated | None:
-        """The validation set, embedded by all processes, on the first; None elsewhere."""
+        """Evaluate the validation set on all processes; returns None except on rank 0."""
 
     @abstractmethod
     def table(self, evaluated: Any, title: str) -> Table:
-        """What came of an evaluation."""
+        """Return the result of an evaluation as a table."""
 
     def preview(
         self, encoder: Any, tokenizer: Tokenizer | None, batches: Iterator[Any]
     ) -> Any | None:
-        """Some samples of the next training batch, embedded for a picture."""
+        """Embed some samples of the next training batch, for a picture."""
         return None
 
     @abstractmethod
     def draw(self, folder: Path, evaluated: Any | None, preview: Any | None) -> list[Path]:
-        """Draw what was evaluated into a folder; returns the files."""
+        """Draw pictures of an evaluation and a preview into a folder; returns the files."""
 
     @property
     def texts_of_inputs(self) -> Sequence[bool]:
-        """Whether each input holds texts, which may be sorted by length."""
+        """For each input, whether it holds texts, which may be sorted by length."""
         return ()
 
     @property
     def candidates(self) -> int:
-        """Among how many an input looks for its partner."""
+        """Number of candidates that each sample is compared with."""
         train = self.config.train
         return train.batch_size if train.grad_cache else train.chunk_size
 
     @property
     def chance_loss(self) -> float | None:
-        """Loss of a model that knows nothing; None for the logarithm of `candidates`."""
+        """Loss of guessing; None if it is log(candidates)."""
         chance_loss: float | None = self.config.loss.chance_loss(self.candidates)
         return chance_loss
 
     @property
     def sort_by_length(self) -> list[ByLength | None] | None:
-        """How chunks of each input are cut."""
+        """How to cut each input into chunks; see `GradCache`."""
         train = self.config.train
         if not (isinstance(train, TextTrainConfig) and train.sort_by_length):
             return None
@@ -147,7 +147,7 @@ class Program(ABC, Generic[Settings]):
         return [by_length if is_text else None for is_text in self.texts_of_inputs]
 
     def _embedding(self, peers: Peers) -> EmbedOptions:
-        """How held-out samples are embedded."""
+        """Return the options for embedding held-out samples."""
         config = self.config
         return EmbedOptions(config.evaluation.batch_size, config.train.precision, peers)
 
@@ -159,7 +159,7 @@ class Program(ABC, Generic[Settings]):
         self, texts: Sequence[str], tokenizer: Tokenizer | None, device: torch.device
     ) -> dict[str, Tensor]:
         assert tokenizer is not None
-        # torch.compile wants one shape.
+        # One shape for torch.compile, which would compile again for each other one.
         tokens = tokenizer(texts, pad_to_context=self.config.train.compile)
         return to_device(tokens, self._batch_device(device))
 
@@ -172,7 +172,7 @@ def image_loader(
     captions: bool = False,
     views: Augmentation | None = None,
 ) -> ImageCaptionLoader:
-    """Batches of images of this process, for ever."""
+    """Return an endless loader of this process's batches of images."""
     options = LoaderOptions(
         image_size=data.image_size,
         crop_scale=(data.random_crop, 1.0) if data.random_crop < 1 else None,
@@ -197,7 +197,7 @@ def image_loader(
 def read_samples(
     source: str, data: ImageData, *, captions: bool = False
 ) -> Iterator[DecodedSample]:
-    """All samples of a source, for evaluation."""
+    """Yield all samples of a source once, for evaluation."""
     options = LoaderOptions(
         image_size=data.image_size,
         captions=captions,
@@ -208,24 +208,24 @@ def read_samples(
 
 
 def check_tokenizer(model: TextTowerConfig, tokenizer: str) -> None:
-    """Raise ConfigError if a pretrained text tower would read tokens that it never learned."""
+    """Raise ConfigError if a pretrained text tower would get token ids of another tokenizer."""
     if model.text_pretrained and tokenizer == "train":
         raise ConfigError(
-            "data.tokenizer: expected the one that the weights of model.text were trained with "
-            "(model.text_pretrained=true), got 'train', which learns another; use "
+            "data.tokenizer: expected the tokenizer of the pretrained model.text "
+            "(model.text_pretrained=true), got 'train', which learns a new one; use "
             f"data.tokenizer={model.text}"
         )
 
 
 def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copies on a device; nothing waits for them."""
+    """Copy tensors to a device asynchronously."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def group_ids(groups: Sequence[str]) -> Tensor:
-    """int64 (B,), equal for equal names on every process.
+    """Hash group names to int64 ids (B,), equal for equal names on every process.
 
-    Two different names share a number once in 2^64 pairs of names.
+    Python's own hash is salted per process. Two different names collide with probability 2^-64.
 
     Example:
         >>> numbers = group_ids(["cat", "dog", "cat"])

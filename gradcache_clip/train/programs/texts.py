@@ -36,9 +36,9 @@ class TextsConfig(Config):
     data: TextData = TextData()
     """Lines of texts."""
     model: TextTowerConfig = TextTowerConfig()
-    """The text tower, whose width is that of the features."""
+    """The text tower; its width is the feature width."""
     loss: InfoNCEConfig = InfoNCEConfig()
-    """What is minimised."""
+    """The training objective."""
     train: TextTrainConfig = TextTrainConfig()
     """The loop."""
     evaluation: RetrievalConfig = RetrievalConfig()
@@ -46,14 +46,14 @@ class TextsConfig(Config):
 
     @model_validator(mode="after")
     def _check_texts(self) -> TextsConfig:
-        # A chunk of queries has its documents and negatives, but not their marks, side by side.
+        # Plain accumulation would cut ids like queries, but they hold documents, then negatives.
         expect(self, "train.grad_cache", True, "program=texts")
         check_tokenizer(self.model, self.data.tokenizer)
         return self
 
 
 class Texts(Program[TextsConfig]):
-    """One text tower for queries, their documents and hard negatives."""
+    """Trains one text tower on queries, their documents and hard negatives."""
 
     schema = TextsConfig
 
@@ -150,6 +150,6 @@ def _check_apart(data: TextData) -> None:
     shared = [file for file in find_text_files(data.train) if file.resolve() in held_out]
     if shared:
         raise ConfigError(
-            f"data.validation: expected other files than those of data.train, got {shared[0]} "
-            "in both; name a file where a folder holds both, or leave data.validation out"
+            f"data.validation: expected other files than data.train, got {shared[0]} in both; name "
+            "files instead of a folder that holds both, or leave data.validation out"
         )

@@ -35,29 +35,29 @@ from gradcache_clip.train.views import build_view_encoder
 
 
 class AugmentConfig(Section):
-    """How two views of an image differ beside their crops (`data.random_crop`).
+    """Augmentations of a view, besides its crop (`data.random_crop`).
 
-    As in SimCLR's appendix A; MoCo v2 has `color_jitter: 0.5`.
+    Defaults follow appendix A of SimCLR; MoCo v2 has `color_jitter: 0.5`.
     """
 
     flip: float = Field(0.5, ge=0, le=1)
-    """Probability to be mirrored."""
+    """Probability of a horizontal flip."""
 
     color_jitter: float = Field(1.0, ge=0, le=1)
-    """Strength of the colour distortion, 0 to 1."""
+    """Strength of the colour jitter, 0 to 1."""
 
     grey: float = Field(0.2, ge=0, le=1)
-    """Probability to lose all colour."""
+    """Probability of conversion to greyscale."""
 
     blur: float = Field(0.5, ge=0, le=1)
-    """Probability to be blurred."""
+    """Probability of a Gaussian blur."""
 
 
 class LabelEvaluation(EvaluationConfig):
-    """Naming the class of validation images by the training set."""
+    """Classification of validation images by labelled training images."""
 
     knn_k: int = changeable(20, ge=1)
-    """Training images that vote on the label of a held-out one."""
+    """Number of nearest training images that vote on the label of a held-out image."""
 
 
 class ViewsConfig(Config):
@@ -72,7 +72,7 @@ class ViewsConfig(Config):
     model: ViewConfig = ViewConfig()
     """The image tower."""
     loss: ViewLoss = NTXentConfig()
-    """What is minimised."""
+    """The training objective."""
     evaluation: LabelEvaluation = LabelEvaluation()
     """Classification of held-out images."""
 
@@ -80,13 +80,13 @@ class ViewsConfig(Config):
     def _check_views(self) -> ViewsConfig:
         check_widths(getattr(self.loss, "matryoshka", []), self.model.feature_dim)
         check_queue(self)
-        # Evaluation runs the tower alone, on whole weights.
+        # Evaluation calls the tower without its wrapper, which needs unsharded weights.
         expect(self, "distributed.strategy", "ddp", "program=views")
         return self
 
 
 class Views(Program[ViewsConfig]):
-    """One image tower for both views, each the partner of the other."""
+    """Trains one image tower on two augmented views of each image."""
 
     schema = ViewsConfig
     reads_texts = False
