@@ -1,4 +1,4 @@
-"""The models behind the towers: timm by name, transformers by type or from the hub."""
+"""Builds the towers' backbones: timm models by name, transformers models by type or hub name."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _LONGEST_REASON = 200
 
 
 def build_image_backbone(config: ImageTowerConfig, *, image_size: int) -> Any:
-    """A timm model without classifier that maps (B, 3, H, W) to pooled features (B, C).
+    """Build a timm model without classifier that maps (B, 3, H, W) to pooled features (B, C).
 
-    `config.image_pool` is "cls" (the class token), "mean" (of patches or positions) or "default"
-    (the model's own). `image_size` in pixels goes to the models that are built for one size.
-    `config.image_weights` is read by timm, which leaves out a classifier and resizes positions.
+    `config.image_pool` is "cls" (class token), "mean" (over patches or positions) or "default" (the
+    model's own). `image_size` in pixels is passed to models that are built for a fixed size. timm
+    loads `config.image_weights`, drops a classifier, and resizes position embeddings.
 
     Raises:
         ValueError: an unknown name, arguments or a pooling that the model does not have, or
-            pretrained weights that do not exist, cannot be fetched, or are those of another model.
+            pretrained weights that do not exist, cannot be fetched, or belong to another model.
     """
     import timm
 
@@ -65,7 +65,7 @@ def build_image_backbone(config: ImageTowerConfig, *, image_size: int) -> Any:
 
 
 def _with_weights(config: ImageTowerConfig, arguments: dict[str, Any]) -> Any:
-    """A timm model with the weights of a safetensors file."""
+    """Build a timm model with weights from a safetensors file."""
     import timm
 
     if not Path(config.image_weights).is_file():
@@ -73,6 +73,7 @@ def _with_weights(config: ImageTowerConfig, arguments: dict[str, Any]) -> Any:
             f"model.image_weights: expected a safetensors file, got {config.image_weights}, which "
             "does not exist; check the path, or leave it out to train from scratch"
         )
+    # As if it were the published file, so that timm converts it like one.
     source = {"file": config.image_weights, "custom_load": False}
     try:
         return timm.create_model(
@@ -89,14 +90,14 @@ def _with_weights(config: ImageTowerConfig, arguments: dict[str, Any]) -> Any:
 def build_text_backbone(
     config: TextTowerConfig, *, context_length: int, vocab_size: int, pad_token_id: int
 ) -> Any:
-    """A transformers encoder that maps ids and mask (B, L) to `.last_hidden_state` (B, L, C).
+    """Build a transformers encoder of ids and mask (B, L) with `.last_hidden_state` (B, L, C).
 
-    Its pooler, which would never get a gradient, is left out where the class has one. Weights from
-    the hub come as safetensors only, and no code from the hub is run.
+    Its pooler is left out, because it would never get a gradient. Pretrained weights load from
+    safetensors only, and code from the hub is never run.
 
     Raises:
-        ValueError: an unknown type or argument name, no text encoder, weights that cannot be
-            loaded, or a vocabulary or length that the model has no room for.
+        ValueError: an unknown type or argument name, a model that is not a text encoder, weights
+            that cannot be loaded, or a vocabulary or length beyond the model's.
     """
     from transformers import AutoModel
 
@@ -116,7 +117,7 @@ def build_text_backbone(
 
 
 def without_pooler(text_config: Any) -> dict[str, Any]:
-    """The argument with which the class of a model has no pooler, if it may have one."""
+    """Return the argument that builds a model without its pooler, if the class takes one."""
     from transformers import MODEL_MAPPING
 
     parameters = inspect.signature(MODEL_MAPPING[type(text_config)].__init__).parameters
@@ -124,13 +125,13 @@ def without_pooler(text_config: Any) -> dict[str, Any]:
 
 
 def arguments_of(text_config: Any) -> dict[str, Any]:
-    """The `text_kwargs` with which a model of the same type becomes the same, without weights."""
+    """Return `text_kwargs` that rebuild a model's architecture from its type, without weights."""
     known = inspect.signature(type(text_config).__init__).parameters
     return {key: value for key, value in text_config.to_diff_dict().items() if key in known}
 
 
 def _with_text_weights(model: TextTowerConfig, **options: Any) -> Any:
-    """A pretrained model; weights that it has no use for, such as the pooler's, are left out."""
+    """Load a pretrained model; unused weights, such as the pooler's, are dropped."""
     from transformers import AutoModel
 
     options |= {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
@@ -141,7 +142,7 @@ def _with_text_weights(model: TextTowerConfig, **options: Any) -> Any:
             )
     except _unloadable() as error:
         raise _load_error(model, error) from error
-    # transformers would draw them at random, and only warn.
+    # transformers initialises missing weights at random with only a warning.
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"model.text: expected all weights of the encoder in {model.text!r}, got none for "
@@ -153,7 +154,7 @@ def _with_text_weights(model: TextTowerConfig, **options: Any) -> Any:
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """What is missing is an error here, and what is left out is meant to be."""
+    """Silence transformers' loading report: missing weights raise, dropped ones are intended."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -165,7 +166,7 @@ def _without_load_report() -> Iterator[None]:
 
 
 def unknown_name(field: str, got: str, kind: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not in `known`: says what was got and the nearest names."""
+    """Return the error for a name that is not in `known`, with the nearest known names."""
     names = sorted(known)
     nearest = difflib.get_close_matches(got, names, n=3) or names[:3]
     return ValueError(
@@ -175,18 +176,18 @@ def unknown_name(field: str, got: str, kind: str, known: Iterable[str]) -> Value
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the lines of explanation that libraries add."""
+    """Return an error's message without the explanations that libraries add below."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _in_short(error: Exception) -> str:
-    """Of a state dict that does not fit, torch names the keys in the second line."""
+    """Return a message on one line, shortened. torch names unexpected keys in the second line."""
     text = " ".join(str(error).split())
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
 
 def _unfit() -> tuple[type[Exception], ...]:
-    """What timm and transformers raise on arguments or a kind of model that do not fit."""
+    """Return the errors that timm and transformers raise on unsuitable arguments or models."""
     from huggingface_hub.errors import StrictDataclassError
 
     builtin = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
@@ -194,7 +195,7 @@ def _unfit() -> tuple[type[Exception], ...]:
 
 
 def _unloadable() -> tuple[type[Exception], ...]:
-    """What transformers raises on a folder or hub name that it cannot load."""
+    """Return the errors that transformers raises on a folder or hub name that it cannot load."""
     from safetensors import SafetensorError
 
     return (OSError, SafetensorError, *_unfit())
@@ -227,7 +228,7 @@ def _new_text_config(
         names = list(MODEL_MAPPING_NAMES)
         raise unknown_name("model.text", config.text, "transformers model type", names)
     known = _text_arguments(CONFIG_MAPPING[config.text])
-    # transformers takes any keyword in silence, so a typo would train another model.
+    # transformers silently accepts any keyword, so a typo would train another model.
     for name in config.text_kwargs:
         if name not in known:
             raise unknown_name("model.text_kwargs", name, f"argument of {config.text}", known)
@@ -273,7 +274,7 @@ def _check_is_encoder(config: TextTowerConfig, text_config: Any) -> None:
     reads_tokens = "vocab_size" in _text_arguments(type(text_config))
     if text_config.is_encoder_decoder or not reads_tokens:
         raise ValueError(
-            f"model.text: expected a text encoder, got {config.text!r}, which is none; "
+            f"model.text: expected a text encoder, got {config.text!r}, which is not one; "
             "pass e.g. model.text=bert"
         )
     if config.text_pool not in ("cls", "mean"):
@@ -283,8 +284,8 @@ def _check_is_encoder(config: TextTowerConfig, text_config: Any) -> None:
         )
     if config.text_pool == "cls" and type(text_config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise ValueError(
-            f"model.text_pool: expected 'mean' for {config.text!r}, whose first token need not "
-            "see the others, got 'cls'; set model.text_pool=mean"
+            f"model.text_pool: expected 'mean' for {config.text!r}, whose first token may not "
+            "attend to the others, got 'cls'; set model.text_pool=mean"
         )
 
 

@@ -1,4 +1,4 @@
-"""One Transformer that images and texts share, with experts for each: the one of BEiT-3.
+"""Multiway Transformer of BEiT-3: shared attention, separate experts for images and texts.
 
 B rows of a chunk, H and W pixels, P patches, L tokens, C width of the Transformer.
 """
@@ -23,7 +23,7 @@ _EMBEDDING_STD = 0.02
 
 
 class Expert(nn.Module):
-    """What one modality has for itself in a block: its norms and its feed-forward network."""
+    """Parts of a block that belong to one modality: its norms and its feed-forward network."""
 
     def __init__(self, sizes: MultiwaySizes) -> None:
         super().__init__()
@@ -37,9 +37,10 @@ class Expert(nn.Module):
 
 
 class MultiwayBlock(nn.Module):
-    """Self-attention that all tokens share, then the feed-forward network of their modality.
+    """Shared self-attention, then the feed-forward network of the tokens' modality.
 
-    Every layer norm stands before a projection, two of them inside of the layers (Sub-LN).
+    A layer norm precedes every projection, also those inside the attention and the feed-forward
+    network (Sub-LN).
     """
 
     def __init__(self, sizes: MultiwaySizes, drop_path: float) -> None:
@@ -56,7 +57,7 @@ class MultiwayBlock(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, tower: int, mask: Tensor | None) -> Tensor:
-        """Tokens (B, L, C) of one modality; `mask` (B, 1, 1, L) is true where one is seen."""
+        """Map tokens (B, L, C) of one modality; `mask` (B, 1, 1, L) is true for real tokens."""
         expert: Any = self.experts[tower]
         attended = self._attend(expert.attention_norm(x), mask)
         x = x + self.drop_path(self.out(expert.heads_norm(attended)))
@@ -70,7 +71,7 @@ class MultiwayBlock(nn.Module):
 
 
 class MultiwayTransformer(nn.Module):
-    """Blocks that images and texts share, and a last layer norm for each.
+    """Blocks shared by images and texts, and a final layer norm for each.
 
     Example:
         >>> sizes = MultiwaySizes(width=16, depth=2, heads=2, hidden=32)
@@ -86,7 +87,7 @@ class MultiwayTransformer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(sizes.width) for _ in TOWERS)
 
     def forward(self, x: Tensor, tower: int, mask: Tensor | None = None) -> Tensor:
-        """Embedded tokens (B, L, C) of images (tower 0) or texts (1) to hidden states (B, L, C)."""
+        """Map embedded tokens (B, L, C) of images (tower 0) or texts (1) to hidden states."""
         for block in self.blocks:
             x = block(x, tower, mask)
         hidden: Tensor = self.norms[tower](x)
@@ -94,7 +95,7 @@ class MultiwayTransformer(nn.Module):
 
 
 class MultiwayImages(nn.Module):
-    """Images (B, 3, H, W) to the [CLS] of the last layer (B, C), in the place of a timm model."""
+    """Maps images (B, 3, H, W) to the last layer's [CLS] (B, C), with a timm model's interface."""
 
     def __init__(
         self, transformer: MultiwayTransformer, sizes: MultiwaySizes, image_size: int
@@ -118,7 +119,7 @@ class MultiwayImages(nn.Module):
 
 
 class MultiwayTexts(nn.Module):
-    """Ids and mask (B, L) to hidden states (B, L, C), in the place of a transformers encoder."""
+    """Maps ids and mask (B, L) to hidden states (B, L, C), as a transformers encoder does."""
 
     def __init__(
         self,
@@ -151,13 +152,13 @@ def multiway_backbones(
     vocab_size: int,
     pad_token_id: int,
 ) -> tuple[MultiwayImages, MultiwayTexts]:
-    """Both backbones of a pair, which own their embeddings and share one Transformer.
+    """Build the image and the text backbone around one shared Transformer.
 
-    Attention sees tokens of one modality at a time, as BEiT-3 does when it trains with a
-    contrastive objective and when it retrieves. Its weights are in both passes and learn from both.
+    Each pass sees tokens of one modality, as in BEiT-3's contrastive training and retrieval. The
+    shared attention gets gradients from both passes.
 
     Raises:
-        ConfigError: patches that do not divide the image.
+        ConfigError: the patch size does not divide the image size.
 
     Source:
         Wang et al. 2023, "Image as a foreign language", sections 2.1 and 3.1; Sub-LN and its

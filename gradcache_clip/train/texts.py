@@ -1,4 +1,4 @@
-"""A text tower for queries and documents alike.
+"""Text encoder for queries and documents.
 
 B rows of a chunk, L tokens, D feature width.
 """
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class TextEncoder(nn.Module):
-    """One text tower for queries, documents and hard negatives, whose pooled vectors are features.
+    """One text tower for queries, documents and hard negatives.
 
-    Called as `encoder(tower, texts)`; the number says which of the three, and all take the same
-    weights. There is no projection, so what a pretrained tower knows is there from the start.
+    Called as `encoder(tower, texts)`; all three share the weights, so the number is ignored. There
+    is no projection: the pooled vectors are the features, so a pretrained tower works from the
+    start.
 
     Args:
         text_tower: texts to (B, D).
@@ -43,19 +44,19 @@ class TextEncoder(nn.Module):
         self.text_tower = text_tower
 
     def encode_text(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """`input_ids` and `attention_mask`, (B, L), to features (B, D) that are not normalised."""
+        """Map `input_ids` and `attention_mask` (B, L) to unnormalised features (B, D)."""
         features: Tensor = self.text_tower(inputs)
         return features
 
     def forward(self, tower: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        """`encode_text`, whatever the texts are."""
+        """Encode texts; `tower` is ignored."""
         return self.encode_text(inputs)
 
 
 def build_text_encoder(
     config: TextTowerConfig, *, context_length: int, vocab_size: int, pad_token_id: int
 ) -> TextEncoder:
-    """The text tower of a configuration, in train mode.
+    """Build a text encoder from a configuration, in train mode.
 
     Raises:
         ValueError: a model that cannot be built; see `build_text_backbone`.

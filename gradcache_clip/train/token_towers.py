@@ -1,4 +1,4 @@
-"""Both towers with a vector for each patch and each token, for losses that compare tokens.
+"""Towers that return one vector per patch or token, for losses that compare tokens.
 
 B rows of a chunk, H and W pixels, P patches, R text tokens, C width of a tower, D feature width.
 """
@@ -19,7 +19,7 @@ from gradcache_clip.train.towers import DualEncoder, ImageTower, TextTower
 
 
 class Tokens(NamedTuple):
-    """Vectors of the tokens of B texts, and which of them count."""
+    """Token vectors of B texts, and a mask of padding."""
 
     vectors: Tensor
     """(B, R, D)."""
@@ -28,16 +28,16 @@ class Tokens(NamedTuple):
 
 
 class PatchTower(ImageTower):
-    """An image tower without its pooling: the last layer's vector of each patch.
+    """An image tower without pooling: returns the last layer's vector of each patch.
 
-    Class and register tokens, which stand for no place in the image, are left out; patches have
-    seen them all the same. Of a convolutional network each position of the last map is a patch.
+    Class and register tokens take part in attention, but are not returned. In a convolutional
+    network each position of the last feature map is a patch.
 
     Args:
-        tower: its backbone is taken over, and pools no longer.
+        tower: its backbone is reused, and modified to no longer pool.
 
     Raises:
-        ConfigError: a backbone that cannot leave its pooling out.
+        ConfigError: the backbone's pooling cannot be removed.
     """
 
     def __init__(self, tower: ImageTower) -> None:
@@ -46,7 +46,7 @@ class PatchTower(ImageTower):
         self.mean, self.std = tower.mean, tower.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), uint8 or normalised float, to (B, P, C)."""
+        """Map images (B, 3, H, W), uint8 or normalised float, to (B, P, C)."""
         features = super().forward(images)
         if features.ndim == 4:
             is_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
@@ -60,13 +60,13 @@ class PatchTower(ImageTower):
 
 
 class TokenTower(TextTower):
-    """A text tower without pooling, whose texts are all padded to one length.
+    """A text tower without pooling; pads the vectors of all texts to one length.
 
-    All tokens of a text count, the special ones at its ends included; padding does not.
+    The mask covers all tokens of a text, special tokens included, but not padding.
 
     Args:
-        tower: its backbone is taken over.
-        length: R, as long as the longest text.
+        tower: its backbone is reused.
+        length: R, at least the length of the longest text.
     """
 
     def __init__(self, tower: TextTower, length: int) -> None:
@@ -74,7 +74,7 @@ class TokenTower(TextTower):
         self.length = length
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tokens:  # type: ignore[override]
-        """`input_ids` and `attention_mask`, both (B, R or fewer), to (B, R, C) and their mask."""
+        """Map `input_ids` and `attention_mask` (B, at most R) to vectors (B, R, C) and a mask."""
         mask = inputs["attention_mask"]
         output = self.backbone(input_ids=inputs["input_ids"], attention_mask=mask)
         hidden: Tensor = output.last_hidden_state
@@ -83,19 +83,18 @@ class TokenTower(TextTower):
 
 
 class TokenEncoder(DualEncoder):
-    """A `DualEncoder` whose features are one vector a token, each by the same projection.
+    """A `DualEncoder` that returns one feature vector per token.
 
-    Called as `encoder(0, images)`, which gives a tensor (B, P, D), and as `encoder(1, tokens)`,
-    which gives `Tokens`. All texts have one length, so every chunk gives features of one shape,
-    and chunks may be trimmed to their longest text.
+    `encoder(0, images)` returns a tensor (B, P, D), `encoder(1, tokens)` returns `Tokens`. Text
+    features are padded to one length, so every chunk has features of the same shape, also if
+    chunks are trimmed to their longest text.
 
     Args:
-        pair: image and text tower as `build_towers` leaves them; its projections are replaced, and
-            what is frozen stays so.
+        pair: result of `build_towers`; projections are replaced, frozen towers stay frozen.
         length: R, `data.context_length`.
 
     Raises:
-        ConfigError: towers that cannot leave their pooling out.
+        ConfigError: a tower whose pooling cannot be removed.
 
     Source:
         Yao et al. 2021 (FILIP), section 3.1: textual and visual tokens are linearly projected to
@@ -119,16 +118,16 @@ class TokenEncoder(DualEncoder):
             self._trunks[TEXT] = FrozenTrunk(self.text_tower, head)
 
     def encode_text(self, inputs: Mapping[str, Tensor]) -> Tokens:  # type: ignore[override]
-        """Ids and mask, (B, R or fewer), to `Tokens` of R, which are not normalised."""
+        """Map ids and mask (B, at most R) to unnormalised `Tokens` of length R."""
         hidden, mask = self.text_tower(inputs)
         return Tokens(self.text_projection(hidden), mask)
 
 
 class TokenLoss(nn.Module):
-    """`LateInteractionLoss` of what a `TokenEncoder` gives.
+    """`LateInteractionLoss` on the outputs of a `TokenEncoder`.
 
     Args:
-        loss: of the vectors and the masks.
+        loss: takes vectors and masks.
 
     Source: Yao et al. 2021 (FILIP), equations 1 to 6.
     """
@@ -139,17 +138,17 @@ class TokenLoss(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The multiplier of the similarity, with its graph."""
+        """The multiplier of the similarity, differentiable."""
         return self.loss.logit_scale
 
     def forward(self, images: Tensor, texts: Tokens) -> ContrastiveOutput:
-        """Vectors of patches (b, P, D) and `Tokens` of b texts; row i of both is one pair."""
+        """Compute the loss of patches (b, P, D) and `Tokens` of b texts; rows i are a pair."""
         output: ContrastiveOutput = self.loss(images, texts.vectors, text_mask=texts.mask)
         return output
 
 
 class _ProjectedTokens(nn.Module):
-    """The head of a frozen text tower."""
+    """Projection of a frozen text tower's `Tokens`."""
 
     def __init__(self, projection: nn.Linear) -> None:
         super().__init__()
@@ -165,7 +164,7 @@ def _without_pooling(backbone: Any) -> Any:
     except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
         name = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture", "a model")
         raise ConfigError(
-            f"model.image: expected a model that can leave its pooling out, got {name!r} "
+            f"model.image: expected a model whose pooling can be removed, got {name!r} "
             f"({type(error).__name__}: {error}); use a vision transformer, such as "
             "model.image=vit_tiny_patch16_224"
         ) from error

@@ -1,4 +1,4 @@
-"""Captions to token ids: a byte-pair tokenizer trained on the captions, or one that is loaded.
+"""Tokenizer: a byte-pair vocabulary trained on captions, or one loaded from a file or the hub.
 
 B captions, L tokens in the longest of them, special tokens included.
 """
@@ -25,16 +25,16 @@ _PAD_NAMES = (PAD, "<pad>", "<|pad|>", "<|endoftext|>")
 
 
 class Tokenizer:
-    """Captions to `{"input_ids", "attention_mask"}`, padded on the right and cut to a length.
+    """Maps captions to `{"input_ids", "attention_mask"}`, truncated and padded on the right.
 
     Args:
-        backend: the tokenizer of the `tokenizers` library that does the work; its own padding and
-            truncation settings are replaced.
-        context_length: most tokens a caption keeps, [CLS] and [SEP] included.
-        pad_token: token that fills short rows; found among the usual names when None.
+        backend: a tokenizer of the `tokenizers` library; its padding and truncation settings are
+            replaced.
+        context_length: maximum number of tokens, special tokens included.
+        pad_token: the padding token; found among the usual names when None.
 
     Raises:
-        ValueError: `context_length` has no room for a token, or `backend` has no padding token.
+        ValueError: `context_length` leaves no room for a token, or `backend` has no padding token.
 
     Example:
         >>> tokenizer = train_tokenizer(["red heart", "red car"], context_length=8)
@@ -56,7 +56,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Rows that an embedding table needs: one more than the largest token id."""
+        """Rows of an embedding table for this vocabulary: the largest token id plus one."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def __call__(
@@ -66,8 +66,8 @@ class Tokenizer:
 
         Args:
             captions: B strings, B at least 1.
-            pad_to_context: pad every row to `context_length` (one shape for a compiled model);
-                otherwise to the longest caption of the list.
+            pad_to_context: pad to `context_length`, which gives a compiled model a single shape;
+                otherwise to the longest caption.
 
         Returns:
             `input_ids` and `attention_mask`, both int64 (B, L); the mask is 0 on padding, else 1.
@@ -90,20 +90,20 @@ class Tokenizer:
         return {"input_ids": ids, "attention_mask": mask}
 
     def decode(self, input_ids: Sequence[int] | Tensor) -> str:
-        """The text of one row of ids, without special tokens."""
+        """Decode one row of ids to text, without special tokens."""
         ids = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
         text: str = self._backend.decode(ids)
         return text.strip()
 
     def save(self, path: str | Path) -> Path:
-        """Write `tokenizer.json` (a file name, or a folder that gets one) for `load_tokenizer`."""
+        """Write a `tokenizer.json` for `load_tokenizer`; `path` is the file or its folder."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         self._backend.save(str(path))
         return path
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        # A spawned worker receives the tokenizer by pickle, without passing through __init__.
+        # A spawned worker unpickles the tokenizer without calling __init__.
         _quiet_in_forked_workers()
         self.__dict__.update(state)
 
@@ -111,17 +111,16 @@ class Tokenizer:
 def train_tokenizer(
     captions: Iterable[str], *, vocab_size: int = 8192, context_length: int = 32
 ) -> Tokenizer:
-    """Learn a lower-case byte-level byte-pair vocabulary (Sennrich et al. 2016) from captions.
+    """Train a lower-case byte-level BPE tokenizer (Sennrich et al. 2016) on captions.
 
-    A caption becomes `[CLS] pieces [SEP]`, padded with [PAD], whose id is 0. Bytes are the smallest
-    pieces, so every language can be written and no token is unknown. The same captions, in any
-    order, give the same vocabulary.
+    A caption becomes `[CLS] tokens [SEP]`, padded with [PAD], whose id is 0. Every byte is a token,
+    so no text is unknown in any language. The vocabulary does not depend on the order of captions.
 
     Args:
         captions: the training captions.
-        vocab_size: most tokens in the vocabulary: 256 bytes, 3 special tokens, the rest learned;
+        vocab_size: maximum size of the vocabulary: 256 bytes, 3 special tokens, the rest learned;
             few captions give fewer.
-        context_length: most tokens a caption keeps, [CLS] and [SEP] included.
+        context_length: maximum number of tokens, [CLS] and [SEP] included.
 
     Raises:
         ValueError: there is no caption with text in it, or a size is too small.
@@ -138,7 +137,7 @@ def train_tokenizer(
     texts = [*captions]
     _check_training(texts, vocab_size)
     _quiet_in_forked_workers()
-    # The library's word-piece trainer breaks ties at random, so its vocabulary differs each time.
+    # BPE, because the library's WordPiece trainer breaks ties at random.
     backend = FastTokenizer(models.BPE())
     backend.normalizer, backend.pre_tokenizer = _caption_splitter()
     backend.decoder = decoders.ByteLevel()
@@ -157,23 +156,23 @@ def train_tokenizer(
 
 
 def _caption_splitter() -> tuple[Normalizer, PreTokenizer]:
-    """Lower case; words and punctuation marks apart; white space means nothing."""
+    """Lower-case, split words from punctuation, and ignore the amount of white space."""
     from tokenizers import normalizers, pre_tokenizers
 
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     words = pre_tokenizers.BertPreTokenizer()
-    # The prefix space makes a word the same token wherever in the caption it stands.
+    # The prefix space gives a word the same tokens at the start of a caption as inside it.
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
     return normalizer, pre_tokenizers.Sequence([words, as_bytes])
 
 
 def load_tokenizer(path_or_hub_name: str | Path, context_length: int = 32) -> Tokenizer:
-    """Load a `tokenizer.json`, a folder that holds a tokenizer, or a tokenizer from the hub.
+    """Load a tokenizer from a `tokenizer.json`, a folder or the hub.
 
-    Code that a hub repository ships is never run.
+    Code in a hub repository is never run.
 
     Raises:
-        ValueError: nothing of that name can be loaded, or it is no fast tokenizer.
+        ValueError: no tokenizer of that name can be loaded, or it is not a fast one.
 
     Example:
         >>> import tempfile
@@ -208,7 +207,7 @@ def _load_with_transformers(name: str, context_length: int) -> Tokenizer:
         raise _load_error(name, error) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
-        raise _load_error(name, TypeError(f"{type(loaded).__name__} is no fast tokenizer"))
+        raise _load_error(name, TypeError(f"{type(loaded).__name__} is not a fast tokenizer"))
     return Tokenizer(backend, context_length=context_length, pad_token=loaded.pad_token)
 
 
@@ -263,6 +262,6 @@ def _token_id(backend: FastTokenizer, name: str) -> int:
 
 
 def _quiet_in_forked_workers() -> None:
-    # Its thread pool does not survive a fork: the library warns and turns itself serial. A list of
-    # captions takes milliseconds on one thread, so choose that before it happens.
+    # Its thread pool does not survive a fork: the library warns and becomes serial. Tokenizing a
+    # batch takes milliseconds on one thread, so disable the pool before it warns.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

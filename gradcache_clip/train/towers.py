@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class ImageTower(nn.Module):
-    """A timm model with its pooling, behind the normalisation of its pixels.
+    """Pixel normalisation followed by a timm model with its pooling.
 
     Args:
         backbone: images (B, 3, H, W) to pooled features (B, `width`).
         width: C.
-        mean, std: of each colour channel, in units of the full scale (0 to 1).
+        mean, std: of each colour channel, for pixels from 0 to 1.
     """
 
     mean: Tensor
@@ -41,28 +41,28 @@ class ImageTower(nn.Module):
         self.register_buffer("std", torch.tensor([*std]).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C): uint8 is scaled and normalised, floats are taken as they are.
+        """Map images (B, 3, H, W) to (B, C); uint8 is normalised, floats are used unchanged.
 
-        Its own features (B, C), computed before, are handed through.
+        Cached features (B, C) of this tower pass through unchanged.
         """
         if images.ndim == 2:
             return images
-        # Bytes travel and wait in a quarter of the memory; only one chunk is ever float.
+        # A batch stays uint8, a quarter of the memory; only the current chunk becomes float.
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-            # DeepSpeed casts weights and no buffers.
+            # DeepSpeed casts the weights, but not these buffers.
             images = images.to(next(self.backbone.parameters()).dtype)
         features: Tensor = self.backbone(images)
         return features
 
 
 class TextTower(nn.Module):
-    """A transformers encoder whose last hidden state is pooled to one vector a text.
+    """A transformers encoder whose last hidden state is pooled to one vector per text.
 
     Args:
-        backbone: takes `input_ids` and `attention_mask`, gives `.last_hidden_state` (B, L, C).
+        backbone: maps `input_ids` and `attention_mask` to `.last_hidden_state` (B, L, C).
         width: C.
-        pool: "cls" takes the first token, "mean" averages the tokens that the mask keeps.
+        pool: "cls" takes the first token, "mean" averages over unmasked tokens.
     """
 
     def __init__(self, backbone: nn.Module, *, width: int, pool: str) -> None:
@@ -72,7 +72,7 @@ class TextTower(nn.Module):
         self.pool = pool
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """`input_ids` and `attention_mask`, both (B, L), to (B, C)."""
+        """Map `input_ids` and `attention_mask`, both (B, L), to (B, C)."""
         mask = inputs["attention_mask"]
         output = self.backbone(input_ids=inputs["input_ids"], attention_mask=mask)
         hidden: Tensor = output.last_hidden_state
@@ -83,10 +83,10 @@ class TextTower(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """Two towers and their projections, called one tower and one chunk at a time.
+    """Two towers with projections, called one tower and one chunk at a time.
 
-    Called as `encoder(tower, inputs)`, so one module serves `GradCache` and its wrappers (DDP,
-    FSDP, DeepSpeed). Features are not normalised: the loss does that.
+    Called as `encoder(tower, inputs)`: a single module suits `GradCache` as well as DDP, FSDP and
+    DeepSpeed. Features are not normalised; the loss normalises them.
 
     Args:
         image_tower, text_tower: see the classes above.
@@ -125,11 +125,11 @@ class DualEncoder(nn.Module):
         self.text_tower = text_tower
         self.image_projection = linear_projection(image_tower.width, feature_dim)
         self.text_projection = linear_projection(text_tower.width, feature_dim)
-        # Not registered: their parts are, above.
+        # In a plain dict, because the parts are registered above already.
         self._trunks: dict[int, FrozenTrunk] = {}
 
     def freeze(self, tower: int) -> None:
-        """Keep a tower as it is, in evaluation mode; its projection is still trained.
+        """Freeze a tower in evaluation mode; its projection is still trained.
 
         Source: Zhai et al. 2022, "LiT: Zero-shot transfer with locked-image text tuning".
         """
@@ -141,28 +141,28 @@ class DualEncoder(nn.Module):
         self._trunks[tower] = FrozenTrunk(trunk, head)
 
     def frozen_trunk(self, tower: int) -> FrozenTrunk | None:
-        """A frozen tower and its projection, which `GradCache` runs once a step."""
+        """Return a frozen tower with its projection, for `GradCache` to run once per step."""
         return self._trunks.get(tower)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """A frozen tower stays in evaluation mode."""
+        """Set the mode of the trained parts; a frozen tower stays in evaluation mode."""
         super().train(mode)
         for frozen in self._trunks.values():
             frozen.trunk.eval()
         return self
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), uint8 or normalised float, to features (B, D) that are not normalised."""
+        """Map images (B, 3, H, W), uint8 or normalised float, to unnormalised features (B, D)."""
         features: Tensor = self.image_projection(self.image_tower(images))
         return features
 
     def encode_text(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """`input_ids` and `attention_mask`, (B, L), to features (B, D) that are not normalised."""
+        """Map `input_ids` and `attention_mask` (B, L) to unnormalised features (B, D)."""
         features: Tensor = self.text_projection(self.text_tower(inputs))
         return features
 
     def forward(self, tower: int, inputs: Any) -> Tensor:
-        """Features (B, D) of one tower: 0 takes images, 1 takes tokens.
+        """Return features (B, D) of one tower: 0 takes images, 1 takes tokens.
 
         Raises:
             ValueError: `tower` is neither 0 nor 1.
@@ -189,14 +189,14 @@ def build_towers(
 
     Args:
         model_config: names, keyword arguments and pooling of both towers, and `feature_dim`.
-        image_size: height and width in pixels, given to models that are built for one size.
-        context_length: most tokens a text has, special tokens included.
-        vocab_size: rows of the token table; `Tokenizer.vocab_size`.
+        image_size: height and width in pixels, for models that are built for a fixed size.
+        context_length: longest text in tokens, special tokens included.
+        vocab_size: rows of the embedding table; `Tokenizer.vocab_size`.
         pad_token_id: id of the padding token.
 
     Returns:
-        The encoder. Every parameter of it gets a gradient from features of both towers, so DDP
-        needs no search for unused ones (poolers and classifiers are left out).
+        The encoder. Every trained parameter gets a gradient from features of both towers (unused
+        poolers and classifiers are left out), so DDP needs no `find_unused_parameters`.
 
     Raises:
         ValueError: an unknown model or argument name (with the nearest valid names), a pooling that
@@ -210,7 +210,7 @@ def build_towers(
         pad_token_id=pad_token_id,
     )
     image_tower = image_tower_around(image_backbone)
-    # Both are as a Multiway Transformer has them, too, of which neither can be said.
+    # A Multiway Transformer has neither option; these are its fixed values.
     pool = getattr(model_config, "text_pool", "cls")
     frozen = getattr(model_config, "freeze", "")
     text_tower = TextTower(text_backbone, width=text_backbone.config.hidden_size, pool=pool)
@@ -224,7 +224,7 @@ def build_towers(
 def _backbones(
     config: DualConfig | MultiwayConfig, *, image_size: int, **texts: int
 ) -> tuple[Any, Any]:
-    """Of images and of texts; those of the Multiway Transformer share most of their weights."""
+    """Build the image and the text backbone; in a Multiway Transformer they share most weights."""
     if config.architecture == "multiway":
         from gradcache_clip.train.multiway import multiway_backbones
 
@@ -234,7 +234,7 @@ def _backbones(
 
 
 def image_tower_around(backbone: Any) -> ImageTower:
-    """A timm model behind the normalisation that it was published with."""
+    """Wrap a timm model in the pixel normalisation that it was published with."""
     statistics = backbone.pretrained_cfg
     return ImageTower(
         backbone,
@@ -245,7 +245,7 @@ def image_tower_around(backbone: Any) -> ImageTower:
 
 
 def linear_projection(width: int, feature_dim: int) -> nn.Linear:
-    """Without bias, its features of about unit size whatever the width."""
+    """Build a projection without bias, initialised to keep the scale of its inputs."""
     layer = nn.Linear(width, feature_dim, bias=False)
     nn.init.normal_(layer.weight, std=width**-0.5)
     return layer

@@ -1,4 +1,4 @@
-"""An image tower for views of the same images.
+"""Image encoder for augmented views of the same images.
 
 B rows of a chunk, H and W pixels, C width of the tower, D feature width.
 """
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class ViewEncoder(nn.Module):
-    """One image tower and one projection, for every view of an image.
+    """One image tower with a projection, for every view of an image.
 
-    Called as `encoder(tower, images)`; the number says which view, and all views take the same
-    weights. What the training is for is the tower: the projection is left out afterwards.
+    Called as `encoder(tower, images)`; all views share the weights, so the number is ignored. The
+    projection is discarded after training.
 
     Args:
         image_tower: images to (B, C).
@@ -44,17 +44,17 @@ class ViewEncoder(nn.Module):
         self.image_projection = _projection(image_tower.width, feature_dim, hidden)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), uint8 or normalised float, to features (B, D) that are not normalised."""
+        """Map images (B, 3, H, W), uint8 or normalised float, to unnormalised features (B, D)."""
         features: Tensor = self.image_projection(self.image_tower(images))
         return features
 
     def forward(self, tower: int, images: Tensor) -> Tensor:
-        """`encode_image`, whichever view it is."""
+        """Encode images; `tower`, the number of the view, is ignored."""
         return self.encode_image(images)
 
 
 def build_view_encoder(config: ViewConfig, *, image_size: int) -> ViewEncoder:
-    """The image tower of a configuration and its projection, in train mode.
+    """Build an image tower and its projection from a configuration, in train mode.
 
     Raises:
         ValueError: a model that cannot be built; see `build_image_backbone`.

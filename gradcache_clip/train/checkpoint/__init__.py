@@ -1,4 +1,4 @@
-"""Checkpoints that outlive a kill, a full disk and a flipped bit."""
+"""Checkpoints that survive a kill, a full disk and a flipped bit."""
 
 from gradcache_clip.train.checkpoint.files import (
     CheckpointError,

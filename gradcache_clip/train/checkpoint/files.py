@@ -1,4 +1,4 @@
-"""The files inside one checkpoint folder: written and flushed, verified, read without pickle."""
+"""Files of one checkpoint folder: write and flush, verify, read without unpickling objects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STATE = "state.pt"
 _WEIGHTS = ".safetensors"
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _CONTAINERS = (dict, OrderedDict, list, tuple)
-# What the weights-only reader rebuilds without being told of a class.
+# Types that torch.load(weights_only=True) accepts without an allow-list.
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None)),
     *(torch.dtype, torch.device, torch.Size, Tensor, torch.nn.Parameter),
@@ -38,14 +38,15 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not what was written: unfinished, cut off or altered."""
+    """A checkpoint differs from what was written: unfinished, truncated or altered."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A checkpoint carries pickled objects that could run code; none did."""
+    """A checkpoint contains pickled objects that could run code; none was run."""
 
 
 def check_weights(modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise ValueError for module names or tensors that cannot be saved as safetensors."""
     for name, weights in modules.items():
         if not _MODULE_NAME.fullmatch(name):
             raise ValueError(
@@ -61,7 +62,7 @@ def check_weights(modules: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 
 def check_state(value: Any, name: str = "state") -> None:
-    """Refuse at save time, with its place, what the weights-only reader would refuse on resume."""
+    """Raise ValueError on saving for values that `weights_only=True` would reject on loading."""
     if isinstance(value, Mapping) and (type(value) in _CONTAINERS or name == "state"):
         for key, entry in value.items():
             check_state(key, f"a key of {name}")
@@ -85,7 +86,7 @@ def _describe(value: Any) -> str:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested containers: nearly all that a checkpoint takes."""
+    """Return the bytes of all tensors in nested containers: about the size of a checkpoint."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
@@ -94,7 +95,7 @@ def tensor_bytes(value: Any) -> int:
 
 
 def is_disk_full(error: BaseException, folder: Path, needed: int) -> bool:
-    """Whether `error` came of a full disk; torch and safetensors hide the number in a text."""
+    """Return whether a full disk caused `error`; torch and safetensors do not set its errno."""
     link: BaseException | None = error
     while link is not None:
         if getattr(link, "errno", None) in _FULL or f"os error {errno.ENOSPC}" in str(link):
@@ -109,7 +110,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot flush a folder and need not.
+        # Some network file systems cannot flush a folder, and do not need to.
         if not (path.is_dir() and error.errno in _NO_FOLDER_SYNC):
             raise
     finally:
@@ -119,6 +120,7 @@ def sync(path: Path) -> None:
 def write_files(
     folder: Path, step: int, modules: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> None:
+    """Write weights, state and, last of all, the index with their digests."""
     for name, weights in modules.items():
         _write_weights(folder / f"{name}{_WEIGHTS}", weights)
     torch.save(dict(state), folder / _STATE)
@@ -133,7 +135,7 @@ def write_files(
 
 
 def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """One safetensors file; tied names go to the metadata, as safetensors' save_model does it."""
+    """Write a safetensors file; tied names go to its metadata, as in safetensors' save_model."""
     from safetensors.torch import save_file
 
     owners: dict[Any, str] = {}
@@ -149,7 +151,7 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def _identity(name: str, tensor: Tensor) -> Any:
-    """Equal for two names of the very same elements."""
+    """Return a key that is equal for two names of the same memory."""
     if tensor.numel() == 0:
         return name
     layout = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -157,7 +159,7 @@ def _identity(name: str, tensor: Tensor) -> Any:
 
 
 def _on_cpu_apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors; views into one memory are copied, as safetensors refuses overlap."""
+    """Return contiguous CPU tensors; safetensors rejects shared memory, so views are copied."""
     apart = {}
     taken = set()
     for name, tensor in weights.items():
@@ -179,7 +181,7 @@ def _sha256(path: Path) -> str:
 
 
 def looks_whole(folder: Path) -> bool:
-    """Whether the index is there and the sizes agree; the contents are not read."""
+    """Return whether the index exists and file sizes agree; contents are not read."""
     try:
         _check_sizes(folder, _read_index(folder))
     except CheckpointError:
@@ -188,7 +190,7 @@ def looks_whole(folder: Path) -> bool:
 
 
 def verified_index(folder: Path) -> dict[str, Any]:
-    """The index, once every file has proved to have the size and SHA-256 noted there."""
+    """Read the index, and check size and SHA-256 of every file."""
     index = _read_index(folder)
     _check_sizes(folder, index)
     for name, noted in index["files"].items():
@@ -223,7 +225,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _is_index(index: Any) -> bool:
-    """Every entry of the expected kind, and every name one that stays inside the folder."""
+    """Return whether all entries have the expected types and no name leads out of the folder."""
     try:
         files, modules = index["files"], index["modules"]
         wanted = {f"{name}{_WEIGHTS}" for name in modules} | {_STATE}
@@ -256,7 +258,7 @@ def _damaged(folder: Path, what: str) -> DamagedCheckpointError:
 def read_files(
     folder: Path, index: dict[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Weights and state of a folder that `verified_index` has passed."""
+    """Read weights and state of a folder that `verified_index` has checked."""
     modules = {name: _read_weights(folder / f"{name}{_WEIGHTS}") for name in index["modules"]}
     return modules, _read_state(folder / _STATE)
 
@@ -266,7 +268,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            # A copy, since safetensors hands out views of the mapped file.
+            # Copies, because safetensors returns views of the memory-mapped file.
             weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             tied = file.metadata() or {}
         return weights | {name: weights[owner] for name, owner in tied.items()}

@@ -1,14 +1,14 @@
-"""Checkpoints that outlive a kill, a full disk and a flipped bit.
+"""Checkpoints that survive a kill, a full disk and a flipped bit.
 
 A checkpoint is a folder `step-00000123/`:
 
-    image.safetensors ...   the weights, one file a module
+    encoder.safetensors ... weights, one file per module
     state.pt                the rest: optimizer, random generators, position in the data
     index.json              format, step, and size and SHA-256 of each file; written last
 
-It is written under a temporary name, flushed to the disk and renamed, so under its own name it is
-whole or damaged later, and then the index tells. Nothing is unpickled: state.pt is read with
-`weights_only=True`, which builds tensors and plain containers and calls no code from the file.
+It is written under a temporary name, flushed to disk and then renamed, so a folder with the final
+name was complete once, and the index reveals later damage. state.pt is read with
+`weights_only=True`, which builds tensors and plain containers and runs no code from the file.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from gradcache_clip.train.checkpoint.files import (
 )
 
 _PREFIX = "step-"
-# The predecessor of a checkpoint that is being saved again at the same step.
+# Suffix of an existing checkpoint while another one of the same step replaces it.
 _REPLACED = ".replaced"
 _TEMPORARY = ".tmp-step-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save_checkpoint` was given, read back; all tensors on the CPU, none sharing a file."""
+    """A loaded checkpoint. All tensors are on the CPU and independent of the files."""
 
     path: Path
-    """The folder it was read from."""
+    """Folder that it was read from."""
     step: int
-    """The step after which it was saved."""
+    """Optimizer steps taken when it was saved."""
     modules: dict[str, dict[str, Tensor]]
-    """Name of each module -> its state_dict; tied tensors are one tensor again."""
+    """Module name -> state_dict; tied tensors share memory again."""
     state: dict[str, Any]
     """Everything else."""
 
@@ -66,27 +66,27 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-<step>/`, then remove all but the newest `keep` checkpoints.
 
-    The new checkpoint is complete and on the disk before an older one is touched, also when one of
-    the same step is replaced. Leftovers of a killed save are removed first. One process writes to
-    a folder at a time: of several ranks, rank 0 saves.
+    Older checkpoints are touched only once the new one is complete and flushed, also when it
+    replaces one of the same step. Leftovers of a killed save are removed first. Only one process
+    may write to a folder at a time: rank 0 saves.
 
     Args:
-        folder: where the checkpoints of one run live; made where missing.
+        folder: of all checkpoints of one run; created if missing.
         step: optimizer steps taken so far, 0 or more.
-        modules: name -> state_dict, any device, dtype and strides; tensors that share memory stay
-            tied. A name becomes a file name: letters, digits, `_`, `-` and `.`.
-        state: anything built of dicts with plain keys, lists, tuples, numbers, strings, bytes,
-            None, dtypes, devices and tensors, e.g. `optimizer.state_dict()` and `capture_rng()`.
-        keep: how many checkpoints up to this step stay, 1 or more; damaged ones do not count.
+        modules: name -> state_dict, on any device, with any dtype and strides; tensors that share
+            memory stay tied. Names become file names: letters, digits, `_`, `-` and `.`.
+        state: nested dicts with plain keys, lists and tuples of numbers, strings, bytes, None,
+            dtypes, devices and tensors, e.g. `optimizer.state_dict()` and `capture_rng()`.
+        keep: number of checkpoints up to this step to keep, 1 or more; damaged ones do not count.
 
     Returns:
-        the folder of the new checkpoint.
+        The folder of the new checkpoint.
 
     Raises:
         ValueError: an argument that could not be saved or read back; nothing was written.
-        OSError: errno ENOSPC with the bytes needed and free when the disk or quota is full, or
-            what else the file system said. Earlier checkpoints are untouched, no temporary file
-            stays.
+        OSError: the disk or quota is full (ENOSPC, with the bytes needed and free), or another
+            error of the file system. Earlier checkpoints are untouched, and temporary files are
+            removed.
 
     Example:
         >>> import tempfile, torch
@@ -119,22 +119,22 @@ def save_checkpoint(
 
 
 def load_latest(folder: str | Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` whose every byte is as it was written.
+    """Load the newest undamaged checkpoint in `folder`.
 
     Args:
-        folder: what `save_checkpoint` was given.
+        folder: the one passed to `save_checkpoint`.
 
     Returns:
-        the checkpoint, or None where `folder` is missing or holds none.
+        The checkpoint, or None if `folder` does not exist or holds none.
 
     Warns:
-        RuntimeWarning: a newer checkpoint is damaged and was passed over: which one and why.
+        RuntimeWarning: a newer checkpoint is damaged and was skipped; says which and why.
 
     Raises:
         DamagedCheckpointError: there are checkpoints, and all are damaged.
-        UnsafeCheckpointError: the newest undamaged one carries objects other than tensors and plain
-            values; it was not written by this library. Nothing of it was executed.
-        CheckpointError: written by a newer version of this library.
+        UnsafeCheckpointError: the newest undamaged one contains objects other than tensors and
+            plain values, so this library did not write it. No code in it was run.
+        CheckpointError: a newer version of this library wrote it.
     """
     damages = []
     for _, path in _found(Path(folder)):
@@ -144,7 +144,7 @@ def load_latest(folder: str | Path) -> Checkpoint | None:
             damages.append(str(error))
             continue
         for damage in damages:
-            message = f"{damage}; going on from {path.name} instead"
+            message = f"{damage}; continuing from {path.name} instead"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return checkpoint
     if damages:
@@ -182,7 +182,7 @@ def _check_numbers(step: int, keep: int) -> None:
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each checkpoint, newest first, a replaced one after its successor."""
+    """List step and folder of each checkpoint, newest first, a replaced one after its successor."""
     found = []
     for path in folder.glob(f"{_PREFIX}*"):
         digits = path.name.removeprefix(_PREFIX).removesuffix(_REPLACED)
@@ -192,7 +192,7 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give a complete checkpoint its name; one that holds the name steps aside, never away."""
+    """Rename a complete checkpoint; an existing one of that name is moved aside, not deleted."""
     replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
         if replaced.exists():
@@ -215,7 +215,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
             whole.setdefault(found_step, path)
     kept = list(whole.values())[:keep]
     for path in (path for _, path in older if path not in kept):
-        # Half-removed under its own name it would look damaged to the next resume.
+        # Renamed first: if removed only in part, it would look damaged on the next resume.
         removed = path.with_name(f"{_TEMPORARY}{path.name}")
         try:
             path.rename(removed)

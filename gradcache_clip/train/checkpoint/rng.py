@@ -1,4 +1,4 @@
-"""Every random generator of a run, in a form that a checkpoint can hold without pickled objects."""
+"""Saves and restores every random generator of a run, without pickled objects."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 
 def capture_rng() -> dict[str, Any]:
-    """The state of torch's CPU and CUDA generators, NumPy's global one and Python's.
+    """Capture the state of torch's CPU and CUDA generators, and NumPy's and Python's global ones.
 
-    Tensors, numbers, strings and lists only, so `torch.load(weights_only=True)` reads it. CUDA is
-    captured where this process has used it; asking must not start it.
+    The result consists of tensors, numbers, strings and lists, so `torch.load(weights_only=True)`
+    reads it. CUDA generators are captured only if this process has initialised CUDA.
 
     Returns:
-        a dict for `restore_rng`: {"torch": uint8 tensor, "cuda": list of uint8 tensors, one a
+        A dict for `restore_rng`: {"torch": uint8 tensor, "cuda": list of uint8 tensors, one per
         device, "numpy": dict, "python": dict}.
 
     Raises:
-        ValueError: NumPy's global generator was exchanged for another kind than MT19937.
+        ValueError: NumPy's global generator was replaced by another kind than MT19937.
 
     Example:
         >>> state = capture_rng()
@@ -39,14 +39,13 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Set every generator to what `capture_rng` saw, bit for bit.
+    """Restore every generator to the state that `capture_rng` returned, bit for bit.
 
     Args:
-        state: what `capture_rng` returned, on the CPU.
+        state: result of `capture_rng`, on the CPU.
 
     Warns:
-        RuntimeWarning: the state holds more CUDA devices than this machine has; draws on the
-            missing ones cannot be repeated.
+        RuntimeWarning: the state was captured with more CUDA devices than this machine has.
     """
     torch.set_rng_state(state["torch"])
     _restore_cuda(state["cuda"])
