@@ -1,4 +1,4 @@
-"""The `train` command and how a command ends: for gradcache-clip and `python -m`."""
+"""The `train` command, and error handling shared by all commands."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ INTERRUPTED = 130
 
 
 class CommandError(Exception):
-    """A failure that its message explains; nobody needs to see where in the code it arose."""
+    """An expected failure: its message explains it, so no traceback is shown."""
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `train` takes: a configuration and changes to it."""
+    """Add the arguments of `train`: a configuration file and overrides."""
     parser.add_argument("config", type=Path, help="YAML file; see examples/demo.yaml")
     parser.add_argument(
         "overrides",
@@ -33,7 +33,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_traceback_option(parser: argparse.ArgumentParser) -> None:
-    """`--traceback`, before or after the name of a command."""
+    """Add `--traceback`, which may stand before or after the name of a command."""
     parser.add_argument(
         "--traceback",
         action="store_true",
@@ -43,7 +43,7 @@ def add_traceback_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Train, say what came of it, and give the exit status."""
+    """Train, print the outcome, and return the exit status."""
     from gradcache_clip.train.config_file import load_config
     from gradcache_clip.train.device import is_first_process
     from gradcache_clip.train.run import train
@@ -61,10 +61,10 @@ def _show(summary: RunSummary) -> None:
 
 
 def run_command(arguments: argparse.Namespace, *, name: str) -> int:
-    """Exit status of `arguments.run(arguments)`.
+    """Run `arguments.run(arguments)` and return the exit status.
 
-    An expected error ends as one line on stderr and status 2, or, with `--traceback`, is raised.
-    What is not expected is a bug and is raised.
+    An expected error prints one line on stderr and returns 2; with `--traceback` it is raised. Any
+    other error is a bug and is raised.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     run: Callable[[argparse.Namespace], int] = arguments.run
@@ -73,7 +73,7 @@ def run_command(arguments: argparse.Namespace, *, name: str) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    # Evaluated only when something was raised, so that a good start imports nothing for it.
+    # Evaluated only once something was raised, so that a successful command imports nothing for it.
     except _expected_errors() as error:
         if getattr(arguments, "traceback", False) or _is_own_module_missing(error):
             raise
@@ -93,7 +93,7 @@ def _expected_errors() -> tuple[type[BaseException], ...]:
 
 
 def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
-    # Where the module was never loaded (its extras may be missing), nothing raised its error.
+    # A module that was never loaded (its extras may be missing) cannot have raised its error.
     error = getattr(sys.modules.get(f"gradcache_clip.train.{module}"), name, None)
     return (error,) if error else ()
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run: a person's own file as it is, completed by the run."""
+"""The DeepSpeed configuration of a run: the user's file, completed with settings of the run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _AUTO = "auto"
 
 
 def deepspeed_settings(config: Config, processes: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given.
+    """Return the configuration for `deepspeed.initialize`.
 
-    The file named by `distributed.deepspeed_config` is kept as it is. What it leaves out, or leaves
-    to "auto", is written out: batch sizes, ZeRO stage, precision, and `gradient_clipping`, which
-    DeepSpeed would set to 1.0 by itself.
+    Keeps every value of the file named by `distributed.deepspeed_config`. Adds what the file leaves
+    out or sets to "auto": batch sizes, ZeRO stage, precision, and `gradient_clipping`, which
+    DeepSpeed would otherwise set to 1.0.
 
     Raises:
         ConfigError: no such file, no JSON object in it, or a value that contradicts the run; the
@@ -37,21 +37,23 @@ def deepspeed_settings(config: Config, processes: int) -> dict[str, Any]:
             "chunks are not accumulation steps; see train.chunk_size",
         ),
     ):
-        _settle(settings, name, value, reason, source)
+        _set_or_check(settings, name, value, reason, source)
     norm = config.optimizer.max_grad_norm
-    _settle(settings, "gradient_clipping", norm, "as optimizer.max_grad_norm", source, default=0.0)
-    _settle_stage(settings, config)
-    _settle_precision(settings, config)
+    _set_or_check(
+        settings, "gradient_clipping", norm, "as optimizer.max_grad_norm", source, default=0.0
+    )
+    _set_stage(settings, config)
+    _set_precision(settings, config)
     return settings
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
-    """Of settings that `deepspeed_settings` returned."""
+    """Return the ZeRO stage of a result of `deepspeed_settings`."""
     return int(settings["zero_optimization"]["stage"])
 
 
 def precision_of(settings: dict[str, Any]) -> str:
-    """fp32, bf16 or fp16: what DeepSpeed keeps the weights in."""
+    """Return the dtype that DeepSpeed casts the weights to: fp32, bf16 or fp16."""
     for name in ("bf16", "fp16"):
         if settings.get(name, {}).get("enabled"):
             return name
@@ -79,10 +81,10 @@ def _read(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _settle(
+def _set_or_check(
     settings: dict[str, Any], name: str, value: Any, why: str, source: str, default: Any = None
 ) -> None:
-    """Take the run's value where the file has none, and the file's where the run has none."""
+    """Take the run's value if the file has none, and the file's if the run has the default."""
     given = settings.get(name, _AUTO)
     if given == _AUTO:
         settings[name] = value
@@ -93,7 +95,7 @@ def _settle(
         )
 
 
-def _settle_stage(settings: dict[str, Any], config: Config) -> None:
+def _set_stage(settings: dict[str, Any], config: Config) -> None:
     source, wanted = config.distributed.deepspeed_config, config.distributed.zero
     zero = settings.setdefault("zero_optimization", {})
     default = DEFAULT_STAGE if not source else 0
@@ -105,7 +107,7 @@ def _settle_stage(settings: dict[str, Any], config: Config) -> None:
         )
 
 
-def _settle_precision(settings: dict[str, Any], config: Config) -> None:
+def _set_precision(settings: dict[str, Any], config: Config) -> None:
     wanted, given = config.train.precision, precision_of(settings)
     if wanted == given or wanted == "fp32":
         return

@@ -1,4 +1,4 @@
-"""Which process of a launcher's this is, and which device is its own."""
+"""Rank and device of this process, from a launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import torch
 from gradcache_clip.train.config_errors import ConfigError
 
 FIRST = 0
-"""The rank that writes the run folder and speaks to the person."""
+"""The rank that writes the run folder and prints."""
 
 
 def launched_world_size() -> int:
-    """How many processes a launcher such as torchrun says that it started; 1 without one."""
+    """Return the number of processes that a launcher such as torchrun started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size(processes: int) -> int:
-    """How many of them run on this machine."""
+    """Return how many of them run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
 
 def is_first_process() -> bool:
-    """Whether this one speaks for the run, also before it has joined the others."""
+    """Return whether this is rank 0, also before the process group exists."""
     return int(os.environ.get("RANK", "0")) == FIRST
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `train.device` means to this process: each of several has its own.
+    """Resolve `train.device` for this process; several processes get one device each.
 
-    `auto` is the accelerator of this machine, or its CPU.
+    `auto` takes this machine's accelerator, or its CPU.
 
     Raises:
-        ConfigError: the device is not here, or there are fewer than processes.
+        ConfigError: no such device here, or fewer devices than processes.
     """
     if launched_world_size() > 1 and name != "cpu":
-        name = _of_this_process(name)
+        name = _by_local_rank(name)
     if name == "auto":
         here = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
         return here or torch.device("cpu")
@@ -49,7 +49,7 @@ def choose_device(name: str) -> torch.device:
         ) from error
 
 
-def _of_this_process(name: str) -> str:
+def _by_local_rank(name: str) -> str:
     if ":" in name:
         raise ConfigError(
             f"train.device: expected auto, cuda or cpu with {launched_world_size()} processes, got "

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def moving_average(model: nn.Module, decay: float) -> ModelEmaV3:
-    """A copy of the model whose weights and buffers become averages.
+    """Return a copy of the model that holds moving averages of its weights and buffers.
 
-    Update number n (from 1) takes
+    Update number n (from 1) computes
 
         average = d * average + (1 - d) * weights,    d = min(decay, (1 + n) / (10 + n))
 
-    so that the random start is forgotten within the first steps. Make it before an engine turns
-    the model to half precision: averages keep the precision that they start with.
+    so the random initial weights fade within the first steps. Create the average before an engine
+    casts the model to half precision: it keeps the dtype that it starts with.
 
     Source:
         Polyak and Juditsky 1992; the warm-up is TensorFlow's ExponentialMovingAverage(num_updates).
@@ -38,6 +38,6 @@ def moving_average(model: nn.Module, decay: float) -> ModelEmaV3:
 
 
 def update_average(average: ModelEmaV3, model: nn.Module, update: int) -> None:
-    """Move the average towards the weights after the optimizer's step number `update`, from 1."""
+    """Update the average after optimizer step number `update`, counted from 1."""
     # timm's warm-up at step s, with gamma and power from above, is (s - 1) / (s + 8).
     average.update(model, step=update + 2)

@@ -1,4 +1,4 @@
-"""Module, optimizer and strategy of a run, as its configuration says, and a step of them."""
+"""Builds module, optimizer and strategy from a configuration, and steps them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from gradcache_clip.train.precision import autocast, make_scaler
 
 @dataclass
 class Engine:
-    """An encoder and a loss that learn together, in this process alone or in several.
+    """An encoder and a loss trained together, on one process or several.
 
-    Weights and states go in and out whole and by name, so a checkpoint of one strategy and number
-    of processes serves every other. All processes call `finish_step`, `weights`, `state` and their
-    counterparts together.
+    Weights and state are exchanged unsharded and by name, so a checkpoint loads under any other
+    strategy and number of processes. All processes call `finish_step`, `weights`, `state` and
+    their counterparts together.
     """
 
     module: nn.Module
-    """The encoder as it is called while training, `module(tower, inputs)`."""
+    """The encoder in its wrapper (DDP, FSDP, DeepSpeed), called as `module(tower, inputs)`."""
     loss: nn.Module
     strategy: LocalStrategy
     optimizer: torch.optim.Optimizer
@@ -47,16 +47,16 @@ class Engine:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The encoder as it is called without gradients."""
+        """The encoder to call without gradients."""
         return self.strategy.unwrap(self.module)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the optimizer."""
+        """The optimizer's parameter groups."""
         return self.optimizer.param_groups
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context that the encoder runs in."""
+        """Return the autocast context that the encoder runs in."""
         return autocast(self.precision, next(self.module.parameters()).device)
 
     def set_learning_rate(self, rate: float) -> None:
@@ -64,62 +64,62 @@ class Engine:
         self.strategy.set_learning_rate(self.optimizer, rate)
 
     def begin_step(self) -> None:
-        """Drop the gradients of the last step."""
+        """Discard the gradients of the last step."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def finish_step(self) -> Tensor:
-        """Clip the gradients and step; returns their global norm before. Nothing waits."""
+        """Clip gradients and step; returns the global norm before clipping. Never synchronises."""
         return self.strategy.step(self.optimizer, [self.module, self.loss], self.max_grad_norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole encoder, on the first process; on others some tensors may be empty."""
+        """Return all weights of the encoder on rank 0; elsewhere some tensors may be empty."""
         return self.strategy.weights(self.module)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Load what `weights` returned."""
+        """Load the result of `weights`."""
         self.strategy.load_weights(self.module, weights)
 
     def state(self) -> dict[str, Any]:
-        """All else that the next step depends on, on the first process, as `weights`."""
+        """Return optimizer and scaler state, complete on rank 0."""
         return self.strategy.state(self.optimizer, [self.module, self.loss])
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load what `state` returned."""
+        """Load the result of `state`."""
         self.strategy.load_state(self.optimizer, [self.module, self.loss], state)
 
 
 def build_engine(encoder: nn.Module, loss: nn.Module, config: Config, peers: Peers) -> Engine:
-    """The engine that `config.distributed` names; with one process, this process alone.
+    """Build the engine for `config.distributed`; one process needs no wrapper.
 
     Args:
-        encoder, loss: on the device of this process, with the same weights on all.
+        encoder, loss: on this process's device, with equal weights on all processes.
         config: of the run; `distributed.deepspeed_config` may name a file.
         peers: the processes.
 
     Raises:
-        ConfigError: settings that the strategy cannot be exact with, or a DeepSpeed configuration
-            that contradicts the run.
+        ConfigError: settings under which the strategy would not be exact, or a DeepSpeed
+            configuration that contradicts the run.
     """
     kind = config.distributed.strategy
     if peers.world_size == 1 and kind != "deepspeed":
         return _with(LocalStrategy, encoder, loss, config)
     if not config.train.grad_cache:
         raise ConfigError(
-            f"train.grad_cache: expected true with {peers.world_size} processes, got false, whose "
-            "softmax ends at a chunk of one; train it with one"
+            f"train.grad_cache: expected true with {peers.world_size} processes, got false, which "
+            "limits the softmax to a chunk of one process; use one process"
         )
     if kind == "deepspeed":
         return _in_deepspeed(encoder, loss, config, peers)
     if kind == "fsdp":
         return _sharded(encoder, loss, config)
     device = next(encoder.parameters()).device
-    places = None if device.type == "cpu" else [device.index]
-    module = nn.parallel.DistributedDataParallel(encoder, device_ids=places)
+    device_ids = None if device.type == "cpu" else [device.index]
+    module = nn.parallel.DistributedDataParallel(encoder, device_ids=device_ids)
     return _with(DDPStrategy, module, loss, config)
 
 
 def repeated_layers(encoder: nn.Module) -> Iterator[nn.Module]:
-    """The outermost lists of several modules of one kind, item by item: blocks of a transformer.
+    """Yield the blocks of an encoder: items of its outermost lists of modules of one class.
 
     Example:
         >>> blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
@@ -149,36 +149,36 @@ def _with(
 
 
 def _sharded(encoder: nn.Module, loss: nn.Module, config: Config) -> Engine:
-    """The layers of both towers sharded one by one, and what is left of the encoder together."""
+    """Shard each block of both towers by itself, then the rest of the encoder together."""
     if config.train.precision == "fp16":
         raise ConfigError(
-            "train.precision: expected fp32 or bf16 with distributed.strategy=fsdp, got "
-            "fp16, whose scaled gradients no process sees whole; use bf16"
+            "train.precision: expected fp32 or bf16 with distributed.strategy=fsdp, got fp16, "
+            "under which each process would check only its own shard for overflow; use bf16"
         )
     _refuse_average(config, "distributed.strategy=fsdp", "distributed.strategy=ddp")
-    # Towers may share layers.
+    # dict.fromkeys: towers may share blocks, and a module can be sharded only once.
     for layer in dict.fromkeys(repeated_layers(encoder)):
         fully_shard(layer)
     fully_shard(encoder)
     optimizer = build_optimizer(config.optimizer, encoder)
-    # In a group of its own: an operation over a group takes sharded tensors or plain ones.
+    # A separate group: fused optimizers cannot mix sharded and plain tensors in one.
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     optimizer.add_param_group({"params": trained, "weight_decay": 0.0})
     return _with(FSDPStrategy, encoder, loss, config, optimizer)
 
 
 def _in_deepspeed(encoder: nn.Module, loss: nn.Module, config: Config, peers: Peers) -> Engine:
-    """The encoder in a DeepSpeed engine, with the optimizer of its configuration or ours.
+    """Put the encoder into a DeepSpeed engine, with the optimizer of its file or with ours.
 
-    The loss's scale stays outside, in 32 bits on every process, with an optimizer of its own: its
-    gradient is complete everywhere.
+    The logit scale stays outside, in fp32 on every process with its own optimizer, because its
+    gradient is already complete on every process.
     """
     settings = deepspeed_settings(config, peers.world_size)
     if zero_stage(settings) == 3:
-        _refuse_average(config, "ZeRO-3, whose processes hold parts of the weights", "ZeRO-2")
+        _refuse_average(config, "ZeRO-3, which shards the weights", "ZeRO-2")
     engine = _initialize(encoder, config, settings)
     optimizer = build_optimizer(config.optimizer, loss)
-    # The engine keeps weights in the precision of its configuration, and scales by itself.
+    # DeepSpeed casts the weights and scales the loss itself.
     scaler = torch.amp.GradScaler(enabled=False)
     norm = settings["gradient_clipping"]
     return Engine(engine, loss, DeepSpeedStrategy(engine), optimizer, scaler, norm, "fp32")
@@ -187,7 +187,7 @@ def _in_deepspeed(encoder: nn.Module, loss: nn.Module, config: Config, peers: Pe
 def _initialize(encoder: nn.Module, config: Config, settings: dict[str, Any]) -> Any:
     if next(encoder.parameters()).device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # A launcher sets it; a process that nobody launched is alone.
+    # DeepSpeed requires the variable, which only a launcher sets.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 

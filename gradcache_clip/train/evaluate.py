@@ -1,4 +1,4 @@
-"""Evaluation of a run that was trained before."""
+"""`gradcache-clip evaluate`: evaluate a finished or interrupted run."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ def evaluate_run(
     folds: int | None = None,
     console: Console | None = None,
 ) -> RetrievalMetrics | TextMetrics | LabelMetrics:
-    """Retrieval on held-out pairs with a run's newest checkpoint, printed as a table.
+    """Evaluate the newest checkpoint of a run on held-out data, and print a table.
 
-    For a run over views of images: how far the features of its tower tell classes apart. For one
-    over texts: how well queries find their document, by the width that is compared.
+    Measures retrieval in both directions for pairs, classification by the features of the tower
+    for views, and retrieval of documents by queries, per feature width, for texts.
 
     Args:
         run_folder: the `train.output` of the run.
-        data: shards, or lines of texts; those of the run's `data.validation` when None.
-        device: where to run; an accelerator where there is one when None.
-        folds: consecutive parts of the images over which recall is averaged (COCO 1K: 5); those of
-            the run's `evaluation.folds` when None.
-        templates: with any, images are also classified by their first captions put into them.
+        data: held-out data; the run's `data.validation` when None.
+        device: as `train.device`; "auto" when None.
+        folds: consecutive parts of the images to average recall over (COCO 1K: 5); the run's
+            `evaluation.folds` when None.
+        templates: if given, also classify images zero-shot by their first captions put into these.
 
     Raises:
-        ConfigError: the folder holds no run, no checkpoint, or no validation data is known; or
-            templates are given for a run without images and captions.
+        ConfigError: the folder holds no run or no checkpoint, no validation data is known, or
+            templates are given for a run without captions.
     """
     run, config = existing_run(run_folder)
     program = program_of(_changed(config, data, device, folds))
@@ -65,8 +65,8 @@ def evaluate_run(
         )
     if templates and config.program != "pairs":
         raise ConfigError(
-            f"templates: expected none for {run.path}, whose run has learned no images and their "
-            f"captions, got {len(templates)}; leave them out"
+            f"templates: expected none for {run.path}, which was trained on {config.program} and "
+            f"not on captioned images, got {len(templates)}; leave them out"
         )
     program.check_data()
     encoder, tokenizer, step = load_trained(program, run)

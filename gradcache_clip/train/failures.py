@@ -1,4 +1,4 @@
-"""When one process of a run fails, the others learn which and what it was doing, and stop too."""
+"""Tells the other processes of a run which one failed and what it was doing, so that all stop."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 BEAT_S = 0.5
-"""Seconds between two signs of life, and between two looks at what the others say."""
+"""Interval in seconds between heartbeats, and between checks for a failure elsewhere."""
 
 SILENT_S = 3.0
-"""A process that gives no sign of life for so long, while others wait for it, is gone."""
+"""A process whose heartbeat stops for this long while others wait for it counts as dead."""
 
 GRACE_S = 15.0
-"""After a failure elsewhere, a process that cannot leave what it waits for is ended."""
+"""A process stuck in a collective ends itself this long after a failure elsewhere."""
 
 LAST_WORDS_S = 5.0
-"""A process that has learned of a failure has so long to say so when it is told to end."""
+"""A failing process that receives SIGTERM has this long to report before it exits."""
 
 _STATUS_OF_A_STUCK_PROCESS = 3
 _STATUS_OF_SIGTERM = 128 + signal.SIGTERM
@@ -34,37 +34,38 @@ Answer = TypeVar("Answer")
 
 
 class PeerFailure(RuntimeError):
-    """Another process of the run has failed; the message names it and what it was doing."""
+    """Another process of the run failed; the message names it and what it was doing."""
 
 
 class Terminated(KeyboardInterrupt):
-    """This process was told to end by SIGTERM, as a launcher does when another one has failed."""
+    """This process received SIGTERM, as from a launcher after another process failed."""
 
 
 class FailureChannel:
-    """A key in the store of the rendezvous for the first failure, and one a process for its phase.
+    """Shares the first failure and every process's phase through the rendezvous store.
 
-    As a context, it passes on what ends it with an error, and a thread looks out for what others
-    have passed on: a process that waits for a failed one inside a collective may never return.
-    SIGTERM, by which a launcher then ends the others, raises `Terminated` inside the context.
+    As a context manager, it reports an error that leaves the context, while a thread watches for
+    reports of others: a process that waits in a collective for a failed one may never return.
+    SIGTERM, which a launcher sends to the others after a failure, raises `Terminated` inside the
+    context.
 
     Args:
         rank: of this process.
         world_size: number of processes.
 
     Raises:
-        PeerFailure: on leaving the context with an error that comes of another process's failure.
+        PeerFailure: on leaving the context with an error that another process caused.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.phase = "starting"
         self._rank = rank
         self._world_size = world_size
-        self._store = _own_connection()
+        self._store = _connect_to_store()
         self._beats = 0
-        self._heard: str | None = None
+        self._known_failure: str | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look_out, name="failures", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
 
     def __enter__(self) -> FailureChannel:
         if self._store is not None:
@@ -74,7 +75,7 @@ class FailureChannel:
         return self
 
     def set_phase(self, phase: str) -> None:
-        """Note what this process is doing, also where it can say nothing later."""
+        """Set what this process is doing, and publish it in case the process is killed."""
         self.phase = phase
         self._beat()
 
@@ -87,38 +88,38 @@ class FailureChannel:
         _on_sigterm(self._handler if error is None else _end_soon)
         try:
             if error is not None:
-                self._pass_on(error)
+                self._report_error(error)
         finally:
             self._over.set()
 
-    def _pass_on(self, error: BaseException) -> None:
-        """Tell the others of a failure that is this process's own; raise one that is not."""
+    def _report_error(self, error: BaseException) -> None:
+        """Report this process's own failure; raise PeerFailure if another process caused it."""
         if isinstance(error, KeyboardInterrupt) and not isinstance(error, Terminated):
-            self._tell(f"rank {self._rank} was interrupted while {self.phase}")
+            self._report(f"rank {self._rank} was interrupted while {self.phase}")
             return
-        message = self._told()
-        if message is None and _is_of_a_collective(error):
+        message = self._reported()
+        if message is None and _comes_from_a_collective(error):
             message = self._cause_elsewhere() or _timed_out(error)
         what = f"rank {self._rank} {'failed' if message is None else 'stopped'} while {self.phase}"
-        self._tell(message or f"{what}: {type(error).__name__}: {_first_line(error)}")
+        self._report(message or f"{what}: {type(error).__name__}: {_first_line(error)}")
         if message is not None:
             raise PeerFailure(f"{what}: {message}") from error
         error.__notes__ = [*getattr(error, "__notes__", []), what]  # type: ignore[attr-defined]
 
     def _cause_elsewhere(self) -> str | None:
-        """What another says within some seconds, or that it says nothing any more."""
+        """Wait for another process's report, else find the one whose heartbeat stopped."""
         beats, end = self._all_beats(), time.monotonic() + SILENT_S
         while time.monotonic() < end:
-            if told := self._told():
-                return told
+            if reported := self._reported():
+                return reported
             time.sleep(BEAT_S / 2)
         after = self._all_beats()
         if beats is None or after is None:
             return "the process that holds the rendezvous, rank 0 or the launcher, is gone"
-        return self._of_others(beats, after)
+        return self._suspect(beats, after)
 
-    def _of_others(self, before: list[str], after: list[str]) -> str | None:
-        """Who gave no sign of life in between, or else does something else than this process."""
+    def _suspect(self, before: list[str], after: list[str]) -> str | None:
+        """Name a process without a heartbeat in between, else one in another phase than this."""
         phases = [beat.partition(" ")[2] for beat in after]
         for rank in range(self._world_size):
             if before[rank] == after[rank]:
@@ -128,10 +129,10 @@ class FailureChannel:
                 return f"rank {rank} kept the others waiting while {phase}"
         return None
 
-    def _look_out(self) -> None:
+    def _watch(self) -> None:
         while not self._over.wait(BEAT_S):
             self._beat()
-            message = self._told()
+            message = self._reported()
             if message is not None and not self._over.wait(GRACE_S):
                 line = f"rank {self._rank} ended while {self.phase}: {message}"
                 print(line, file=sys.stderr, flush=True)
@@ -142,7 +143,7 @@ class FailureChannel:
         self._write(f"beat/{self._rank}", f"{self._beats} {self.phase}")
 
     def _all_beats(self) -> list[str] | None:
-        """The last sign of life of each process; None where the store is gone."""
+        """Return the last heartbeat of each process; None if the store is gone."""
         found = self._ask(lambda store: store.multi_get(self._all_keys))
         return None if found is None else [beat.decode() for beat in found]
 
@@ -150,31 +151,32 @@ class FailureChannel:
     def _all_keys(self) -> list[str]:
         return [f"beat/{rank}" for rank in range(self._world_size)]
 
-    def _tell(self, message: str) -> None:
-        """Pass on the first failure; later ones come of it."""
-        if self._told() is None:
+    def _report(self, message: str) -> None:
+        """Report a failure unless there is one already: later failures are its consequences."""
+        if self._reported() is None:
             self._write(_FAILURE, message)
             if self._rank == 0:
-                # The store may end with this process: the others need time to look.
+                # This process may hold the store: give the others time to read it.
                 time.sleep(2 * BEAT_S)
 
-    def _told(self) -> str | None:
-        if self._heard is None and self._ask(lambda store: store.check([_FAILURE])):
+    def _reported(self) -> str | None:
+        if self._known_failure is None and self._ask(lambda store: store.check([_FAILURE])):
             said = self._ask(lambda store: store.get(_FAILURE))
-            self._heard = said.decode() if said is not None else None
-        return self._heard
+            self._known_failure = said.decode() if said is not None else None
+        return self._known_failure
 
     def _write(self, key: str, value: str) -> None:
         self._ask(lambda store: store.set(key, value))
 
     def _ask(self, question: Callable[[dist.Store], Answer]) -> Answer | None:
-        """None once the store is gone, with the process that held it; torch logs each attempt."""
+        """Query the store; None once it is gone with the process that held it."""
         store = self._store
         if store is None:
             return None
         try:
             return question(store)
         except RuntimeError:
+            # Never ask again: torch logs every failed attempt.
             self._store = None
             return None
 
@@ -183,7 +185,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 def _on_sigterm(handler: Handler) -> Handler:
-    """Set what SIGTERM does; returns what it did. Python lets the main thread alone do so."""
+    """Set the SIGTERM handler and return the previous one. Only the main thread may do so."""
     if handler is None or threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGTERM, handler)
@@ -199,10 +201,10 @@ def _end_soon(_number: int, _frame: FrameType | None) -> None:
     timer.start()
 
 
-def _own_connection() -> dist.Store | None:
-    """To the store of the rendezvous: the process group may be waiting on its own connection.
+def _connect_to_store() -> dist.Store | None:
+    """Open a second connection to the rendezvous store: the process group may block its own.
 
-    None where the caller has joined the processes by other means than a launcher's variables.
+    Returns None if the processes were not joined through a launcher's variables.
     """
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         return None
@@ -212,20 +214,20 @@ def _own_connection() -> dist.Store | None:
         is_master=False,
         timeout=timedelta(seconds=2 * SILENT_S),
     )
-    # A launcher that starts the run again keeps its store.
+    # A launcher that restarts the run keeps its store, with the failure of the last attempt in it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"gradcache_clip/{attempt}", store)
 
 
-def _is_of_a_collective(error: BaseException) -> bool:
-    """What torch raises when the other end of a collective is gone or late, and on SIGTERM."""
+def _comes_from_a_collective(error: BaseException) -> bool:
+    """Return whether another process may have caused the error: a collective, or SIGTERM."""
     if isinstance(error, dist.DistError | Terminated):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
 
 
 def _timed_out(error: BaseException) -> str | None:
-    """Where all are alive and do the same, as far as anybody knows."""
+    """Explain a timeout although every process is alive and in the same phase."""
     if "timed out" not in str(error).lower():
         return None
     return (

@@ -1,4 +1,4 @@
-"""The training loop: it knows batches, steps and checkpoints, and nothing of what is learned."""
+"""The training loop. It knows batches, steps and checkpoints, but no objective or kind of data."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Step = Callable[[Any], StepResult]
 """Takes one optimizer step on a batch."""
 
 Evaluate = Callable[[], Any]
-"""Evaluates the state as it is; the result's `scalars()` are logged. None on other processes."""
+"""Evaluates the current state; rank 0 logs the result's `scalars()`, other ranks return None."""
 
 
 class Meter:
-    """Time in training steps and samples seen, between log rows and in all."""
+    """Measures training time and samples, since the last log row and in total."""
 
     def __init__(self) -> None:
         self.seconds = self.samples = self._seconds = self._samples = self._steps = 0.0
@@ -34,7 +34,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in this context is no training and does not count."""
+        """Exclude the time spent in this context, such as evaluating or saving."""
         self._seconds += time.perf_counter() - self._start
         try:
             yield
@@ -46,7 +46,7 @@ class Meter:
         self._steps += 1
 
     def rates(self) -> dict[str, float]:
-        """Samples a second and milliseconds a step since the last call."""
+        """Return samples per second and milliseconds per step since the last call."""
         now = time.perf_counter()
         self._seconds, self._start = self._seconds + now - self._start, now
         rates = {
@@ -61,13 +61,13 @@ class Meter:
 
 @dataclass
 class FitResult:
-    """What came of the loop."""
+    """Outcome of `fit`."""
 
     meter: Meter = field(default_factory=Meter)
     row: dict[str, float] = field(default_factory=dict)
-    """The last log row."""
+    """Last log row."""
     evaluated: Any = None
-    """Of the last step, if it was evaluated."""
+    """Evaluation after the last step; None if that step was not evaluated."""
 
 
 def fit(
@@ -80,16 +80,16 @@ def fit(
     log: MetricsLog | None = None,
     console: Console | None = None,
 ) -> FitResult:
-    """Take steps until the last or until Ctrl-C, log, evaluate and save.
+    """Take steps until `config.steps` or Ctrl-C; log, evaluate and save on the way.
 
     Args:
-        state: where training stands; it is changed.
-        step: takes one step.
-        config: how many steps, and how often the rest happens.
-        evaluate: called every `config.evaluate_every` steps and after the last.
-        at_start: evaluate before the first step, too.
-        log: gets the figures; None on all processes but the first.
-        console: for the progress bar; stderr when None.
+        state: modified in place.
+        step: takes one optimizer step.
+        config: number of steps, and intervals for logging, evaluating and saving.
+        evaluate: called every `config.evaluate_every` steps and after the last one.
+        at_start: also evaluate before the first step.
+        log: receives the metrics; None except on rank 0.
+        console: shows the progress bar; stderr when None.
     """
     fitted, peers = FitResult(), state.peers
 
@@ -108,6 +108,7 @@ def fit(
     ):
         if not state.step and at_start:
             evaluated()
+        # All ranks must agree to stop: one that left alone would hang the others in a collective.
         while state.step < config.steps and not peers.any(bool(stop)):
             fitted.evaluated = None
             result = _take(state, step, batches)
@@ -142,7 +143,7 @@ def _due(state: TrainState, every: int) -> bool:
 
 
 def _log_row(state: TrainState, result: StepResult, meter: Meter) -> dict[str, float]:
-    """Figures of the step that was just taken: the one place that waits for the device."""
+    """Metrics of the step just taken. Only this function synchronises with the device."""
     loss: Any = state.loss
     values = torch.stack([*result, loss.logit_scale.detach()]).tolist()
     names = ("loss", "accuracy", "grad_norm", "logit_scale")

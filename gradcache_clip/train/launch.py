@@ -1,4 +1,4 @@
-"""`gradcache-clip launch`: a training run on several processes, which torchrun starts."""
+"""`gradcache-clip launch`: start a training run on several processes with torchrun."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from gradcache_clip.train.command import INTERRUPTED, CommandError, add_train_arguments
 
 SAVING_S = 300
-"""After Ctrl-C, processes have so long to finish their step and write a checkpoint."""
+"""Seconds that processes have after Ctrl-C to finish their step and write a checkpoint."""
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """How many processes, where, and what they run."""
+    """Add the options of `launch`, and the command that the processes run."""
     parser.add_argument("--nproc", type=int, help="processes on this machine (default: its GPUs)")
     parser.add_argument("--nnodes", type=int, default=1, help="machines (default 1)")
     parser.add_argument("--node-rank", type=int, default=0, help="which of the machines this is")
@@ -32,11 +32,11 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_launch(arguments: argparse.Namespace) -> int:
-    """Start the processes, wait for them, and give the exit status of the first that failed.
+    """Start the processes, wait for them, and return the exit status of the run.
 
     Raises:
-        CommandError: numbers of processes or machines that cannot be.
-        ConfigError: a configuration that cannot be run; no process was started.
+        CommandError: an impossible number of processes or machines.
+        ConfigError: the configuration cannot be run; no process was started.
     """
     from gradcache_clip.train.config_file import load_config
     from gradcache_clip.train.deepspeed_config import deepspeed_settings
@@ -45,7 +45,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     processes = _processes_here(arguments)
     _check_machines(arguments)
     overrides = [*arguments.overrides, *_strategy_overrides(arguments)]
-    # Said here once, not by every process.
+    # Check here, so that a mistake is reported once and not by every process.
     config = load_config(arguments.config, overrides)
     rows_per_process(config.train.batch_size, processes * arguments.nnodes)
     if config.distributed.strategy == "deepspeed":
@@ -55,7 +55,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
         command.append("--traceback")
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_of_a_process(processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
-    return _torchrun([*_places(arguments, processes), *command])
+    return _torchrun([*_torchrun_options(arguments, processes), *command])
 
 
 def _processes_here(arguments: argparse.Namespace) -> int:
@@ -89,14 +89,14 @@ def _strategy_overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _threads_of_a_process(processes: int) -> int:
-    """Processes that each take all cores get into each other's way."""
+    """Share the cores among the processes, which would otherwise oversubscribe them."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, cores // processes)
 
 
-def _places(arguments: argparse.Namespace, processes: int) -> list[str]:
-    """torchrun's options; on one machine it finds a free port by itself."""
+def _torchrun_options(arguments: argparse.Namespace, processes: int) -> list[str]:
+    """Return torchrun's options; on one machine it finds a free port by itself."""
     if arguments.nnodes == 1:
         return ["--standalone", f"--nproc-per-node={processes}"]
     return [
@@ -123,7 +123,7 @@ def _torchrun(command: list[str]) -> int:
 
 
 def _failed(statuses: Mapping[int, int]) -> int:
-    """The status of a run some of whose processes failed; these have said why, unless killed."""
+    """Return the exit status after failures; print those of killed processes, which are mute."""
     if set(statuses.values()) <= {INTERRUPTED, -signal.SIGTERM}:
         return INTERRUPTED
     killed = {rank: -n for rank, n in statuses.items() if n < 0 and n != -signal.SIGTERM}

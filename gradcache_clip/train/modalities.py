@@ -1,4 +1,4 @@
-"""The towers of a dual encoder, by number and by name."""
+"""Numbers and names of the towers of a dual encoder."""
 
 TOWERS = ("image", "text")
 IMAGE, TEXT = 0, 1

@@ -14,15 +14,15 @@ from gradcache_clip.train.views import ViewEncoder
 
 
 class MomentumEncoder(nn.Module):
-    """An encoder of queries, and its moving average, the encoder of keys.
+    """A query encoder, and its exponential moving average as key encoder.
 
-    Called as `encoder(tower, inputs)`: towers 0 to n - 1 are those of `query`, and n to 2 n - 1
-    their averages. The averages are frozen modules of the same encoder, so `GradCache` embeds their
-    inputs once a step and never replays them, and a checkpoint holds them with the rest.
+    Called as `encoder(tower, inputs)`: towers 0 to n - 1 are those of `query`, towers n to 2 n - 1
+    their averages. The averages are frozen submodules, so `GradCache` embeds their inputs once per
+    step without replaying them, and every checkpoint contains them.
 
     Args:
-        query: is trained; its copy starts as the average.
-        towers: n, how many of its towers have keys.
+        query: the encoder to train; the average starts as a copy of it.
+        towers: n, the number of its towers.
         momentum: m; after a step, keys = m keys + (1 - m) queries.
 
     Source:
@@ -49,7 +49,7 @@ class MomentumEncoder(nn.Module):
         self.key = copy.deepcopy(query).requires_grad_(False)
 
     def forward(self, tower: int, inputs: Any) -> Tensor:
-        """Features (B, D) of a tower for queries, or of the average of one."""
+        """Return features (B, D) of a query tower, or of the average of one."""
         encoder, tower = (
             (self.query, tower) if tower < self.towers else (self.key, tower - self.towers)
         )
@@ -57,7 +57,7 @@ class MomentumEncoder(nn.Module):
         return features
 
     def update(self) -> None:
-        """Move the average towards the weights; called after each optimizer step."""
+        """Update the average; call it after each optimizer step."""
         move = get_ema_multi_avg_fn(self.momentum)
         move([*self.key.parameters()], [*self.query.parameters()], None)
 
@@ -71,10 +71,10 @@ class MomentumEncoder(nn.Module):
         return self.query.text_tower
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """That of `query`."""
+        """Encode images with the query encoder."""
         return self.query.encode_image(images)
 
     def encode_text(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """That of `query`, which has a text tower."""
+        """Encode texts with the query encoder, which must have a text tower."""
         assert isinstance(self.query, DualEncoder)
         return self.query.encode_text(inputs)

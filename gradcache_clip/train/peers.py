@@ -1,4 +1,4 @@
-"""The processes that train one run together, this one among them; one process is the same path."""
+"""The processes that train one run together. One process takes the same path as many."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Value = TypeVar("Value")
 
 
 class Peers:
-    """This process among those of its run; by default it is the only one.
+    """Communicates between the processes of a run; by default there is only this one.
 
-    All methods but `set_phase` are called by every process together.
+    Every process must call every method except `set_phase` at the same time.
 
     Args:
         rank: of this process.
         world_size: number of processes.
-        group: over all of them, for values on the host; None for one process.
-        failures: tells the others when this one fails.
+        group: process group for values on the host; None for one process.
+        failures: reports failures to the other processes.
     """
 
     def __init__(
@@ -49,20 +49,20 @@ class Peers:
         return self.rank == FIRST
 
     def set_phase(self, phase: str) -> None:
-        """Note what this process is doing, for the message if it fails."""
+        """Set what this process is doing, for the error message if it fails."""
         if self._failures is not None:
             self._failures.set_phase(phase)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on this or another process."""
+        """Return whether `flag` is true on any process."""
         return bool(self._largest(int(flag)))
 
     def all(self, flag: bool) -> bool:
-        """Whether it is true on every process."""
+        """Return whether `flag` is true on every process."""
         return not self._largest(int(not flag))
 
     def gather_to_rank0(self, value: Value) -> list[Value]:
-        """The value of every process in the order of the ranks, on the first; nothing elsewhere."""
+        """Return the values of all processes in rank order on rank 0, an empty list elsewhere."""
         if self.world_size == 1:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.is_first else None
@@ -70,7 +70,7 @@ class Peers:
         return values or []
 
     def broadcast_from_rank0(self, value: Value) -> Value:
-        """The first process's value, on every process."""
+        """Return rank 0's value on every process."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -86,7 +86,7 @@ class Peers:
 
 
 def rows_per_process(batch_size: int, processes: int) -> int:
-    """Rows of a step that each of so many processes embeds.
+    """Return how many rows of a batch each process embeds.
 
     Raises:
         ConfigError: the batch does not divide by the number of processes.
@@ -103,20 +103,20 @@ def rows_per_process(batch_size: int, processes: int) -> int:
 
 @contextmanager
 def join_processes(config: Config) -> Iterator[Peers]:
-    """This process among its peers; where a launcher has started several, in a process group.
+    """Join the processes that a launcher started, and leave together with them.
 
-    The group is that of torch.distributed's environment variables, or the one that the caller has
-    initialised. All leave the context together.
+    Uses the default process group if the caller has initialised one, else initialises it from
+    torch.distributed's environment variables.
 
     Raises:
         ConfigError: fewer devices than processes on this machine.
-        PeerFailure: another process has failed; the message names it and what it was doing.
+        PeerFailure: another process failed; the message names it and what it was doing.
     """
     made_here, needs_group = not dist.is_initialized(), config.distributed.strategy == "deepspeed"
     if made_here and launched_world_size() == 1 and not needs_group:
         yield Peers()
         return
-    # torch 2.13 renamed collectives that its own wrappers still call by their old names.
+    # torch 2.13 deprecated collectives that its own wrappers still call.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     timeout = timedelta(seconds=config.distributed.timeout_s)
     if made_here:
@@ -126,6 +126,7 @@ def join_processes(config: Config) -> Iterator[Peers]:
     peers = Peers(dist.get_rank(), dist.get_world_size(), group=group, failures=failures)
     with failures:
         yield peers
+        # A barrier: rank 0 may hold the store, and would take it away from ranks still at work.
         peers.set_phase("waiting for the others at the end")
         peers.all(True)
     if made_here:
@@ -133,7 +134,7 @@ def join_processes(config: Config) -> Iterator[Peers]:
 
 
 def _backend(config: Config) -> dict[str, Any]:
-    """Arguments of init_process_group for the device of this process."""
+    """Return arguments of init_process_group for the device of this process."""
     device = choose_device(config.train.device)
     arguments: dict[str, Any] = {"backend": dist.get_default_backend_for_device(device)}
     if launched_world_size() == 1:

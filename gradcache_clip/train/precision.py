@@ -1,4 +1,4 @@
-"""The precision of a run: autocast, and the scaling of its loss."""
+"""Mixed precision: autocast and gradient scaling."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context that encoders run in; fp32 leaves them alone."""
+    """Return the autocast context for encoders; it does nothing for fp32."""
     dtype = _AUTOCAST_DTYPE.get(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss in fp16 alone; otherwise it passes everything through."""
+    """Return a gradient scaler that is enabled for fp16 only."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

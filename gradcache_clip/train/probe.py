@@ -1,4 +1,4 @@
-"""Two samples through each tower before a run begins: do models and sizes go together?"""
+"""Tries both towers on two samples before a run starts, to find sizes that do not fit a model."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.train.backbones import first_line
 
-# What torch, timm and transformers raise on inputs of a size or kind that a model has no use for.
+# Errors that torch, timm and transformers raise on inputs of a wrong size or kind.
 _UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 def check_towers(
     encoder: Any, *, image_size: int | None, tokens: Mapping[str, Tensor] | None
 ) -> None:
-    """Encode two images and two texts and throw the features away; the encoder stays as it was.
+    """Encode two images and two texts and discard the features; the encoder is left unchanged.
 
     Args:
-        encoder: on the device where it will run; `DualEncoder`, or one with one of its towers.
-        image_size: height and width in pixels, `data.image_size`. None: no image tower.
-        tokens: `input_ids` and `attention_mask` of two texts, int64 (2, L), on any device; of
-            length `data.context_length` to show that the longest texts fit. None: no text tower.
+        encoder: on the device where it will run; has `encode_image`, `encode_text` or both.
+        image_size: `data.image_size` in pixels; None without an image tower.
+        tokens: `input_ids` and `attention_mask` of two texts, int64 (2, L), on any device, padded
+            to `data.context_length` to show that the longest texts fit; None without a text tower.
 
     Raises:
-        ValueError: a tower fails on these sizes, or gives features that are no finite numbers.
+        ValueError: a tower fails on these sizes, or returns NaN or infinity.
     """
     device = next(encoder.parameters()).device
     if image_size is not None:
@@ -37,7 +37,7 @@ def check_towers(
 
 
 def _check_images(encoder: Any, image_size: int, device: torch.device) -> None:
-    # Not drawn: a run's random numbers stay as they are.
+    # A ramp instead of random pixels leaves the random state of the run alone.
     ramp = torch.arange(2 * 3 * image_size**2) % 256
     images = ramp.view(2, 3, image_size, image_size).to(torch.uint8)
     _check(
@@ -87,7 +87,7 @@ def _evaluated(encode: Callable[[], Any], encoder: nn.Module) -> Any:
 
 
 def _name(backbone: Any) -> str:
-    """As the configuration names it: timm's architecture, or transformers' model type."""
+    """Return the name used in configurations: timm's architecture, or transformers' model type."""
     timm_name = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
     name = timm_name or getattr(getattr(backbone, "config", None), "model_type", None)
     return repr(name or type(backbone).__name__)

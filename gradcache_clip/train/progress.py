@@ -1,4 +1,4 @@
-"""What a person sees while training runs, and a Ctrl-C that loses nothing."""
+"""Progress bar of a run, and a Ctrl-C that loses nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAME_INTERRUPT_S = 1.0
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on a GPU, resident in the process on a CPU."""
+    """Return peak memory so far: allocated tensors on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "win32":
@@ -41,7 +41,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class TrainingBar:
-    """A bar with loss, pairs/s, memory and time left; plain lines where no terminal listens."""
+    """Bar with loss, pairs/s, memory and time left; plain lines if stderr is not a terminal."""
 
     def __init__(self, steps: int, done: int, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -71,7 +71,7 @@ class TrainingBar:
         self._progress.advance(self._task)
 
     def show(self, row: dict[str, float]) -> None:
-        """Figures of a log row: loss, accuracy, pairs_per_s and peak_memory_bytes."""
+        """Show a log row: loss, accuracy, pairs_per_s and peak_memory_bytes."""
         figures = (
             f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  "
             f"{row['pairs_per_s']:,.0f} pairs/s  {row['peak_memory_bytes'] / 2**30:.2f} GiB"
@@ -82,7 +82,7 @@ class TrainingBar:
 
 
 class StopRequest:
-    """Set by the first Ctrl-C (or SIGTERM); the loop ends after the step that is under way."""
+    """Set by the first Ctrl-C or SIGTERM; the loop ends after the current step."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -94,13 +94,13 @@ class StopRequest:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a later SIGINT interrupts at once.
+    """Turn the first SIGINT or SIGTERM into a request to stop; a later SIGINT interrupts at once.
 
-    One that follows within a second is the same Ctrl-C, passed on by a launcher.
+    A SIGINT within a second of the first is the same Ctrl-C, forwarded by a launcher.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        # Python delivers signals to the main thread alone.
+        # Python allows signal handlers in the main thread only.
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

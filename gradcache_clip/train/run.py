@@ -1,4 +1,4 @@
-"""A training run from its configuration to its summary."""
+"""One training run: load, fit, evaluate, draw, summarise."""
 
 from __future__ import annotations
 
@@ -33,39 +33,38 @@ _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run came to; written to `summary.json`."""
+    """Outcome of a run, as written to `summary.json`."""
 
     output: str
-    """The run's folder."""
+    """Folder of the run."""
     step: int
     """Optimizer steps taken."""
     finished: bool
-    """False when it was interrupted and can be resumed."""
+    """False if the run was interrupted; it can be resumed."""
     loss: float | None
-    """Of the last logged step."""
+    """Loss of the last logged step."""
     pairs_per_s: float
-    """Training samples a second over this part of the run, evaluation left out."""
+    """Training samples per second since this start, evaluation excluded."""
     peak_memory_bytes: int
-    """Most memory that the process (on a GPU: its tensors) held."""
+    """Peak memory: allocated tensors on a GPU, resident memory on a CPU."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Broken training samples that were passed over, by reason; counted in every epoch."""
+    """Number of broken training samples skipped, by reason; counted again in every epoch."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Held-out retrieval, or classification, after the last step, if there is a validation set."""
+    """Held-out retrieval or classification after the last step; empty without a validation set."""
 
 
 def train(config: Config, *, console: Console | None = None) -> RunSummary:
-    """Train, evaluate, save and draw one run, as its configuration says.
+    """Train, evaluate, save and draw one run.
 
-    Leaves in `train.output`: config.yaml, tokenizer.json, metrics.jsonl and TensorBoard events,
-    checkpoints/, pictures/ and summary.json. The first Ctrl-C ends after the running step with a
-    checkpoint, and so does an error on one process. Where a launcher has started several processes,
-    all call this function together, share the batch, and the first of them writes.
+    Writes to `train.output`: config.yaml, tokenizer.json, metrics.jsonl and TensorBoard events,
+    checkpoints/, pictures/ and summary.json. The first Ctrl-C finishes the current step and saves
+    a checkpoint; an error in a run of one process saves one too. Under a launcher, every process
+    calls this function, the processes share the batch, and rank 0 writes.
 
     Raises:
-        ConfigError, ValueError, OSError: before anything is written, when the configuration cannot
-            be run here; while training, for data that cannot be read and features that are not
-            finite.
-        PeerFailure: another process has failed; the message names it and what it was doing.
+        ConfigError, ValueError, OSError: the configuration cannot be run here (raised before
+            anything is written), data cannot be read, or features are not finite.
+        PeerFailure: another process failed; the message names it and what it was doing.
     """
     with join_processes(config) as peers:
         console = console or Console(stderr=True)
@@ -73,7 +72,7 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
 
 
 class _Trainer:
-    """One run in one of its processes."""
+    """Runs the phases of one run in one process."""
 
     def __init__(self, config: Config, peers: Peers, console: Console) -> None:
         self.config, self.peers, self.console = config, peers, console
@@ -93,7 +92,7 @@ class _Trainer:
             self.console.print(f"going on from step {first_step} of {self.folder.path}", **_PLAIN)
         fitted = self._fit()
         if self._finished and state.step == first_step and self.config.data.validation:
-            # Nothing was left to train: the log has this evaluation already.
+            # Nothing left to train. The log already has this evaluation; the pictures need it.
             fitted.evaluated = self._evaluate()
         if state.step == first_step and before is not None:
             summary = RunSummary(**{**before, "finished": self._finished})
@@ -126,14 +125,14 @@ class _Trainer:
             )
 
     def _log(self) -> AbstractContextManager[MetricsLog | None]:
-        """Where the figures of this process go; nowhere unless it is the first."""
+        """Open the log on rank 0; other processes log nothing."""
         if not self.peers.is_first:
             return nullcontext()
-        # A run that begins anew has not been evaluated at its start, either.
+        # -1 also drops the evaluation at step 0 of an earlier start, which is about to be repeated.
         return MetricsLog(self.folder.path, resume_step=self.state.step or -1)
 
     def _evaluate(self) -> Any:
-        """The held-out samples, embedded by all processes, on the first."""
+        """Evaluate on all processes; returns the result on rank 0, None elsewhere."""
         self.peers.set_phase(f"evaluating after step {self.state.step}")
         return self.program.evaluate(self.state.evaluated, self.tokenizer, self.peers)
 
@@ -164,7 +163,7 @@ class _Trainer:
 def training_step(
     program: Program[Any], state: TrainState, tokenizer: Tokenizer | None, device: torch.device
 ) -> Step:
-    """One optimizer step on a batch of a program."""
+    """Return the function that takes one optimizer step on a batch."""
     config, engine = program.config, state.engine
     backward = make_backward(
         engine.module, state.loss, config.train, engine.strategy, program.sort_by_length

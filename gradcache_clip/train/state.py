@@ -1,4 +1,4 @@
-"""The state of a training run after a number of steps, built from its program and saved as one."""
+"""The state of a training run: built from its program, saved and restored as a whole."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainState:
-    """What training changes, in each process of a run."""
+    """Everything that training changes, in one process of a run."""
 
     run: RunFolder
     peers: Peers
@@ -46,24 +46,24 @@ class TrainState:
     loss: nn.Module
     ema: ModelEmaV3 | None
     loader: Any
-    """Endless batches, from the next step on."""
+    """Endless batches, beginning with that of the next step."""
     on_save: Callable[[], None] = lambda: None
-    """Writes what is kept beside a checkpoint."""
+    """Called with every checkpoint, to write files that live outside of it."""
     step: int = 0
     """Optimizer steps taken."""
     saved_step: int = 0
 
     def batches(self) -> Generator[Any, None, None]:
-        """Training batches from here on; closing it ends the worker processes."""
+        """Yield training batches from the next step on; closing it ends the worker processes."""
         yield from self.loader
 
     @property
     def evaluated(self) -> nn.Module:
-        """The encoder to evaluate: with averaged weights where there are such."""
+        """The encoder to evaluate: the moving average if there is one."""
         return self.ema.module if self.ema else self.engine.evaluated
 
     def save(self, keep: int) -> None:
-        """Write a checkpoint of all processes together, and keep so many of them.
+        """Write a checkpoint, called by all processes together; keep the newest `keep`.
 
         Raises:
             ValueError: a weight is NaN or infinite; earlier checkpoints are untouched.
@@ -83,7 +83,7 @@ class TrainState:
         self.saved_step = self.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on exactly where the checkpoint was written, by however many processes."""
+        """Continue exactly from a checkpoint, whatever number of processes wrote it."""
         self.step = self.saved_step = checkpoint.step
         self.engine.load_weights(checkpoint.modules["encoder"])
         self.loss.load_state_dict(checkpoint.modules["loss"])
@@ -92,7 +92,7 @@ class TrainState:
         if self.ema is not None:
             self.ema.module.load_state_dict(checkpoint.modules["ema"])
         generators = checkpoint.state["rng"]
-        # A process that was not there before draws as one that begins.
+        # A rank that did not exist before keeps the generators that `start` seeded.
         if self.peers.rank < len(generators):
             restore_rng(generators[self.peers.rank])
 
@@ -117,16 +117,16 @@ class TrainState:
 
 @contextmanager
 def save_on_exit(state: TrainState, keep: int) -> Iterator[None]:
-    """Save what was trained in this context, also when an error ends it.
+    """Save on leaving the context, also after an error.
 
-    After an error the run goes on behind the batch that failed; it is not tried again. With several
-    processes it goes on from the last checkpoint, since one that failed can save nothing.
+    After an error, a resumed run continues after the batch that failed. With several processes it
+    continues from the last checkpoint, because a failed process cannot join in saving.
     """
     try:
         yield
     except Exception:
         if state.step > state.saved_step and state.peers.world_size == 1:
-            # Weights that are the error must neither be saved nor hide it.
+            # If the weights themselves are NaN, saving raises; raise the original error instead.
             with suppress(ValueError):
                 state.save(keep)
         raise
@@ -137,10 +137,10 @@ def save_on_exit(state: TrainState, keep: int) -> Iterator[None]:
 def start(
     program: Program[Any], run: RunFolder, peers: Peers
 ) -> tuple[TrainState, Tokenizer | None]:
-    """Build a run in each of its processes; with `train.resume`, at its newest good checkpoint.
+    """Build the state of a run in this process; restore its newest good checkpoint on resume.
 
     Raises:
-        ConfigError, ValueError, OSError: it cannot be run here; nothing was written.
+        ConfigError, ValueError, OSError: the run cannot start here; nothing was written.
     """
     config = program.config
     torch.manual_seed(config.train.seed)
@@ -158,7 +158,7 @@ def start(
     engine = build_engine(encoder, loss, config, peers)
     state = TrainState(run, peers, encoder, engine, loss, ema, loader, program.on_save)
     if not peers.is_first:
-        # Each process drops other units; the weights above are the same everywhere.
+        # Ranks draw different dropout masks. Weights, built above, are equal on all of them.
         torch.manual_seed(config.train.seed + peers.rank)
     checkpoint = _checkpoint(run, peers) if config.train.resume else None
     if checkpoint is not None:
@@ -168,7 +168,7 @@ def start(
 
 
 def load_trained(program: Program[Any], run: RunFolder) -> tuple[Any, Tokenizer | None, int]:
-    """Encoder, tokenizer and step of a run's newest good checkpoint, for evaluation.
+    """Load encoder, tokenizer and step from a run's newest good checkpoint, for evaluation.
 
     Raises:
         ConfigError: the run has no checkpoint yet.
@@ -187,7 +187,7 @@ def load_trained(program: Program[Any], run: RunFolder) -> tuple[Any, Tokenizer 
 
 
 def _checkpoint(run: RunFolder, peers: Peers) -> Checkpoint | None:
-    """The newest good one, as the first process finds it, read by all."""
+    """Find the newest good checkpoint on rank 0 and load it on every rank."""
     found = load_latest(run.checkpoints) if peers.is_first else None
     path = peers.broadcast_from_rank0(None if found is None else found.path)
     if path is None or found is not None:
@@ -201,7 +201,7 @@ def _checkpoint(run: RunFolder, peers: Peers) -> Checkpoint | None:
 
 
 def _tokenizer(program: Program[Any], run: RunFolder, peers: Peers) -> Tokenizer | None:
-    """The first process reads or trains it for all."""
+    """Read or train the tokenizer on rank 0 and share it with all ranks."""
     if not program.reads_texts:
         return None
     tokenizer = None

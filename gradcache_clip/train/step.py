@@ -1,4 +1,4 @@
-"""One optimizer step: with every pair of the batch as a negative, or of a chunk only."""
+"""One optimizer step, with negatives from the whole batch or, for comparison, from a chunk only."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gradcache_clip.losses import ContrastiveOutput
 from gradcache_clip.train.config import TrainConfig
 
 Backward = Callable[..., ContrastiveOutput]
-"""Called with the inputs of the towers and `loss_kwargs`."""
+"""Takes the inputs of the towers and `loss_kwargs`; runs forward and backward of a batch."""
 
 
 class StepResult(NamedTuple):
-    """Of one optimizer step, all 0-dim tensors on the device: reading them waits for it."""
+    """Metrics of one optimizer step: 0-dim device tensors, so reading one synchronises."""
 
     loss: Tensor
     accuracy: Tensor
@@ -33,10 +33,10 @@ def make_backward(
     strategy: LocalStrategy,
     sort_by_length: Sequence[ByLength | None] | None = None,
 ) -> Backward:
-    """Forward and backward of a batch, as the configuration says.
+    """Build the forward and backward of a batch: gradient caching, or plain accumulation.
 
     Args:
-        sort_by_length: how chunks of each input are cut; see `GradCache`.
+        sort_by_length: how to cut each input into chunks; see `GradCache`.
     """
     if config.grad_cache:
         return GradCache(
@@ -57,7 +57,7 @@ def make_backward(
 def take_step(
     backward: Backward, inputs: Sequence[Any], loss_kwargs: Mapping[str, Any], engine: Any
 ) -> StepResult:
-    """Gradients of one batch, clipped, into the weights; nothing waits for the device."""
+    """Compute gradients of a batch, clip, and step; never synchronises with the device."""
     engine.begin_step()
     with engine.autocast():
         output = backward(*inputs, loss_kwargs=loss_kwargs)
@@ -73,7 +73,7 @@ def _accumulate(
     inputs: Sequence[Any],
     loss_kwargs: Mapping[str, Any],
 ) -> ContrastiveOutput:
-    """Plain gradient accumulation: each chunk's own loss, weighted by its share of the rows."""
+    """Accumulate gradients plainly: each chunk's own loss, weighted by its share of the rows."""
     outputs, shares, rows = [], [], count_rows(inputs[0], "inputs")
     for start in range(0, rows, chunk_size):
         chunk, more = (
@@ -81,6 +81,7 @@ def _accumulate(
         )
         output = loss(*(encoder(tower, given) for tower, given in enumerate(chunk)), **more)
         share = count_rows(chunk[0], "inputs") / rows
+        # As torch advises: backward ops use the dtypes of their forward ops, without autocast.
         with torch.autocast(output.loss.device.type, enabled=False):
             strategy.scale_loss(output.loss * share).backward()
         outputs.append(type(output)(*(value.detach() for value in output)))
@@ -88,8 +89,8 @@ def _accumulate(
     losses = torch.stack([output.loss for output in outputs])
     if not losses.isfinite().all():
         raise ValueError(
-            f"loss: expected a finite loss of every chunk, got {losses.tolist()}; nothing was "
-            "stepped. Look at these inputs, and at the weights after the last step"
+            f"loss: expected a finite loss of every chunk, got {losses.tolist()}; no step was "
+            "taken: check these inputs, and the weights after the last step"
         )
     weights = losses.new_tensor(shares)
     return type(outputs[0])(

@@ -1,4 +1,4 @@
-"""`gradcache-clip verify`: is gradient caching exact for the towers of a configuration?"""
+"""`gradcache-clip verify`: check that gradient caching is exact for a configuration's towers."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def verify_run(
     rows: int = 64,
     console: Console | None = None,
 ) -> VerifyReport:
-    """Verify the engine on one batch of a run's data, and print what came of it.
+    """Verify the engine on one batch of a run's data, and print the report.
 
-    Towers, loss, precision and data are those of the configuration, in train mode; nothing is
-    written. A run folder is verified with the weights of its newest checkpoint.
+    Uses the configuration's towers, loss, precision and data in train mode, and writes nothing. A
+    run folder is verified with the weights of its newest checkpoint.
 
     Args:
         config_or_run: a YAML file, or the `train.output` of a run.
         overrides: `section.key=value`, as for training.
-        rows: pairs in the batch; the whole of it goes through the towers at once.
+        rows: pairs in the batch; the one-shot step needs memory for all of them at once.
 
     Raises:
-        ConfigError, ValueError, OSError: a configuration or data that cannot be used.
-        CommandError: fewer than two rows, or no memory for all of them at once.
+        ConfigError, ValueError, OSError: the configuration or the data cannot be used.
+        CommandError: fewer than two rows, or too little memory for all of them at once.
     """
     if rows < 2:
         raise CommandError(f"--rows: expected at least 2, got {rows}; a pair needs a negative")
@@ -72,7 +72,7 @@ def verify_run(
             f"with --rows"
         ) from error
     except ValueError as error:
-        # The loader speaks of its batch, which is as large as --rows says.
+        # The loader's error names its batch size, which is --rows here.
         if not str(error).startswith("batch_size:"):
             raise
         raise CommandError(str(error).replace("batch_size", "--rows")) from error
@@ -89,7 +89,7 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, RunFolder]:
 
 
 def _with_trained_weights(state: TrainState, path: Path) -> str:
-    """Where the weights are from: a run folder gives those of its newest checkpoint."""
+    """Load the newest checkpoint of a run folder; returns where the weights are from."""
     checkpoint = load_latest(state.run.checkpoints) if path.is_dir() else None
     if checkpoint is None:
         return f"{path}, weights as at its start"
@@ -98,8 +98,8 @@ def _with_trained_weights(state: TrainState, path: Path) -> str:
         state.loss.load_state_dict(checkpoint.modules["loss"])
     except RuntimeError as error:
         raise ConfigError(
-            f"model: expected the towers of the run in {path}, got others, which its weights do "
-            "not fit; leave overrides of model out"
+            f"model: expected the towers of the run in {path}, got others, whose shapes do not "
+            "match its weights; remove the overrides of model"
         ) from error
     return f"{path}, step {checkpoint.step}"
 
@@ -107,7 +107,7 @@ def _with_trained_weights(state: TrainState, path: Path) -> str:
 def _for_one_batch(config: Config, rows: int) -> Config:
     if not config.train.grad_cache:
         raise ConfigError(
-            "train.grad_cache: expected true, got false, which caches no gradients; pass "
+            "train.grad_cache: expected true, got false, which leaves nothing to verify; pass "
             "train.grad_cache=true"
         )
     changes = {"train.batch_size": rows, "train.resume": False, "train.ema_decay": 0.0}
@@ -132,10 +132,10 @@ def _verify(program: Program[Any], state: TrainState, tokenizer: Tokenizer | Non
 
 def _show(report: VerifyReport, origin: str, console: Console) -> None:
     rows, rest = report.shown()
-    # Shapes have no room on a narrow terminal.
+    # The column of shapes is left out: it has no room on a narrow terminal.
     headings, *cells = [(name, *more) for name, _, *more in (COLUMNS, *(r.cells() for r in rows))]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
-    # Rich puts three characters between two columns, and two at each end.
+    # Rich pads: three characters between columns, two at each end.
     room = max(_SHORTEST_NAME, console.width - sum(widths[1:]) - 3 * len(widths) - 1)
     table = Table(title=Text(origin), caption=Text(rest) if rest else None, box=box.SIMPLE_HEAD)
     for heading in headings:
@@ -151,7 +151,7 @@ def _show(report: VerifyReport, origin: str, console: Console) -> None:
 
 
 def _elided(name: str, room: int) -> Text:
-    """A name without its middle: its tower and its end tell most."""
+    """Cut a long name in its middle: the tower at its start and its end tell most."""
     if len(name) <= room:
         return Text(name)
     head = room // 3
