@@ -18,7 +18,7 @@ from strategy_wraps import REDUCE, Counted
 from torch import Tensor, nn
 
 from gradcache_clip import ClipLoss, GradCache
-from gradcache_clip.cache.checks import scalar_loss_of
+from gradcache_clip.cache.checks import loss_in
 from gradcache_clip.distributed import (
     AllReduceStrategy,
     DDPStrategy,
@@ -150,7 +150,7 @@ def three_steps(
     inside, true_loss = hasattr(truth, "log_logit_scale"), steps.PlainClip().double()
     loss = loss_that_reads(engine) if inside else ClipLoss()
     of_cache = (
-        (lambda *features: scalar_loss_of(loss(*features)) * TINY) if precision == "fp16" else loss
+        (lambda *features: loss_in(loss(*features), "loss") * TINY) if precision == "fp16" else loss
     )
     if inside:
         true_loss.log_logit_scale = truth.log_logit_scale

@@ -695,7 +695,8 @@ class Returns(nn.Module):
     [
         ("text", TypeError, "got str; extract them with get_features"),
         (None, TypeError, "got NoneType"),
-        ({"hidden": torch.ones(4, 2)}, TypeError, "got dict with hidden; say which"),
+        (UserDict(hidden=torch.ones(4, 2)), TypeError, "got UserDict with hidden; say which"),
+        ({"loss": torch.ones(())}, TypeError, r"weight for every loss.*got 'loss'.*get_features"),
         (torch.ones(4, 2, dtype=torch.complex64), TypeError, "expected features .a real tensor"),
         (torch.ones(3, 2), ValueError, r"expected features with 4 rows.*got shape \(3, 2\)"),
         (torch.ones(()), ValueError, r"got shape \(\)"),

@@ -61,7 +61,7 @@ class Pair:
         self.cache = GradCache(self.ours[:2], self.ours[2], **options)
 
     def deferred(self, inputs: tuple[Tensor, Tensor], **loss_kwargs: Any) -> Any:
-        return deferred_step(self.cache, *inputs, **loss_kwargs)
+        return deferred_step(self.cache, *inputs, loss_kwargs=loss_kwargs)
 
     def in_one_graph(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
         return self.truth[2](self.truth[0](inputs[0]), self.truth[1](inputs[1])).loss

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
@@ -51,16 +52,16 @@ def _unknown_argument(name: str, names: Iterable[str]) -> str:
     return f"GradCache: expected arguments that it has, got {name}=; {remedy}"
 
 
-def refuse_keywords(given: Mapping[str, Any]) -> None:
+def refuse_keywords(given: Mapping[str, Any], call: str = "cache") -> None:
     """Refuse keywords of a call: arguments of the loss belong into `loss_kwargs`."""
     if "no_sync_except_last" in given:
         raise TypeError(
-            "cache(...): expected inputs and loss_kwargs, got no_sync_except_last=; pass "
+            f"{call}(...): expected inputs and loss_kwargs, got no_sync_except_last=; pass "
             "strategy=DDPStrategy() to GradCache, which exchanges gradients once a step"
         )
     if given:
         raise TypeError(
-            f"cache(...): expected inputs and loss_kwargs, got {', '.join(given)}; pass arguments "
+            f"{call}(...): expected inputs and loss_kwargs, got {', '.join(given)}; pass arguments "
             f"of the loss as loss_kwargs={{{', '.join(f'{name!r}: ...' for name in given)}}}, and "
             "inputs in the order of the encoders"
         )
@@ -131,6 +132,33 @@ def checked_get_features(get_features: Any) -> Any:
     return get_features
 
 
+def checked_auxiliary_losses(given: Any) -> dict[str, float]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not given:
+        raise TypeError(
+            f"auxiliary_losses: expected weights by name, got {_named(given)}; such as "
+            'auxiliary_losses={"router": 0.01}, or None'
+        )
+    for name, weight in given.items():
+        is_weight = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not isinstance(name, str) or not is_weight or not math.isfinite(weight):
+            raise ValueError(
+                f"auxiliary_losses: expected names with finite numbers as weights, got "
+                f"{name!r}: {_named(weight)}; such as {{'router': 0.01}}"
+            )
+    return {name: float(weight) for name, weight in given.items()}
+
+
+def checked_loss_key(given: Any) -> str:
+    if not isinstance(given, str):
+        raise TypeError(
+            f"loss_key: expected the name of the part that is minimised, got {_named(given)}; such "
+            'as loss_key="total"'
+        )
+    return given
+
+
 def checked_embed_chunk_size(embed: Any, chunk_size: Any, sort_by_length: Any) -> Any:
     """Require multiples of `chunk_size`, where "auto" and `max_tokens` leave it known."""
     if embed is None:
@@ -163,6 +191,18 @@ def checked_chunk_size(
         )
     integers = tuple(int(size) for size in sizes)
     return integers if several else integers[0]
+
+
+def checked_division(rows: Any) -> Any:
+    each = rows if isinstance(rows, (list, tuple)) else [rows]
+    for given in each:
+        if given is not None and (isinstance(given, type) or not callable(given)):
+            raise TypeError(
+                f"rows: expected PackedPatches(), PackedTokens(), another function of an input, or "
+                f"None, or one for each input, got {_named(given)}; such as "
+                "rows=[PackedPatches(), None]"
+            )
+    return rows
 
 
 def _is_positive_integer(size: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,17 +179,26 @@ def check_unchanged(towers: Sequence[Tower], versions: Sequence[int]) -> None:
         )
 
 
-def scalar_loss_of(output: Any) -> Tensor:
-    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+def loss_in(output: Any, key: str) -> Tensor:
+    """Take the loss out of what a loss function returned."""
+    if isinstance(output, Mapping):
+        loss = output.get(key)
+    else:
+        loss = output if isinstance(output, Tensor) else getattr(output, key, None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(output).__name__
+        parts = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         raise TypeError(
-            f"loss: expected a scalar tensor or an object whose .loss is one, got {got}; reduce "
-            "the loss to its mean over the batch"
+            f"loss: expected a scalar tensor, an object whose .{key} is one or a dict of parts "
+            f"with {key!r}, got {got}{parts}; reduce the loss to its mean over the batch, and say "
+            "with loss_key which part is minimised"
         )
+    return loss
+
+
+def check_loss_graph(loss: Tensor) -> None:
     if not loss.requires_grad:
         raise ValueError(
             "loss: expected a loss that depends on a trainable parameter, got one without a graph; "
             "every encoder is frozen, or the loss detaches its features"
         )
-    return loss

@@ -6,16 +6,17 @@ For whoever takes the backward elsewhere: trainers that divide a loss, scale it,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.checks import check_plain_backward, check_unchanged, scalar_loss_of
-from gradcache_clip.cache.finished_loss import LossOnly
+from gradcache_clip.cache.arguments import refuse_keywords
+from gradcache_clip.cache.auxiliary import LossOnly, evaluate, minimised
+from gradcache_clip.cache.checks import check_plain_backward, check_unchanged
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.step import CachedStep, device_types
 from gradcache_clip.cache.torch_state import forget_autocast_casts
@@ -24,7 +25,12 @@ from gradcache_clip.cache.tower import Tower
 _REMEDY = "call cache(*inputs), which takes the whole step by itself"
 
 
-def deferred_step(cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
+def deferred_step(
+    cache: GradCache,
+    *inputs: Any,
+    loss_kwargs: Mapping[str, Any] | None = None,
+    **unknown: NoReturn,
+) -> Any:
     """Embed a batch and evaluate the loss; the backward of the loss replays the chunks.
 
     `out.loss.backward()` then leaves in `.grad` what `cache(*inputs)` would, and the loss is a
@@ -40,10 +46,10 @@ def deferred_step(cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
         cache: encoders, loss and settings; its strategy is local, `DDPStrategy` or
             `AllReduceStrategy`, without a `grad_scaler`.
         inputs: one batch for each encoder, as in `cache(*inputs)`.
-        loss_kwargs: further arguments of the loss.
+        loss_kwargs: further arguments of the loss, as in `cache(*inputs, loss_kwargs=...)`.
 
     Returns:
-        What the loss returned, with its graph; a bare tensor comes back as an object with `.loss`.
+        As `cache(*inputs)` does, with the graph of the loss.
 
     Raises:
         ValueError: as `GradCache`; or the strategy scales losses, or leaves no backward to others.
@@ -60,6 +66,7 @@ def deferred_step(cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
         >>> encoders[0].weight.grad.shape
         torch.Size([4, 8])
     """
+    refuse_keywords(unknown, "deferred_step")
     _check_strategy(cache)
     step = _prepared(cache, inputs)
     towers, with_graph = step.towers, torch.is_grad_enabled()
@@ -69,10 +76,10 @@ def deferred_step(cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
     versions = [f._version for tower in towers for f in tower.features] if with_graph else []
     # A copy of a weight that autocast made without a graph must not reach the loss.
     forget_autocast_casts()
-    output = cache.settings.loss(*features, **loss_kwargs)
+    output = evaluate(cache.plan, features, loss_kwargs or {})
     if with_graph:
         check_unchanged(towers, versions)
-        scalar_loss_of(output)
+        minimised(cache.plan, output)
     return LossOnly(output) if isinstance(output, Tensor) else output
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from gradcache_clip.cache.auxiliary import AuxiliaryOutput, LossOnly
 from gradcache_clip.cache.batch_tree import map_tensors
 
 _MESSAGE = (
@@ -58,14 +59,8 @@ class FinishedLoss(Tensor):
         return _plain(self).__reduce_ex__(protocol)
 
 
-class LossOnly(NamedTuple):
-    """Result of a step whose loss function returns a bare tensor."""
-
-    loss: Tensor
-
-
 def finished(output: Any, loss: Tensor) -> Any:
-    """Detach the output of a loss function; `loss` is the tensor in it that was minimised."""
+    """Detach the result of a step; `loss` is the tensor in it that was minimised."""
 
     def detached(tensor: Tensor) -> Tensor:
         plain = tensor.detach()
@@ -73,8 +68,14 @@ def finished(output: Any, loss: Tensor) -> Any:
         is_plain_loss = tensor is loss and type(plain) is Tensor
         return plain.as_subclass(FinishedLoss) if is_plain_loss else plain
 
+    if isinstance(output, AuxiliaryOutput):
+        return AuxiliaryOutput(*(_detach_all(part, detached) for part in output))
     if isinstance(output, Tensor):
         return LossOnly(detached(output))
+    return _detach_all(output, detached)
+
+
+def _detach_all(output: Any, detached: Callable[[Tensor], Tensor]) -> Any:
     mapped = map_tensors(detached, output)
     if mapped is not output:
         return mapped

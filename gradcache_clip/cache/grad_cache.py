@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from gradcache_clip.cache.arguments import (
+    checked_auxiliary_losses,
     checked_chunk_size,
+    checked_division,
     checked_embed_chunk_size,
     checked_encoders,
     checked_get_features,
     checked_loss,
+    checked_loss_key,
     checked_sorting,
     checked_strategy,
     names_checked,
@@ -28,6 +31,7 @@ from gradcache_clip.cache.checks import check_no_partial_gradients, one_of
 from gradcache_clip.cache.gradient_hooks import MODES as HOOK_MODES
 from gradcache_clip.cache.graph_budget import MemoryBudget, checked_budget
 from gradcache_clip.cache.lengths import ByLength
+from gradcache_clip.cache.packed import Division
 from gradcache_clip.cache.prepare import prepare
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
 from gradcache_clip.cache.settings import ChunkSize, GetFeatures, History, Settings
@@ -52,18 +56,29 @@ class GradCache:
             is passed to an encoder as keyword arguments, a tuple as positional ones, anything
             else as one argument. What every chunk needs whole is passed as `Shared(x)`.
         loss: called with the features of each input, (B, D) tensors or what `get_features`
-            returns for all rows; returns a scalar tensor or an object whose `.loss` is one.
+            returns for all rows; returns a scalar tensor, an object whose `.loss` is one, or a
+            dict of parts, which comes back detached.
+        loss_key: which part, or attribute, is minimised.
         chunk_size: rows that go through an encoder at once, for all inputs or one for each; "auto"
             measures the first batch and doubles the size while that is faster and fits.
         chunk_record: JSON file in which "auto" remembers what it found, such as one in the run
             folder.
         get_features: extracts features from an encoder's output, for all or one for each.
-            Without it a tensor or tuple of tensors is taken as it is, and of a transformers
-            output `image_embeds`, `text_embeds`, `sentence_embedding` or `pooler_output`.
+            Without it a tensor or tuple of tensors is taken as it is, and of a mapping
+            `image_embeds`, `text_embeds`, `sentence_embedding` or `pooler_output`; a dict with
+            none of these reaches the loss as a dict, without its 0-dim tensors.
+        auxiliary_losses: weights of losses that encoders return beside features, as 0-dim tensors
+            in a dict, by name: `{"router": 0.01}`. A chunk's loss is weighted by its share of the
+            rows of all ranks, so a mean over rows is exact. Any other (router balance, a mean over
+            unpadded tokens) becomes the mean of the chunks' own losses, of which the first step
+            warns; return its sums per row as features and let the loss add these up.
         memory_budget: memory for graphs that are kept from the embed, so that their chunks need no
             replay: bytes, a share of the device's memory as a float, or "auto" for most of what is
             free. With None the graph of one chunk is kept. With room for the whole batch a step
             costs what a plain one costs.
+        rows: how inputs that are not cut along dimension 0 divide into rows, for all inputs or one
+            for each: `PackedPatches()`, `PackedTokens()`, or a function that returns the input as
+            `Ragged`. Jagged NestedTensors and batches of PyTorch Geometric need none.
         sort_by_length: `ByLength()` for inputs of unequal length, for all inputs or one for each.
         embed_chunk_size: rows that are embedded at once where no random numbers are drawn; a
             multiple of the chunk size in effect. The embed keeps no graph, so it has room for more.
@@ -103,9 +118,12 @@ class GradCache:
         chunk_size: int | Sequence[int] | Literal["auto"] = 64,
         chunk_record: str | Path | None = None,
         memory_budget: MemoryBudget = None,
+        rows: Division | Sequence[Division | None] | None = None,
         sort_by_length: ByLength | Sequence[ByLength | None] | None = None,
         embed_chunk_size: int | Sequence[int] | None = None,
         get_features: GetFeatures | Sequence[GetFeatures | None] | None = None,
+        auxiliary_losses: Mapping[str, float] | None = None,
+        loss_key: str = "loss",
         strategy: LocalStrategy | None = None,
         replay_check: Literal["error", "warn", "off"] = "error",
         on_out_of_memory: Literal["halve", "raise"] = "halve",
@@ -119,9 +137,12 @@ class GradCache:
             chunk_size=chunks,
             chunk_record=None if chunk_record is None else Path(chunk_record),
             memory_budget=checked_budget(memory_budget),
+            rows=checked_division(rows),
             sort_by_length=checked_sorting(sort_by_length),
             embed_chunk_size=checked_embed_chunk_size(embed_chunk_size, chunks, sort_by_length),
             get_features=checked_get_features(get_features),
+            auxiliary_losses=checked_auxiliary_losses(auxiliary_losses),
+            loss_key=checked_loss_key(loss_key),
             strategy=checked_strategy(strategy),
             replay_check=one_of("replay_check", replay_check, ("error", "warn", "off")),
             on_out_of_memory=one_of("on_out_of_memory", on_out_of_memory, ("halve", "raise")),
@@ -178,6 +199,8 @@ class GradCache:
 
         Returns:
             What the loss returned, detached; a bare tensor comes back as an object with `.loss`.
+            With `auxiliary_losses` an `AuxiliaryOutput(loss, output, auxiliary)`, whose `.loss` is
+            their sum.
         """
         refuse_keywords(unknown)
         if not torch.is_grad_enabled():

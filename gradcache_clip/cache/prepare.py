@@ -18,6 +18,7 @@ from gradcache_clip.cache.checks import (
 from gradcache_clip.cache.chunks import Chunk, even_chunks
 from gradcache_clip.cache.gradient_hooks import held_hooks
 from gradcache_clip.cache.graph_budget import GraphBudget
+from gradcache_clip.cache.own_rows import with_own_rows
 from gradcache_clip.cache.settings import History, Settings
 from gradcache_clip.cache.step import CachedStep
 from gradcache_clip.cache.torch_state import refuse_cached_parametrizations
@@ -44,6 +45,7 @@ def prepare(plan: Settings, inputs: Sequence[Any], history: History) -> CachedSt
 def build_towers(plan: Settings, inputs: Sequence[Any]) -> list[Tower]:
     """Build one tower per input, with its chunks."""
     modules = module_for_each(plan.encoders, len(inputs))
+    inputs = divided(plan, inputs)
     extractors = one_for_each(plan.get_features, len(inputs), "get_features")
     embed_sizes = one_for_each(plan.embed_chunk_size, len(inputs), "embed_chunk_size")
     one_for_all = isinstance(plan.encoders, nn.Module)
@@ -66,9 +68,19 @@ def build_towers(plan: Settings, inputs: Sequence[Any]) -> list[Tower]:
                 trainable=True if not one_for_all and surely_trainable(module, given) else None,
                 embed_chunk_size=embed_sizes[index],
                 trunk=frozen_trunk_of(unwrapped, own),
+                weighted=tuple(plan.auxiliary_losses),
             )
         )
     return towers
+
+
+def divided(plan: Settings, inputs: Sequence[Any]) -> list[Any]:
+    """Let every input say what its rows are, as `rows` divides it or as its types do."""
+    divisions = one_for_each(plan.rows, len(inputs), "rows")
+    return [
+        with_own_rows(given if divide is None else divide(given), f"input {index}")
+        for index, (divide, given) in enumerate(zip(divisions, inputs, strict=True))
+    ]
 
 
 def cut_all(plan: Settings, inputs: Sequence[Any]) -> list[list[Chunk]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -61,6 +62,7 @@ def _check(tower: Tower, strategy: LocalStrategy) -> None:
         return
     change = _change(tower, again)
     if not strategy.anywhere(not change <= tolerance, device):
+        _warn_of_losses(tower, again, tolerance)
         return
     mixes = _repeats(tower, tolerance) and not change <= tolerance
     if strategy.anywhere(mixes, device):
@@ -147,12 +149,33 @@ def _change(tower: Tower, again: Sequence[tuple[Chunk, list[Tensor]]]) -> float:
     """Return the largest relative change of a row."""
     rows = torch.cat([indices(chunk) for chunk, _ in again])
     changes = [0.0]
-    for index, whole in enumerate(tower.features):
+    for index, whole in enumerate(tower.features[: len(tower.features) - len(tower.losses)]):
         if whole.is_floating_point():
             parts = torch.cat([features[index] for _, features in again])
             changes.append(float(relative_change(whole[rows.to(whole.device)], parts)))
     # NaN counts as a difference, wherever it stands.
     return max(changes, key=lambda change: (change != change, change))
+
+
+def _warn_of_losses(
+    tower: Tower, again: Sequence[tuple[Chunk, list[Tensor]]], tolerance: float
+) -> None:
+    """Warn of losses of the encoder that are no means over rows, so that the cut counts."""
+    rows = torch.cat([indices(chunk) for chunk, _ in again])
+    if len(rows) < len(tower.chunks[0]):
+        return
+    for index, name in enumerate(tower.losses, len(tower.features) - len(tower.losses)):
+        before = tower.features[index][rows.to(tower.features[index].device)].mean()
+        after = torch.cat([features[index] for _, features in again]).mean()
+        if not float(relative_change(before[None], after[None])) <= tolerance:
+            warnings.warn(
+                f"{tower.name}: the auxiliary loss {name!r} is not a mean over rows, so what is "
+                f"minimised is the mean of the chunks' own: {before:.6g} over the first rows, "
+                f"{after:.6g} when they are cut differently. For that of the whole batch return "
+                "its sums per row as features, and let the loss add them up; check_rows=False "
+                "turns this warning off",
+                stacklevel=8,
+            )
 
 
 def _repeats(tower: Tower, tolerance: float) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from torch import nn
 
 from gradcache_clip.cache.graph_budget import MemoryBudget
 from gradcache_clip.cache.lengths import ByLength
+from gradcache_clip.cache.packed import Division
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 GetFeatures = Callable[[Any], Any]
@@ -30,9 +31,12 @@ class Settings:
     chunk_size: ChunkSize = 64
     chunk_record: Path | None = None
     memory_budget: MemoryBudget = None
+    rows: Division | Sequence[Division | None] | None = None
     sort_by_length: Sorting = None
     embed_chunk_size: int | tuple[int, ...] | None = None
     get_features: GetFeatures | Sequence[GetFeatures | None] | None = None
+    auxiliary_losses: Mapping[str, float] = field(default_factory=dict)
+    loss_key: str = "loss"
     strategy: LocalStrategy = field(default_factory=LocalStrategy)
     replay_check: str = "error"
     on_out_of_memory: str = "halve"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradcache_clip.cache.auxiliary import evaluate, minimised
 from gradcache_clip.cache.checks import (
     check_finite,
     check_leaves,
     check_same_chunks,
     check_unchanged,
-    scalar_loss_of,
 )
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.finished_loss import finished
@@ -142,8 +142,8 @@ class CachedStep:
         ]
         versions = [feature._version for tower in self.towers for feature in tower.features]
         forget_autocast_casts()
-        output = self._plan.loss(*features, **loss_kwargs)
-        loss = scalar_loss_of(output)
+        output = evaluate(self._plan, features, loss_kwargs)
+        loss = minimised(self._plan, output)
         check_unchanged(self.towers, versions)
         if self._snapshot is not None:
             reached = list(leaves_behind([loss]))

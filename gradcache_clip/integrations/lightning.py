@@ -65,7 +65,7 @@ def cached_step(module: Any, cache: GradCache, *inputs: Any, **loss_kwargs: Any)
         )
     elif world_size() > 1:
         _reduce_over_ranks(cache)
-    return deferred_step(cache, *inputs, **loss_kwargs)
+    return deferred_step(cache, *inputs, loss_kwargs=loss_kwargs)
 
 
 def _take_the_place_of(ddp: DistributedDataParallel, cache: GradCache) -> None:

@@ -5,8 +5,9 @@ B rows of the batch that is asked about; the examples may have any number of row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, cycle, islice
 from typing import Any, NamedTuple
 
@@ -21,11 +22,12 @@ from torch._subclasses.fake_tensor import (
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.batch_tree import count_rows, map_tensors, tensors_in
+from gradcache_clip.cache.batch_tree import count_rows, map_tensors, repeat_rows, tensors_in
 from gradcache_clip.cache.checks import one_for_each
 from gradcache_clip.cache.chunks import Chunk, even_chunks, row_count
 from gradcache_clip.cache.gradient_hooks import HeldHooks
 from gradcache_clip.cache.graph_budget import GraphBudget
+from gradcache_clip.cache.own_rows import with_own_rows
 from gradcache_clip.cache.random_state import Draws
 from gradcache_clip.cache.settings import History, Settings
 from gradcache_clip.cache.step import CachedStep
@@ -50,6 +52,7 @@ class Keeping(NamedTuple):
 
     features: GetFeatures | None
     optimizer_states: int
+    auxiliary_losses: Mapping[str, float]
 
 
 class FakeStep:
@@ -74,6 +77,7 @@ class FakeStep:
         keeping: Keeping,
     ) -> None:
         self._fakes: dict[int, Tensor] = {}
+        self._losses = keeping.auxiliary_losses
         modules = _one_for_each_input(encoders, len(example_inputs))
         self.loss = _FakeTwin(loss, self._fakes) if isinstance(loss, nn.Module) else loss
         inputs = [
@@ -91,7 +95,10 @@ class FakeStep:
             )
             features = extractors[index]
             # The twin has no parameters whose device (meta, say) inputs would have to go to.
-            tower = _FakeTower(name, module, twin, encode, features, given, chunks)
+            weighted = tuple(keeping.auxiliary_losses)
+            tower = _FakeTower(
+                name, module, twin, encode, features, given, chunks, weighted=weighted
+            )
             # As in the engine: one module for all inputs may be frozen for this one.
             if not isinstance(encoders, nn.Module) and surely_trainable(module, given):
                 tower.trainable = True
@@ -102,6 +109,19 @@ class FakeStep:
         self.optimizer = [torch.empty_like(tensor) for tensor in self.trainable for _ in states]
         self.inputs = list(tensors_in(inputs))
         self.device_types = {tensor.device.type for tensor in (*self.state, *self.inputs)} | {"cpu"}
+
+    @property
+    def plan(self) -> Settings:
+        """Settings of a step on fake tensors."""
+        modules = tuple(tower.module for tower in self.towers)
+        return Settings(
+            modules,
+            self.loss,
+            auxiliary_losses=self._losses,
+            strategy=_OnFakes(),
+            replay_check="off",
+            check_rows=False,
+        )
 
     def cached(self, chunk_size: int, mark: Mark) -> CachedStep:
         """The engine's step over at most three chunks of each tower; one graph is kept."""
@@ -114,10 +134,7 @@ class FakeStep:
                     mark_gradient(leaf, mark, "feature")
             return self.loss(*features)
 
-        modules = tuple(tower.module for tower in self.towers)
-        plan = Settings(
-            modules, marked_loss, strategy=_OnFakes(), replay_check="off", check_rows=False
-        )
+        plan = replace(self.plan, loss=marked_loss)
         budget = GraphBudget(None, torch.device("cpu"))
         # Looks of a first step ask whether leaves are the module's own; fakes are not.
         history = History(stepped=True)
@@ -229,20 +246,13 @@ def _one_for_each_input(encoders: nn.Module | Sequence[nn.Module], count: int) -
 
 def _expand(example: Any, batch_size: int, name: str) -> Any:
     """The same nest with `batch_size` rows, its tensors fake."""
-    count_rows(example, name)
-    if isinstance(example, list):
-        return list(islice(cycle(example), batch_size))
+    rows = count_rows(example, name)
+    fakes = map_tensors(_fake, with_own_rows(example, name))
+    return repeat_rows(fakes, list(islice(cycle(range(rows)), batch_size)))
 
-    def fake(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        shape = tensor.shape if shape is None else shape
-        return torch.empty(shape, dtype=tensor.dtype, device=_device_of(tensor))
 
-    def grow(tensor: Tensor) -> Tensor:
-        return fake(tensor, (batch_size, *tensor.shape[1:]) if tensor.dim() else ())
-
-    expanded = map_tensors(grow, example, shared=fake)
-    count_rows(expanded, name)
-    return expanded
+def _fake(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_device_of(tensor))
 
 
 def _named(encoders: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

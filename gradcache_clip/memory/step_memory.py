@@ -5,13 +5,14 @@ B rows of the batch, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradcache_clip.cache.auxiliary import evaluate, loss_of
 from gradcache_clip.cache.torch_state import autocast_off, forget_autocast_casts
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.memory.counter import LiveBytes, Rounding
@@ -63,6 +64,7 @@ def count_plain_step(
     batch_size: int,
     *,
     get_features: GetFeatures | None = None,
+    auxiliary_losses: Mapping[str, float] | None = None,
     optimizer_states: int = 2,
     rounding: Rounding = "none",
 ) -> StepMemory:
@@ -79,6 +81,7 @@ def count_plain_step(
         example_inputs: one for each encoder, nested as it wants it, with any number of rows.
         batch_size: B, the rows to count for.
         get_features: extracts the features from the encoders' outputs, as for `GradCache`.
+        auxiliary_losses: weights of losses that the encoders return, as for `GradCache`.
         optimizer_states: tensors of a parameter's size that the optimizer keeps for each
             trainable parameter: 2 for AdamW, 1 for momentum, 0 for plain SGD.
         rounding: as for `LiveBytes`.
@@ -98,14 +101,14 @@ def count_plain_step(
         True
     """
     _check_positive(batch_size=batch_size)
-    keeping = Keeping(get_features, optimizer_states)
+    keeping = Keeping(get_features, optimizer_states, auxiliary_losses or {})
     with fake_tensors(encoders, loss):
         step = FakeStep(encoders, loss, example_inputs, batch_size, keeping)
         live = _watch(step, rounding)
         with live:
             features = [_forward(tower) for tower in step.towers]
             live.mark(_whole_storages(features), "feature")
-            loss_value = _scalar(step.loss(*features))
+            loss_value = loss_of(step.plan, evaluate(step.plan, features, {}))
             # As after a `with torch.autocast` block, whose exit drops the casts and comes first.
             forget_autocast_casts()
             with autocast_off(step.device_types):
@@ -121,6 +124,7 @@ def count_cached_step(
     chunk_size: int,
     *,
     get_features: GetFeatures | None = None,
+    auxiliary_losses: Mapping[str, float] | None = None,
     optimizer_states: int = 2,
     rounding: Rounding = "none",
 ) -> StepMemory:
@@ -148,7 +152,7 @@ def count_cached_step(
         True
     """
     _check_positive(batch_size=batch_size, chunk_size=chunk_size)
-    keeping = Keeping(get_features, optimizer_states)
+    keeping = Keeping(get_features, optimizer_states, auxiliary_losses or {})
     with fake_tensors(encoders, loss):
         step = FakeStep(encoders, loss, example_inputs, batch_size, keeping)
         live = _watch(step, rounding)
@@ -178,10 +182,6 @@ def _whole_storages(features: Any) -> list[Tensor]:
         for tensor in pytree.tree_leaves(features)
         if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     ]
-
-
-def _scalar(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.loss
 
 
 def _step_memory(live: LiveBytes) -> StepMemory:

@@ -15,8 +15,8 @@ from gradcache_clip.cache.tower import Tower
 from gradcache_clip.cache.trace import Place, Watched, largest_change, run, watch
 from gradcache_clip.verification.state import Start
 
-RANDOM, BATCH_NORM, STATE, IN_PLACE, ROWS, PADDING, BACKWARD, UNKNOWN = (
-    "random", "batch norm", "state", "in place", "rows", "padding", "backward", "unknown",
+RANDOM, BATCH_NORM, STATE, IN_PLACE, ROWS, LOSSES, PADDING, BACKWARD, UNKNOWN = (
+    "random", "batch norm", "state", "in place", "rows", "losses", "padding", "backward", "unknown",
 )  # fmt: skip
 
 _SHOWN = 3
@@ -77,6 +77,7 @@ class Experiments:
         yield from broken
         if comparable and not quieted.batch_norms:
             yield from self._rows([*drew, *norms])
+            yield from self._losses([*drew, *norms])
             yield from self._padding([*drew, *norms])
 
     def _random(self, drew: Sequence[Place], still_draws: Sequence[Place]) -> Reason:
@@ -147,6 +148,24 @@ class Experiments:
             "which is given the whole batch",
         )
 
+    def _losses(self, quiet: Sequence[Place]) -> Iterator[Reason]:
+        whole = self._mean_losses([Chunk(slice(0, row_count(self._chunks)))], quiet)
+        parts = self._mean_losses(self._chunks, quiet)
+        for name, one, other in zip(self._tower.losses, parts, whole, strict=True):
+            if abs(one - other) > self._rounding * abs(other):
+                yield Reason(
+                    LOSSES,
+                    f"{self._tower.name}: the auxiliary loss {name!r} is not a mean over rows: the "
+                    f"mean of the chunks' own is {one:.6g}, that of the whole batch {other:.6g}; "
+                    "return its sums per row as features, and let the loss add them up",
+                )
+
+    def _mean_losses(self, chunks: Sequence[Chunk], quiet: Sequence[Place]) -> list[float]:
+        """Average each auxiliary loss over the rows of all chunks."""
+        parts = [self._run_all(chunk, quiet) for chunk in chunks]
+        losses = [features[len(features) - len(self._tower.losses) :] for features in parts]
+        return [float(torch.cat(each).mean()) for each in zip(*losses, strict=True)]
+
     def _padding(self, quiet: Sequence[Place]) -> Iterator[Reason]:
         for trimmed in self._tower.chunks:
             if trimmed.columns is None:
@@ -194,6 +213,11 @@ class Experiments:
         return watch(self._tower, chunk, expected=expected, tolerance=self._rounding)
 
     def _run(self, chunk: Chunk, quiet: Iterable[Place]) -> list[Tensor]:
+        """Features without auxiliary losses, which other rows may change."""
+        features = self._run_all(chunk, quiet)
+        return features[: len(features) - len(self._tower.losses)]
+
+    def _run_all(self, chunk: Chunk, quiet: Iterable[Place]) -> list[Tensor]:
         self._begin(quiet)
         return run(self._tower, chunk)
 

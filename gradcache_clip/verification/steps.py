@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.checks import check_plain_backward, scalar_loss_of
+from gradcache_clip.cache.auxiliary import evaluate, loss_of, minimised
+from gradcache_clip.cache.checks import check_plain_backward
 from gradcache_clip.cache.chunks import Chunk, indices, row_count
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.gradient_hooks import HeldHooks, hooked_leaves
@@ -120,11 +121,13 @@ class Trial:
         output, _ = step.run(self._loss_kwargs, self.start)
         if reduces_itself(self.strategy):
             sum_over_ranks(self._reduced)
-        kept = [(feature.detach(), bool(t.trainable)) for t in towers for feature in t.features]
+        kept = [
+            (f.detach(), bool(t.trainable)) for t in towers for f in _mean_losses(t, t.features)
+        ]
         features, trained = map(list, zip(*kept, strict=True))
         state = self.start.random_state()
         return Outcome(
-            self.start.gradients(), output.loss.detach(), features, trained, state
+            self.start.gradients(), loss_of(self._plan, output), features, trained, state
         ), towers
 
     def plain(
@@ -161,7 +164,8 @@ class Trial:
             features = [feature for parts in flat for feature in parts]
             given = _with_values(features, rounded_as) if rounded_as else features
             loss = self._backward(towers, features, given)
-        detached = [feature.detach() for feature in features]
+        averaged = (_mean_losses(*each) for each in zip(towers, flat, strict=True))
+        detached = [feature.detach() for parts in averaged for feature in parts]
         trained = [feature.requires_grad for feature in features]
         return Outcome(self.start.gradients(), loss, detached, trained, before_loss)
 
@@ -178,7 +182,7 @@ class Trial:
             pytree.tree_unflatten([next(given) for _ in range(structure.num_leaves)], structure)
             for structure in self._structures
         ]
-        return scalar_loss_of(self._plan.loss(*nested, **self._loss_kwargs))
+        return minimised(self._plan, evaluate(self._plan, nested, self._loss_kwargs))
 
     def _backward(
         self, towers: Sequence[Tower], features: Sequence[Tensor], given: Sequence[Tensor]
@@ -245,6 +249,12 @@ class Trial:
                 chunk = replace(chunk, rows=indices(chunk))
             parts.append(tower.replay(chunk))
         return [in_order(torch.cat(part), chunks) for part in zip(*parts, strict=True)]
+
+
+def _mean_losses(tower: Tower, features: Sequence[Tensor]) -> list[Tensor]:
+    """Replace auxiliary losses by their means, which alone count, and not how they were cut."""
+    first = len(features) - len(tower.losses)
+    return [*features[:first], *(loss.mean().expand(len(loss)) for loss in features[first:])]
 
 
 def reduces_itself(strategy: LocalStrategy) -> bool:
