@@ -119,8 +119,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "namespace": (lambda: types.SimpleNamespace(x=torch.ones(ROWS)), "got a SimpleNamespace"),
     "sparse": (lambda: torch.eye(ROWS).to_sparse(), r"sparse_coo; pass x.to_dense\(\), or Shared"),
     "jagged": (
-        lambda: torch.nested.nested_tensor([torch.ones(2)] * ROWS, layout=torch.jagged),
-        r"got a NestedTensor; pass list\(x.unbind\(\)\)",
+        lambda: torch.nested.nested_tensor(
+            [torch.ones(2, 3)] * ROWS, layout=torch.jagged
+        ).transpose(1, 2),
+        r"expected a NestedTensor that is ragged in dimension 1",
     ),
 }
 

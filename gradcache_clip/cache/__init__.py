@@ -4,14 +4,21 @@ from gradcache_clip.cache.batch_tree import Shared
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.grad_cache import GradCache
 from gradcache_clip.cache.lengths import ByLength
+from gradcache_clip.cache.packed import PackedPatches
+from gradcache_clip.cache.packed_tokens import PackedTokens
 from gradcache_clip.cache.replay_check import ReplayMismatchError
+from gradcache_clip.cache.rows import Ragged, Rows
 from gradcache_clip.cache.trunk import FrozenTrunk
 
 __all__ = [
     "ByLength",
     "FrozenTrunk",
     "GradCache",
+    "PackedPatches",
+    "PackedTokens",
+    "Ragged",
     "ReplayMismatchError",
+    "Rows",
     "Shared",
     "deferred_step",
 ]

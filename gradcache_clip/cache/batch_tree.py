@@ -1,28 +1,38 @@
 """Nested inputs: their number of rows, and the rows of one chunk.
 
 Tensors, NumPy arrays and TensorDicts are cut along dimension 0, lists hold one sample an element,
-and mappings, tuples and dataclasses are containers that are looked into. Numbers, strings,
-functions, modules and `Shared` values reach every chunk whole. Anything else is refused: it may
-hold the batch, which every chunk would then get whole.
+and `Rows` (packed inputs, jagged tensors, batches of graphs) say themselves how they are cut.
+Mappings, tuples and dataclasses are containers that are looked into. Numbers, strings, functions,
+modules and `Shared` values reach every chunk whole. Anything else is refused: it may hold the
+batch, which every chunk would then get whole.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import enum
 import os
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from numbers import Number
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradcache_clip.cache.batch_errors import Part, disagreement, tuple_of_samples, unknown
 from gradcache_clip.cache.chunks import Chunk
+from gradcache_clip.cache.nests import (
+    children_of,
+    is_array,
+    is_dataclass,
+    is_graph_batch,
+    is_tensor_collection,
+    map_children,
+)
+from gradcache_clip.cache.own_rows import map_graphs, own_rows
+from gradcache_clip.cache.rows import Ragged, Rows
 
 # Objects that merely can be called are not among them: graphs and batches of some libraries can.
 _WHOLE = (
@@ -54,15 +64,6 @@ class Shared:
     value: Any
 
 
-class Part(NamedTuple):
-    """Something inside an input that is cut into rows."""
-
-    path: str
-    key: Any
-    """Its name in the mapping or dataclass, or its place in the tuple, that holds it."""
-    value: Any
-
-
 def count_rows(inputs: Any, name: str) -> int:
     """Count the rows, on which every tensor and list inside `inputs` must agree.
 
@@ -85,10 +86,10 @@ def count_rows(inputs: Any, name: str) -> int:
         raise ValueError(f"{first.path}: expected at least one row, got none; pass a batch")
     for other in others:
         if len(other.value) != rows:
-            raise ValueError(_disagreement(name, first, other))
+            raise ValueError(disagreement(name, first, other))
     for path, samples in whole:
         if len(samples) == rows:
-            raise ValueError(_tuple_of_samples(path, samples[0]))
+            raise ValueError(tuple_of_samples(path, samples[0]))
     return rows
 
 
@@ -98,19 +99,22 @@ def parts_with_rows(
     """Yield every part that is cut into rows; add tuples without any to `whole`."""
     if isinstance(inputs, Shared):
         return
+    if isinstance(inputs, Ragged):
+        inputs = inputs.nest
     if _has_rows(inputs):
         _check_can_be_cut(inputs, path)
-        yield Part(path, key, inputs)
+        own = own_rows(inputs, path)
+        yield Part(path, key, inputs if own is None else own)
         return
     if not _is_known(inputs):
-        raise TypeError(_unknown(path, inputs))
+        raise TypeError(unknown(path, inputs))
     if isinstance(inputs, tuple) and inputs and all(isinstance(part, str) for part in inputs):
         raise ValueError(
             f"{path}: expected a list of strings, got a tuple, which stands for several "
             "arguments; pass list(texts)"
         )
     if isinstance(inputs, tuple) and inputs and not any(map(_is_known, inputs)):
-        raise TypeError(_tuple_of_samples(path, inputs[0]))
+        raise TypeError(tuple_of_samples(path, inputs[0]))
     found = False
     for name, child in children_of(inputs):
         found |= isinstance(child, Shared)
@@ -124,12 +128,12 @@ def parts_with_rows(
 
 def take_rows(inputs: Any, start: int, stop: int) -> Any:
     """Take rows start to stop of everything inside `inputs`; tensors are views."""
-    return _cut(inputs, lambda part: part[start:stop])
+    return _cut(inputs, lambda part: _rows_of(part, slice(start, stop)))
 
 
 def pick_rows(inputs: Any, indices: Tensor) -> Any:
     """Take the rows at `indices`, in that order; tensors are copies."""
-    return _cut(inputs, lambda part: _picked(part, indices))
+    return _cut(inputs, lambda part: _rows_of(part, indices))
 
 
 def chunk_of(inputs: Any, chunk: Chunk) -> Any:
@@ -137,7 +141,7 @@ def chunk_of(inputs: Any, chunk: Chunk) -> Any:
     rows = chunk.rows
 
     def take(part: Any) -> Any:
-        taken = part[rows] if isinstance(rows, slice) else _picked(part, rows)
+        taken = _rows_of(part, rows)
         columns = None if chunk.columns is None else chunk.columns.get(id(part))
         return taken if columns is None else taken[:, columns]
 
@@ -147,17 +151,35 @@ def chunk_of(inputs: Any, chunk: Chunk) -> Any:
 def _cut(inputs: Any, take: Callable[[Any], Any]) -> Any:
     if isinstance(inputs, Shared):
         return inputs.value
+    if isinstance(inputs, Ragged):
+        return inputs.without_empty(_cut(inputs.nest, take))
     if _has_rows(inputs):
         return take(inputs)
-    return _map_children(inputs, lambda child: _cut(child, take))
+    return map_children(inputs, lambda child: _cut(child, take))
 
 
-def _picked(part: Any, indices: Tensor) -> Any:
+def _rows_of(part: Any, rows: slice | Tensor) -> Any:
+    """Take rows of a part, as the encoder is given them."""
+    if (own := own_rows(part)) is not None:
+        return own.take(rows if isinstance(rows, slice) else rows.tolist()).value
+    if isinstance(rows, slice):
+        return part[rows]
     if isinstance(part, list):
-        return [part[index] for index in indices.tolist()]
+        return [part[row] for row in rows.tolist()]
     if isinstance(part, Tensor):
-        return part[indices.to(part.device)]
-    return part[indices if is_tensor_collection(part) else indices.numpy()]
+        return part[rows.to(part.device)]
+    return part[rows if is_tensor_collection(part) else rows.numpy()]
+
+
+def repeat_rows(inputs: Any, rows: list[int]) -> Any:
+    """Take rows, any of them several times, and leave them a batch that can be cut."""
+    if isinstance(inputs, Shared):
+        return inputs
+    if not _has_rows(inputs):
+        return map_children(inputs, lambda child: repeat_rows(child, rows))
+    if (own := own_rows(inputs)) is not None:
+        return own.take(rows)
+    return [inputs[row] for row in rows] if isinstance(inputs, list) else inputs[rows]
 
 
 def tensors_in(inputs: Any, *, shared: bool = True) -> Iterator[Tensor]:
@@ -175,64 +197,44 @@ def tensors_in(inputs: Any, *, shared: bool = True) -> Iterator[Tensor]:
             yield from tensors_in(child, shared=shared)
 
 
-def map_tensors(
-    function: Callable[[Tensor], Tensor],
-    nested: Any,
-    shared: Callable[[Tensor], Tensor] | None = None,
-) -> Any:
-    """Apply a function to every tensor inside `nested`, in lists too, and keep the structure.
-
-    Tensors inside `Shared` are given to `shared` instead, if there is one.
-    """
+def map_tensors(function: Callable[[Tensor], Tensor], nested: Any) -> Any:
+    """Apply a function to every tensor inside `nested`, in lists too, and keep the structure."""
     if isinstance(nested, Tensor):
         return function(nested)
     if isinstance(nested, list):
-        return [map_tensors(function, child, shared) for child in nested]
-    if isinstance(nested, Shared):
-        return Shared(map_tensors(shared or function, nested.value))
+        return [map_tensors(function, child) for child in nested]
     if is_tensor_collection(nested):
         dims = min(1, nested.batch_dims)
         return nested.apply(function, batch_size=[], device=None).auto_batch_size_(dims)
-    return _map_children(nested, lambda child: map_tensors(function, child, shared))
-
-
-def is_tensor_collection(inputs: Any) -> bool:
-    """Whether `inputs` is a TensorDict or a tensorclass."""
-    library = sys.modules.get("tensordict")
-    return library is not None and library.is_tensor_collection(inputs)
+    if is_graph_batch(nested):
+        return map_graphs(function, nested)
+    return map_children(nested, lambda child: map_tensors(function, child))
 
 
 def _has_rows(inputs: Any) -> bool:
     """Whether it is cut into rows: a list, or an array with a first dimension."""
-    if isinstance(inputs, Tensor) or _is_array(inputs):
+    if isinstance(inputs, Tensor) or is_array(inputs):
         return inputs.ndim > 0
-    return isinstance(inputs, list) or is_tensor_collection(inputs)
-
-
-def _is_array(inputs: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(inputs, (numpy.ndarray, numpy.generic))
+    return (
+        isinstance(inputs, (list, Rows)) or is_tensor_collection(inputs) or is_graph_batch(inputs)
+    )
 
 
 def _is_known(inputs: Any) -> bool:
     """Whether its type tells what each chunk gets."""
     return (
         isinstance(inputs, (Tensor, list, tuple, Mapping, *_WHOLE))
-        or _is_dataclass(inputs)
-        or _is_array(inputs)
+        or is_dataclass(inputs)
+        or is_array(inputs)
         or is_tensor_collection(inputs)
+        or is_graph_batch(inputs)
     )
 
 
 def _check_can_be_cut(part: Any, path: str) -> None:
-    if isinstance(part, list):
+    if isinstance(part, (list, Rows)) or is_graph_batch(part):
         return
-    if isinstance(part, Tensor) and part.is_nested:
-        raise TypeError(
-            f"{path}: expected a tensor that can be cut into rows, got a NestedTensor; pass "
-            "list(x.unbind()), one sample an element"
-        )
-    if isinstance(part, Tensor) and part.layout is not torch.strided:
+    if isinstance(part, Tensor) and not part.is_nested and part.layout is not torch.strided:
         raise TypeError(
             f"{path}: expected a tensor that can be cut into rows, got layout {part.layout}; pass "
             "x.to_dense(), or Shared(x) if every chunk needs all of it"
@@ -242,76 +244,3 @@ def _check_can_be_cut(part: Any, path: str) -> None:
             f"{path}: expected a {type(part).__name__} whose batch_size starts with its rows, got "
             "batch_size=[]; call x.auto_batch_size_(1), or pass Shared(x)"
         )
-
-
-def _disagreement(name: str, one: Part, other: Part) -> str:
-    hint = hint_at_lists(one.value) or hint_at_lists(other.value)
-    return (
-        f"{name}: expected the same number of rows everywhere, got {len(one.value)} in {one.path} "
-        f"and {len(other.value)} in {other.path}; where a sample has several rows, pass a list "
-        "with one dict per sample, which the encoder collates; where every chunk needs all of x, "
-        f"pass Shared(x){hint}"
-    )
-
-
-def hint_at_lists(value: Any) -> str:
-    """Add to an error where a list of tensors may have been meant as several arguments."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], Tensor):
-        return ""
-    return ". A list holds one sample an element: pass several arguments as a tuple or dict"
-
-
-def _tuple_of_samples(path: str, sample: Any) -> str:
-    return (
-        f"{path}: expected a list, one sample an element, got a tuple of {type(sample).__name__}, "
-        "which stands for several arguments and would reach every chunk whole; pass list(x), or "
-        "Shared(x) if every chunk needs all of it"
-    )
-
-
-def _unknown(path: str, given: Any) -> str:
-    if hasattr(given, "columns"):
-        remedy = 'a dict of columns, or one dict per sample, such as df.to_dict("records")'
-    elif isinstance(given, (set, frozenset)):
-        remedy = "a list in the order of the samples"
-    elif hasattr(given, "__iter__") or hasattr(given, "__len__"):
-        remedy = "list(x)"
-    else:
-        remedy = "a list with one element a sample"
-    return (
-        f"{path}: expected tensors, arrays or lists with one row a sample, got a "
-        f"{type(given).__name__}, which would reach every chunk whole; pass {remedy}, or Shared(x) "
-        "if every chunk needs all of it"
-    )
-
-
-def _is_dataclass(inputs: Any) -> bool:
-    return dataclasses.is_dataclass(inputs) and not isinstance(inputs, type)
-
-
-def children_of(inputs: Any) -> list[tuple[Any, Any]]:
-    """List keys and parts of a mapping, tuple or dataclass; anything else has none."""
-    if isinstance(inputs, Mapping):
-        return list(inputs.items())
-    if isinstance(inputs, tuple):
-        return list(enumerate(inputs))
-    if _is_dataclass(inputs):
-        return [(field.name, getattr(inputs, field.name)) for field in dataclasses.fields(inputs)]
-    return []
-
-
-def _map_children(inputs: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(inputs, tuple):
-        children = [function(child) for child in inputs]
-        return type(inputs)(*children) if hasattr(inputs, "_fields") else tuple(children)
-    pairs = children_of(inputs)
-    if not pairs:
-        return inputs
-    # A shallow copy keeps the class (BatchEncoding, a frozen dataclass) and all that is not a part.
-    copied = copy.copy(inputs)
-    for key, child in pairs:
-        if isinstance(inputs, Mapping):
-            copied[key] = function(child)
-        else:
-            object.__setattr__(copied, key, function(child))
-    return copied

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcache_clip.cache.batch_tree import children_of
+from gradcache_clip.cache.nests import children_of
+from gradcache_clip.cache.rows import Entries, Ragged
 
 
 class Kept:
@@ -44,6 +45,9 @@ def named_tensors(inputs: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     if type(inputs).__module__ == "numpy":
         if inputs.dtype.kind in "biufc" and inputs.ndim and inputs.flags.writeable:
             yield path, torch.from_numpy(inputs)
+        return
+    if isinstance(inputs, (Ragged, Entries)):
+        yield from named_tensors(inputs.nest if isinstance(inputs, Ragged) else inputs.values, path)
         return
     children: Iterable[Any] = enumerate(inputs) if isinstance(inputs, list) else children_of(inputs)
     for key, child in children:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradcache_clip.cache.batch_tree import count_rows
 from gradcache_clip.cache.checks import module_for_each, one_for_each
 from gradcache_clip.cache.chunks import Chunk, indices, row_count
+from gradcache_clip.cache.prepare import divided
 from gradcache_clip.cache.settings import Settings
 
 # Over a single chunk nothing could go wrong.
@@ -34,6 +35,7 @@ def reversed_chunks(cut: Cut) -> Cut:
 def with_small_chunks(plan: Settings, inputs: Sequence[Any]) -> Settings:
     """Cut each input into several chunks, and keep one graph at most."""
     module_for_each(plan.encoders, len(inputs))
+    inputs = divided(plan, inputs)
     rows = [count_rows(given, f"input {index}") for index, given in enumerate(inputs)]
     wished = rows if plan.chunk_size == "auto" else plan.chunk_size
     sizes = one_for_each(wished, len(inputs), "chunk_size")
