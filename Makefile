@@ -30,7 +30,7 @@ format: $(VENV)/test.done
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 docs: $(VENV)/docs.done  ## the documentation as a site in site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
