@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 from torch import nn
 
 from gradcache_clip.cache.lengths import ByLength
+from gradcache_clip.cache.methods import feature_methods, is_pair, remedy
 from gradcache_clip.distributed.strategies import LocalStrategy, innermost
 
 _P = ParamSpec("_P")
@@ -74,8 +75,8 @@ def checked_encoders(encoders: Any) -> nn.Module | tuple[nn.Module, ...]:
             return encoders
         raise ValueError(
             f"encoders: expected a sequence of modules or one module with forward(tower, inputs), "
-            f"got {type(encoders).__name__} with forward({', '.join(names)}); write "
-            "(encoder, encoder) to use one module for two inputs"
+            f"got {type(encoders).__name__} with forward({', '.join(names)}); "
+            f"{_as_one_encoder(innermost(encoders))}"
         )
     if isinstance(encoders, str) or not isinstance(encoders, (Sequence, nn.ModuleList)):
         raise TypeError(
@@ -87,11 +88,23 @@ def checked_encoders(encoders: Any) -> nn.Module | tuple[nn.Module, ...]:
         if not isinstance(module, nn.Module):
             raise TypeError(
                 f"encoders: expected torch.nn.Module, got {_named(module)} at {index}; wrap "
-                "a function into a module so that its parameters can be found"
+                "a function into a module so that its parameters can be found, and the methods of "
+                "a model with methods(model, ...)"
+            )
+        if is_pair(innermost(module)) and any(each is module for each in modules[:index]):
+            raise ValueError(
+                f"encoders: expected encoders of one input each, got {type(module).__name__} "
+                f"twice, whose forward takes all of them; {_as_one_encoder(innermost(module))}"
             )
     if not modules:
         raise ValueError("encoders: expected at least one module, got none")
     return modules
+
+
+def _as_one_encoder(module: nn.Module) -> str:
+    if len(feature_methods(module)) > 1:
+        return f"pass {remedy(module)}, one method for each input"
+    return "write (encoder, encoder) to use one module for two inputs"
 
 
 def _named(given: Any) -> str:
@@ -160,7 +173,7 @@ def checked_loss_key(given: Any) -> str:
 
 
 def checked_embed_chunk_size(embed: Any, chunk_size: Any, sort_by_length: Any) -> Any:
-    """Require multiples of `chunk_size`, where "auto" and `max_tokens` leave it known."""
+    """Require multiples of `chunk_size`, where "auto" and budgets leave it known."""
     if embed is None:
         return None
     embed = checked_chunk_size(embed, "embed_chunk_size")
@@ -170,7 +183,7 @@ def checked_embed_chunk_size(embed: Any, chunk_size: Any, sort_by_length: Any) -
     count = max((len(each) for each in given if isinstance(each, (list, tuple))), default=1)
     columns = [each if isinstance(each, (list, tuple)) else [each] * count for each in given]
     for together, size, sorting in zip(*columns, strict=False):
-        by_tokens = sorting is not None and sorting.max_tokens is not None
+        by_tokens = sorting is not None and sorting.budget is not None
         if not by_tokens and together % size:
             raise ValueError(
                 f"embed_chunk_size: expected a multiple of chunk_size={size}, got {together}; such "
@@ -209,11 +222,16 @@ def _is_positive_integer(size: Any) -> bool:
     return isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0
 
 
-def checked_sorting(given: Any) -> Any:
+def checked_sorting(given: Any, chunk_size: Any) -> Any:
     each = given if isinstance(given, (list, tuple)) else [given]
     if not all(sorting is None or isinstance(sorting, ByLength) for sorting in each):
         raise TypeError(
             f"sort_by_length: expected ByLength() or None, or one for each input, got {given!r}; "
             "such as sort_by_length=[None, ByLength()]"
+        )
+    if chunk_size != "auto" and any(sorting and sorting.budget == "auto" for sorting in each):
+        raise ValueError(
+            f'sort_by_length: expected chunk_size="auto" beside a budget that is "auto", got '
+            f'chunk_size={chunk_size!r}; pass chunk_size="auto", or a number as the budget'
         )
     return given

@@ -100,7 +100,7 @@ def _known_features(output: Mapping[str, Any], named: Mapping[str, Any], name: s
         if isinstance(output.get(key), Tensor):
             return output[key]
     # Other mappings hold much beside features, such as the hidden states of a transformers model.
-    if type(output) is dict and named:
+    if type(output) is dict and output:
         return named
     raise TypeError(
         f"{name}: expected features (a tensor or a tuple of tensors), got "
