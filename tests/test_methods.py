@@ -135,7 +135,8 @@ def test_one_model_is_exact(build: Callable[[], nn.Module], names: tuple[str, st
     expected = plain_loss(truth, names, inputs)
     expected.backward()
     assert abs(out.loss - expected) < 1e-12
-    assert largest_error(model, truth) < 1e-10
+    # It resizes its position embedding in 32 bits.
+    assert largest_error(model, truth) < (1e-6 if build is siglip2_model else 1e-10)
     assert {id(p) for p in encoder.parameters()} == {id(p) for p in model.parameters()}
 
 
