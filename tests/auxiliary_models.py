@@ -41,12 +41,12 @@ class Balanced(WithRouter):
 class Contrast(nn.Module):
     """Over the rows of all ranks, with parts for the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, gather: Callable[[Tensor], Tensor] = gather_rows) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.scale, self.gather = nn.Parameter(torch.tensor(1.5)), gather
 
     def forward(self, q: dict[str, Tensor], k: dict[str, Tensor]) -> dict[str, Tensor]:
-        a, b = (gather_rows(F.normalize(side["embedding"])) for side in (q, k))
+        a, b = (self.gather(F.normalize(side["embedding"])) for side in (q, k))
         logits = self.scale.exp() * a @ b.T
         labels = torch.arange(len(logits))
         accuracy = (logits.argmax(1) == labels).double().mean()
