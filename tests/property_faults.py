@@ -113,9 +113,8 @@ def trims_one_column_more(original: Any, *args: Any) -> Any:
     ]
 
 
-def all_is_padding(original: Any, kept: Tensor, wide: Sequence[Tensor]) -> Any:
-    host, flags = original(kept, wide)
-    return host, [True] * len(flags)
+def all_is_padding(original: Any, kept: Tensor, parts: Sequence[Any]) -> list[Tensor]:
+    return [torch.ones((), dtype=torch.bool) for _ in original(kept, parts)]
 
 
 def draws_unnoticed(original: Any, draws: Any) -> bool:

@@ -42,7 +42,7 @@ ON_ONE: Mapping[str, Change] = {
     "a column of tokens is lost": _same_chunks(
         "lengths.ByLength.chunks", faults.trims_one_column_more
     ),
-    "any column is trimmed": _same_chunks("lengths._on_host", faults.all_is_padding),
+    "any column is trimmed": _same_chunks("columns._are_padding", faults.all_is_padding),
     "hooks run on parts": _same_chunks("prepare.held_hooks", faults.hooks_on_parts),
     "a tower gets the gradient of another": faults.with_gradients(faults.of_first_tower),
     "rows get the gradient of others": faults.with_gradients(faults.of_other_rows),

@@ -69,7 +69,7 @@ def test_a_size_that_fits_and_is_worth_its_memory(rows, fits, saturates, row_byt
         rate = float(min(size, saturates))
         return Measured(rate, size * row_bytes) if size <= fits else None
 
-    found = find_chunk_size(measure, rows, limit)
+    found = find_chunk_size(measure, min(8, rows), rows, limit)
     assert 1 <= found <= rows
     assert asked == [min(8 * 2**i, rows) for i in range(len(asked))], "each is twice the last"
     assert len(asked) == len(set(asked)), "none is measured twice"
@@ -87,7 +87,7 @@ def test_a_size_that_fits_and_is_worth_its_memory(rows, fits, saturates, row_byt
 
 
 def test_where_eight_rows_do_not_fit_fewer_are_found():
-    assert find_chunk_size(lambda n: Measured(n, n) if n <= 4 else None, 100, 10**6) in (1, 2, 4)
+    assert find_chunk_size(lambda n: Measured(n, n) if n <= 4 else None, 8, 100, 10**6) in (1, 2, 4)
 
 
 @pytest.mark.parametrize("budget", [None, 10**9])

@@ -16,7 +16,6 @@ from one_shot import gradient_errors, one_shot, twins, worst
 from torch import Tensor, nn
 
 from gradcache_clip import ByLength, ClipLoss, GradCache
-from gradcache_clip.cache.lengths import _lengths_of_mask
 
 ROWS, LENGTH = 14, 12
 
@@ -169,26 +168,49 @@ def test_no_chunk_has_more_tokens_than_allowed(max_tokens):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=30),
+    blocks=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30),
+    side=st.sampled_from(["right", "left", "both"]),
     chunk_size=st.integers(1, 12),
     max_tokens=st.none() | st.integers(1, 60),
     at_least=st.integers(1, 2),
+    multiple=st.integers(1, 5),
 )
-def test_every_row_is_in_one_chunk_that_holds_it(lengths, chunk_size, max_tokens, at_least):
-    rows = torch.tensor(lengths)
-    mask = torch.arange(9) < rows[:, None]
-    inputs = {"attention_mask": mask}
-    chunks = ByLength(max_tokens=max_tokens).chunks(inputs, chunk_size, at_least, "input 0")
-    assert sorted(torch.cat([chunk.rows for chunk in chunks]).tolist()) == list(range(len(rows)))
-    assert len(chunks) >= min(at_least, len(rows))
-    longest = [int(rows[chunk.rows].max()) for chunk in chunks]
-    assert longest == sorted(longest, reverse=True)
-    for chunk, length in zip(chunks, longest, strict=True):
-        assert chunk.columns == {id(mask): slice(0, max(1, length))}
+def test_every_row_is_in_one_chunk_that_holds_it(
+    blocks, side, chunk_size, max_tokens, at_least, multiple
+):
+    ends = torch.tensor(blocks).sort(1).values
+    first, stop = ends.T
+    first, stop = (0 * first if side == "right" else first), (9 if side == "left" else stop)
+    mask = (torch.arange(9) >= first[:, None]) & (torch.arange(9) < (0 * first + stop)[:, None])
+    by_length = ByLength(max_tokens=max_tokens, pad_to_multiple_of=multiple)
+    chunks = by_length.chunks({"attention_mask": mask}, chunk_size, at_least, "input 0")
+    assert sorted(torch.cat([chunk.rows for chunk in chunks]).tolist()) == list(range(len(mask)))
+    assert len(chunks) >= min(at_least, len(mask))
+    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+        kept, width = chunk.columns[id(mask)], columns_needed(mask[chunk.rows], multiple)
+        assert kept.start >= 0 and kept.stop <= 9 and kept.stop - kept.start == width
+        cut = mask[chunk.rows].clone()
+        cut[:, kept] = False
+        assert not cut.any() and chunk.cost == len(chunk) * width
         if max_tokens is None:
             assert len(chunk) <= chunk_size
-        else:
-            assert len(chunk) == 1 or len(chunk) * length <= max_tokens
+            continue
+        assert len(chunk) == 1 or chunk.cost <= max_tokens
+        if following is not None and len(chunk) < -(-len(mask) // at_least):
+            rows = torch.cat([chunk.rows, following.rows[:1]])
+            assert len(rows) * columns_needed(mask[rows], multiple) > max_tokens, "one more fits"
+    if side != "both":
+        widths = [each.columns[id(mask)].stop - each.columns[id(mask)].start for each in chunks]
+        assert widths == sorted(widths, reverse=True)
+
+
+def columns_needed(mask: Tensor, multiple: int) -> int:
+    """Columns between the outermost ones; all of them if a row has none."""
+    if not mask.any(1).all():
+        return mask.shape[1]
+    where = mask.any(0).nonzero()
+    needed = int(where.max() - where.min()) + 1
+    return min(mask.shape[1], -(-needed // multiple) * multiple)
 
 
 def test_features_come_back_in_the_order_of_the_caller():
@@ -362,29 +384,6 @@ def test_rows_without_any_token():
 
 
 @pytest.mark.parametrize(
-    ("mask", "got"),
-    [
-        (torch.tensor([[0, 1, 1], [1, 1, 1]]), "gaps or padding on the left"),
-        (torch.tensor([[1, 0, 1], [1, 1, 1]]), "gaps or padding on the left"),
-        (torch.ones(2, 1, 3), r"shape \(2, 1, 3\)"),
-        (torch.ones(2), r"shape \(2,\)"),
-    ],
-)
-def test_masks_that_are_not_padded_on_the_right(mask, got):
-    message = rf"input 0: expected an attention_mask .*padded on the right, got {got}; use padding"
-    with pytest.raises(ValueError, match=message):
-        _lengths_of_mask(mask, "input 0")
-
-
-def test_left_padding_is_refused_before_anything_is_computed():
-    bert, tokens = Bert(), {name: x.flip(1) for name, x in padded([3] * ROWS).items()}
-    cache = GradCache([bert, nn.Linear(5, 8)], ClipLoss(), sort_by_length=[ByLength(), None])
-    with pytest.raises(ValueError, match="input 0.*padding on the left"):
-        cache(tokens, same_order(ROWS))
-    assert bert.widths == [] and all(p.grad is None for p in bert.parameters())
-
-
-@pytest.mark.parametrize(
     ("inputs", "got"),
     [
         (torch.randn(4, 5), "Tensor"),
@@ -402,7 +401,9 @@ def test_rows_whose_length_nobody_knows(inputs, got):
 
 @pytest.mark.parametrize("max_tokens", [0, -4, 2.5, "12", True])
 def test_numbers_of_tokens_that_are_none(max_tokens):
-    with pytest.raises(ValueError, match="max_tokens: expected a positive integer or None, got"):
+    with pytest.raises(
+        ValueError, match="max_tokens: expected a positive integer, 'auto' or None, got"
+    ):
         ByLength(max_tokens=max_tokens)
 
 

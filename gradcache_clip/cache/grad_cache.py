@@ -138,7 +138,7 @@ class GradCache:
             chunk_record=None if chunk_record is None else Path(chunk_record),
             memory_budget=checked_budget(memory_budget),
             rows=checked_division(rows),
-            sort_by_length=checked_sorting(sort_by_length),
+            sort_by_length=checked_sorting(sort_by_length, chunks),
             embed_chunk_size=checked_embed_chunk_size(embed_chunk_size, chunks, sort_by_length),
             get_features=checked_get_features(get_features),
             auxiliary_losses=checked_auxiliary_losses(auxiliary_losses),

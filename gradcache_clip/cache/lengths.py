@@ -1,200 +1,199 @@
-"""Sort rows of unequal length, cut them into chunks, and trim each to its longest row."""
+"""Sort rows of unequal length, cut them into chunks, and trim each to its longest row. B rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gradcache_clip.cache.batch_tree import (
-    Part,
-    count_rows,
-    is_tensor_collection,
-    parts_with_rows,
-)
+from gradcache_clip.cache.batch_tree import count_rows, parts_with_rows
 from gradcache_clip.cache.chunks import Chunk
+from gradcache_clip.cache.columns import read_columns
+from gradcache_clip.cache.masks import trims_of
+from gradcache_clip.cache.rows import Rows
+from gradcache_clip.cache.sorted_rows import SortedRows
 
-# By their names in transformers: whoever follows the mask has no use for what lies beyond it.
-_TOKENS = ("attention_mask", "input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+Key = str | int
 
 
 @dataclass(frozen=True)
 class ByLength:
     """Chunks of rows of similar length, the longest first; features return in the caller's order.
 
-    With one `attention_mask` (B, L) among the inputs, padded on the right, token columns are
-    trimmed to the longest row of each chunk. These are `input_ids`, `token_type_ids`,
-    `position_ids`, `inputs_embeds`, and tensors (B, L, ...) that hold one value wherever the mask
-    is zero. Any other tensor of L columns is refused until `columns` says which ones hold tokens.
-    Trimming is exact for encoders that follow their mask, and for causal ones; one that averages
-    over its padding gives other features than without sorting. Strings are sorted by characters;
-    whatever tokenizes them pads each chunk by itself.
+    With a mask (B, L) among the inputs, which is one where a row has something, a chunk keeps the
+    columns that any of its rows needs: padding may be on either side. Trimmed are the mask, for
+    `attention_mask` also `input_ids`, `token_type_ids`, `position_ids` and `inputs_embeds`, for
+    `pixel_attention_mask` `pixel_values`, for `patch_valid` `patches` and `patch_coord`, and any
+    tensor (B, L, ...) that holds one value wherever the mask is zero. Another tensor of L columns
+    is refused until `columns` says which ones to trim. Rows without a one keep all columns.
+
+    Exact for encoders that follow their mask, and for causal ones. The first step embeds a row
+    with and without its padding, and raises where that changes its features: an encoder that
+    averages over its padding, or numbers columns of rows padded on the left from zero. Strings are
+    sorted by characters; whatever tokenizes them pads each chunk by itself.
+
+    Example:
+        >>> rows = [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
+        >>> ByLength(max_tokens=6).shapes({"attention_mask": torch.tensor(rows)})
+        {(1, 4): 1, (2, 3): 1, (1, 1): 1}
     """
 
-    max_tokens: int | None = None
-    """Rows of a chunk times its longest row, at most; takes the place of `chunk_size`."""
+    max_tokens: int | Literal["auto"] | None = None
+    """Rows of a chunk times its longest row, at most; takes the place of `chunk_size`. "auto"
+    measures the first batch, together with `chunk_size="auto"`."""
     length_of: Callable[[Any], Sequence[int] | Tensor] | None = None
     """Lengths of the rows of an input, where neither a mask nor lists tell them."""
-    columns: Collection[str | int] | None = None
+    columns: Collection[Key] | None = None
     """Keys of the tensors that are trimmed with the mask, and no others; None decides as above."""
+    mask: Key | Collection[Key] | None = field(default=None, kw_only=True)
+    """Key of the mask, or of several; None takes `attention_mask`, `pixel_attention_mask` or
+    `patch_valid`, whichever is there; with [] nothing is trimmed."""
+    pad_to_multiple_of: int = field(default=1, kw_only=True)
+    """Columns of a chunk are a multiple of this, or all: a step has few shapes."""
+    max_cost: int | Literal["auto"] | None = field(default=None, kw_only=True)
+    """As `max_tokens`, in what `cost_of` counts: rows of a chunk times its dearest row, and of
+    packed inputs the sum over its rows."""
+    cost_of: Callable[[Any], Sequence[float] | Tensor] | None = field(default=None, kw_only=True)
+    """Cost of every row of an input: patches, pixels, nodes, squared tokens."""
 
     def __post_init__(self) -> None:
-        if self.columns is not None and not _are_keys(self.columns):
-            raise TypeError(
-                f"columns: expected keys of token tensors, or None, got {self.columns!r}; such as "
-                'columns=["input_ids", "position_ids"]'
-            )
-        count = self.max_tokens
-        whole = isinstance(count, Integral) and not isinstance(count, bool)
-        if count is not None and not (whole and int(count) > 0):
+        _check_keys("columns", self.columns, '["input_ids", "position_ids"]')
+        _check_keys("mask", self._masks, '"pixel_attention_mask"')
+        _check_count("max_tokens", self.max_tokens, ("auto", None), 16384)
+        _check_count("max_cost", self.max_cost, ("auto", None), 16384)
+        _check_count("pad_to_multiple_of", self.pad_to_multiple_of, (), 64)
+        if self.max_tokens is not None and self.max_cost is not None:
             raise ValueError(
-                f"max_tokens: expected a positive integer or None, got {self.max_tokens!r}; "
-                "such as max_tokens=16384"
+                f"max_cost: expected one budget, got {self.max_cost!r} beside max_tokens="
+                f"{self.max_tokens!r}; leave one of them out"
             )
+        if self.cost_of is not None and self.max_cost is None:
+            raise ValueError(
+                "cost_of: expected a budget in what it counts, got none; pass max_cost=, or "
+                "length_of= to sort rows by it"
+            )
+
+    @property
+    def budget(self) -> int | Literal["auto"] | None:
+        """`max_tokens` or `max_cost`, whichever was given."""
+        return self.max_tokens if self.max_cost is None else self.max_cost
+
+    def with_budget(self, budget: int | None) -> ByLength:
+        """Replace the budget; without one, chunks are cut by rows."""
+        if self.max_cost is None:
+            return replace(self, max_tokens=budget)
+        cost_of = None if budget is None else self.cost_of
+        return replace(self, max_cost=budget, cost_of=cost_of)
 
     def halved(self) -> ByLength:
-        """Halve the tokens per chunk."""
-        most = self.max_tokens
-        return self if most is None else replace(self, max_tokens=max(1, most // 2))
+        """Halve the budget."""
+        return self.with_budget(max(1, self.budget // 2)) if isinstance(self.budget, int) else self
+
+    def shapes(self, inputs: Any, chunk_size: int = 64) -> dict[tuple[int, ...], int]:
+        """Count the chunks of each shape that a batch is cut into: rows, and columns of each mask.
+
+        Args:
+            inputs: the batch of one encoder.
+            chunk_size: rows of a chunk, where there is no budget.
+        """
+        rows = self._sorted(inputs, "inputs")
+        masks = [each.trimmed[0] for each in rows.columns]
+        counted = Counter[tuple[int, ...]]()
+        for chunk in rows.chunks(*self._limits(len(rows.order), chunk_size, 1)):
+            kept = [(chunk.columns or {})[mask] for mask in masks]
+            counted[(len(chunk), *(each.stop - each.start for each in kept))] += 1
+        return dict(counted)
 
     def chunks(self, inputs: Any, chunk_size: int, at_least: int, name: str) -> list[Chunk]:
-        """Cut the rows of `inputs`, by tokens or by rows."""
-        mask, ends, trimmed = _mask_of(inputs), None, frozenset[int]()
-        if mask is not None:
-            ends, trimmed = self._read(mask, inputs, name)
-        lengths, order = self._lengths(inputs, ends, name).sort(descending=True, stable=True)
-        chunks, start = [], 0
-        most = max(1, -(-len(lengths) // at_least))
-        while start < len(lengths):
-            longest = max(1, int(lengths[start]))
-            rows = chunk_size if self.max_tokens is None else self.max_tokens // longest
-            stop = min(start + max(1, min(rows, most)), len(lengths))
-            taken, columns, cost = order[start:stop], None, None
-            if ends is not None:
-                end = max(1, int(ends[taken].max()))
-                columns, cost = dict.fromkeys(trimmed, slice(0, end)), len(taken) * end
-            chunks.append(Chunk(taken, columns, cost))
-            start = stop
-        return chunks
+        """Cut the rows of `inputs` by the budget, or by `chunk_size` if there is none."""
+        rows = self._sorted(inputs, name)
+        return rows.chunks(*self._limits(len(rows.order), chunk_size, at_least))
 
-    def _read(self, mask: Tensor, inputs: Any, name: str) -> tuple[Tensor, frozenset[int]]:
-        """Read the lengths of the rows from the mask, and the ids of the tensors to trim."""
-        if mask.ndim != 2:
-            return _lengths_of_mask(mask, name), frozenset()
-        parts = [
-            part
-            for part in parts_with_rows(inputs, name)
-            if isinstance(part.value, Tensor) and part.value is not mask
-        ]
-        if self.columns is not None:
-            tokens, unsure = _named(self.columns, parts, mask, name), []
-        else:
-            wide = [part for part in parts if part.value.shape[1:2] == mask.shape[1:]]
-            tokens = [part for part in wide if part.key in _TOKENS]
-            unsure = [part for part in wide if part.key not in _TOKENS]
-        host, padded = _on_host(mask != 0, [part.value.detach() for part in unsure])
-        ends = _lengths_of_mask(host, name)
-        for part, is_padded in zip(unsure, padded, strict=True):
-            if not is_padded:
-                raise ValueError(_not_padding(part, tokens, mask.shape[1]))
-        return ends, frozenset(id(each) for each in (mask, *(p.value for p in tokens + unsure)))
+    def _limits(self, rows: int, chunk_size: int, at_least: int) -> tuple[int, int | None]:
+        """Return the largest number of rows of a chunk, and the largest cost."""
+        most = -(-rows // at_least)
+        budget = self.budget if isinstance(self.budget, int) else None
+        return (min(most, chunk_size) if budget is None else most), budget
 
-    def _lengths(self, inputs: Any, ends: Tensor | None, name: str) -> Tensor:
-        if self.length_of is not None:
-            lengths = torch.as_tensor(self.length_of(inputs)).cpu().long()
-            rows = count_rows(inputs, name)
-            if lengths.shape != (rows,):
-                raise ValueError(
-                    f"{name}: expected length_of to return the lengths of all {rows} rows, got "
-                    f"shape {tuple(lengths.shape)}; return one number a row"
-                )
-            return lengths
-        if isinstance(inputs, list) and all(hasattr(row, "__len__") for row in inputs):
-            return torch.tensor([len(row) for row in inputs])
-        if ends is not None:
-            return ends
-        raise ValueError(
-            f"{name}: expected rows whose length is known, a mapping with attention_mask or a list "
-            f"of strings, got {type(inputs).__name__}; pass ByLength(length_of=...)"
-        )
-
-
-def _are_keys(columns: Any) -> bool:
-    is_collection = isinstance(columns, Collection) and not isinstance(columns, str)
-    return is_collection and all(isinstance(key, (str, int)) for key in columns)
-
-
-def _named(columns: Collection[Any], parts: list[Part], mask: Tensor, name: str) -> list[Part]:
-    """Return the parts with these keys; each must have the columns of the mask."""
-    named = [part for part in parts if part.key in columns]
-    if not named and "attention_mask" not in columns:
-        raise ValueError(
-            f"{name}: expected tensors by the names in columns, {list(columns)}, got "
-            f"{[part.key for part in parts]}; name those that hold tokens"
-        )
-    for part in named:
-        if part.value.shape[1:2] != mask.shape[1:]:
+    def _sorted(self, inputs: Any, name: str) -> SortedRows:
+        columns = read_columns(trims_of(inputs, self._masks, self.columns, name))
+        if self.pad_to_multiple_of > 1 and not columns:
             raise ValueError(
-                f"{part.path}: expected {mask.shape[1]} columns, as attention_mask has, got shape "
-                f"{tuple(part.value.shape)}; leave {part.key!r} out of columns"
+                f"{name}: expected a mask whose columns pad_to_multiple_of="
+                f"{self.pad_to_multiple_of} can fill up, got none; name it with ByLength(mask=...)"
             )
-    return named
+        entries, costs = _entries_of(inputs, name), None
+        if self.cost_of is not None:
+            costs = _numbers("cost_of", self.cost_of(inputs), count_rows(inputs, name), name)
+        lengths = self._lengths(inputs, name)
+        if lengths is None and columns:
+            lengths = torch.stack([each.stop - each.first for each in columns]).sum(0)
+        else:
+            lengths = next((each for each in (lengths, entries, costs) if each is not None), None)
+            costs = lengths if costs is None else costs
+        if lengths is None:
+            raise ValueError(
+                f"{name}: expected rows whose length is known, by a mask or as a list of strings, "
+                f"got {type(inputs).__name__}; pass ByLength(length_of=...), or name the mask with "
+                "ByLength(mask=...)"
+            )
+        order = lengths.argsort(descending=True, stable=True)
+        packed = entries is not None and costs is not None
+        return SortedRows(order, columns, self.pad_to_multiple_of, costs, packed)
+
+    def _lengths(self, inputs: Any, name: str) -> Tensor | None:
+        if self.length_of is not None:
+            return _numbers("length_of", self.length_of(inputs), count_rows(inputs, name), name)
+        if isinstance(inputs, list) and all(hasattr(row, "__len__") for row in inputs):
+            return torch.tensor([float(len(row)) for row in inputs], dtype=torch.float64)
+        return None
+
+    @property
+    def _masks(self) -> Collection[Key] | None:
+        return [self.mask] if isinstance(self.mask, (str, int)) else self.mask
 
 
-def _on_host(kept: Tensor, wide: Sequence[Tensor]) -> tuple[Tensor, list[bool]]:
-    """Copy the mask to the host, and tell which tensors hold one value beyond it, in one copy."""
-    if not wide:
-        return kept.cpu(), []
-    # The last column of the shortest row is padding, if anything is.
-    shortest = kept.sum(1).argmin().view(1)
-    flags = [_is_constant_outside(kept, shortest, each).to(kept.device) for each in wide]
-    both = torch.cat([kept.flatten(), torch.stack(flags)]).cpu()
-    return both[: kept.numel()].view(kept.shape), both[kept.numel() :].tolist()
+def _entries_of(inputs: Any, name: str) -> Tensor | None:
+    """Count the entries of each row in all packed parts; None if there are none."""
+    packed = [p.value.lengths for p in parts_with_rows(inputs, name) if isinstance(p.value, Rows)]
+    return torch.tensor(packed, dtype=torch.float64).sum(0) if packed else None
 
 
-def _is_constant_outside(kept: Tensor, shortest: Tensor, wide: Tensor) -> Tensor:
-    kept, shortest = kept.to(wide.device), shortest.to(wide.device)
-    padding = wide.index_select(0, shortest)[:, -1:]
-    return ((wide == padding) | kept.view(*kept.shape, *[1] * (wide.ndim - 2))).all()
+def _numbers(argument: str, given: Any, rows: int, name: str) -> Tensor:
+    """Read what a function returned, one number a row."""
+    numbers = torch.as_tensor(given).detach().cpu()
+    if numbers.shape != (rows,):
+        raise ValueError(
+            f"{name}: expected {argument} to return one number for each of {rows} rows, got shape "
+            f"{tuple(numbers.shape)}; return a (B,) tensor or a list"
+        )
+    if not bool((numbers.isfinite() & (numbers >= 0)).all()):
+        raise ValueError(
+            f"{name}: expected {argument} to return finite numbers of 0 or more, got "
+            f"{numbers[~(numbers.isfinite() & (numbers >= 0))][0].item()}; count what a row has"
+        )
+    return numbers.double()
 
 
-def _not_padding(part: Part, tokens: Sequence[Part], columns: int) -> str:
-    others = ["attention_mask", *(token.key for token in tokens)]
-    return (
-        f"{part.path}: expected one value wherever attention_mask is zero, as in a tensor of "
-        f"tokens that ByLength trims, got several in {columns} columns; pass ByLength(columns="
-        f"{[*others, part.key]}) if it holds tokens, and ByLength(columns={others}) if not"
+def _check_keys(argument: str, keys: Any, example: str) -> None:
+    is_collection = isinstance(keys, Collection) and not isinstance(keys, str)
+    if keys is None or (is_collection and all(isinstance(key, (str, int)) for key in keys)):
+        return
+    raise TypeError(
+        f"{argument}: expected keys of tensors, or None, got {keys!r}; such as {argument}={example}"
     )
 
 
-def _lengths_of_mask(mask: Tensor, name: str) -> Tensor:
-    # One wait for the device, at most: the host has to know the shapes of the chunks.
-    mask = mask.cpu() != 0
-    if mask.ndim != 2 or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+def _check_count(argument: str, count: Any, others: tuple[Any, ...], example: int) -> None:
+    whole = isinstance(count, Integral) and not isinstance(count, bool)
+    if not (whole and int(count) > 0) and count not in others:
+        named = "".join(f", {other!r}" for other in others[:-1]) + " or None" * bool(others)
         raise ValueError(
-            f"{name}: expected an attention_mask (B, L) of rows padded on the right, got "
-            f"{'gaps or padding on the left' if mask.ndim == 2 else f'shape {tuple(mask.shape)}'}; "
-            'use padding_side="right", or leave sort_by_length out'
+            f"{argument}: expected a positive integer{named}, got {count!r}; such as "
+            f"{argument}={example}"
         )
-    return mask.sum(1)
-
-
-def _mask_of(inputs: Any) -> Tensor | None:
-    """Find the one attention_mask in nested mappings and tuples."""
-    masks = list(_masks_in(inputs))
-    return masks[0] if len(masks) == 1 else None
-
-
-def _masks_in(inputs: Any) -> Iterator[Tensor]:
-    parts: Iterable[tuple[Any, Any]] = ()
-    if isinstance(inputs, (Mapping, tuple)) and not is_tensor_collection(inputs):
-        parts = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
-    for name, part in parts:
-        if name == "attention_mask" and isinstance(part, Tensor):
-            yield part
-        else:
-            yield from _masks_in(part)

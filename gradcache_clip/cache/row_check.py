@@ -49,10 +49,10 @@ def _single_chunk(tower: Tower, strategy: LocalStrategy) -> bool:
 
 def _check(tower: Tower, strategy: LocalStrategy) -> None:
     """Every rank runs the same passes, also those after a difference on another one."""
-    device, tolerance = tower.features[0].device, _tolerance(tower)
+    device, tolerance = tower.features[0].device, tolerance_between_sizes(tower)
     otherwise = _otherwise(tower, strategy)
     try:
-        again = _again(tower, otherwise)
+        again = compute_again(tower, otherwise)
     except Exception as error:
         if not is_out_of_memory(error):
             raise ValueError(_needs_whole_chunks(tower, error)) from error
@@ -70,7 +70,7 @@ def _check(tower: Tower, strategy: LocalStrategy) -> None:
         raise ValueError(_message(tower, change, place) if mixes else _elsewhere(tower))
 
 
-def _tolerance(tower: Tower) -> float:
+def tolerance_between_sizes(tower: Tower) -> float:
     """Allow more than a replay: kernels for another number of rows round differently."""
     tolerance = max(map(tolerance_of, tower.features))
     return min(10 * tolerance, max(0.1, tolerance))
@@ -91,11 +91,11 @@ def _otherwise(tower: Tower, strategy: LocalStrategy) -> list[Chunk]:
     once = strategy.collective_forward and strategy.anywhere(one_row, tower.features[0].device)
     if one_row:
         return [merged(tower.chunks[:2])]
-    halves = [_part(first, 0, len(first) // 2), _part(first, len(first) // 2, len(first))]
+    halves = [part_of(first, 0, len(first) // 2), part_of(first, len(first) // 2, len(first))]
     return halves[:1] if once else halves
 
 
-def _part(chunk: Chunk, start: int, stop: int) -> Chunk:
+def part_of(chunk: Chunk, start: int, stop: int) -> Chunk:
     rows = chunk.rows
     if isinstance(rows, Tensor):
         return replace(chunk, rows=rows[start:stop], random_state=None, graph=None)
@@ -109,7 +109,7 @@ def _as_given(tower: Tower) -> Tower:
 
 
 @torch.no_grad()
-def _again(tower: Tower, chunks: Sequence[Chunk]) -> list[tuple[Chunk, list[Tensor]]]:
+def compute_again(tower: Tower, chunks: Sequence[Chunk]) -> list[tuple[Chunk, list[Tensor]]]:
     """Compute the features of chunks; leave no trace in generators and buffers."""
     alone, modules = _as_given(tower), tower.modules
     state = RandomState.capture(accelerators_among(tower.known_tensors()))
@@ -180,7 +180,7 @@ def _warn_of_losses(
 
 def _repeats(tower: Tower, tolerance: float) -> bool:
     """Whether the same chunk gives the same again; what moves by itself says nothing of rows."""
-    return _change(tower, _again(tower, tower.chunks[:1])) <= tolerance
+    return _change(tower, compute_again(tower, tower.chunks[:1])) <= tolerance
 
 
 def _message(tower: Tower, change: float, place: str) -> str:

@@ -63,6 +63,7 @@ class History:
 
     stepped: bool = False
     rows_checked: bool = False
+    trims_checked: bool = False
     warned_of_batch_norm: bool = False
     broken_off: bool = False
     """Whether the last step ended in an error that left a part of its gradients in `.grad`."""

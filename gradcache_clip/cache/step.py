@@ -34,6 +34,7 @@ from gradcache_clip.cache.torch_state import (
     kept_running_statistics,
 )
 from gradcache_clip.cache.tower import Tower, modules_of, trained_modules
+from gradcache_clip.cache.trim_check import check_trims
 from gradcache_clip.distributed.graph import leaves_behind
 
 # Entered once per chunk.
@@ -58,6 +59,7 @@ class CachedStep:
         self.towers, self.strategy, self.phase = towers, plan.strategy, "embed"
         self._plan, self._hooks, self._budget = plan, hooks, budget
         self._history, self._rows_checked = history, history.rows_checked
+        self._trims_checked = history.trims_checked
         self._snapshot: StepSnapshot | None = None
         self._device_types: set[str] = set()
         self._autocasts = True
@@ -97,6 +99,7 @@ class CachedStep:
         self._hooks.run_all()
         failures = failures_of(check, self._plan.replay_check, self.strategy)
         self._history.stepped, self._history.rows_checked = True, self._rows_checked
+        self._history.trims_checked = self._trims_checked
         return failures
 
     @contextmanager
@@ -127,6 +130,8 @@ class CachedStep:
         check_finite(self.towers, self.strategy)
         if self._plan.check_rows and not self._rows_checked:
             self._rows_checked = check_rows(self.towers, self.strategy)
+        if self._plan.check_rows and not self._trims_checked:
+            self._trims_checked = check_trims(self.towers, self.strategy)
         self._device_types = device_types(self.towers)
 
     def _backward_of_loss(self, loss_kwargs: Mapping[str, Any]) -> Any:

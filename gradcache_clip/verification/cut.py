@@ -43,7 +43,7 @@ def with_small_chunks(plan: Settings, inputs: Sequence[Any]) -> Settings:
     return replace(
         plan,
         chunk_size=tuple(map(min, sizes, map(_small_size, rows))),
-        sort_by_length=[each and replace(each, max_tokens=None) for each in sorting],
+        sort_by_length=[each and each.with_budget(None) for each in sorting],
         memory_budget=None,
     )
 

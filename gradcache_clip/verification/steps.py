@@ -73,7 +73,8 @@ class Trial:
 
     def _prepared(self) -> CachedStep:
         # The looks of a first step would raise what a verification reports.
-        return prepare(self._plan, self._inputs, History(stepped=True, rows_checked=True))
+        history = History(stepped=True, rows_checked=True, trims_checked=True)
+        return prepare(self._plan, self._inputs, history)
 
     def whole(self) -> Cut:
         """All rows of an input at once."""

@@ -1,0 +1,135 @@
+"""Find encoders whose features of a row change when its padding is trimmed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from gradcache_clip.cache.batch_tree import tensors_in
+from gradcache_clip.cache.chunks import Chunk, indices
+from gradcache_clip.cache.recovery import is_out_of_memory
+from gradcache_clip.cache.rounding import relative_change
+from gradcache_clip.cache.row_check import compute_again, part_of, tolerance_between_sizes
+from gradcache_clip.cache.tower import Tower
+from gradcache_clip.distributed.strategies import LocalStrategy
+
+# Positions are computed in float32 by most models, whatever the features' precision is.
+_LEAST_TOLERANCE = 1e-4
+
+
+class _Trimmed(NamedTuple):
+    row: Chunk
+    columns: slice
+    width: int
+
+
+def check_trims(towers: Sequence[Tower], strategy: LocalStrategy) -> bool:
+    """Embed the row of each tower that loses most columns, with and without them.
+
+    Modules are in eval mode meanwhile, for dropout draws other numbers for other shapes. Random
+    state, buffers and running statistics are left as they were.
+
+    Returns:
+        False where a tower has a mask, but no row was trimmed: ask again in a later step.
+
+    Raises:
+        ValueError: features depend on padding; on every rank.
+    """
+    masked = [tower for tower in towers if tower.chunks[0].columns is not None]
+    checked = [_check(tower, strategy) for tower in masked]
+    return all(checked)
+
+
+def _check(tower: Tower, strategy: LocalStrategy) -> bool:
+    device, found = tower.features[0].device, _most_trimmed(tower)
+    if not strategy.anywhere(found.width > 0, device):
+        return False
+    # Ranks without such a row take the same passes.
+    with _evaluating(tower.modules):
+        change = _change(tower, found.row, replace(found.row, columns=None))
+        if not strategy.anywhere(not change <= _tolerance(tower), device):
+            return True
+        moves = not change <= _tolerance(tower)
+        repeats = _change(tower, found.row, found.row) <= _tolerance(tower)
+    if strategy.anywhere(moves and repeats, device):
+        raise ValueError(_message(tower, found, change) if moves else _elsewhere(tower))
+    return True
+
+
+def _most_trimmed(tower: Tower) -> _Trimmed:
+    """Find the chunk that cuts most columns off a tensor; width 0 if none cuts any."""
+    widths = {id(tensor): tensor.shape[1] for tensor in tensors_in(tower.given) if tensor.ndim > 1}
+    cuts = [
+        (widths[part] - (kept.stop - kept.start), index, part)
+        for index, chunk in enumerate(tower.chunks)
+        for part, kept in (chunk.columns or {}).items()
+    ]
+    most, index, part = max(cuts)
+    chunk = tower.chunks[index]
+    columns = (chunk.columns or {})[part]
+    return _Trimmed(part_of(chunk, 0, 1), columns, widths[part] if most else 0)
+
+
+def _tolerance(tower: Tower) -> float:
+    return max(_LEAST_TOLERANCE, tolerance_between_sizes(tower))
+
+
+def _change(tower: Tower, one: Chunk, other: Chunk) -> float:
+    """Compute a row twice, and return the largest relative change of a feature."""
+    try:
+        (_, before), (_, after) = compute_again(tower, [one, other])
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(_needs_one_row(tower, error)) from error
+    pairs = list(zip(before, after, strict=True))[: len(before) - len(tower.losses)]
+    changes = [float(relative_change(a, b)) for a, b in pairs if a.is_floating_point()]
+    # NaN counts as a change.
+    return max(changes, key=lambda change: (change != change, change), default=0.0)
+
+
+@contextmanager
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    parts = [part for module in modules for part in module.modules() if part.training]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True
+
+
+def _message(tower: Tower, found: _Trimmed, change: float) -> str:
+    first, last = found.columns.start, found.width - found.columns.stop
+    sides = [f"its first {first}"] * bool(first) + [f"its last {last}"] * bool(last)
+    remedy = (
+        "to a model that numbers columns pass position_ids counted from the mask, "
+        "(mask.cumsum(1) - 1).clamp_min(0); let any other follow its mask"
+        if first
+        else "let the encoder follow its mask"
+    )
+    return (
+        f"{tower.name}: expected features that do not depend on padding, got features of row "
+        f"{int(indices(found.row)[0])} that change by {change:.1e} (relative) without "
+        f"{' and '.join(sides)} of {found.width} columns; {remedy}, or leave sort_by_length out. "
+        "check_rows=False does not look"
+    )
+
+
+def _needs_one_row(tower: Tower, error: Exception) -> str:
+    return (
+        f"{tower.name}: expected an encoder that takes one row, by which the first step finds out "
+        f"whether padding counts, got {type(error).__name__} ({error}); pass check_rows=False"
+    )
+
+
+def _elsewhere(tower: Tower) -> str:
+    return (
+        f"{tower.name}: expected features that do not depend on padding, got another rank where "
+        "they do, whose error says where"
+    )
