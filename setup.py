@@ -58,6 +58,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff>=0.6",
     "tensordict>=0.15",
+    "torch_geometric>=2.6,<3",
 ]
 
 setup(
