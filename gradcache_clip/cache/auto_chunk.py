@@ -53,6 +53,8 @@ class Sizes(NamedTuple):
 
     tower: Tower
     by_length: ByLength | None
+    passed: Any
+    """The input before it was divided into rows."""
 
     @property
     def by_budget(self) -> bool:
@@ -65,7 +67,7 @@ class Sizes(NamedTuple):
             return Chunk(slice(0, size))
         if self.by_budget:
             by_length, size = by_length.with_budget(size), rows
-        return by_length.chunks(self.tower.inputs, size, 1, self.tower.name)[0]
+        return by_length.chunks(self.tower.inputs, size, 1, self.tower.name, self.passed)[0]
 
     def first_and_last(self) -> tuple[int, int]:
         """Return the size of a few rows and that of all rows."""
@@ -124,7 +126,7 @@ def measured(plan: Settings, inputs: Sequence[Any], record: ChunkRecord) -> Sett
     modules, found = modules_of(towers, plan.loss), list[int]()
     sorting = one_for_each(plan.sort_by_length, len(towers), "sort_by_length")
     with HeldHooks(hooked_leaves(towers)).held():
-        for sizes in map(Sizes, towers, sorting):
+        for sizes in map(Sizes, towers, sorting, inputs):
             if isinstance(sizes.by_length and sizes.by_length.budget, int):
                 found.append(row_count(sizes.tower.chunks))
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradcache_clip.cache.batch_tree import count_rows, parts_with_rows
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.columns import read_columns
+from gradcache_clip.cache.columns import Columns, read_columns
 from gradcache_clip.cache.masks import trims_of
 from gradcache_clip.cache.rows import Rows
 from gradcache_clip.cache.sorted_rows import SortedRows
@@ -101,7 +101,7 @@ class ByLength:
             inputs: the batch of one encoder.
             chunk_size: rows of a chunk, where there is no budget.
         """
-        rows = self._sorted(inputs, "inputs")
+        rows = self._sorted(inputs, "inputs", inputs)
         masks = [each.trimmed[0] for each in rows.columns]
         counted = Counter[tuple[int, ...]]()
         for chunk in rows.chunks(*self._limits(len(rows.order), chunk_size, 1)):
@@ -109,9 +109,14 @@ class ByLength:
             counted[(len(chunk), *(each.stop - each.start for each in kept))] += 1
         return dict(counted)
 
-    def chunks(self, inputs: Any, chunk_size: int, at_least: int, name: str) -> list[Chunk]:
-        """Cut the rows of `inputs` by the budget, or by `chunk_size` if there is none."""
-        rows = self._sorted(inputs, name)
+    def chunks(
+        self, inputs: Any, chunk_size: int, at_least: int, name: str, passed: Any = None
+    ) -> list[Chunk]:
+        """Cut the rows of `inputs` by the budget, or by `chunk_size` if there is none.
+
+        `passed` are the inputs as a step is given them, if `rows` has divided them since.
+        """
+        rows = self._sorted(inputs, name, inputs if passed is None else passed)
         return rows.chunks(*self._limits(len(rows.order), chunk_size, at_least))
 
     def _limits(self, rows: int, chunk_size: int, at_least: int) -> tuple[int, int | None]:
@@ -120,17 +125,13 @@ class ByLength:
         budget = self.budget if isinstance(self.budget, int) else None
         return (min(most, chunk_size) if budget is None else most), budget
 
-    def _sorted(self, inputs: Any, name: str) -> SortedRows:
-        columns = read_columns(trims_of(inputs, self._masks, self.columns, name))
-        if self.pad_to_multiple_of > 1 and not columns:
-            raise ValueError(
-                f"{name}: expected a mask whose columns pad_to_multiple_of="
-                f"{self.pad_to_multiple_of} can fill up, got none; name it with ByLength(mask=...)"
-            )
-        entries, costs = _entries_of(inputs, name), None
-        if self.cost_of is not None:
-            costs = _numbers("cost_of", self.cost_of(inputs), count_rows(inputs, name), name)
-        lengths = self._lengths(inputs, name)
+    def _sorted(self, inputs: Any, name: str, passed: Any) -> SortedRows:
+        columns, entries = self._columns(inputs, name), _entries_of(inputs, name)
+        costs = self._numbers("cost_of", inputs, name, passed)
+        packed = entries is not None and (costs is not None or not columns)
+        lengths = self._numbers("length_of", inputs, name, passed)
+        if lengths is None and _has_lengths(inputs):
+            lengths = torch.tensor([len(row) for row in inputs])
         if lengths is None and columns:
             lengths = torch.stack([each.stop - each.first for each in columns]).sum(0)
         else:
@@ -143,41 +144,52 @@ class ByLength:
                 "ByLength(mask=...)"
             )
         order = lengths.argsort(descending=True, stable=True)
-        packed = entries is not None and costs is not None
         return SortedRows(order, columns, self.pad_to_multiple_of, costs, packed)
 
-    def _lengths(self, inputs: Any, name: str) -> Tensor | None:
-        if self.length_of is not None:
-            return _numbers("length_of", self.length_of(inputs), count_rows(inputs, name), name)
-        if isinstance(inputs, list) and all(hasattr(row, "__len__") for row in inputs):
-            return torch.tensor([float(len(row)) for row in inputs], dtype=torch.float64)
-        return None
+    def _columns(self, inputs: Any, name: str) -> list[Columns]:
+        columns = read_columns(trims_of(inputs, self._masks, self.columns, name))
+        if self.pad_to_multiple_of > 1 and not columns:
+            raise ValueError(
+                f"{name}: expected a mask whose columns pad_to_multiple_of="
+                f"{self.pad_to_multiple_of} can fill up, got none; name it with ByLength(mask=...)"
+            )
+        return columns
+
+    def _numbers(self, argument: str, inputs: Any, name: str, passed: Any) -> Tensor | None:
+        """Ask a function of the caller for one number a row."""
+        function = getattr(self, argument)
+        if function is None:
+            return None
+        rows, numbers = count_rows(inputs, name), torch.as_tensor(function(passed)).detach().cpu()
+        if numbers.shape != (rows,):
+            raise ValueError(
+                f"{name}: expected {argument} to return one number for each of {rows} rows, got "
+                f"shape {tuple(numbers.shape)}; return a (B,) tensor or a list"
+            )
+        usable = numbers.isfinite() & (numbers >= 0)
+        if not usable.all():
+            raise ValueError(
+                f"{name}: expected {argument} to return finite numbers of 0 or more, got "
+                f"{numbers[~usable][0].item()}; count what a row has"
+            )
+        return numbers.double()
 
     @property
     def _masks(self) -> Collection[Key] | None:
         return [self.mask] if isinstance(self.mask, (str, int)) else self.mask
 
 
+def _has_lengths(inputs: Any) -> bool:
+    """Whether it is a list of strings, tensors or other sequences."""
+    return isinstance(inputs, list) and all(
+        hasattr(row, "__len__") and not isinstance(row, Mapping) for row in inputs
+    )
+
+
 def _entries_of(inputs: Any, name: str) -> Tensor | None:
     """Count the entries of each row in all packed parts; None if there are none."""
     packed = [p.value.lengths for p in parts_with_rows(inputs, name) if isinstance(p.value, Rows)]
     return torch.tensor(packed, dtype=torch.float64).sum(0) if packed else None
-
-
-def _numbers(argument: str, given: Any, rows: int, name: str) -> Tensor:
-    """Read what a function returned, one number a row."""
-    numbers = torch.as_tensor(given).detach().cpu()
-    if numbers.shape != (rows,):
-        raise ValueError(
-            f"{name}: expected {argument} to return one number for each of {rows} rows, got shape "
-            f"{tuple(numbers.shape)}; return a (B,) tensor or a list"
-        )
-    if not bool((numbers.isfinite() & (numbers >= 0)).all()):
-        raise ValueError(
-            f"{name}: expected {argument} to return finite numbers of 0 or more, got "
-            f"{numbers[~(numbers.isfinite() & (numbers >= 0))][0].item()}; count what a row has"
-        )
-    return numbers.double()
 
 
 def _check_keys(argument: str, keys: Any, example: str) -> None:

@@ -45,11 +45,11 @@ def prepare(plan: Settings, inputs: Sequence[Any], history: History) -> CachedSt
 def build_towers(plan: Settings, inputs: Sequence[Any]) -> list[Tower]:
     """Build one tower per input, with its chunks."""
     modules = module_for_each(plan.encoders, len(inputs))
-    inputs = divided(plan, inputs)
+    passed, inputs = inputs, divided(plan, inputs)
     extractors = one_for_each(plan.get_features, len(inputs), "get_features")
     embed_sizes = one_for_each(plan.embed_chunk_size, len(inputs), "embed_chunk_size")
     one_for_all = isinstance(plan.encoders, nn.Module)
-    cut, towers = cut_all(plan, inputs), []
+    cut, towers = cut_all(plan, inputs, passed), []
     for index, (module, given) in enumerate(zip(modules, inputs, strict=True)):
         encode: Encode = partial(_call_tower, index) if one_for_all else call_encoder
         unwrapped = plan.strategy.unwrap(module)
@@ -83,8 +83,11 @@ def divided(plan: Settings, inputs: Sequence[Any]) -> list[Any]:
     ]
 
 
-def cut_all(plan: Settings, inputs: Sequence[Any]) -> list[list[Chunk]]:
-    """Cut every input; into two chunks at least if the strategy asks and any input has two."""
+def cut_all(plan: Settings, inputs: Sequence[Any], passed: Sequence[Any]) -> list[list[Chunk]]:
+    """Cut every input; into two chunks at least if the strategy asks and any input has two.
+
+    `passed` are the inputs before they were divided, for functions of the caller.
+    """
     sizes = one_for_each(plan.chunk_size, len(inputs), "chunk_size")
     sorting = one_for_each(plan.sort_by_length, len(inputs), "sort_by_length")
     names = [f"input {index}" for index in range(len(inputs))]
@@ -94,9 +97,9 @@ def cut_all(plan: Settings, inputs: Sequence[Any]) -> list[list[Chunk]]:
         return [
             even_chunks(count, size, at_least)
             if by_length is None
-            else by_length.chunks(given, size, at_least, name)
-            for given, size, by_length, count, name in zip(
-                inputs, sizes, sorting, rows, names, strict=True
+            else by_length.chunks(given, size, at_least, name, before)
+            for given, before, size, by_length, count, name in zip(
+                inputs, passed, sizes, sorting, rows, names, strict=True
             )
         ]
 
