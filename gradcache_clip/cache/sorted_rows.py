@@ -40,8 +40,10 @@ class SortedRows:
 
     def _fitting(self, rows: Tensor, budget: int) -> int:
         """Count the rows that fit together, from the first one on."""
-        cheapest = self._costs.min() if self.packed else self._totals(rows[:1])
-        totals = self._totals(rows[: budget // max(1, int(cheapest)) + 1])
+        cheapest = float(self._costs.min() if self.packed else self._totals(rows[:1]))
+        # No more than these fit, so the totals of others need not be known.
+        most = len(rows) if cheapest <= 0 else min(len(rows), budget // cheapest + 1)
+        totals = self._totals(rows[: int(most)])
         return max(1, int(torch.searchsorted(totals, budget, right=True)))
 
     def _totals(self, rows: Tensor) -> Tensor:
