@@ -77,6 +77,13 @@ def _jagged(nested: Tensor, path: str) -> Jagged:
             f"{path}: expected a NestedTensor that is ragged in dimension 1 and without holes, got "
             f"shape {tuple(nested.shape)}; pass x.contiguous(), untransposed"
         )
+    if nested.requires_grad:
+        # torch adds no second gradient to a NestedTensor: there is none for the next chunk.
+        raise ValueError(
+            f"{path}: expected a NestedTensor that needs no gradient, got requires_grad=True, but "
+            "torch cannot accumulate its gradient; pass its values(), and its offsets() as "
+            "cu_seqlens, to an encoder that nests them, with rows=PackedTokens()"
+        )
     return Jagged(nested, Spans(nested.offsets().diff().tolist()))
 
 

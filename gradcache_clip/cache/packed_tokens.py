@@ -129,7 +129,10 @@ def _has(inputs: Mapping[str, Any], key: str) -> bool:
 
 
 def _count_tokens(inputs: Mapping[str, Any]) -> int:
-    """Count the tokens of the first tensor that holds any."""
+    """Count the tokens: where the last row ends, or those of the first tensor that holds any."""
+    for key in _CUMULATED:
+        if isinstance(ends := inputs.get(key), Tensor) and ends.numel():
+            return int(ends.flatten()[-1])
     for key, part in inputs.items():
         if isinstance(part, Tensor) and part.ndim and key not in _DESCRIBING:
             return part.shape[1] if part.ndim > 1 and part.shape[0] == 1 else part.shape[0]
