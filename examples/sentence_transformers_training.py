@@ -2,8 +2,8 @@
 
 python examples/sentence_transformers_training.py data/functions 40    # on a CPU, no download
 
-Pairs are functions of numpy and torch with the first line of their documentation. What a program
-of yours needs is the import of the loss; the model here is a small one from a configuration.
+Pairs are names of numpy and torch functions with the first line of their documentation. Your own
+program only needs the import of the loss; the model here is a small untrained one.
 """
 
 import inspect
@@ -30,7 +30,7 @@ steps = int(sys.argv[2]) if len(sys.argv) > 2 else 40
 
 
 def documented() -> dict[str, str]:
-    """Names of functions and the first line that describes each."""
+    """Collect names of functions and the first line that describes each."""
     found = {}
     for module in (np, np.linalg, np.fft, torch, torch.nn.functional, torch.linalg):
         for name, function in inspect.getmembers(module, callable):

@@ -53,7 +53,7 @@ def recall(prediction) -> dict[str, float]:
 
 
 width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
-# The default, 0.02, is for wider models: these would hardly learn in so few steps.
+# The default, 0.02, suits wider models: these would hardly learn in so few steps.
 width["initializer_range"] = 128**-0.5
 model = VisionTextDualEncoderModel(
     vision_model=ViTModel(ViTConfig(**width, image_size=64, patch_size=16, num_hidden_layers=4)),
