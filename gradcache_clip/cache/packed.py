@@ -79,6 +79,11 @@ def _rows_of_kind(
     pixels, grids, others, number = kind
     if (grid := inputs.get(grids)) is None:
         return {}
+    if inputs.get(pixels) is None:
+        raise ValueError(
+            f"{pixels}: expected the patches of {grids}, got none in {list(inputs)}; pass what the "
+            "processor returned"
+        )
     patches = _patches_of(grid, grids)
     if column is not None:
         items = _from_column(inputs, column, len(patches), grids)
@@ -140,6 +145,8 @@ def _tokens_per_row(
 
 def _items_per_row(tokens: Sequence[int], patches: Sequence[int], grids: str) -> list[int]:
     """Deal items out to rows in turn, so that each row gets the patches of its tokens."""
+    if not patches and not sum(tokens):
+        return [0] * len(tokens)
     merged, rest = divmod(sum(patches), sum(tokens) or 1)
     if not sum(tokens) or rest:
         raise ValueError(

@@ -183,8 +183,8 @@ def _entries(key: Any, part: Any, spans: Spans) -> Entries:
         )
     if len(part) != spans.bounds[-1]:
         raise ValueError(
-            f"{key}: expected {spans.bounds[-1]} entries, which rows_of[{key!r}] adds up to over "
-            f"{len(spans)} rows, got {len(part)}; count the entries of every row"
+            f"{key}: expected {spans.bounds[-1]} entries, the sum of the counts of {len(spans)} "
+            f"rows, got {len(part)}; count the entries of every row"
         )
     return Entries(part, spans)
 
