@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,7 @@ PATCHES: dict[str, tuple[Callable[[], Any], Any, str]] = {
         PackedPatches(),
         r"mm_token_type_ids: .*got NoneType; .*PackedPatches\(image_token_id=...\)",
     ),
-    "another token": (batch, PackedPatches(image_token_id=VIDEO + 17), "13 items|and 0 tokens"),
+    "another token": (batch, PackedPatches(image_token_id=VIDEO + 17), "of 4 items and 0 tokens"),
     "truncated rows": (lambda: truncated(4), PackedPatches(), "look at the token id and at trunc"),
     "another order": (
         in_other_order,
@@ -213,9 +214,16 @@ def with_holes() -> torch.Tensor:
     return torch.nested.nested_tensor_from_jagged(jagged().values(), jagged().offsets(), lengths)
 
 
+def strided() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor(list(jagged().unbind()), layout=torch.strided)
+
+
 JAGGED: dict[str, tuple[Callable[[], Any], str]] = {
     "transposed": (lambda: jagged().transpose(1, 2), r"pass x.contiguous\(\)"),
     "with holes": (with_holes, r"without holes.*pass x.contiguous\(\)"),
+    "strided": (strided, r"layout=torch.jagged, got torch.strided; pass list\(x.unbind\(\)\)"),
     "with a gradient": (lambda: jagged().requires_grad_(), "torch cannot accumulate"),
 }
 
