@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from one_shot import gradient_errors, one_shot, twins, worst
 from torch import Tensor, nn
 
@@ -349,3 +350,39 @@ def test_the_look_leaves_the_random_state_alone():
         torch.manual_seed(2)
         losses.append((cache(inputs, others).loss.item(), torch.rand(()).item()))
     assert losses[0] == losses[1]
+
+
+class TokenVectors(nn.Module):
+    """A vector for each token, padded on the right to one length, and the mask of them."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.words, self.mixes = nn.Embedding(40, 8), mixes
+
+    def forward(self, words: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        vectors = self.words(words)
+        vectors = vectors - vectors.mean(1, keepdim=True) if self.mixes else vectors
+        missing = LENGTH - words.shape[1]
+        return F.pad(vectors, (0, 0, 0, missing)), F.pad(attention_mask.bool(), (0, missing))
+
+
+def masked_sum(tokens: tuple[Tensor, Tensor], others: Tensor) -> Tensor:
+    vectors, mask = tokens
+    return ((vectors * mask[..., None]).sum(1) * others).sum()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_vectors_of_tokens_are_compared_where_their_mask_keeps_them(side):
+    mask = mask_of(LENGTH, side)
+    inputs = {"words": torch.randint(1, 40, mask.shape) * mask, "attention_mask": mask}
+    both = inputs, torch.randn(ROWS, 5).double()
+    for mixes in (False, True):
+        ours, truth = twins(TokenVectors(mixes).double(), nn.Linear(5, 8).double())
+        cache = GradCache(ours, masked_sum, chunk_size=2, sort_by_length=[ByLength(), None])
+        if mixes:
+            with pytest.raises(ValueError, match="do not depend on padding"):
+                cache(*both)
+            continue
+        cache(*both)
+        masked_sum(truth[0](**inputs), truth[1](both[1])).backward()
+        assert worst(gradient_errors(ours, truth))[1] < 1e-10

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.chunks import Chunk, indices
@@ -86,10 +87,33 @@ def _change(tower: Tower, one: Chunk, other: Chunk) -> float:
         if is_out_of_memory(error):
             raise
         raise ValueError(_needs_one_row(tower, error)) from error
-    pairs = list(zip(before, after, strict=True))[: len(before) - len(tower.losses)]
-    changes = [float(relative_change(a, b)) for a, b in pairs if a.is_floating_point()]
+    count = len(before) - len(tower.losses)
+    pairs = zip(_compared(before[:count]), _compared(after[:count]), strict=True)
+    changes = [_apart(a, b) for a, b in pairs]
     # NaN counts as a change.
     return max(changes, key=lambda change: (change != change, change), default=0.0)
+
+
+def _compared(features: Sequence[Tensor]) -> list[Tensor]:
+    """Take vectors of rows, and those of tokens that a mask beside them keeps.
+
+    Vectors of tokens without a mask may be those of padding, which only the loss may know.
+    """
+    masks = [each for each in features if each.dtype is torch.bool and each.ndim == 2]
+    found = []
+    for feature in filter(torch.is_floating_point, features):
+        kept = next((mask for mask in masks if mask.shape == feature.shape[:2]), None)
+        if feature.ndim < 3:
+            found.append(feature)
+        elif kept is not None:
+            found.append(feature[kept])
+    return found
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    return float(relative_change(one, other)) if one.numel() else 0.0
 
 
 @contextmanager
