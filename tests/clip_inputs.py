@@ -89,6 +89,27 @@ def loss_and_gradients(loss: Loss, inputs: Sequence[Tensor], *, outer: float = 1
     return [value.detach().double(), *(gradient.double() for gradient in gradients)]
 
 
+def assert_each_subset(
+    loss: Loss,
+    inputs: Sequence[Tensor],
+    *,
+    rtol: float,
+    atol: float,
+    after: Callable[[list[Tensor]], object] = lambda leaves: None,
+) -> None:
+    """Inputs get the same gradients whichever of the others need one; `after` sees each subset."""
+    full = torch.autograd.grad(loss(*inputs), tuple(inputs))
+    assert not loss(*(x.detach() for x in inputs)).requires_grad
+    for needed in range(1, 2 ** len(inputs)):
+        leaves = [x.detach().requires_grad_(bool(needed >> i & 1)) for i, x in enumerate(inputs)]
+        loss(*leaves).backward()
+        after(leaves)
+        for leaf, gradient in zip(leaves, full, strict=True):
+            assert (leaf.grad is not None) == leaf.requires_grad
+            if leaf.grad is not None:
+                torch.testing.assert_close(leaf.grad, gradient, rtol=rtol, atol=atol)
+
+
 def relative_errors(got: list[Tensor], expected: list[Tensor]) -> list[float]:
     """For each tensor the largest difference over the largest expected entry."""
     return [

@@ -16,6 +16,7 @@ import torch
 from clip_inputs import (
     ROUNDED_LOGIT,
     Inputs,
+    assert_each_subset,
     clustered_inputs,
     loss_and_gradients,
     plain_loss,
@@ -50,7 +51,7 @@ pytestmark = [
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Products of bfloat16 in the interpreter are silently wrong.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
-NARROW = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=8192)
+NARROW = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=4096)
 
 reference = partial(clip_loss, impl="reference")
 triton = partial(clip_loss, impl="triton")
@@ -58,7 +59,7 @@ triton = partial(clip_loss, impl="triton")
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Several stripes and panels at B = 150, and a count of what was launched."""
+    """Several stripes and panels from 70 rows on, and a count of what was launched."""
     count: Counter[str] = Counter()
     for module in (contrast_gradient, contrast_statistics):
         monkeypatch.setattr(module, "launch_config", lambda features, plain: NARROW)
@@ -79,7 +80,7 @@ def _count_calls(
     monkeypatch.setattr(owner, name, counted)
 
 
-SIZES = [(1, 1, 3), (64, 64, 64), (63, 66, 40), (65, 130, 123)]
+SIZES = [(1, 1, 3), (64, 64, 64), (63, 66, 40), (65, 100, 123)]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_equals_the_reference(rules: str, size: tuple[int, int, int], dtype: tor
     + [(rules, dtype) for rules in ("", "labels ids", "self") for dtype in DTYPES[1:]],
 )
 def test_several_stripes_and_panels(rules: str, dtype: torch.dtype, narrow: Counter[str]) -> None:
-    M, N = (150, 150) if "self" in rules else (150, 170)
+    M, N = (100, 100) if "self" in rules else (70, 100)
     inputs, pairs = unequal_inputs(M, N, 40, dtype, DEVICE), pairing(rules, M, N, DEVICE)
     numbers = 4 if "labels" in rules else 2
     stripes = -(-M // stripe_rows(NARROW, N, numbers=numbers))
@@ -176,9 +177,9 @@ def test_merge_reads_many_partials_at_once() -> None:
 @pytest.mark.parametrize("labelled", [False, True])
 def test_error_budget(labelled: bool, cosine: float, dtype: torch.dtype) -> None:
     """No further from fp64 than plain PyTorch in the same dtype, plus a few roundings."""
-    inputs = clustered_inputs(cosine, 130, 64, dtype, device=DEVICE)
+    inputs = clustered_inputs(cosine, 100, 64, dtype, device=DEVICE)
     # Labels that all differ change the algebra and not the loss.
-    labels = torch.arange(130, device=DEVICE) if labelled else None
+    labels = torch.arange(100, device=DEVICE) if labelled else None
     truth = loss_and_gradients(reference, inputs.to(torch.float64))
     budget = relative_errors(loss_and_gradients(plain_loss, inputs), truth)
     got = relative_errors(loss_and_gradients(partial(triton, labels=labels), inputs), truth)
@@ -188,25 +189,17 @@ def test_error_budget(labelled: bool, cosine: float, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("rules", ["", "labels", "rows"])
-@pytest.mark.parametrize("needed", range(1, 8))
-def test_each_subset_of_gradients(needed: int, rules: str) -> None:
+def test_each_subset_of_gradients(rules: str) -> None:
     inputs, pairs = (
-        unequal_inputs(65, 70, 16, torch.float32, DEVICE),
-        pairing(rules, 65, 70, DEVICE),
+        unequal_inputs(40, 50, 16, torch.float32, DEVICE),
+        pairing(rules, 40, 50, DEVICE),
     )
 
     def loss(*leaves: Tensor) -> Tensor:
         result = contrast.contrast_statistics("loss", *leaves, pairs, "triton")
         return (result.row_max + result.row_sum.log() - result.row_positive).sum()
 
-    full = torch.autograd.grad(loss(*inputs), inputs)
-    wanted = [bool(needed >> bit & 1) for bit in range(3)]
-    leaves = Inputs(*(x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)))
-    loss(*leaves).backward()
-    for leaf, gradient, want in zip(leaves, full, wanted, strict=True):
-        assert (leaf.grad is not None) == want
-        if leaf.grad is not None:
-            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert_each_subset(loss, inputs, rtol=1e-4, atol=1e-5)
 
 
 def test_accuracies_count_ranks_and_ties_are_wrong() -> None:

@@ -162,10 +162,3 @@ def _truth_without_positives(
         true += [0 * peak, peak, each.detach(), peak]
     true += torch.autograd.grad(total, inputs[:2], retain_graph=True)
     return sides, [*true, *torch.autograd.grad(of_scale, inputs.logit_scale)]
-
-
-def loss_and_gradients(loss: Loss, inputs: TokenInputs, *, outer: float = 1.0) -> list[Tensor]:
-    """Loss, and the gradients of outer * loss for images, texts and scale, in fp64."""
-    value = loss(*inputs)
-    gradients = torch.autograd.grad(outer * value, inputs)
-    return [value.detach().double(), *(gradient.double() for gradient in gradients)]

@@ -27,12 +27,6 @@ class Inputs(NamedTuple):
             *(x.detach().to(d).requires_grad_() for x, d in zip(self, dtypes, strict=True))
         )
 
-    def requiring(self, needs: int) -> Inputs:
-        """Leaves of which those whose bit is set need a gradient."""
-        return Inputs(
-            *(x.detach().requires_grad_(bool(needs >> i & 1)) for i, x in enumerate(self))
-        )
-
 
 def random_inputs(
     B: int,
@@ -70,10 +64,3 @@ def plain_loss(q: Tensor, k: Tensor, logit_scale: Tensor, logit_bias: Tensor) ->
     logits = logit_scale.to(q.dtype) * q @ k.T + logit_bias.to(q.dtype)
     labels = 2 * torch.eye(len(q), dtype=q.dtype, device=q.device) - 1
     return -logsigmoid(labels * logits).sum() / len(q)
-
-
-def loss_and_gradients(loss: Loss, inputs: Inputs, *, outer: float = 1.0) -> list[Tensor]:
-    """Loss, dq, dk, dlogit_scale and dlogit_bias of outer * loss, in fp64."""
-    value = loss(*inputs)
-    gradients = torch.autograd.grad(outer * value, inputs)
-    return [value.detach().double(), *(gradient.double() for gradient in gradients)]

@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from clip_inputs import CASES, Products, case, poisoned_memory, small_tiles
+from clip_inputs import CASES, Products, assert_each_subset, case, poisoned_memory, small_tiles
 from hypothesis import given, settings
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -68,18 +68,7 @@ def test_gradcheck(name: str) -> None:
 @every_loss
 def test_each_subset_of_gradients(name: str) -> None:
     each = case(name, 37, 6)
-    full = torch.autograd.grad(each.loss(*each.leaves), each.leaves)
-    for needed in range(2 ** len(full)):
-        wanted = [bool(needed >> bit & 1) for bit in range(len(full))]
-        leaves = [x.detach().requires_grad_(w) for x, w in zip(each.leaves, wanted, strict=True)]
-        loss = each.loss(*leaves)
-        assert loss.requires_grad == any(wanted)
-        if any(wanted):
-            loss.backward()
-        for leaf, gradient, want in zip(leaves, full, wanted, strict=True):
-            assert (leaf.grad is not None) == want
-            if leaf.grad is not None:
-                torch.testing.assert_close(leaf.grad, gradient, rtol=1e-10, atol=1e-14)
+    assert_each_subset(each.loss, each.leaves, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from clip_inputs import relative_errors
+from clip_inputs import loss_and_gradients, relative_errors
 from late_interaction_inputs import (
     OPTIONS,
     TokenInputs,
-    loss_and_gradients,
     paper_loss,
     random_mask,
     random_masks,

@@ -10,14 +10,19 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from clip_inputs import ROUNDED_LOGIT, poisoned_memory, relative_errors
+from clip_inputs import (
+    ROUNDED_LOGIT,
+    assert_each_subset,
+    loss_and_gradients,
+    poisoned_memory,
+    relative_errors,
+)
 from hypothesis import given, settings
 from late_interaction_inputs import (
     OPTIONS,
     TokenInputs,
     clustered_tokens,
     errors_without_positives,
-    loss_and_gradients,
     plain_loss,
     random_masks,
     token_inputs,
@@ -117,20 +122,8 @@ def test_gradcheck(options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(partial(tiled, **masks, **options), tuple(inputs))
 
 
-@pytest.mark.parametrize("needed", range(8))
-def test_each_subset_of_gradients(needed: int) -> None:
-    inputs = token_inputs(20, 3, 4, 8)
-    full = torch.autograd.grad(tiled(*inputs), inputs)
-    wanted = [bool(needed >> bit & 1) for bit in range(3)]
-    leaves = [x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
-    loss = tiled(*leaves)
-    assert loss.requires_grad == any(wanted)
-    if any(wanted):
-        loss.backward()
-    for leaf, gradient_, want in zip(leaves, full, wanted, strict=True):
-        assert (leaf.grad is not None) == want
-        if leaf.grad is not None:
-            torch.testing.assert_close(leaf.grad, gradient_, rtol=1e-11, atol=1e-15)
+def test_each_subset_of_gradients() -> None:
+    assert_each_subset(tiled, token_inputs(20, 3, 4, 8), rtol=1e-11, atol=1e-15)
 
 
 class Watch(TorchDispatchMode):

@@ -9,13 +9,12 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from clip_inputs import ROUNDED_LOGIT, poisoned_memory, relative_errors
+from clip_inputs import ROUNDED_LOGIT, loss_and_gradients, poisoned_memory, relative_errors
 from hypothesis import given, settings
 from siglip_inputs import (
     Inputs,
     clustered_inputs,
     labels_of,
-    loss_and_gradients,
     plain_loss,
     random_inputs,
 )
