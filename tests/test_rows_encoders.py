@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import WORST_ERROR
 from one_shot import gradient_errors, twins, worst
+from packed_cases import packed_cases
 from packed_inputs import LastToken, compute_in_double, graph_library, vision_batch, vision_models
+from strategy_processes import run_cases
 from torch import Tensor, nn
 
 from gradcache_clip import ByLength, GradCache, PackedPatches, PackedTokens
@@ -194,3 +196,14 @@ def test_embedding_bag(last, record_property):
     name = "EmbeddingBag" + (", last offset included" if last else "")
     rows = PackedTokens(include_last_offset=last)
     assert_exact(name, bags, given, 5, record_property, rows=rows)
+
+
+@pytest.mark.distributed
+def test_vision_language_on_two_processes(tmp_path, record_property):
+    """One rank without images, and chunks without them on both."""
+    results = run_cases(packed_cases(), 2, tmp_path)
+    assert results.pop("failure") is None, results
+    for name, result in results.items():
+        record_property(WORST_ERROR, (f"{name} on 2", result["parameter"], result["error"]))
+        assert result["error"] < 1e-10, (name, result)
+    assert results.keys() == packed_cases().keys()
