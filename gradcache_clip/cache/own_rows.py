@@ -64,7 +64,7 @@ class Jagged(Rows):
         return self.spans.lengths
 
 
-def _jagged(nested: Tensor, path: str) -> Jagged:
+def _jagged(nested: Any, path: str) -> Jagged:
     if nested.layout is not torch.jagged:
         raise TypeError(
             f"{path}: expected a NestedTensor with layout=torch.jagged, got {nested.layout}; pass "

@@ -60,9 +60,10 @@ class Spans:
 
     def cut(self, values: Any, rows: slice | Sequence[int], dim: int = 0) -> Any:
         """Take the entries of rows; entries that follow each other are a view."""
-        before = (slice(None),) * dim
         runs = [slice(start, stop) for start, stop in self._runs(rows)]
-        parts = [values[(*before, run)] if dim else values[run] for run in runs]
+        # Lists take one index, not a tuple.
+        indices = [tuple([slice(None)] * dim + [run]) if dim else run for run in runs]
+        parts = [values[index] for index in indices]
         return parts[0] if len(parts) == 1 else _joined(parts, dim)
 
     def _runs(self, rows: slice | Sequence[int]) -> list[tuple[int, int]]:
@@ -175,7 +176,7 @@ class Ragged:
 
 
 def _entries(key: Any, part: Any, spans: Spans) -> Entries:
-    countable = isinstance(part, list) or getattr(part, "ndim", 0) or is_tensor_collection(part)
+    countable = isinstance(part, list) or getattr(part, "ndim", None) or is_tensor_collection(part)
     if not countable:
         raise TypeError(
             f"{key}: expected a tensor, array or list with entries of rows, got "
