@@ -1,7 +1,7 @@
 """The late-interaction kernels against the reference: in Triton's interpreter, or on a GPU.
 
-test_kernels_late_interaction.py runs this file in a process of its own, because Triton decides at
-its first import whether kernels are interpreted.
+test_kernels.py runs this file in a process of its own, because Triton decides at its first import
+whether kernels are interpreted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The prefix kernels against the reference: in Triton's interpreter on a CPU, or on a GPU.
 
-test_kernels_prefixes.py runs this file in a process of its own, because Triton decides at its first
-import whether kernels are interpreted.
+test_kernels.py runs this file in a process of its own, because Triton decides at its first import
+whether kernels are interpreted.
 """
 
 from __future__ import annotations

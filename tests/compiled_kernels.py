@@ -1,0 +1,149 @@
+"""What the kernels use of an architecture, from machine code compiled without a GPU.
+
+    PYTHONPATH=.:benchmarks python tests/compiled_kernels.py 90 few|all|contrast|variants
+
+prints one JSON line for each kernel: one or two of each family, all of each, the plain contrasts,
+or the costliest ones. test_kernels.py runs this file in a process of its own, where
+kernels are not interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import chain, islice, product
+from typing import Any
+
+import kernel_resources
+import torch
+from machine_code import MachineCode, compile_kernel
+
+from gradcache_clip.kernels import late_interaction, sigmoid
+from gradcache_clip.kernels.launch_config import (
+    FLOAT16_GRADIENT_SCALE,
+    launch_options,
+    table_entry,
+)
+from gradcache_clip.kernels.prefix_gradient import _prefix_gradient_kernel
+from gradcache_clip.kernels.prefix_statistics import (
+    Segments,
+    _prefix_statistics_kernel,
+    prefix_config,
+)
+from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
+
+Used = dict[str, Any]
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# Machine code of bf16 and fp16 differs in one conversion, so one stands for both.
+TWO = ("bfloat16", "float32")
+# Least shared memory, and least registers a thread; kernel_resources.py prints all.
+COSTLIEST = ["labels", "labels, ids", "ids, thresholds"]
+WIDTHS = (32, 64), (64, 128, 256, 512, 768, 1024)
+# Pieces of image and of text tokens, with winners, and sizes of one, which Triton makes constants.
+PIECES = {
+    "bfloat16": [
+        (64, 32, False, False),
+        (64, 32, True, False),
+        (16, 16, True, False),
+        (128, 128, True, False),
+        (16, 16, True, True),
+    ],
+    "float32": [(64, 32, True, False), (16, 16, True, False)],
+}
+
+
+def contrast(architecture: int, dtypes: list[str], variants: list[str]) -> Iterator[Used]:
+    for case in kernel_resources.cases(architecture, dtypes, variants):
+        used = asdict(kernel_resources.measure(case))
+        yield {"family": "contrast", "multiplies": case.kernel != "merge", **case.__dict__, **used}
+
+
+def prefix(architecture: int) -> Iterator[Used]:
+    kernels = _prefix_statistics_kernel, _prefix_gradient_kernel
+    for kernel, dtype, widths in product(kernels, TWO, WIDTHS):
+        of_dtype = getattr(torch, dtype)
+        config = prefix_config(table_entry(architecture, of_dtype), of_dtype)
+        values = launch_options(config) | {"ENDS": Segments(widths, config.BLOCK_D).ends}
+        yield _used("prefix", dtype, _compiled(kernel, architecture, dtype, values))
+
+
+def siglip(architecture: int) -> Iterator[Used]:
+    """Training with and without labels and accuracy; the scale's gradient, and the loss alone."""
+    for dtype, switches, sizes in _siglip_variants():
+        tiles = sigmoid._tiles(
+            table_entry(architecture, getattr(torch, dtype)),
+            compares=switches["LABELS"] and switches["BEST"],
+        )
+        scale = FLOAT16_GRADIENT_SCALE if dtype == "float16" else 1.0
+        values = launch_options(tiles.edge if switches["EDGE"] else tiles.inner) | switches | sizes
+        values |= {"PARTS": tiles.parts, "GRADIENT_SCALE": scale}
+        yield _used("siglip", dtype, _compiled(sigmoid_kernel, architecture, dtype, values))
+
+
+def _siglip_variants() -> Iterator[tuple[str, dict[str, bool], dict[str, int]]]:
+    names = "LABELS", "EDGE", "SUMS", "GRADIENT", "BEST"
+    for labels, edge, best in product((False, True), repeat=3):
+        for dtype in TWO if labels == edge == best else TWO[:1]:
+            yield dtype, dict(zip(names, (labels, edge, True, True, best), strict=True)), {}
+    inner = [("float16", True, True, False), ("bfloat16", True, False, False),
+             ("bfloat16", False, False, True), ("bfloat16", False, False, False)]  # fmt: skip
+    for dtype, *rest in inner:
+        yield dtype, dict(zip(names, (False, False, *rest), strict=True)), {}
+    # Triton makes constants of arguments that are one.
+    single = dict.fromkeys(("rows", "columns", "M", "N"), 1)
+    for edge in (False, True):
+        yield "bfloat16", dict(zip(names, (True, edge, True, True, True), strict=True)), single
+
+
+def tokens(architecture: int) -> Iterator[Used]:
+    for dtype, pieces in PIECES.items():
+        config = table_entry(architecture, getattr(torch, dtype))
+        for block_p, block_r, with_index, single in pieces:
+            tile = late_interaction.tile_config(config, with_index=with_index)
+            values = launch_options(tile) | {"BOTH_WAYS": True, "WITH_INDEX": with_index}
+            values["BLOCK_P"] = late_interaction.piece_length(block_p, config.BLOCK_M)
+            values["BLOCK_R"] = late_interaction.piece_length(block_r, config.BLOCK_N)
+            values |= _one_token() if single else {}
+            kernel = late_interaction._token_maxima_kernel
+            yield _used("tokens", dtype, _compiled(kernel, architecture, dtype, values))
+        for single in (False, True):
+            values = {"BOTH_WAYS": True, "GRADIENT_SCALE": 1.0}
+            values |= {"BLOCK_M": late_interaction._WRITE_M, "BLOCK_N": late_interaction._WRITE_N}
+            values |= _one_token() if single else {}
+            kernel = late_interaction._token_gradient_kernel
+            machine = _compiled(kernel, architecture, dtype, values)
+            yield {**_used("tokens", dtype, machine), "multiplies": False}
+
+
+def _one_token() -> dict[str, int]:
+    return dict.fromkeys(("images", "texts", "P", "R"), 1)
+
+
+def _compiled(kernel: Any, architecture: int, dtype: str, values: dict[str, Any]) -> MachineCode:
+    def type_of(name: str) -> str:
+        if name in ("q_ptr", "k_ptr", "x_ptr", "y_ptr", "gradient_ptr"):
+            return f"*{SHORT[dtype]}"
+        if name.endswith(("label_ptr", "index_ptr")):
+            return "*i64" if name.endswith("label_ptr") else "*i32"
+        return "*fp32" if name.endswith("_ptr") else "i32"
+
+    return compile_kernel(kernel, architecture, values, type_of)
+
+
+def _used(family: str, dtype: str, machine: MachineCode) -> Used:
+    return {"family": family, "dtype": dtype, "multiplies": True, **asdict(machine)}
+
+
+if __name__ == "__main__":
+    architecture, which = int(sys.argv[1]), sys.argv[2]
+    others = prefix(architecture), siglip(architecture), tokens(architecture)
+    found: dict[str, list[Iterable[Used]]] = {
+        "few": [contrast(architecture, ["bfloat16"], ["plain"]), *(islice(x, 2) for x in others)],
+        "all": [contrast(architecture, list(SHORT), ["plain"]), *others],
+        "contrast": [contrast(architecture, list(SHORT), ["plain"])],
+        "variants": [contrast(architecture, list(TWO), COSTLIEST)],
+    }
+    for used in chain.from_iterable(found[which]):
+        print(json.dumps(used))
