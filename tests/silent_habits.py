@@ -16,7 +16,17 @@ import torch
 from one_shot import gradient_errors, twins, worst
 from torch import Tensor, nn
 
-from gradcache_clip import ByLength, ClipLoss, GradCache, InfoNCELoss, Shared, deferred_step
+from gradcache_clip import (
+    ByLength,
+    ClipLoss,
+    GradCache,
+    InfoNCELoss,
+    PackedPatches,
+    PackedTokens,
+    Ragged,
+    Shared,
+    deferred_step,
+)
 from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.distributed import strategy
 
@@ -178,6 +188,74 @@ def tensordict() -> str:
 def nested_tensor() -> str:
     jagged = torch.nested.as_nested_tensor(list(rows(6)), layout=torch.jagged)
     return beside(jagged, lambda x: list(x.unbind()))
+
+
+COUNTS = (2, 0, 1, 3, 0, 0, 1, 1, 1, 0, 2, 1)
+
+
+def packed(kind: str, **options: Any) -> str:
+    """Rows of any number of entries, as `row_kinds` builds them, beside rows of numbers."""
+    from row_kinds import KINDS
+
+    build, encoder, fewest = KINDS[kind]
+    built = build([max(fewest, count) for count in COUNTS])
+    options = {"rows": [built.rows, None], **options}
+    whole = (built.whole, rows(5))
+    return outcome(
+        (encoder(), nn.Linear(5, 5)), (built.inputs, whole[1]), one_shot_inputs=whole, **options
+    )
+
+
+@habit
+def packed_patches() -> str:
+    return packed("patches")
+
+
+@habit
+def packed_patches_without_rows() -> str:
+    return packed("patches", rows=None)
+
+
+@habit
+def packed_patches_of_truncated_rows() -> str:
+    from row_kinds import IMAGE, patches
+
+    batch = patches(COUNTS).inputs
+    given = {**batch, "input_ids": batch["input_ids"][:, :-2]}
+    return outcome(linears(), (given, rows(5)), rows=[PackedPatches(image_token_id=IMAGE), None])
+
+
+@habit
+def packed_tokens() -> str:
+    return packed("one row of tokens")
+
+
+@habit
+def packed_tokens_without_rows() -> str:
+    return packed("one row of tokens", rows=None)
+
+
+@habit
+def embedding_bags() -> str:
+    bags = {"input": torch.randint(9, (20,)), "offsets": torch.arange(B)}
+    return outcome(
+        (nn.EmbeddingBag(9, 4), nn.Linear(5, 4)), (bags, rows(5)), rows=[PackedTokens(), None]
+    )
+
+
+@habit
+def ragged() -> str:
+    return packed("mapping")
+
+
+@habit
+def ragged_that_does_not_add_up() -> str:
+    return words_of(Ragged, {"x": rows(6), "images": rows(6, 5)}, {"images": [1] * B})
+
+
+@habit
+def batch_of_graphs() -> str:
+    return packed("graphs")
 
 
 @habit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -148,10 +149,10 @@ def _items_per_row(tokens: Sequence[int], patches: Sequence[int], grids: str) ->
     if not patches and not sum(tokens):
         return [0] * len(tokens)
     merged, rest = divmod(sum(patches), sum(tokens) or 1)
-    if not sum(tokens) or rest:
+    if not sum(tokens) or rest or math.isqrt(merged) ** 2 != merged:
         raise ValueError(
-            f"{grids}: expected patches that are a multiple of the tokens that stand for them, got "
-            f"{sum(patches)} patches of {len(patches)} items and {sum(tokens)} tokens; look at "
+            f"{grids}: expected merge_size squared patches for each token that stands for them, "
+            f"got {sum(patches)} patches of {len(patches)} items and {sum(tokens)} tokens; look at "
             "the token id and at truncated rows, or pass a column of counts"
         )
     index_of = {end: index for index, end in enumerate([0, *accumulate(patches)])}
