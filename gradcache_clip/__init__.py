@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradcache_clip.cache import (
+        AuxiliaryOutput,
         ByLength,
         FrozenTrunk,
         GradCache,
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
         Rows,
         Shared,
         deferred_step,
+        methods,
     )
     from gradcache_clip.losses import (
         ClipLoss,
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 # Imported on first use, so that the command line answers before torch is there.
 _HOMES = {
     "cache": (
+        "AuxiliaryOutput",
         "ByLength",
         "FrozenTrunk",
         "GradCache",
@@ -48,6 +51,7 @@ _HOMES = {
         "Rows",
         "Shared",
         "deferred_step",
+        "methods",
     ),
     "losses": (
         "ClipLoss",
@@ -68,6 +72,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AuxiliaryOutput",
     "ByLength",
     "ClipLoss",
     "ContrastiveOutput",
@@ -93,6 +98,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "deferred_step",
+    "methods",
     "plan",
     "verify",
 ]

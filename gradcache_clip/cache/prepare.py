@@ -68,7 +68,7 @@ def build_towers(plan: Settings, inputs: Sequence[Any]) -> list[Tower]:
                 trainable=True if not one_for_all and surely_trainable(module, given) else None,
                 embed_chunk_size=embed_sizes[index],
                 trunk=frozen_trunk_of(unwrapped, own),
-                weighted=tuple(plan.auxiliary_losses),
+                weights=plan.auxiliary_losses,
             )
         )
     return towers

@@ -62,7 +62,7 @@ def _check(tower: Tower, strategy: LocalStrategy) -> None:
         return
     change = _change(tower, again)
     if not strategy.anywhere(not change <= tolerance, device):
-        _warn_of_losses(tower, again, tolerance)
+        _warn_of_losses(tower, again)
         return
     mixes = _repeats(tower, tolerance) and not change <= tolerance
     if strategy.anywhere(mixes, device):
@@ -157,16 +157,18 @@ def _change(tower: Tower, again: Sequence[tuple[Chunk, list[Tensor]]]) -> float:
     return max(changes, key=lambda change: (change != change, change))
 
 
-def _warn_of_losses(
-    tower: Tower, again: Sequence[tuple[Chunk, list[Tensor]]], tolerance: float
-) -> None:
+def _warn_of_losses(tower: Tower, again: Sequence[tuple[Chunk, list[Tensor]]]) -> None:
     """Warn of losses of the encoder that are no means over rows, so that the cut counts."""
     rows = torch.cat([indices(chunk) for chunk, _ in again])
     if len(rows) < len(tower.chunks[0]):
         return
     for index, name in enumerate(tower.losses, len(tower.features) - len(tower.losses)):
+        if not tower.weights[name]:
+            continue
         before = tower.features[index][rows.to(tower.features[index].device)].mean()
         after = torch.cat([features[index] for _, features in again]).mean()
+        # A mean over rows rounds less than they do.
+        tolerance = max(map(tolerance_of, tower.features)) / 10
         if not float(relative_change(before[None], after[None])) <= tolerance:
             warnings.warn(
                 f"{tower.name}: the auxiliary loss {name!r} is not a mean over rows, so what is "

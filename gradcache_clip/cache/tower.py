@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -50,8 +50,8 @@ class Tower:
     """Rows that the embed runs at once while nothing random is drawn."""
     trunk: FrozenTrunk | None = None
     """Runs once a step; the module is then given its outputs."""
-    weighted: tuple[str, ...] = ()
-    """Names of losses that it may return beside its features."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of losses that it may return beside its features, by name."""
     losses: tuple[str, ...] = ()
     """Those that it returned, which are the last of `features`."""
     features: list[Tensor] = field(default_factory=list)
@@ -228,7 +228,7 @@ class Tower:
             whole[chunk.rows] = part.detach() if part.requires_grad else part
 
     def _select(self, output: Any, chunk: Chunk) -> Any:
-        chosen = select(output, self.get_features, self.weighted, len(chunk), self.name)
+        chosen = select(output, self.get_features, [*self.weights], len(chunk), self.name)
         names = names_in(chosen)
         if self._names is None:
             self._names = names

@@ -1,6 +1,6 @@
-"""A training step's modules and inputs as fake tensors: shapes and dtypes without memory.
+"""Runs a training step on fake tensors: shapes and dtypes without memory.
 
-B rows of the batch that is asked about; the examples may have any number of rows.
+B rows of the batch in question; example inputs may have any number of rows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GetFeatures = Callable[[Any], Any] | Sequence[Callable[[Any], Any] | None]
 
 
 class Keeping(NamedTuple):
-    """Choices of a counted step: features of an encoder's output, and the optimizer's states."""
+    """Options of a counted step: feature extraction, and optimizer states per parameter."""
 
     features: GetFeatures | None
     optimizer_states: int
@@ -56,9 +56,9 @@ class Keeping(NamedTuple):
 
 
 class FakeStep:
-    """Fake twins of all parameters, and towers that run on them. Made inside `FakeTensorMode`.
+    """Fake twins of all parameters, and towers that run on them. Created inside `FakeTensorMode`.
 
-    The modules themselves stay as they are: no parameter is copied or replaced.
+    The modules themselves are unchanged: no parameter is copied or replaced.
 
     Attributes:
         state: fake parameters and buffers, each once.
@@ -94,12 +94,10 @@ class FakeStep:
                 [Chunk(slice(0, batch_size))],
             )
             features = extractors[index]
-            # The twin has no parameters whose device (meta, say) inputs would have to go to.
-            weighted = tuple(keeping.auxiliary_losses)
-            tower = _FakeTower(
-                name, module, twin, encode, features, given, chunks, weighted=weighted
-            )
-            # As in the engine: one module for all inputs may be frozen for this one.
+            # The twin has no parameters of its own, whose device (e.g. meta) inputs would move to.
+            weights = keeping.auxiliary_losses
+            tower = _FakeTower(name, module, twin, encode, features, given, chunks, weights=weights)
+            # As in the engine: a single module may be frozen for some inputs only.
             if not isinstance(encoders, nn.Module) and surely_trainable(module, given):
                 tower.trainable = True
             self.towers.append(tower)
@@ -124,7 +122,7 @@ class FakeStep:
         )
 
     def cached(self, chunk_size: int, mark: Mark) -> CachedStep:
-        """The engine's step over at most three chunks of each tower; one graph is kept."""
+        """Return the engine's step over at most three chunks of each tower, keeping one graph."""
         for tower in self.towers:
             tower.chunks, tower.mark = _three_at_most(tower.chunks, chunk_size), mark
 
@@ -142,14 +140,14 @@ class FakeStep:
 
 
 def mark_gradient(leaf: Tensor, mark: Mark, kind: str) -> None:
-    """Mark the gradient of a leaf as soon as it is there."""
+    """Mark the gradient of a leaf as soon as it is accumulated."""
     leaf.register_post_accumulate_grad_hook(
         lambda leaf: mark([leaf.grad] if leaf.grad is not None else [], kind)
     )
 
 
 class _FakeTower(Tower):
-    """Marks features as they are kept; nothing that is fake draws random numbers."""
+    """Marks features as they are stored, and captures no random state, which has no fake values."""
 
     mark: Mark
 
@@ -162,7 +160,7 @@ class _FakeTower(Tower):
 
 
 class _NothingDrawn(Draws):
-    """Random states have values, which cannot be compared among fake tensors."""
+    """Skips comparisons of random states, whose values fake tensors do not have."""
 
     def passed(self, chunk: Any) -> None:
         pass
@@ -173,28 +171,28 @@ class _NothingDrawn(Draws):
 
 class _OnFakes(LocalStrategy):
     def on_any_rank(self, flag: Tensor) -> bool:
-        """No fake feature is NaN."""
+        """Return False: fake features are never NaN."""
         return False
 
 
 def _three_at_most(chunks: Sequence[Chunk], chunk_size: int) -> list[Chunk]:
-    """The first two chunks and the last, which tells how many rows there are."""
+    """Return the first two chunks and the last one, which determines the number of rows."""
     cut = even_chunks(row_count(chunks), chunk_size)
     return [*cut[:2], *cut[2:][-1:]]
 
 
 @contextmanager
 def fake_tensors(encoders: nn.Module | Sequence[nn.Module], loss: Any) -> Iterator[None]:
-    """`FakeTensorMode` whose errors name the module that needs data.
+    """Enter `FakeTensorMode`, with errors that name the module that needs data.
 
     Raises:
-        ValueError: a module branches on the values of a tensor, or uses an op without shapes.
+        ValueError: a module branches on tensor values, or uses an op with data-dependent shapes.
     """
     roots = {"encoder": encoders} if isinstance(encoders, nn.Module) else dict(_named(encoders))
     if isinstance(loss, nn.Module):
         roots["loss"] = loss
     try:
-        # Constants that are neither parameters nor buffers are turned into fakes on the way.
+        # allow_non_fake_inputs converts constants that are neither parameters nor buffers.
         with naming_modules(roots, _NEEDS_DATA), FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
@@ -202,11 +200,11 @@ def fake_tensors(encoders: nn.Module | Sequence[nn.Module], loss: Any) -> Iterat
 
 
 class _FakeTwin(nn.Module):
-    """Runs a module on fake parameters; tensors that `fakes` holds already are shared."""
+    """Runs a module on fake parameters, sharing those that `fakes` already holds."""
 
     def __init__(self, module: nn.Module, fakes: dict[int, Tensor]) -> None:
         super().__init__()
-        # In a tuple, so that it is not registered as a child.
+        # In a tuple, so that nn.Module does not register it as a child.
         self.original = (module,)
         named = chain(
             module.named_parameters(remove_duplicate=False),
@@ -224,7 +222,7 @@ def _twin_of(real: Tensor) -> Tensor:
 
 
 def _device_of(tensor: Tensor) -> torch.device:
-    """Modules built on the meta device are counted as if they were on the CPU."""
+    """Return the tensor's device; modules on the meta device count as on the CPU."""
     return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
@@ -245,7 +243,7 @@ def _one_for_each_input(encoders: nn.Module | Sequence[nn.Module], count: int) -
 
 
 def _expand(example: Any, batch_size: int, name: str) -> Any:
-    """The same nest with `batch_size` rows, its tensors fake."""
+    """Return the same structure with `batch_size` rows of fake tensors."""
     rows = count_rows(example, name)
     fakes = map_tensors(_fake, with_own_rows(example, name))
     return repeat_rows(fakes, list(islice(cycle(range(rows)), batch_size)))
