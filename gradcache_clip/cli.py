@@ -1,4 +1,4 @@
-"""The command line: gradcache-clip train | launch | evaluate | plan | verify | data."""
+"""The command line: gradcache-clip train | launch | evaluate | plan | verify | export | data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; mistakes of the user end with one line on stderr and status 2."""
+    """Run one command; user errors print one line on stderr and return status 2."""
     return run_command(_parser().parse_args(argv), name="gradcache-clip")
 
 
@@ -56,11 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     launch = commands.add_parser(
         "launch",
         help="train on several processes",
-        description="Start the same run on several processes, by torchrun: they share the batch.",
+        description="Start a run on several processes, which share the batch, with torchrun.",
     )
     add_launch_arguments(launch)
     _add_evaluate(commands)
-    plan = commands.add_parser("plan", help="will these models and batch fit a card?")
+    plan = commands.add_parser("plan", help="will these models and this batch fit a card?")
     add_plan_arguments(plan)
     add_traceback_option(plan)
     _add_verify(commands)
@@ -72,18 +72,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="held-out retrieval of a trained run")
     evaluate.add_argument("run_folder", type=Path, metavar="RUN", help="train.output of the run")
-    evaluate.add_argument("--data", help="other data than the run's data.validation")
+    evaluate.add_argument("--data", help="data to use instead of the run's data.validation")
     evaluate.add_argument(
         "--zero-shot",
         action="append",
         metavar="TEMPLATE",
-        help="also classify images by their captions put into TEMPLATE, such as 'a photo of a {}.' "
-        "(may be given several times)",
+        help="also classify images zero-shot by their captions in TEMPLATE, such as "
+        "'a photo of a {}.' (may be repeated)",
     )
     evaluate.add_argument(
         "--folds",
         type=int,
-        help="average over so many consecutive parts of the images (COCO 1K: 5)",
+        help="number of consecutive parts of the images to average over (COCO 1K: 5)",
     )
     evaluate.add_argument("--device", help="auto (default), cpu, cuda:1")
     add_traceback_option(evaluate)
@@ -95,7 +95,7 @@ def _add_verify(commands: Any) -> None:
         "verify",
         help="is gradient caching exact for these towers?",
         description="Compare the gradients of a cached step with those of a plain one on a batch "
-        "of the run's data, and say why they differ where they do. Status 0: exact, 1: not.",
+        "of the run's data, and explain differences. Status 0: exact, 1: not.",
     )
     verify.add_argument("config", type=Path, help="YAML file, or the train.output of a run")
     verify.add_argument(
@@ -109,7 +109,7 @@ def _add_verify(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export",
-        help="a trained text encoder for sentence-transformers",
+        help="write a trained text encoder for sentence-transformers",
         description="Write the text encoder of a run over texts as a folder that "
         "SentenceTransformer(OUT) loads.",
     )
@@ -153,7 +153,7 @@ def _add_coco_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{folder}-split",
             action="append",
             metavar="NAME",
-            help=f"split of the file that goes to OUT/{folder} (may be given several times)",
+            help=f"split of the file to write to OUT/{folder} (may be repeated)",
         )
 
 
@@ -203,7 +203,7 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 def _splits(arguments: argparse.Namespace) -> CocoSplits | None:
-    """What is asked for, and the usual names for the rest; None if nothing is."""
+    """Return the given splits, with the usual names for the others; None if none is given."""
     from gradcache_clip.train.sources import CocoSplits
 
     folders = ("train", "validation", "test")

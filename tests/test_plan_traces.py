@@ -193,7 +193,7 @@ def test_blocks_never_overlap_and_merge_again(requests):
     for block in blocks:
         allocator.free(block)
     assert allocator.allocated == 0
-    allocator._give_back()
+    allocator._release_cached()
     assert allocator.reserved == 0, "every segment is one free block again"
 
 

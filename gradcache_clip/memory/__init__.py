@@ -1,4 +1,4 @@
-"""Counting the memory of a training step, and planning it for a card that is not here."""
+"""Counts the memory of a training step, and plans a step for a card that is not at hand."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     )
     from gradcache_clip.memory.step_memory import StepMemory, count_cached_step, count_plain_step
 
-# Imported on first use: `plan` needs timm and transformers, and its options not even torch.
+# Imported on first use: `plan` needs timm and transformers, its options do not even need torch.
 _HOMES = {
     "cards": ("Card", "find_card"),
     "counter": ("LiveBytes", "cuda_block_bytes"),

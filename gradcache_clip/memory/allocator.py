@@ -1,4 +1,4 @@
-"""PyTorch's caching allocator for CUDA, as far as sizes go: segments, splits, merges, releases.
+"""Simulates PyTorch's caching allocator for CUDA: segments, splits, merges, releases.
 
 Source: c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h, with their defaults.
 """
@@ -9,6 +9,7 @@ from bisect import bisect_left, insort
 from itertools import count
 
 MIB = 2**20
+# As there: kMinBlockSize, kSmallSize, kSmallBuffer, kLargeBuffer, kMinLargeAlloc, kRoundLarge.
 _BLOCK = 512
 _LARGEST_SMALL = MIB
 _SMALL_SEGMENT = 2 * MIB
@@ -18,11 +19,11 @@ _SEGMENT_STEP = 2 * MIB
 
 
 class DoesNotFit(Exception):
-    """No memory is left, and no cached segment could be given back."""
+    """No memory is left, and no cached segment can be released."""
 
 
 class _Block:
-    """A part of a segment; its neighbours in it are `before` and `after`."""
+    """Part of a segment, between its neighbours `before` and `after`."""
 
     __slots__ = ("after", "before", "free", "serial", "size", "small")
 
@@ -33,21 +34,21 @@ class _Block:
 
 
 class CachingAllocator:
-    """Allocates and frees sizes in bytes; holds no memory.
+    """Tracks allocated and freed sizes in bytes, without allocating memory.
 
-    A request is rounded up to 512 bytes. Up to 1 MiB it is cut from segments of 2 MiB; up to 10 MiB
-    from segments of 20 MiB; beyond, it gets a segment of its own, a multiple of 2 MiB. The smallest
-    free block that is large enough is taken, and split unless what is left is under 512 bytes (of
-    a small segment) or 1 MiB. Free neighbours are merged. Where a new segment has no room, all
-    segments without a used block are given back first.
+    A request is rounded up to 512 bytes. Up to 1 MiB it is taken from a segment of 2 MiB, up to 10
+    MiB from a segment of 20 MiB; beyond that it gets its own segment, a multiple of 2 MiB. The
+    smallest sufficient free block is used, and split unless the rest is under 512 bytes (in a small
+    segment) or at most 1 MiB (in a large one). Free neighbours are merged. If a new segment would
+    exceed the capacity, all segments without a used block are released first.
 
     Args:
-        capacity: bytes that segments may take together; None: no bound.
+        capacity: total bytes of segments; None for no limit.
 
     Attributes, in bytes:
-        allocated: of used blocks; `torch.cuda.memory_allocated`.
-        reserved: of segments; `torch.cuda.memory_reserved`.
-        peak_reserved: the most they took.
+        allocated: of used blocks, as `torch.cuda.memory_allocated`.
+        reserved: of segments, as `torch.cuda.memory_reserved`.
+        peak_reserved: maximum of `reserved`.
 
     Example:
         >>> allocator = CachingAllocator()
@@ -66,21 +67,21 @@ class CachingAllocator:
         self._serials = count()
 
     def allocate(self, nbytes: int) -> _Block:
-        """A block of at least so many bytes.
+        """Allocate a block of at least `nbytes`.
 
         Raises:
             DoesNotFit: there is no room for it.
         """
         size = max(_BLOCK, -(-nbytes // _BLOCK) * _BLOCK)
         small = size <= _LARGEST_SMALL
-        block = self._found(size, small) or self._new_segment(size, small)
+        block = self._best_fit(size, small) or self._new_segment(size, small)
         self._split(block, size)
         block.free = False
         self.allocated += block.size
         return block
 
     def free(self, block: _Block) -> None:
-        """Give a block back; it is merged with free neighbours and kept."""
+        """Free a block: merge it with free neighbours and cache it."""
         self.allocated -= block.size
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free:
@@ -88,8 +89,9 @@ class CachingAllocator:
                 self._merge(block, neighbour)
         self._keep(block)
 
-    def _found(self, size: int, small: bool) -> _Block | None:
+    def _best_fit(self, size: int, small: bool) -> _Block | None:
         pool = self._free[small]
+        # Sorted by size; (size, -1) precedes every block of this size.
         index = bisect_left(pool, (size, -1))
         return pool.pop(index)[2] if index < len(pool) else None
 
@@ -101,15 +103,16 @@ class CachingAllocator:
         else:
             segment = -(-size // _SEGMENT_STEP) * _SEGMENT_STEP
         if self.capacity is not None and self.reserved + segment > self.capacity:
-            self._give_back()
+            self._release_cached()
             if self.reserved + segment > self.capacity:
                 raise DoesNotFit
         self.reserved += segment
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return _Block(segment, small, next(self._serials))
 
-    def _give_back(self) -> None:
+    def _release_cached(self) -> None:
         for small, pool in self._free.items():
+            # A free block without neighbours is a whole segment.
             whole = [entry for entry in pool if entry[2].before is entry[2].after is None]
             self.reserved -= sum(size for size, _, _ in whole)
             released = {serial for _, serial, _ in whole}
@@ -127,7 +130,7 @@ class CachingAllocator:
         self._keep(tail)
 
     def _merge(self, block: _Block, neighbour: _Block) -> None:
-        """`block` takes its neighbour over."""
+        """Extend `block` by its neighbour."""
         if neighbour is block.before:
             block.before = neighbour.before
             if neighbour.before is not None:

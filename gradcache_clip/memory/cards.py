@@ -1,4 +1,4 @@
-"""GPUs by name or by memory alone, from the data file beside this module."""
+"""GPUs by name, from cards.json, or by an amount of memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 _FILE = Path(__file__).with_name("cards.json")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Capabilities of data-centre cards: A100, H100, B200.
 _LARGE_WORKSPACE = (80, 90, 100)
 
 
@@ -20,32 +21,32 @@ class Card:
 
     name: str
     memory_bytes: int
-    """All of it, as nvidia-smi shows."""
+    """Total memory, as nvidia-smi shows it."""
     bandwidth_gb_per_s: float | None = None
     """Memory bandwidth, in 10^9 bytes per second."""
     capability: int = 80
     """10 times CUDA's compute capability."""
     tflops: tuple[tuple[str, float], ...] = ()
-    """Dense rates of matrix products in 10^12 flops a second, by "fp32", "tf32", "bf16", "fp16"."""
+    """Dense matrix rates in 10^12 flops per second, by "fp32", "tf32", "bf16", "fp16"."""
     source: str = "given by its memory"
 
     def rate(self, precision: str) -> float | None:
-        """Flops a second of matrix products, or None where no data sheet gives it."""
+        """Return flops per second of matrix products; None if no data sheet gives them."""
         rates = dict(self.tflops)
         return rates[precision] * 1e12 if precision in rates else None
 
     @property
     def large_workspace(self) -> bool:
-        """Whether the loss kernels take the larger of their two workspaces."""
+        """Whether the loss kernels use the larger of their two workspaces."""
         return self.capability in _LARGE_WORKSPACE
 
 
 def find_card(name: str) -> Card:
-    """A card of the data file, however its name is written, or one of so much memory.
+    """Find a card by name in any spelling, or describe one by its memory.
 
     Args:
-        name: such as "RTX 4090", "nvidia geforce rtx 4090", "A100-80GB", or "24GB" for a card of
-            which only the memory is known (GB counts as GiB, which is what makers of cards mean).
+        name: such as "RTX 4090", "nvidia geforce rtx 4090", "A100-80GB", or "24GB" for any other
+            card (GB means GiB here, as in the names of cards).
 
     Raises:
         ValueError: no such card; the error names the nearest.
@@ -66,13 +67,13 @@ def find_card(name: str) -> Card:
     near = [card.name for card in matches] or _nearest(wanted, known)
     raise ValueError(
         f"gpu: expected a known card or an amount of memory, got {name!r}; did you mean "
-        f"{' or '.join(map(repr, near))}? An amount such as 24GB does for any other"
+        f"{' or '.join(map(repr, near))}? For any other card pass an amount such as 24GB"
     )
 
 
 @lru_cache(maxsize=1)
 def cards() -> tuple[Card, ...]:
-    """All cards of the data file."""
+    """Read all cards of the data file."""
     return tuple(
         Card(
             name=each["name"],
@@ -87,10 +88,10 @@ def cards() -> tuple[Card, ...]:
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """Bytes of "8GB", "512 MiB" or "1000"; units are powers of 1,024.
+    """Parse "8GB", "512 MiB" or "1000" to bytes; units are powers of 1,024.
 
     Raises:
-        ValueError: no amount of memory.
+        ValueError: not an amount of memory.
 
     Example:
         >>> parse_bytes("1.5GiB", "memory_budget")
@@ -103,7 +104,7 @@ def parse_bytes(text: str, name: str) -> int:
 
 
 def _is_same(wanted: str, known: str) -> bool:
-    """A name may leave out RTX, and a memory or a form of which there is only one."""
+    """Match names that leave out RTX, or the only memory size or form factor of a card."""
     return bool(re.fullmatch(rf"(rtx)?{re.escape(wanted)}(\d+gb|sxm|pcie)?", known))
 
 

@@ -1,4 +1,4 @@
-"""Counting the bytes of live tensors: exact, on any device, and without allocating anything."""
+"""Counts the bytes of live tensors: exactly, on any device, without allocating anything."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _CUDA_BLOCK_BYTES = 512
 
 
 def cuda_block_bytes(nbytes: int) -> int:
-    """Bytes that `torch.cuda.memory_allocated` reports for one tensor of `nbytes`.
+    """Return the bytes that `torch.cuda.memory_allocated` reports for a tensor of `nbytes`.
 
-    The caching allocator rounds every request up to a multiple of 512 bytes. What this leaves out
-    is the unsplit remainder: a request above 1 MiB that is served from a cached block less than
-    1 MiB larger keeps that block whole, which depends on the history of the allocator. Nor is
-    this `memory_reserved`, where segments of 2 MiB (requests up to 1 MiB), 20 MiB (up to 10 MiB)
-    and multiples of 2 MiB (beyond) are taken from the driver.
+    The caching allocator rounds every request up to a multiple of 512 bytes. Unsplit remainders are
+    not included: a request above 1 MiB served from a cached block less than 1 MiB larger keeps the
+    whole block, which depends on the allocator's history. Nor is this `memory_reserved`, which
+    counts segments of 2 MiB (for requests up to 1 MiB), 20 MiB (up to 10 MiB) and multiples of 2
+    MiB (beyond).
     Source: c10/core/AllocatorConfig.h and `round_size` in c10/cuda/CUDACachingAllocator.cpp.
 
     Example:
@@ -37,29 +37,29 @@ def cuda_block_bytes(nbytes: int) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Context that counts the bytes of live tensor storages, and their peak.
+    """Context manager that counts the bytes of live tensor storages, and their peak.
 
-    A storage counts from the op that returned it until it is freed, once however many views of it
-    live, and so do the activations that autograd saved for the backward. Works on real tensors of
+    A storage counts from the op that returned it until it is freed, once regardless of the number
+    of views; so do activations that autograd saves for the backward. Works with real tensors on
     any device, on the meta device, and under `FakeTensorMode` (entered outside this context).
 
-    Tensors made before entering count only when they are given as `start`; views of others are
-    free. Not seen: workspaces inside one op (a BLAS packing buffer), memory not allocated by an op
-    (`torch.from_numpy`), and a storage resized through `untyped_storage()` until an op meets it.
+    Tensors created before entering count only if passed as `start`; views of others are free. Not
+    counted: workspaces inside one op (a BLAS packing buffer), memory not allocated by an op
+    (`torch.from_numpy`), and a storage resized through `untyped_storage()` until an op uses it.
 
     Args:
-        start: tensors that are alive on entry, or a mapping from a kind to such tensors. Without
-            a kind they count as "start".
-        kind: name under which new storages count in `bytes_by_kind`, until `mark` renames them.
-        rounding: "none" counts the storages' own sizes, "cuda" what the CUDA caching allocator
-            hands out for them (`cuda_block_bytes`).
-        on_op: called after every op with the bytes alive then, to draw them over time.
+        start: tensors alive on entry, or a mapping from a kind to such tensors. Without a kind
+            they count as "start".
+        kind: kind of new storages in `bytes_by_kind`, until `mark` changes it.
+        rounding: "none" counts the sizes of the storages, "cuda" the sizes that the CUDA caching
+            allocator returns for them (`cuda_block_bytes`).
+        on_op: called after every op with the bytes alive, e.g. to plot them over time.
 
     Attributes, all in bytes:
-        start_bytes: the storages of `start`.
-        peak_bytes: the most that lived at once, `start_bytes` included.
-        peak_by_kind: what `peak_bytes` consisted of when it was first reached.
-        largest_tensor_bytes: the largest single storage made inside the context, unrounded.
+        start_bytes: storages of `start`.
+        peak_bytes: maximum alive at once, including `start_bytes`.
+        peak_by_kind: composition of `peak_bytes` when it was first reached.
+        largest_tensor_bytes: largest single storage created inside the context, unrounded.
 
     Raises:
         ValueError: unknown `rounding`.
@@ -90,8 +90,9 @@ class LiveBytes(TorchDispatchMode):
         self.kind = kind
         self._on_op = on_op
         self._round = cuda_block_bytes if rounding == "cuda" else int
+        # By the address of the C++ storage, for which Python may create several objects.
         self._live: dict[int, _Entry] = {}
-        # Storages that were there before and do not count; their views must not either.
+        # Storages from before that do not count, so that new views of them do not either.
         self._foreign: dict[int, weakref.ref[Any]] = {}
         self._bytes_by_kind: dict[str, int] = {}
         self._total_bytes = 0
@@ -113,12 +114,12 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes alive now, for each kind that lives."""
+        """Bytes alive now, by kind."""
         self._measure_again()
         return {kind: nbytes for kind, nbytes in self._bytes_by_kind.items() if nbytes}
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count the storages of `tensors` under `kind` from now on, whoever made them."""
+        """Count the storages of `tensors` as `kind` from now on, also ones created before."""
         for storage in _storages_of(list(tensors)):
             self._foreign.pop(storage._cdata, None)
             entry = self._live.get(storage._cdata)
@@ -158,7 +159,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
-        """An argument that no op in here made is foreign; one that was resized is counted anew."""
+        """Remember an argument created outside as foreign; count a resized one anew."""
         key = storage._cdata
         if key in self._live:
             self._remeasure(storage)
@@ -184,6 +185,7 @@ class LiveBytes(TorchDispatchMode):
         entry.nbytes = self._round(nbytes)
 
     def _measure_again(self) -> None:
+        # resize_() of an untyped storage is not an op, so it goes unseen at first.
         for entry in list(self._live.values()):
             storage = entry.reference()
             if storage is not None:
@@ -205,7 +207,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Entry:
-    """One live storage. The reference's callback runs when the storage itself is freed."""
+    """One live storage. The weak reference's callback runs when the storage is freed."""
 
     __slots__ = ("kind", "nbytes", "reference")
 
@@ -226,7 +228,7 @@ def _forget(foreign: dict[int, Any], key: int, _: weakref.ref[Any]) -> None:
 
 
 def _storages_of(nested: Any) -> Iterator[torch.UntypedStorage]:
-    """Storages of all tensors in a nest; tensor subclasses are taken apart first."""
+    """Yield the storages of all tensors in a nested structure, also inside tensor subclasses."""
     for leaf in pytree.tree_leaves(nested):
         if not isinstance(leaf, Tensor):
             continue

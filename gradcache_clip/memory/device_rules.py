@@ -1,8 +1,7 @@
-"""Meta tensors that take the kernels and dtypes of another device: autocast, attention, dropout.
+"""Makes meta tensors follow the kernels and dtypes of a real device: autocast, attention, dropout.
 
-Nothing is allocated or computed on the meta device, which has no autocast of its own and no fused
-attention. Here every call of a torch function is looked up by its name, and handled as the device
-that is planned for would.
+The meta device allocates and computes nothing, but has neither autocast nor fused attention. Here
+every call of a torch function is looked up by name, and handled as on the planned device.
 """
 
 from __future__ import annotations
@@ -17,27 +16,29 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 DeviceKind = Literal["cuda", "cpu"]
-"""Whose kernels: those of NVIDIA GPUs, or those of the CPU."""
+"""Device whose kernels to follow: NVIDIA GPUs or CPUs."""
 
+# Ops that autocast runs in the lower precision.
 _LOW = (
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
     "conv_transpose3d", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv",
     "baddbmm", "addbmm", "einsum", "bilinear",
 )  # fmt: skip
-# Autocast to fp32 on CUDA alone; the first give their result a dtype without a copy of the input.
+# Ops that autocast runs in fp32 on CUDA only. These first ones take dtype= and copy no input.
 _WIDE_RESULT = ("softmax", "log_softmax", "softmin", "sum", "prod", "cumsum", "cumprod")
 _WIDE = (
     "layer_norm", "group_norm", "rms_norm", "normalize", "norm", "exp", "expm1", "log", "log2",
     "log10", "log1p", "pow", "__pow__", "__rpow__", "rsqrt", "reciprocal", "softplus", "sinh",
     "cosh", "tan", "acos", "asin", "erfinv", "dist", "renorm", "cosine_similarity",
 )  # fmt: skip
-# On every device.
+# Ops that autocast runs in fp32 on every device.
 _WIDE_LOSSES = (
     "cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss", "l1_loss",
     "smooth_l1_loss", "kl_div", "cdist",
 )  # fmt: skip
-# Functions in Python; the backward is one because of the forwards that checkpoints repeat in it.
-_OF_PARTS = ("torch._tensor", "torch.autograd", "torch.functional", "torch.nn.functional")
+# Modules of functions written in Python. Backward is one of them, since activation checkpoints
+# repeat forwards inside it.
+_PYTHON_MODULES = ("torch._tensor", "torch.autograd", "torch.functional", "torch.nn.functional")
 _LARGEST_FLASH_HEAD = 256
 _16_BIT = (torch.float16, torch.bfloat16)
 
@@ -46,18 +47,18 @@ _Rule = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
 
 
 class DeviceRules(TorchFunctionMode):
-    """Context in which meta tensors behave as on a device under autocast.
+    """Context manager in which meta tensors behave as on a device under autocast.
 
-    A tensor's truth value, which meta tensors do not have, is False: a mask is taken to hide
-    something.
+    The truth value of a meta tensor, which has none, is False: checks such as `mask.all()` then
+    take a mask to hide something.
 
     Args:
-        device_kind: whose kernels.
-        dtype: what autocast casts to, bf16 or fp16; None: no autocast.
+        device_kind: device whose kernels to follow.
+        dtype: of autocast, bf16 or fp16; None without autocast.
 
     Attributes:
-        keeps_casts: whether a parameter is cast once, until `forget_casts`.
-        on_cast: called with every copy of a parameter that is kept.
+        keeps_casts: whether casts of parameters are cached until `forget_casts`.
+        on_cast: called with every cached cast of a parameter.
     """
 
     def __init__(self, device_kind: DeviceKind, dtype: torch.dtype | None = None) -> None:
@@ -69,7 +70,7 @@ class DeviceRules(TorchFunctionMode):
         self._rules: dict[str, _Rule] = dict(self._rules_by_name())
 
     def forget_casts(self) -> None:
-        """As at the end of an autocast context."""
+        """Clear the cache of casts, as the end of an autocast context does."""
         self._casts.clear()
 
     def __torch_function__(
@@ -78,8 +79,8 @@ class DeviceRules(TorchFunctionMode):
         kwargs, rule = kwargs or {}, self._rules.get(getattr(func, "__name__", ""))
         if rule is not None:
             return rule(func, args, kwargs)
-        if type(func) is FunctionType and _is_made_of_parts(func):
-            # Its parts are looked up too, which they would not be from inside of this one.
+        if type(func) is FunctionType and _calls_torch_functions(func):
+            # Enter the mode again, so that the torch functions called inside are looked up too.
             with self:
                 return _without_override(func)(*args, **kwargs)
         return func(*args, **kwargs)
@@ -99,7 +100,7 @@ class DeviceRules(TorchFunctionMode):
         return func(*map(self._low, args), **_mapped(self._low, kwargs))
 
     def _low(self, given: Any) -> Any:
-        """An argument as autocast casts it; the copy of a parameter is kept."""
+        """Cast an argument as autocast does; casts of fp32 parameters are cached."""
         if isinstance(given, (list, tuple)):
             return type(given)(map(self._low, given))
         if not isinstance(given, Tensor) or given.dtype in (self.dtype, torch.float64):
@@ -125,7 +126,7 @@ class DeviceRules(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """The fused kernel that the device would choose, or the matrix of all pairs of tokens."""
+        """Call the attention kernel that the device would choose, fused or not."""
         if self.dtype is not None:
             query, key, value = map(self._low, (query, key, value))
         if enable_gqa:
@@ -135,6 +136,7 @@ class DeviceRules(TorchFunctionMode):
         bias = _as_bias(attn_mask, query)
         aten, options = torch.ops.aten, {"scale": scale}
         given = query, key, value
+        # The fused kernel of the CPU takes four dimensions and no dropout.
         if self.device_kind == "cpu" and (dropout_p or query.dim() != 4):
             return aten._scaled_dot_product_attention_math(
                 *given, bias, dropout_p, is_causal, **options
@@ -143,6 +145,7 @@ class DeviceRules(TorchFunctionMode):
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 *given, dropout_p, is_causal, attn_mask=bias, **options
             )[0]
+        # Flash attention takes 16-bit inputs without a mask; the efficient kernel takes the rest.
         if bias is None and query.dtype in _16_BIT and query.size(-1) <= _LARGEST_FLASH_HEAD:
             return aten._scaled_dot_product_flash_attention(
                 *given, dropout_p, is_causal, **options
@@ -165,7 +168,7 @@ def _in_fp32(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 
 
 def _to_fp32(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The result alone is fp32."""
+    """Compute the result in fp32 through dtype=, without a copy of the input."""
     named = dict(kwargs)
     if _is_16_bit(args[0]) and named.get("dtype") is None:
         named["dtype"] = torch.float32
@@ -173,7 +176,7 @@ def _to_fp32(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """On CUDA the mask takes one byte an element."""
+    """Call the fused dropout of CUDA, whose mask takes one byte per element."""
     if not training or p == 0:
         return input
     return torch.native_dropout(input, p, True)[0]
@@ -186,7 +189,7 @@ def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _aligned(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """Rows of a bias start at multiples of 16 numbers, and each head sees the same ones."""
+    """Pad the rows of a bias to multiples of 16 elements, and expand it over all heads."""
     if bias is None:
         return None
     tokens, missing = key.size(-2), -key.size(-2) % 16
@@ -207,14 +210,14 @@ def _mapped(function: Callable[[Any], Any], given: Mapping[str, Any]) -> dict[st
 
 
 @cache
-def _is_made_of_parts(func: FunctionType) -> bool:
+def _calls_torch_functions(func: FunctionType) -> bool:
     asks = any(name.startswith("has_torch_function") for name in func.__code__.co_names)
-    return asks and func.__module__ in _OF_PARTS
+    return asks and func.__module__ in _PYTHON_MODULES
 
 
 @cache
 def _without_override(func: FunctionType) -> FunctionType:
-    """The same function, which does not ask again whether somebody overrides it."""
+    """Return a copy of a function that skips the check for __torch_function__ overrides."""
     names = {name: _never for name in func.__globals__ if name.startswith("has_torch_function")}
     again = FunctionType(
         func.__code__,

@@ -1,4 +1,4 @@
-"""The losses that a step may end in, traced on the meta device over features of B rows."""
+"""Traces losses on the meta device: ours in tiles, and the usual ones with a B x B matrix."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from gradcache_clip.memory.device_rules import DeviceKind, DeviceRules
 from gradcache_clip.memory.trace import Recorder, Trace, join_recordings
 from gradcache_clip.train.token_towers import TokenLoss, Tokens
 
+# Three sizes, for storages that grow quadratically.
 _ROWS = (64, 128, 192)
 
 
 class FullMatrixLoss(nn.Module):
-    """The CLIP loss as it is usually written, with its B x B logits and both cross-entropies."""
+    """The usual CLIP loss: B x B logits and two cross-entropies."""
 
     def __init__(self) -> None:
         super().__init__()
         self.log_logit_scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Features (B, D) to the mean loss of both directions."""
+        """Compute the mean loss of both directions for features (B, D)."""
         image_features = F.normalize(image_features, dim=-1)
         text_features = F.normalize(text_features, dim=-1)
         logits = self.log_logit_scale.exp() * image_features @ text_features.T
@@ -34,14 +35,14 @@ class FullMatrixLoss(nn.Module):
 
 
 class FullTokenLoss(nn.Module):
-    """Late interaction as it is usually written, with its B x P x B x R similarities."""
+    """The usual late-interaction loss: B x P x B x R similarities."""
 
     def __init__(self) -> None:
         super().__init__()
         self.log_logit_scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, images: Tensor, texts: Tokens) -> Tensor:
-        """Patches (B, P, D) and `Tokens` of B texts to the mean loss of both directions."""
+        """Compute the mean loss of both directions for patches (B, P, D) and `Tokens`."""
         patches, words = F.normalize(images, dim=-1), F.normalize(texts.vectors, dim=-1)
         similarity = torch.einsum("ipd,jrd->ipjr", patches, words)
         looked_up = similarity.masked_fill(~texts.mask, -torch.inf).amax(3).mean(1)
@@ -63,11 +64,11 @@ def trace_loss(
     device_kind: DeviceKind = "cuda",
     dtype: torch.dtype | None = None,
 ) -> Trace:
-    """Segments "forward" and "backward" of a loss over two features of B rows.
+    """Trace a loss over two features of B rows, in the segments "forward" and "backward".
 
-    The shapes are those of a row: (D,), or (tokens, D), of which the second gets a mask. Gradients
-    of the features stay, as "feature". Workspaces inside the tiled loss stay open: their kinds are
-    those of `workspaces`.
+    `shapes` are those of one row: (D,), or (tokens, D), where the second side gets a mask.
+    Gradients of the features stay alive, with kind "feature". Workspaces inside the tiled loss get
+    their sizes later, from `workspaces`.
     """
     recordings = [
         _recorded(
@@ -79,13 +80,13 @@ def trace_loss(
 
 
 def tiled_loss(*, tokens: bool = False) -> nn.Module:
-    """The library's loss, on the meta device, of features or of tokens."""
+    """Build this library's loss on the meta device, for features or tokens."""
     with torch.device("meta"):
         return TokenLoss(LateInteractionLoss(impl="tiled")) if tokens else ClipLoss(impl="tiled")
 
 
 def full_matrix_loss(*, tokens: bool = False) -> nn.Module:
-    """The usual loss, on the meta device."""
+    """Build the usual loss on the meta device, for features or tokens."""
     with torch.device("meta"):
         return FullTokenLoss() if tokens else FullMatrixLoss()
 
@@ -107,13 +108,14 @@ def _recorded(
         value.backward()
         for leaf in leaves:
             recorder.mark(leaf.grad, "feature")
+        # The graph is freed inside the segment.
         del value, output
         recorder.cut("backward")
     loss.zero_grad()
     return recorder
 
 
-# What the Triton kernels take at most: on consumer cards, and on A100, H100 and their successors.
+# Largest workspace of the Triton kernels: on consumer cards, and on A100, H100 and successors.
 _WORKSPACE_BYTES = {False: 128 * 2**20, True: 256 * 2**20}
 _TILE = 128
 
@@ -121,16 +123,16 @@ _TILE = 128
 def workspaces(
     rows: int, columns: int, width: int, itemsize: int, *, large: bool
 ) -> dict[str, int]:
-    """Bytes that the fused loss takes inside one op, for each of its two passes.
+    """Return the workspace bytes of the fused loss, for each of its two passes.
 
-    Forward: two fp32 numbers for each row and column of every tile of a stripe. Backward: a panel
-    of the gradient of S, and an fp32 accumulator for each of the two gradients.
+    Forward: two fp32 numbers per row and column of every tile of a stripe. Backward: a panel of the
+    gradient of S, and an fp32 accumulator for each of the two gradients.
 
     Args:
-        rows, columns: of the similarity matrix of this process.
+        rows, columns: of this process's similarity matrix.
         width: D.
-        itemsize: bytes of a feature's number.
-        large: a card whose kernels take the larger workspace.
+        itemsize: bytes per element of the features.
+        large: whether the card's kernels use the larger workspace.
     """
     bound = _WORKSPACE_BYTES[large]
     tiles = -(-rows // _TILE), -(-columns // _TILE)
@@ -146,15 +148,16 @@ def workspaces(
 def token_workspaces(
     rows: int, columns: int, tokens: tuple[int, int], width: int, itemsize: int, *, large: bool
 ) -> dict[str, int]:
-    """The same of the fused late interaction, at most.
+    """Return upper bounds of the workspace bytes of the fused late-interaction loss.
 
-    Forward: maxima of a panel of pairs, about 32 bytes a token, and six fp32 numbers for each image
-    of a stripe and every text. Backward: those maxima, a panel of the gradient of the similarities,
-    and fp32 accumulators of the gradients of all tokens. Both: the tokens without what is masked.
+    Forward: maxima of a panel of pairs, about 32 bytes per token, and six fp32 numbers for each
+    image of a stripe and every text. Backward: those maxima, a panel of the gradient of the
+    similarities, and fp32 accumulators for the gradients of all tokens. Both: packed copies of the
+    unmasked tokens.
 
     Args:
-        rows, columns: images and texts of the pairs of this process.
-        tokens: P patches of an image, R tokens of a text.
+        rows, columns: images and texts of this process's pairs.
+        tokens: P patches per image, R tokens per text.
     """
     bound, (patches, words) = _WORKSPACE_BYTES[large], tokens
     pairs, a_pair = rows * columns, 32 * (patches + words)

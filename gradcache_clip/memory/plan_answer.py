@@ -1,4 +1,4 @@
-"""Answers of a plan, computed from traces: memory, largest sizes, least time of a step."""
+"""Computes the answers of a plan from traces: memory, largest sizes, least time of a step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LEAST_CURVE = 65536
 
 
 def parameters_of(encoder: DualEncoder) -> dict[str, Any]:
-    """How many numbers each tower, with its projection, has."""
+    """Return parameter counts of each tower with its projection, and of what is trained."""
     return {
         "image_parameters": _numbers([encoder.image_tower, encoder.image_projection]),
         "text_parameters": _numbers([encoder.text_tower, encoder.text_projection]),
@@ -40,10 +40,11 @@ def parameters_of(encoder: DualEncoder) -> dict[str, Any]:
 
 
 def memory_of(work: Work, options: PlanOptions, capacity: int) -> dict[str, Any]:
-    """The fields of a plan about the memory of a cached step."""
+    """Return the fields of a plan about the memory of a cached step."""
     kept = kept_chunks(work, options, capacity)
     step = cached_step(work, options.rows, options.chunk_size, kept=kept)
     peak, phases = step.peak(), {name: step.peak_of(name) for name in PHASES}
+    # Without a limit if the step does not fit, to show how much it needs.
     reserved = max(peak.nbytes, step.reserved(capacity if fits(step, capacity) else None))
     image, text = work.towers
     chunk, features = min(options.chunk_size, options.rows), _features_of(work, options)
@@ -68,25 +69,25 @@ def memory_of(work: Work, options: PlanOptions, capacity: int) -> dict[str, Any]
 
 
 def kept_chunks(work: Work, options: PlanOptions, capacity: int) -> Kept:
-    """Further chunks of each tower whose graphs the budget has room for."""
+    """Return how many further chunks of each tower the budget can keep graphs of."""
     if options.memory_budget is None:
         return 0, 0
     within = partial(kept_within, work, options.rows, options.chunk_size)
     if options.budget_bytes is not None:
         return within(options.budget_bytes)
-    # Sixteenths of the card: each is played through by itself.
+    # "auto": the largest budget in sixteenths of the card whose step still fits, by simulation.
     step = partial(cached_step, work, options.rows, options.chunk_size)
     counts = (within(capacity * share // 16) for share in range(16, 0, -1))
     return next((kept for kept in counts if fits(step(kept=kept), capacity)), (0, 0))
 
 
 def largest_chunk(work: Work, options: PlanOptions, capacity: int) -> int:
-    """The largest chunk with which the batch of the options fits."""
+    """Return the largest chunk with which the batch fits."""
     return largest_that_fits(partial(cached_step, work, options.rows), capacity, options.rows)
 
 
 def methods_of(traced: Traced, options: PlanOptions, capacity: int) -> tuple[Method, ...]:
-    """The largest batch of each way to train, and how its memory grows."""
+    """Return the largest batch of each way to train, and its memory by batch size."""
     chunk = options.chunk_size
     steps: dict[str, Callable[[int], Timeline] | None] = {
         "plain": partial(_with_chunk, plain_step, traced.plain, chunk),
@@ -106,7 +107,7 @@ def methods_of(traced: Traced, options: PlanOptions, capacity: int) -> tuple[Met
 
 
 def speed_of(work: Work, options: PlanOptions, card: Card, capacity: int) -> dict[str, Any]:
-    """Flops of a cached step on one card, and its time at the card's full matrix rate."""
+    """Return flops of a cached step on one card, and its time at the card's full matrix rate."""
     kept, once, again = kept_chunks(work, options, capacity), 0.0, 0.0
     last = (options.rows - 1) % options.chunk_size + 1
     for tower, chunks in zip(work.towers, kept, strict=True):
@@ -115,6 +116,7 @@ def speed_of(work: Work, options: PlanOptions, card: Card, capacity: int) -> dic
         in_any_case = last if tower is work.towers[-1] and options.world_size == 1 else 0
         spared = chunks * options.chunk_size + in_any_case
         again += forward * (1 - min(1.0, spared / options.rows))
+    # Flops per pair and feature. On several processes the backward recomputes S for each side.
     loss = (8 if options.world_size == 1 else 10) * options.rows * options.batch_size
     once += loss * work.pair_flops
     rate = card.rate(options.precision)
@@ -150,17 +152,17 @@ def _method(
 
 
 def _flops(tower: TowerWork, name: str, options: PlanOptions) -> float:
-    """Operations over all rows; recomputation by a checkpoint counts as backward."""
+    """Return flops over all rows; recomputation by activation checkpoints counts as backward."""
     return tower.trace.flops(f"{name} replay", options.rows)
 
 
 def _beside_features(loss: Peak, step: Timeline, gradients: int) -> int:
-    """Memory that the loss adds: workspaces, vectors and copies of the features."""
+    """Return the memory that the loss adds: workspaces, vectors and copies of the features."""
     return max(0, loss.nbytes - step.live_at("loss") - gradients)
 
 
 def _features_of(work: Work, options: PlanOptions) -> int:
-    """Features of both towers and their gradients."""
+    """Return the bytes of both towers' features and their gradients."""
     return 2 * options.rows * sum(tower.feature_bytes for tower in work.towers)
 
 

@@ -1,4 +1,4 @@
-"""The `plan` command: its options, and where its answer goes."""
+"""The `plan` command: options and output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PlanOptio
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `plan`: two models or a configuration, a card, and how the step is taken."""
+    """Add the options of `plan`: two models or a configuration, a card, and the step."""
     parser.add_argument("config", nargs="?", type=Path, help="YAML file of the train command")
     parser.add_argument(
         "overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="changes to that file"
@@ -25,7 +25,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", metavar="NAME", help="bert-base, another published name, or a transformers type"
     )
     parser.add_argument(
-        "--gpu", required=True, metavar="CARD", help="such as 'RTX 4090', or 24GB for any other"
+        "--gpu", required=True, metavar="CARD", help="'RTX 4090', or 24GB for any other card"
     )
     _add_step_options(parser)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="gets plan.png and plan.svg")
@@ -34,35 +34,35 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_step_options(parser: argparse.ArgumentParser) -> None:
-    """Each is a field of `PlanOptions`; what is not given is the field's default."""
+    """Add one option per field of `PlanOptions`, which has the defaults."""
     sizes = {
-        "batch_size": "pairs in a step, of all processes",
+        "batch_size": "pairs per step, over all processes",
         "chunk_size": "pairs through a tower at once",
-        "world_size": "processes, each with such a card",
-        "image_size": "pixels of an edge",
-        "context_length": "tokens of a text",
+        "world_size": "processes, one per card",
+        "image_size": "height and width in pixels",
+        "context_length": "tokens per text",
         "feature_dim": "width of the features",
     }
     for name, text in sizes.items():
         default = _DEFAULTS[name] or "the model's own"
         parser.add_argument(_flag(name), type=int, metavar="N", help=f"{text} ({default})")
     for name in ("image_trainable", "text_trainable"):
-        text = "share of the model that trains, from its end (1)"
+        text = "share of the model to train, counted from its end (1)"
         parser.add_argument(_flag(name), type=float, metavar="SHARE", help=text)
     parser.add_argument("--precision", choices=PRECISIONS, help="bf16")
     parser.add_argument("--optimizer", choices=list(OPTIMIZER_STATES), help="adamw")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage (0)")
-    parser.add_argument("--inputs", choices=("device", "host"), help="where the batch waits")
+    parser.add_argument("--inputs", choices=("device", "host"), help="where the batch is stored")
     for name in ("checkpointing", "ema"):
         parser.add_argument(_flag(name), action="store_const", const=True)
     parser.add_argument("--memory-budget", metavar="SIZE", help="for kept graphs: 8GB, auto")
     parser.add_argument(
-        "--context-memory", metavar="SIZE", help="of the card, not the allocator's (512MB)"
+        "--context-memory", metavar="SIZE", help="used outside of the allocator (512MB)"
     )
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    """Plan, print and draw; status 0 if it fits, 1 if not."""
+    """Plan, print and draw; returns status 0 if the step fits, 1 if not."""
     plan = _plan(arguments)
     if arguments.json:
         print(json.dumps(plan.to_dict(), indent=2))
@@ -95,7 +95,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _refuse_sizes_of_models(given: Mapping[str, Any]) -> None:
-    """A configuration says them itself."""
+    """Raise ValueError for options that a configuration already determines."""
     keys = {
         "image_size": "data.image_size",
         "context_length": "data.context_length",
@@ -104,7 +104,7 @@ def _refuse_sizes_of_models(given: Mapping[str, Any]) -> None:
     for name, key in keys.items():
         if name in given:
             raise ValueError(
-                f"{_flag(name)}: expected no such option beside a configuration, got "
+                f"{_flag(name)}: expected no such option with a configuration, got "
                 f"{given[name]}; pass {key}={given[name]}"
             )
 

@@ -1,4 +1,4 @@
-"""From names, or a training configuration, to both towers on the meta device: no weights."""
+"""Builds both towers on the meta device, from names or a training configuration."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextName:
-    """A published text encoder as transformers builds it without weights."""
+    """A published text encoder, as transformers builds it without weights."""
 
     kind: str
-    """Its model type."""
+    """Model type of transformers."""
     vocab_size: int
     arguments: tuple[tuple[str, Any], ...] = ()
     """Fields of its configuration that differ from the type's defaults."""
@@ -43,7 +43,7 @@ def _bert(layers: int, width: int, heads: int, *, vocab_size: int = 30522) -> Te
 
 
 _LARGE = (("num_hidden_layers", 24), ("hidden_size", 1024), ("num_attention_heads", 16))
-# Its pooler, which is not used, looks for the end of the text.
+# The eos_token_id is for CLIP's pooler, which is built although it is not used.
 _CLIP = (("max_position_embeddings", 77), ("eos_token_id", 49407))
 _POSITIONS = (("max_position_embeddings", 514),)
 
@@ -90,8 +90,9 @@ TEXT_NAMES = {
         ),
     ),
 }
-"""Short names; a type of transformers, such as "bert", means the defaults of its configuration."""
+"""Short names. A model type of transformers, such as "bert", means its default configuration."""
 
+# For model types whose default configuration has no vocabulary.
 _UNKNOWN_VOCABULARY = 32768
 
 
@@ -107,12 +108,12 @@ class Sizes:
     pad_token_id: int = 0
 
     def images(self, rows: int) -> Tensor:
-        """uint8 (rows, 3, H, W), on the meta device."""
+        """Return images, uint8 (rows, 3, H, W) on the meta device."""
         shape = (rows, 3, self.image_size, self.image_size)
         return torch.empty(shape, dtype=torch.uint8, device="meta")
 
     def texts(self, rows: int) -> dict[str, Tensor]:
-        """Ids and mask, int64 (rows, L), on the meta device."""
+        """Return ids and mask, int64 (rows, L) on the meta device."""
         names, shape = ("input_ids", "attention_mask"), (rows, self.context_length)
         return {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
 
@@ -130,10 +131,10 @@ class Sizes:
 def named_pair(
     image: str, text: str, *, image_size: int | None, context_length: int, feature_dim: int
 ) -> tuple[DualConfig, Sizes]:
-    """A timm name and a short name, type or published name of a text encoder.
+    """Look up a timm name, and a short name, model type or published name of a text encoder.
 
     Raises:
-        ValueError: an unknown name, with the nearest ones.
+        ValueError: an unknown name; the error gives the nearest ones.
     """
     found = _text_name(text)
     model = DualConfig(
@@ -148,12 +149,12 @@ def named_pair(
 
 
 def configured_pair(config: PairsConfig) -> tuple[DualConfig | MultiwayConfig, Sizes]:
-    """The models of a training configuration; pretrained ones are built without their weights.
+    """Return the models of a training configuration, without pretrained weights.
 
-    A vocabulary that is learned in training is taken to be as large as it may become.
+    A vocabulary that training will learn counts at its maximum size.
 
     Raises:
-        ConfigError: a tokenizer whose vocabulary is not known here.
+        ConfigError: a tokenizer whose vocabulary size is unknown here.
     """
     data = config.data
     vocab_size, pad_token_id = _vocabulary(config)
@@ -169,7 +170,7 @@ def configured_pair(config: PairsConfig) -> tuple[DualConfig | MultiwayConfig, S
 
 
 def build_on_meta(model: DualConfig | MultiwayConfig, sizes: Sizes) -> DualEncoder:
-    """Both towers in train mode, with shapes and no memory.
+    """Build both towers on the meta device, in train mode.
 
     Raises:
         ValueError: models that cannot be built, as for training.
@@ -185,7 +186,7 @@ def build_on_meta(model: DualConfig | MultiwayConfig, sizes: Sizes) -> DualEncod
 
 
 def train_last(backbone: nn.Module, share: float) -> None:
-    """Freeze the first parameters of a backbone until at most this share of its numbers trains."""
+    """Freeze parameters from the start until at most this share of a backbone trains."""
     left = share * sum(parameter.numel() for parameter in backbone.parameters())
     for parameter in reversed(list(backbone.parameters())):
         left -= parameter.numel()
@@ -193,10 +194,10 @@ def train_last(backbone: nn.Module, share: float) -> None:
 
 
 def checkpoint_blocks(encoder: DualEncoder) -> None:
-    """Let every block of both towers compute its activations again in the backward.
+    """Enable activation checkpointing in every block of both towers.
 
     Raises:
-        ValueError: a tower that cannot.
+        ValueError: a tower does not support it.
     """
     image, text = encoder.image_tower.backbone, encoder.text_tower.backbone
     _checkpoint("image", lambda: image.set_grad_checkpointing(True))  # type: ignore[operator]
@@ -204,7 +205,7 @@ def checkpoint_blocks(encoder: DualEncoder) -> None:
 
 
 def _checkpoint_text(text: Any) -> None:
-    # The name of newer versions of transformers; the older one warns there.
+    # The old method warns in newer versions of transformers, which have the new one.
     text.config.use_cache = False
     options = {"use_reentrant": False}
     enable = getattr(text, "activation_checkpointing_enable", None)
@@ -239,7 +240,7 @@ def _text_name(name: str) -> TextName:
 
 
 def _pretrained_name(name: str) -> TextName:
-    """One of the names above, or what a folder's or the hub's configuration says."""
+    """Look up a name above, else the configuration of a folder or hub name."""
     from transformers import AutoConfig
 
     try:
@@ -257,7 +258,7 @@ def _pretrained_name(name: str) -> TextName:
 
 
 def _pool_of(kind: str) -> str:
-    """The first token where a type has one that sees the others, else the mean."""
+    """Return "cls" for bidirectional types, whose first token sees all others, else "mean"."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     return "cls" if CONFIG_MAPPING[kind] in MODEL_FOR_MASKED_LM_MAPPING else "mean"

@@ -1,4 +1,4 @@
-"""Questions and answers of a plan. B: pairs of the whole batch."""
+"""Options and result of a plan. B: pairs of the whole batch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 from gradcache_clip.memory.cards import Card, parse_bytes
 
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "sgd": 0}
-"""fp32 numbers that an optimizer keeps for each parameter that it trains."""
+"""fp32 states that an optimizer keeps per trained parameter."""
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-"""fp32 weights throughout; tf32 changes the speed alone, bf16 and fp16 mean autocast."""
+"""Weights are fp32 throughout; tf32 affects speed only, bf16 and fp16 mean autocast."""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How the step is taken; checked when built.
+    """Options of the step to plan, validated when built.
 
     Raises:
         ValueError: a value out of range; the error names it.
     """
 
     batch_size: int = 32768
-    """Pairs in a step, of all processes together."""
+    """Pairs per step, over all processes."""
     chunk_size: int = 64
     """Pairs that go through a tower at once."""
     precision: str = "bf16"
@@ -32,25 +32,26 @@ class PlanOptions:
     optimizer: str = "adamw"
     """One of `OPTIMIZER_STATES`."""
     world_size: int = 1
-    """Processes, each with a card of its own."""
+    """Number of processes, one per card."""
     zero: int = 0
-    """ZeRO stage: from 1 on states, from 2 on gradients, from 3 on parameters are divided."""
+    """ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     image_trainable: float = 1.0
-    """Share of the image model's parameters that is trained, counted from its end."""
+    """Share of the image model's parameters to train, counted from its end."""
     text_trainable: float = 1.0
-    """The same of the text model; projections are trained in any case."""
+    """The same for the text model; projections are always trained."""
     checkpointing: bool = False
-    """Whether the towers compute the activations of their blocks again."""
+    """Activation checkpointing in the blocks of both towers."""
     memory_budget: int | str | None = None
-    """For graphs kept from the embed: bytes, an amount such as "8GB", or "auto"."""
+    """Memory for graphs kept from the embed: bytes, an amount such as "8GB", or "auto"."""
     ema: bool = False
-    """Whether an average of the weights is kept."""
+    """Keep a moving average of the weights."""
     inputs: str = "device"
-    """Where the batch waits: on the "device", as in training, or on the "host"."""
+    """Where the batch is stored: on the "device" or on the "host"."""
     context_bytes: int = 512 * 2**20
-    """Memory of the card that is not the allocator's: CUDA context, libraries' code, driver."""
+    """Memory used outside of the allocator: CUDA context, library code, driver."""
     image_size: int | None = None
-    """Pixels of an edge; the model's own where None. Of named models, like the next two."""
+    """Height and width in pixels; the model's own when None. This and the next two apply to models
+    given by name; a configuration has its own."""
     context_length: int = 77
     """Tokens of a text."""
     feature_dim: int = 512
@@ -77,12 +78,12 @@ class PlanOptions:
 
     @property
     def rows(self) -> int:
-        """Pairs that one process embeds."""
+        """Pairs per process."""
         return self.batch_size // self.world_size
 
     @property
     def budget_bytes(self) -> int | None:
-        """The memory budget as bytes; None for "auto" and where there is none."""
+        """The memory budget in bytes; None for "auto" and without a budget."""
         if self.memory_budget in (None, "auto"):
             return None
         if isinstance(self.memory_budget, str):
@@ -92,13 +93,13 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train, and the largest batch with which it fits."""
+    """A way to train, and the largest batch that fits."""
 
     name: str
     largest_batch: int | None
-    """Pairs of all processes together; 0: not even the smallest fits; None: cannot be planned."""
+    """Pairs over all processes; 0 if not even the smallest fits, None if it cannot be planned."""
     at_least: bool = False
-    """Whether the search ended here, and more might fit."""
+    """Whether the search stopped at its limit, so that more may fit."""
     note: str = ""
     """Why it cannot be planned."""
     curve: tuple[tuple[int, int], ...] = ()
@@ -107,7 +108,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Plan:
-    """Needs of a training step with gradient caching on one card; all sizes in bytes."""
+    """Requirements of a training step with gradient caching on one card. Sizes are in bytes."""
 
     image: str
     text: str
@@ -117,50 +118,50 @@ class Plan:
     text_parameters: int
     trained_parameters: int
     parameter_bytes: int
-    """Parameters and buffers that live on the card."""
+    """Parameters and buffers on the card."""
     gradient_bytes: int
     optimizer_bytes: int
-    """States of the optimizer, and the average of the weights."""
+    """Optimizer states, and the moving average of the weights."""
     input_bytes: int
     feature_bytes: int
     """Features of the batch and their gradients."""
     loss_bytes: int
-    """Workspace of the loss: what it takes beyond the features at its peak."""
+    """Workspace of the loss: memory beyond the features at its peak."""
     image_graph_bytes: int
-    """Bytes that one chunk's graph keeps for its backward."""
+    """Graph of one chunk: activations kept for its backward."""
     text_graph_bytes: int
     kept_chunks: tuple[int, int]
-    """Further chunks of each tower whose graph is kept, so that they need no replay."""
+    """Number of further chunks of each tower whose graphs are kept, so that they need no replay."""
     embed_peak_bytes: int
-    """The most tensors of the embed, the loss, the replay, each with all that lives meanwhile."""
+    """Peak of the embed (below: of the loss, of the replay), with all tensors that are alive."""
     loss_peak_bytes: int
     replay_peak_bytes: int
     peak_phase: str
-    """The part of the step in which most is needed."""
+    """The phase with the largest peak."""
     peak_bytes: int
-    """The most tensors at once, rounded as the allocator rounds: `torch.cuda.max_memory_allocated`,
-    but for what a library takes inside of one kernel."""
+    """Peak of all tensors, rounded like the allocator: `torch.cuda.max_memory_allocated`, except
+    for memory that libraries use inside one kernel."""
     kinds_by_phase: dict[str, dict[str, int]]
-    """Parts of the peaks of "embed", "loss" and "replay"."""
+    """Composition of the peaks of "embed", "loss" and "replay"."""
     allocator_bytes: int
-    """Segments beyond them that the allocator holds: rounding and fragmentation."""
+    """Segments of the allocator beyond the peak: rounding and fragmentation."""
     total_bytes: int
-    """Everything, with the context: what the card must have."""
+    """Total with the CUDA context, which the card must have."""
     fits: bool
     largest_chunk: int
-    """Chunk with which this batch still fits; 0 if none does."""
+    """Largest chunk with which this batch fits; 0 if none does."""
     methods: tuple[Method, ...]
     flops: float
-    """Operations of matrix products, convolutions and attention in one step on one card."""
+    """Flops of matrix products, convolutions and attention per step on one card."""
     least_step_ms: float | None
-    """At the card's full matrix rate: no step is faster. None where no data sheet gives it."""
+    """Lower bound of the step time, at the card's full matrix rate; None if that is unknown."""
     recomputed_share: float
-    """Share of the flops that a plain step would not need."""
+    """Share of the flops that is spent on replays."""
     seconds: float
-    """That the plan took."""
+    """Time that planning took."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, texts, lists and mappings, for JSON."""
+        """Return plain numbers, strings, lists and dicts, for JSON."""
         return asdict(self)
 
 

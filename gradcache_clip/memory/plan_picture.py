@@ -1,4 +1,4 @@
-"""A plan as a picture: where the memory goes, and how it grows with the batch."""
+"""Draws a plan: memory by kind, and memory against batch size."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _COLORS = ("#c2410c", "#d9a441", "#7b5aa6", "#0f766e", "#5fb3a8")
 
 
 def draw_plan(plan: Plan, folder: str | Path, name: str = "plan") -> list[Path]:
-    """Write NAME.png and NAME.svg into a folder, which is made where it is missing.
+    """Draw a plan to NAME.png and NAME.svg in a folder, which is created if missing.
 
-    Above: the peaks of embed, loss and replay on one card, part by part. Below: bytes of tensors
-    and context against the batch size, both axes logarithmic, a line for each way to train.
+    Above: the peaks of embed, loss and replay on one card, by kind. Below: bytes of tensors and
+    context against the batch size, on logarithmic axes, with a line per way to train.
     """
     with settings():
         figure = new_figure(1000, 860)
@@ -49,13 +49,13 @@ def draw_plan(plan: Plan, folder: str | Path, name: str = "plan") -> list[Path]:
 
 
 def _draw_bars(axes: Axes, plan: Plan) -> None:
-    for place, kinds in enumerate(plan.kinds_by_phase.values()):
+    for row, kinds in enumerate(plan.kinds_by_phase.values()):
         left = 0.0
         for label, names, color in _PARTS:
             width = sum(kinds.get(kind, 0) for kind in names) / _GIB
-            axes.barh(place, width, left=left, color=color, label=label if place == 0 else None)
+            axes.barh(row, width, left=left, color=color, label=label if row == 0 else None)
             left += width
-        axes.text(left, place, f" {left:,.1f} GiB", va="center", color=INK)
+        axes.text(left, row, f" {left:,.1f} GiB", va="center", color=INK)
     axes.set_yticks(range(len(plan.kinds_by_phase)), list(plan.kinds_by_phase))
     axes.invert_yaxis()
     room = (plan.card.memory_bytes - plan.options.context_bytes) / _GIB
@@ -99,7 +99,7 @@ def _label_curves(axes: Axes, plan: Plan) -> None:
     batches = sorted({batch for method in plan.methods for batch, _ in method.curve})
     axes.set_xticks(batches, [_short(batch) for batch in batches], fontsize=9)
     low, high = axes.get_ylim()
-    # Far above the card nothing is of interest but that it is far above.
+    # Cut the axis: how far a method exceeds the card does not matter.
     high = min(high, _SHOWN * plan.card.memory_bytes)
     axes.set_ylim(low, high)
     powers = [2**power for power in range(28, 60) if low <= 2**power <= high]
@@ -108,10 +108,10 @@ def _label_curves(axes: Axes, plan: Plan) -> None:
     axes.minorticks_off()
     axes.set_xlabel("batch size (image-text pairs)")
     axes.text(1.04, 1.0, "largest batch that fits", transform=axes.transAxes, color=PALE, va="top")
-    for place, (method, color) in enumerate(zip(plan.methods, _COLORS, strict=True)):
+    for row, (method, color) in enumerate(zip(plan.methods, _COLORS, strict=True)):
         axes.text(
             1.04,
-            0.9 - 0.16 * place,
+            0.9 - 0.16 * row,
             f"{batch_text(method)}\n{method.name}",
             transform=axes.transAxes,
             color=color,

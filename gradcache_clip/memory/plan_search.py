@@ -1,4 +1,4 @@
-"""How much of something fits: the largest batch, chunk, or share of kept graphs."""
+"""Searches for the largest batch or chunk that fits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _RESOLUTION = 128
 
 
 def largest_that_fits(step: Callable[[int], Timeline], capacity: int, at_most: int) -> int:
-    """The largest size up to `at_most` whose step fits into `capacity` bytes of segments.
+    """Find the largest size up to `at_most` whose step fits into `capacity` bytes of segments.
 
-    The bytes of its tensors are looked at first, for they never shrink as a size grows; then the
-    allocator is played through, whose fragmentation is looked for in steps of under 1 %.
+    First bisects on the peak of tensors, which never shrinks as the size grows. Then simulates the
+    allocator on smaller sizes, in steps of under 1 %, because fragmentation is not monotonic.
     """
-    bound = _last(lambda size: step(size).peak().nbytes <= capacity, at_most)
+    bound = _largest(lambda size: step(size).peak().nbytes <= capacity, at_most)
     lower, gap = bound, max(1, bound // _RESOLUTION)
     upper = bound + 1
     while lower > 0 and not fits(step(lower), capacity):
@@ -25,11 +25,11 @@ def largest_that_fits(step: Callable[[int], Timeline], capacity: int, at_most: i
     while upper - lower > max(1, upper // _RESOLUTION):
         middle = (lower + upper) // 2
         lower, upper = (middle, upper) if fits(step(middle), capacity) else (lower, middle)
-    return _tidy(lower)
+    return _rounded_down(lower)
 
 
 def fits(timeline: Timeline, capacity: int) -> bool:
-    """Whether the allocator gets through a step with so many bytes."""
+    """Return whether the allocator completes a step within `capacity` bytes."""
     try:
         timeline.reserved(capacity)
     except DoesNotFit:
@@ -37,8 +37,8 @@ def fits(timeline: Timeline, capacity: int) -> bool:
     return True
 
 
-def _last(holds: Callable[[int], bool], at_most: int) -> int:
-    """The largest size up to `at_most` for which it holds, where it holds for all below."""
+def _largest(holds: Callable[[int], bool], at_most: int) -> int:
+    """Bisect for the largest size up to `at_most` for which a monotonic condition holds."""
     if holds(at_most):
         return at_most
     low, high = 0, at_most
@@ -48,6 +48,6 @@ def _last(holds: Callable[[int], bool], at_most: int) -> int:
     return low
 
 
-def _tidy(size: int) -> int:
-    """Down to a multiple of 8, which matrix units like, where that loses little."""
+def _rounded_down(size: int) -> int:
+    """Round a size of 64 or more down to a multiple of 8, which suits matrix units."""
     return size if size < 64 else size - size % 8

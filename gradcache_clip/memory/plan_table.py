@@ -1,4 +1,4 @@
-"""A plan as tables for a terminal."""
+"""Prints a plan as tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORDS = {"momentum": "SGD with momentum", "adamw": "AdamW", "adam": "Adam", "sg
 
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print what a step needs, the largest batch of each way to train, and the least time."""
+    """Print the memory of a step, the largest batch of each way to train, and the least time."""
     console = console or Console()
     console.print(Text(headline(plan), style="bold"), soft_wrap=True)
     console.print(Text(setting(plan), style="dim"), soft_wrap=True)
@@ -26,7 +26,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def headline(plan: Plan) -> str:
-    """Whether it fits, in one line; both amounts count the CUDA context."""
+    """Say in one line whether the step fits; both amounts include the CUDA context."""
     options, card = plan.options, plan.card
     cards = f"{options.world_size} x {card.name}" if options.world_size > 1 else card.name
     verdict = "fits" if plan.fits else "does not fit"
@@ -35,7 +35,7 @@ def headline(plan: Plan) -> str:
 
 
 def setting(plan: Plan) -> str:
-    """Models, chunk, precision and optimizer, in one line."""
+    """Describe models, chunk, precision and optimizer in one line."""
     options = plan.options
     parts = [
         f"{plan.image} ({plan.image_parameters / 1e6:.1f} M) + "
@@ -56,7 +56,7 @@ def setting(plan: Plan) -> str:
 
 
 def gib(nbytes: float) -> str:
-    """Bytes as GiB."""
+    """Format bytes as GiB."""
     return f"{nbytes / 2**30:,.2f} GiB"
 
 
@@ -72,26 +72,26 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _memory_rows(plan: Plan) -> Iterator[tuple[str, int, str]]:
-    options, waits = plan.options, {"device": "the whole batch waits on the card"}
+    options, stored = plan.options, {"device": "the whole batch is stored on the card"}
     yield "parameters", plan.parameter_bytes, "fp32"
     buckets = options.world_size > 1 and options.zero == 0
-    yield "gradients", plan.gradient_bytes, "and as much again in DDP's buckets" * buckets
+    yield "gradients", plan.gradient_bytes, "DDP's buckets take the same again" * buckets
     yield "optimizer states", plan.optimizer_bytes, "and the averaged weights" * options.ema
-    yield "inputs", plan.input_bytes, waits.get(options.inputs, "two chunks at a time")
+    yield "inputs", plan.input_bytes, stored.get(options.inputs, "two chunks at a time")
     yield "features", plan.feature_bytes, "of the whole batch, with gradients"
     yield "loss workspace", plan.loss_bytes, "while the loss runs"
     yield "one chunk's graph, image", plan.image_graph_bytes, "kept for its backward"
-    alone = "one of the two at a time" if options.world_size == 1 else "both of them at once"
+    alone = "not at the same time as image" if options.world_size == 1 else "along with image"
     yield "one chunk's graph, text", plan.text_graph_bytes, alone
     images, texts = plan.kept_chunks
     if images or texts:
         graphs = images * plan.image_graph_bytes + texts * plan.text_graph_bytes
         yield "graphs kept", graphs, f"of {images:,} + {texts:,} more chunks, not replayed"
-    yield "peak of the embed", plan.embed_peak_bytes, "all tensors that live then"
+    yield "peak of the embed", plan.embed_peak_bytes, "all tensors alive"
     yield "peak of the loss", plan.loss_peak_bytes, ""
     yield "peak of the replay", plan.replay_peak_bytes, ""
     yield "allocator", plan.allocator_bytes, "segments beyond the largest peak"
-    yield "CUDA context", options.context_bytes, "not the allocator's"
+    yield "CUDA context", options.context_bytes, "outside of the allocator"
     yield "total", plan.total_bytes, "fits" if plan.fits else "does not fit"
 
 
@@ -106,7 +106,7 @@ def _methods_table(plan: Plan) -> Table:
 
 
 def batch_text(method: Method) -> str:
-    """The largest batch, as a person reads it."""
+    """Format the largest batch for people."""
     if method.largest_batch is None:
         return "unknown"
     prefix = "over " if method.at_least else ""
@@ -118,19 +118,19 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"Largest chunk with which batch {plan.options.batch_size:,} fits: {chunk}."
     share = f"{100 * plan.recomputed_share:.0f} %"
     if not plan.fits and plan.options.inputs == "device":
-        yield f"Inputs take {gib(plan.input_bytes)} of it: --inputs host copies them by the chunk."
+        yield f"Inputs take {gib(plan.input_bytes)} of it: --inputs host copies chunk by chunk."
     yield f"A step is {plan.flops / 1e12:,.1f} Tflop on each card, {share} of it for the replay."
     if plan.least_step_ms is None:
         what = plan.options.precision if plan.card.tflops else "any precision"
-        yield f"No matrix rate of {plan.card.name} in {what} is known, so there is no time."
+        yield f"The matrix rate of {plan.card.name} in {what} is unknown, so no time is given."
     else:
         pairs = plan.options.batch_size / plan.least_step_ms * 1e3
         yield (
             f"At the full matrix rate of {plan.card.name} it takes {_duration(plan.least_step_ms)} "
-            f"({pairs:,.0f} pairs/s): an upper bound of speed, which no step reaches."
+            f"({pairs:,.0f} pairs/s): an upper bound of speed that no step reaches."
         )
     yield (
-        f"Sizes were extrapolated, tensor by tensor, from chunks of 8 and 16 rows on the meta "
+        f"Sizes are extrapolated, tensor by tensor, from chunks of 8 and 16 rows on the meta "
         f"device; planned in {plan.seconds:.1f} s."
     )
 

@@ -1,4 +1,4 @@
-"""The work of a step, traced from both towers and the losses of a plan."""
+"""Traces the work of a step: both towers and the losses of a plan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from gradcache_clip.train.token_towers import TokenEncoder, Tokens
 from gradcache_clip.train.towers import DualEncoder
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# What cuBLAS takes through torch's allocator: ":4096:2:16:8", and ":4096:8" from Hopper on, in KiB.
+# cuBLAS's workspace from torch's allocator, by torch's defaults in KiB: ":4096:2:16:8", and
+# ":4096:8" from Hopper on.
 _CUBLAS_BYTES = {False: (2 * 4096 + 8 * 16) * 1024, True: 8 * 4096 * 1024}
 _HOPPER = 90
 
@@ -37,20 +38,20 @@ _PLAIN: tuple[Pass, ...] = ("plain",)
 
 @dataclass(frozen=True)
 class Traced:
-    """The work of one pair, with and without activation checkpointing."""
+    """Work of one pair of towers, with and without activation checkpointing."""
 
     step: Work
-    """As the options ask for it."""
+    """As in the options."""
     plain: Work
     """Without checkpointing, for a plain step."""
     checkpointed: Work | None
-    """With it; None where a tower does not support it."""
+    """With checkpointing; None if a tower does not support it."""
     note: str = ""
-    """Then, why."""
+    """Why it does not."""
 
 
 def trace_all(encoder: DualEncoder, sizes: Sizes, options: PlanOptions, card: Card) -> Traced:
-    """Trace both towers as they are and checkpointed, which they are from here on.
+    """Trace both towers as they are and checkpointed. Leaves checkpointing enabled.
 
     Raises:
         ValueError: the options ask for checkpointing and a tower does not support it.
@@ -78,7 +79,7 @@ def work_of(
     passes: Sequence[Pass] = _ALL,
     device_kind: DeviceKind = "cuda",
 ) -> Work:
-    """Trace everything that a step is made of; the layers run for two numbers of rows."""
+    """Trace all parts of a step; each part runs at two or three numbers of rows."""
     dtype, tokens = _AUTOCAST.get(options.precision), isinstance(encoder, TokenEncoder)
     with DeviceRules(device_kind, dtype), torch.no_grad():
         features = [encode(inputs(2)) for encode, inputs, _ in _passes(encoder, sizes)]
@@ -125,7 +126,7 @@ def towers_of(
     *,
     device_kind: DeviceKind = "cuda",
 ) -> tuple[TowerWork, TowerWork]:
-    """Both towers, traced; `feature_bytes` are those of a row of the feature of each."""
+    """Trace both towers; `feature_bytes` are the bytes of one row of each one's features."""
     dtype = _AUTOCAST.get(options.precision)
     towers = []
     passed = zip(_passes(encoder, sizes), feature_bytes, strict=True)
@@ -140,7 +141,7 @@ def towers_of(
 def _passes(
     encoder: DualEncoder, sizes: Sizes
 ) -> list[tuple[Callable[[Any], Tensor], Callable[[int], Any], int]]:
-    """Of each tower: inputs to features, inputs of so many rows, and bytes of a row of them."""
+    """Return for each tower: its encoder, a function that makes n rows of inputs, bytes per row."""
 
     def encode_text(texts: Any) -> Tensor:
         found: Any = encoder.encode_text(texts)
@@ -161,7 +162,7 @@ def _shares(options: PlanOptions) -> dict[str, float]:
 def _reserved(
     encoder: DualEncoder, options: PlanOptions, card: Card, trained: Sequence[int]
 ) -> tuple[tuple[str, int], ...]:
-    """Memory that libraries hold throughout: cuBLAS, DDP's buckets, ZeRO-3's parameters."""
+    """Return memory that libraries hold throughout: cuBLAS, DDP's buckets, ZeRO-3's parameters."""
     held = [("workspace", _CUBLAS_BYTES[card.capability >= _HOPPER])]
     if options.world_size > 1 and options.zero == 0:
         held.append(("gradient", sum(trained)))
@@ -170,5 +171,6 @@ def _reserved(
             sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
             for module in encoder.modules()
         )
+        # The current layer, and the next one prefetched.
         held.append(("gathered parameters", 2 * largest))
     return tuple(held)

@@ -1,4 +1,4 @@
-"""`gradcache-clip plan`: will this pair, batch and card go together? No GPU, no weights."""
+"""`gradcache-clip plan`: will these models and this batch fit a card? Needs no GPU or weights."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
 
 
 def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) -> Plan:
-    """Plan a step of gradient caching for two models on a card: its needs, and what else fits.
+    """Plan a step of gradient caching for two models on a card, and find the largest sizes.
 
-    Models are built on the meta device and traced there: no GPU is needed and no weight is loaded.
-    Each tower runs at two numbers of rows; the size of every tensor is then extrapolated linearly
-    to the batch and chunk in question, and PyTorch's caching allocator is played through.
+    Builds and traces the models on the meta device, so no GPU is needed and no weights are loaded.
+    Each tower runs at two numbers of rows; the size of every tensor is extrapolated linearly to the
+    batch and chunk in question, and PyTorch's caching allocator is simulated.
 
     Args:
         image: a timm name.
-        text: a short name such as "bert-base", a published name, or a type of transformers.
+        text: a short name such as "bert-base", a published name, or a transformers model type.
         gpu: a card such as "RTX 4090", or an amount of memory such as "24GB".
-        options: how the step is taken; its defaults where None.
+        options: of the step; defaults when None.
 
     Raises:
         ValueError: an unknown model or card (with the nearest names), or options that contradict
             each other or the card.
-        TypeError: models that are no names.
+        TypeError: a model that is not given by name.
 
     Example:
         >>> options = PlanOptions(batch_size=4096, chunk_size=32, image_size=32)
@@ -78,10 +78,10 @@ def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) ->
 
 
 def plan_config(config: PairsConfig, gpu: str, options: PlanOptions | None = None) -> Plan:
-    """The same for a configuration of the training command; see `options_of` for its options.
+    """Plan the step of a training configuration; see `options_of` for the default options.
 
     Raises:
-        ConfigError: a loss over views or a queue, too, which are not counted.
+        ConfigError: also for programs and losses that cannot be planned: views, texts, queues.
     """
     started = time.perf_counter()
     _check_counted(config)
@@ -97,10 +97,10 @@ def plan_config(config: PairsConfig, gpu: str, options: PlanOptions | None = Non
 
 
 def options_of(config: PairsConfig) -> PlanOptions:
-    """The options that a training configuration implies, on one process.
+    """Return the options that a training configuration implies, on one process.
 
     Raises:
-        ConfigError: as `plan_config`.
+        ConfigError: as for `plan_config`.
     """
     _check_counted(config)
     train, distributed = config.train, config.distributed
@@ -124,16 +124,15 @@ def options_of(config: PairsConfig) -> PlanOptions:
 def _check_counted(config: Config) -> None:
     if config.program == "texts":
         raise ConfigError(
-            "program: expected pairs, since plan counts an image and a text tower, got texts, "
-            "which need the graph of one chunk at a time: lower train.chunk_tokens or "
-            "train.chunk_size where a step does not fit"
+            "program: expected pairs, since plan needs an image and a text tower, got texts; "
+            "if a step does not fit, lower train.chunk_tokens or train.chunk_size"
         )
     name = config.loss.name
     if name not in ("clip", "siglip", "late_interaction"):
         raise ConfigError(
-            f"loss.name: expected clip, siglip or late_interaction, which compare an image with a "
-            f"text, got {name}: views and queues are not counted; plan the same towers with "
-            "program=pairs, loss.name=clip and a learned scale"
+            f"loss.name: expected clip, siglip or late_interaction, which compare images with "
+            f"texts, got {name}, whose views or queue plan does not count; plan the same towers "
+            "with program=pairs, loss.name=clip and a learned scale"
         )
 
 
@@ -165,7 +164,7 @@ def _planned(
 
 
 def _capacity(card: Card, options: PlanOptions) -> int:
-    """Bytes of the card that the allocator may take."""
+    """Return the bytes of the card that are left for the allocator."""
     budget = options.budget_bytes or 0
     for name, taken in (("context_bytes", options.context_bytes), ("memory_budget", budget)):
         if taken >= card.memory_bytes:

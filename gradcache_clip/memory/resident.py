@@ -10,7 +10,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def resident_bytes() -> int:
-    """Physical memory that this process holds now, in bytes.
+    """Return the physical memory of this process in bytes.
 
     VmRSS of /proc/self/status (reported in units of 1,024 bytes) on Linux, else psutil's rss.
 
@@ -26,12 +26,12 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most physical memory that this process ever held, in bytes.
+    """Return the peak physical memory of this process in bytes.
 
-    On Linux this is VmHWM of /proc/self/status (reported in units of 1,024 bytes), which
-    `reset_peak_resident_bytes` can set back. Elsewhere it is `ru_maxrss` of getrusage(2), which
-    macOS gives in bytes and other systems in units of 1,024, or, where there is no getrusage,
-    psutil's peak working set. Shared libraries count, so compare with a value from before.
+    On Linux this is VmHWM of /proc/self/status (in units of 1,024 bytes), which
+    `reset_peak_resident_bytes` can reset. Elsewhere it is `ru_maxrss` of getrusage(2), in bytes on
+    macOS and in units of 1,024 on other systems, or psutil's peak working set on Windows. Shared
+    libraries count, so compare with an earlier value.
 
     Example:
         >>> peak_resident_bytes() >= resident_bytes() - 1_000_000
@@ -50,10 +50,10 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak_resident_bytes() -> bool:
-    """Set the peak back to the present resident memory; False where the system cannot.
+    """Reset the peak to the current resident memory; returns False if the system cannot.
 
-    Linux does so when "5" is written to /proc/self/clear_refs (proc(5)). Where False comes back, a
-    peak can only be trusted in a process that has done nothing larger before.
+    On Linux, writes "5" to /proc/self/clear_refs (proc(5)). If False, trust a peak only in a fresh
+    process.
 
     Example:
         >>> reset_peak_resident_bytes() in (True, False)

@@ -1,4 +1,4 @@
-"""Errors about tensors without values that say in which module they arose."""
+"""Adds the name of the running module to errors about tensors without values."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 def naming_modules(
     roots: Mapping[str, nn.Module], needs_data: tuple[type[Exception], ...]
 ) -> Iterator[None]:
-    """Turn errors of these kinds into a `ValueError` that names the module that was running.
+    """Turn errors of these types into a `ValueError` that names the module that was running.
 
     Args:
-        roots: modules whose parts are named, by what a person calls them.
-        needs_data: what torch raises where the values of a tensor are asked for.
+        roots: modules to look for the running one in, by name.
+        needs_data: errors that torch raises when the values of a tensor are needed.
 
     Raises:
-        ValueError: a module branches on the values of a tensor, or uses an op without shapes.
+        ValueError: a module branches on tensor values, or uses an op with data-dependent shapes.
     """
     running: list[nn.Module] = []
 
     def enter(module: nn.Module, _: Any) -> None:
         running.append(module)
 
-    # Not called for a module that raises, which therefore stays above those around it.
+    # Not called for a module that raises, so that one stays on the stack, above its parents.
     def leave(module: nn.Module, _: Any, __: Any) -> None:
         while running.pop() is not module:
             pass
@@ -38,7 +38,7 @@ def naming_modules(
         yield
     except needs_data as error:
         raise ValueError(
-            f"{_place(running, roots)}: expected ops whose shapes follow from their inputs' "
+            f"{_running_name(running, roots)}: expected ops whose shapes follow from their inputs' "
             f"shapes, got {error}, which needs the values of a tensor; pass an input that avoids "
             "this branch, or measure a real step under LiveBytes"
         ) from error
@@ -47,8 +47,8 @@ def naming_modules(
             hook.remove()
 
 
-def _place(running: list[nn.Module], roots: Mapping[str, nn.Module]) -> str:
-    """Where a step stopped, such as "encoder 1, module 'layers.0.router' (Router)"."""
+def _running_name(running: list[nn.Module], roots: Mapping[str, nn.Module]) -> str:
+    """Name the innermost running module, e.g. "encoder 1, module 'layers.0.router' (Router)"."""
     names = {
         id(child): f"{root}, module {name or '(itself)'!r} ({type(child).__name__})"
         for root, module in roots.items()

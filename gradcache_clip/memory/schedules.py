@@ -1,6 +1,6 @@
-"""The order of work of each way to train, as a timeline of allocations.
+"""Builds the timeline of allocations of each way to train.
 
-B rows of a process, c of them in a chunk, D feature width.
+B rows per process, c rows per chunk, D feature width.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from gradcache_clip.memory.timeline import Timeline
 from gradcache_clip.memory.trace import Trace
 
 Kept = tuple[int, int]
-"""Chunks of the image and the text tower."""
+"""Numbers of chunks of the image and of the text tower."""
 
 _ADDED, _CAST = ", added", "cast"
-# Numbers of runs, above those of replays.
+# Kept graphs number their runs from here on; replays use 0 and 1.
 _FIRST_KEPT = 2
 
 
@@ -26,11 +26,11 @@ class TowerWork:
     trace: Trace
     """Trace of its passes, from `trace_tower`."""
     trainable: bool
-    """Whether anything in it gets a gradient; if not it is never replayed."""
+    """Whether any part gets a gradient; otherwise the tower is never replayed."""
     input_bytes: int
-    """Bytes of one row of its input."""
+    """Bytes per row of its input."""
     feature_bytes: int
-    """Bytes of one row of its feature: a vector, or one for each token."""
+    """Bytes per row of its features: one vector, or one per token."""
 
 
 @dataclass(frozen=True)
@@ -38,36 +38,36 @@ class Work:
     """Work of a step, for any number of rows."""
 
     towers: tuple[TowerWork, TowerWork]
-    """Image and text, in the order in which they run."""
+    """Image and text tower, in the order in which they run."""
     loss: Trace
     full_loss: Trace
-    """The same with a B x B matrix."""
+    """Trace of the loss with a B x B matrix."""
     parameter_bytes: tuple[int, ...]
     """Bytes of each parameter and buffer."""
     optimizer_bytes: tuple[int, ...]
-    """Bytes of each state of the optimizer, and of an average of the weights."""
+    """Bytes of each optimizer state, and of a moving average of the weights."""
     gradient_bytes: int
     """Bytes of all trained parameters."""
     pair_flops: int
-    """Multiplications of the similarity of one image and one text."""
+    """Multiplications to compute the similarity of one image and one text."""
     workspaces: Callable[[int], dict[str, int]]
-    """Bytes inside the tiled loss, by tag, from B."""
+    """Function of B that returns bytes inside the tiled loss, by tag."""
     shares: dict[str, float]
-    """As `Timeline` takes them."""
+    """Shares of this process; see `Timeline`."""
     world_size: int = 1
-    """Processes that share the batch; each embeds B rows and needs the features of all."""
+    """Processes that share the batch; each embeds B rows and gathers the features of all."""
     reserved_bytes: tuple[tuple[str, int], ...] = ()
-    """Further storages that live throughout: their kind and bytes."""
+    """Kind and bytes of further storages that live throughout the step."""
     inputs_on_device: bool = True
-    """Whether the whole batch waits on the device, or two chunks of it at a time."""
+    """Whether the whole batch is on the device, or two chunks at a time."""
     rounded: bool = True
-    """Sizes as the CUDA allocator rounds them."""
+    """Round sizes like the CUDA allocator."""
 
 
 def plain_step(work: Work, rows: int, chunk: int) -> Timeline:
-    """Both towers over all rows at once.
+    """Build a plain step: both towers over all rows at once.
 
-    The matrix of logits of all processes is on each of them, as plain losses have it.
+    Every process holds the whole matrix of logits, as plain losses do.
     """
     timeline, (image, text) = _started(work, rows, rows), work.towers
     timeline.enter("forward")
@@ -82,9 +82,9 @@ def plain_step(work: Work, rows: int, chunk: int) -> Timeline:
 
 
 def accumulated_step(work: Work, rows: int, chunk: int) -> Timeline:
-    """As open_clip accumulates: features of all rows, then each chunk against all of them.
+    """Build a step of open_clip's accumulation: embed all rows, then each chunk against all.
 
-    Every chunk holds the graphs of both towers and the matrix of logits of all processes at once.
+    Every chunk holds the graphs of both towers and the whole matrix of logits.
     """
     chunk, timeline = min(chunk, rows), _started(work, rows, chunk)
     timeline.enter("embed")
@@ -92,6 +92,7 @@ def accumulated_step(work: Work, rows: int, chunk: int) -> Timeline:
         timeline.run(tower.trace, "embed", "embed end", rows=chunk)
         timeline.hold([rows * tower.feature_bytes], "feature")
     everyone = rows * work.world_size
+    # Two chunks show the peak: the second one adds to existing gradients, further ones repeat it.
     for number in range(1 + (chunk < rows)):
         timeline.enter(f"chunk {number}")
         for tower in work.towers:
@@ -106,9 +107,9 @@ def accumulated_step(work: Work, rows: int, chunk: int) -> Timeline:
 
 
 def cached_step(work: Work, rows: int, chunk: int, *, kept: Kept = (0, 0)) -> Timeline:
-    """Gradient caching: embed, loss, replay, with the graphs of so many chunks of each tower kept.
+    """Build a step of gradient caching that keeps the graphs of `kept` chunks of each tower.
 
-    One more is kept of the last tower in any case, unless replays carry both towers.
+    The last tower always keeps one more, unless replays run both towers together.
     """
     chunk, timeline = min(chunk, rows), _started(work, rows, min(chunk, rows))
     replays = _Replays(timeline, work, rows, chunk)
@@ -130,9 +131,9 @@ def cached_step(work: Work, rows: int, chunk: int, *, kept: Kept = (0, 0)) -> Ti
 
 
 class _Replays:
-    """The forwards and backwards of a cached step: of many alike chunks two are run.
+    """Forwards and backwards of a cached step. Of equal chunks only two are run.
 
-    The second one meets the gradients that the first one made; a third would change nothing.
+    The second one adds to the gradients of the first; a third would repeat the second.
     """
 
     def __init__(self, timeline: Timeline, work: Work, rows: int, chunk: int) -> None:
@@ -145,10 +146,10 @@ class _Replays:
         self._has_gradients: set[int] = set()
 
     def keep(self, kept: Kept) -> None:
-        """Graphs that stay from the embed: of each tower a few are run, others only hold bytes.
+        """Keep graphs from the embed: run a few of each tower, and count bytes for the others.
 
-        Graphs of a tower share their casts, which live until the last of them is gone. Autocast
-        itself forgets them before the loss, as before the backward of a plain step.
+        Graphs of a tower share autocast's casts, which live until the last graph is freed. Autocast
+        drops its own references before the loss, as before the backward of a plain step.
         """
         for tower, count in zip(self.work.towers, kept, strict=True):
             runs, rest = self._runs_of(tower, count)
@@ -158,7 +159,7 @@ class _Replays:
                 self._run_kept("forward", tower, rows, number, runs)
 
     def _runs_of(self, tower: TowerWork, count: int) -> tuple[list[int], int]:
-        """Rows of the kept graphs that are run, the tower's last one last, and of the others."""
+        """Return rows of each kept graph to run, the tower's last chunk last, and of the others."""
         if not tower.trainable:
             return [], 0
         in_any_case = [self._last_rows] if tower is self._last else []
@@ -179,7 +180,7 @@ class _Replays:
             self.timeline.run(tower.trace, "forward plain", **numbered, without=casts)
 
     def take_kept(self) -> None:
-        """Their backwards, all but the last of a tower while the other graphs are still there."""
+        """Run backwards of the kept graphs; only the last one of a tower after others are freed."""
         for tower, runs, graphs in self._kept:
             for number, rows in enumerate(runs):
                 if number == len(runs) - 1:
@@ -187,7 +188,7 @@ class _Replays:
                 self._run_kept("backward", tower, rows, number, runs)
 
     def take_others(self) -> None:
-        """Chunks that run again: both towers at once, or one after the other."""
+        """Replay the other chunks: both towers together on several processes, else in turn."""
         towers = [tower for tower in self.work.towers if self._left.get(id(tower), 0) > 0]
         for group in [towers] if self.work.world_size > 1 else [[tower] for tower in towers]:
             for number in range(min(2, max(self._left[id(tower)] for tower in group))):
@@ -206,7 +207,7 @@ class _Replays:
 
 
 def kept_within(work: Work, rows: int, chunk: int, budget: int) -> Kept:
-    """Chunks of each tower whose graphs a budget has room for, those of the first tower first."""
+    """Return how many graphs of each tower fit a budget; the first tower comes first."""
     counts = []
     for tower, most in zip(work.towers, all_kept(work, rows, chunk), strict=True):
         counts.append(min(most, budget // max(1, kept_bytes(tower, chunk))))
@@ -215,39 +216,40 @@ def kept_within(work: Work, rows: int, chunk: int, budget: int) -> Kept:
 
 
 def all_kept(work: Work, rows: int, chunk: int) -> Kept:
-    """All chunks that may be kept, beside the one that is in any case."""
+    """Return how many chunks of each tower may be kept, besides the one that always is."""
     chunks = -(-rows // min(chunk, rows))
     if work.world_size > 1:
-        # The first and the last replay exchange gradients.
+        # The first and the last replay exchange gradients, so they cannot be skipped.
         return max(0, chunks - 2), max(0, chunks - 2)
     image, text = work.towers
     return (chunks - (not text.trainable)) * image.trainable, (chunks - 1) * text.trainable
 
 
 def kept_bytes(tower: TowerWork, rows: int) -> int:
-    """Bytes of graphs of so many rows beside others, whose casts they share."""
+    """Return the bytes of a kept graph of `rows`, without casts, which it shares with others."""
     return tower.trace.bytes_left_by("forward plain", rows, without=_CAST) * tower.trainable
 
 
 def graph_bytes(tower: TowerWork, rows: int) -> int:
-    """Bytes alive between the forward and the backward of a chunk."""
+    """Return the bytes alive between forward and backward of a chunk."""
     return tower.trace.bytes_left_by("forward replay", rows) if tower.trainable else 0
 
 
 def _started(work: Work, rows: int, chunk: int) -> Timeline:
-    """Bytes present before the step: weights, states, inputs."""
+    """Return a timeline with everything alive before the step: weights, states, inputs."""
     timeline = Timeline(work.shares, work.workspaces(rows), work.rounded)
     timeline.enter("start")
     timeline.hold(list(work.parameter_bytes), "parameter")
     timeline.hold(list(work.optimizer_bytes), "optimizer")
     for kind, nbytes in work.reserved_bytes:
         timeline.hold([nbytes], kind)
+    # From the host, the current chunk and the next one.
     at_once = rows if work.inputs_on_device else min(rows, 2 * chunk)
     timeline.hold([tower.input_bytes * at_once for tower in work.towers], "input")
     return timeline
 
 
 def _gathered(work: Work, rows: int) -> list[int]:
-    """Features of the other processes, of both towers."""
+    """Return the bytes of features from other processes, for both towers."""
     others = (work.world_size - 1) * rows
     return [others * tower.feature_bytes for tower in work.towers] if others else []

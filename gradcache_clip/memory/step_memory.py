@@ -1,4 +1,4 @@
-"""Count a training step on fake tensors: nothing is allocated or computed.
+"""Counts the memory of a training step on fake tensors, without allocating or computing.
 
 B rows of the batch, D feature width.
 """
@@ -29,12 +29,12 @@ Encoders = nn.Module | Sequence[nn.Module]
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that live at the peak of a training step, by what they are for."""
+    """Bytes alive at the peak of a training step, by purpose."""
 
     parameter_bytes: int
     """Parameters and buffers of encoders and loss."""
     gradient_bytes: int
-    """Parameter gradients that exist when the peak is reached, which may be none of them."""
+    """Parameter gradients that exist at the peak; there may be none yet."""
     optimizer_bytes: int
     """States of the optimizer, such as the two moments of AdamW."""
     input_bytes: int
@@ -68,27 +68,27 @@ def count_plain_step(
     optimizer_states: int = 2,
     rounding: Rounding = "none",
 ) -> StepMemory:
-    """Memory of `loss(*[encoder(x) for encoder, x in zip(encoders, inputs)]).backward()`.
+    """Count `loss(*[encoder(x) for encoder, x in zip(encoders, inputs)]).backward()`.
 
-    The step starts without gradients, as after `optimizer.zero_grad()`. Autocast and training or
-    evaluation mode count as they are set at the call. The optimizer's own temporaries and
-    workspaces inside an op are not counted.
+    The step starts without gradients, as after `optimizer.zero_grad()`, under the autocast state
+    and training modes of the caller. Temporaries of the optimizer and workspaces inside an op are
+    not counted.
 
     Args:
-        encoders: as for `GradCache`; on any device, the meta device included.
-        loss: called with the features; a scalar tensor or an object whose `.loss` is one. For
-            the plain step of CLIP: `ClipLoss(impl="reference")`, which stores the B x B matrix.
-        example_inputs: one for each encoder, nested as it wants it, with any number of rows.
-        batch_size: B, the rows to count for.
+        encoders: as for `GradCache`; on any device, also meta.
+        loss: of the features; returns a scalar tensor or an object whose `.loss` is one. For a
+            plain CLIP step pass `ClipLoss(impl="reference")`, which stores the B x B matrix.
+        example_inputs: one per encoder, in its own structure, with any number of rows.
+        batch_size: B, the number of rows to count for.
         get_features: extracts the features from the encoders' outputs, as for `GradCache`.
         auxiliary_losses: weights of losses that the encoders return, as for `GradCache`.
-        optimizer_states: tensors of a parameter's size that the optimizer keeps for each
-            trainable parameter: 2 for AdamW, 1 for momentum, 0 for plain SGD.
+        optimizer_states: tensors that the optimizer keeps per trainable parameter: 2 for AdamW, 1
+            for momentum, 0 for plain SGD.
         rounding: as for `LiveBytes`.
 
     Raises:
-        ValueError: sizes below 1, inputs that disagree, or a module whose work depends on the
-            values of a tensor; the error names it.
+        ValueError: sizes below 1, inputs that disagree, or a module whose work depends on tensor
+            values; the error names it.
 
     Example:
         >>> import torch
@@ -109,7 +109,7 @@ def count_plain_step(
             features = [_forward(tower) for tower in step.towers]
             live.mark(_whole_storages(features), "feature")
             loss_value = loss_of(step.plan, evaluate(step.plan, features, {}))
-            # As after a `with torch.autocast` block, whose exit drops the casts and comes first.
+            # The caller's autocast block usually ends, and drops its casts, before the backward.
             forget_autocast_casts()
             with autocast_off(step.device_types):
                 loss_value.backward()
@@ -128,14 +128,15 @@ def count_cached_step(
     optimizer_states: int = 2,
     rounding: Rounding = "none",
 ) -> StepMemory:
-    """Memory of `GradCache(encoders, loss, chunk_size=chunk_size)(*inputs)` in one process.
+    """Count `GradCache(encoders, loss, chunk_size=chunk_size)(*inputs)` on one process.
 
-    Parameters, gradients, optimizer, inputs and features of the whole batch, and the largest of
-    one chunk without its graph, the loss's workspace, and one chunk with its graph. The engine
-    itself runs on fake tensors, over three chunks of each encoder: more would be like the second.
+    The peak holds parameters, gradients, optimizer states, inputs and features of the whole batch,
+    and the largest of: one chunk without its graph, the loss's workspace, one chunk with its graph.
+    The engine itself runs on fake tensors, over three chunks per encoder; further ones would repeat
+    the second.
 
-    Args, raises: as for `count_plain_step`; `chunk_size` is the rows of one chunk, and `loss`
-        should be one that keeps to a tile, such as `ClipLoss()`.
+    Args, raises: as for `count_plain_step`; `chunk_size` is the number of rows per chunk, and
+        `loss` should work in tiles, as `ClipLoss()` does.
 
     Example:
         >>> import torch
@@ -176,7 +177,7 @@ def _forward(tower: Tower) -> Any:
 
 
 def _whole_storages(features: Any) -> list[Tensor]:
-    """Features that own their memory; a view into an activation keeps all of the activation."""
+    """Return features that own their memory; a view keeps the whole activation alive."""
     return [
         tensor
         for tensor in pytree.tree_leaves(features)

@@ -1,4 +1,4 @@
-"""A training step as one list of allocations and frees, put together from traces."""
+"""A training step as a list of allocations and frees, assembled from traces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = int
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that lived at once, in bytes."""
+    """Maximum of bytes alive at once."""
 
     nbytes: int
     by_kind: dict[str, int]
@@ -25,12 +25,12 @@ class Peak:
 
 @dataclass
 class Timeline:
-    """Allocations and frees in the order of a step; every number stands for one storage.
+    """Allocations and frees in the order of a step; every storage has a number.
 
     Args:
-        shares: part of a kind that this process holds, such as {"optimizer": 1 / 4} under ZeRO.
-        tags: size in bytes of the storages of a kind that traces leave open.
-        rounded: sizes as the CUDA allocator rounds them, to 512 bytes.
+        shares: this process's share of a kind, such as {"optimizer": 1 / 4} under ZeRO.
+        tags: bytes of storages whose sizes are not in the traces, by kind.
+        rounded: round sizes like the CUDA allocator, to 512 bytes.
     """
 
     shares: dict[str, float] = field(default_factory=dict)
@@ -40,15 +40,15 @@ class Timeline:
     _phases: list[tuple[int, str]] = field(default_factory=list)
     _sizes: list[numpy.ndarray] = field(default_factory=list)
     _kinds: list[str] = field(default_factory=list)
-    _places: dict[tuple[int, Rows, int], int] = field(default_factory=dict)
+    _offsets: dict[tuple[int, Rows, int], int] = field(default_factory=dict)
     _length: int = 0
 
     def enter(self, phase: str) -> None:
-        """Begin a part of the step."""
+        """Begin a phase of the step."""
         self._phases.append((self._length, phase))
 
     def hold(self, sizes: list[int] | numpy.ndarray, kind: str) -> range:
-        """Allocate storages of these bytes; their numbers."""
+        """Allocate storages of these sizes in bytes; returns their numbers."""
         first = len(self._kinds) + 1
         self._add_storages(numpy.asarray(sizes, dtype=numpy.float64), [kind] * len(sizes))
         numbers = range(first, first + len(sizes))
@@ -56,36 +56,36 @@ class Timeline:
         return numbers
 
     def drop(self, numbers: range) -> None:
-        """Free what was held."""
+        """Free storages by their numbers."""
         self._add_events(-numpy.array(numbers, dtype=numpy.int64))
 
     def run(
         self, trace: Trace, *segments: str, rows: Rows, again: int = 0, without: str = ""
     ) -> None:
-        """Append segments of a trace, leaving out storages of a kind that are there already.
+        """Append segments of a trace, without storages of a kind that already exist.
 
-        `again` tells apart two runs of the same segment.
+        `again` distinguishes runs of the same trace, whose storages differ.
         """
-        place = id(trace), rows, again
-        if place not in self._places:
-            self._places[place] = len(self._kinds)
+        run = id(trace), rows, again
+        if run not in self._offsets:
+            self._offsets[run] = len(self._kinds)
             self._add_storages(self._open_sizes(trace, rows), list(trace.kinds))
         for segment in segments:
             events = trace.segments[segment]
             if without in trace.kinds:
                 others = numpy.array([kind != without for kind in trace.kinds])
                 events = events[others[abs(events) - 1]]
-            self._add_events(events + numpy.sign(events) * self._places[place])
+            self._add_events(events + numpy.sign(events) * self._offsets[run])
 
     def peak(self) -> Peak:
-        """When most bytes live, and what they are."""
+        """Return the peak of the step, its phase and its composition."""
         events, sizes = self.events(), self.sizes()
         live = numpy.cumsum(numpy.sign(events) * sizes[abs(events) - 1])
         at = int(live.argmax())
         return Peak(int(live[at]), self._by_kind(events[: at + 1], sizes), self._phase_at(at))
 
     def peak_of(self, phase: str) -> Peak:
-        """The same within one phase."""
+        """Return the peak within one phase."""
         events, sizes = self.events(), self.sizes()
         live = numpy.cumsum(numpy.sign(events) * sizes[abs(events) - 1])
         start, stop = self._span(phase)
@@ -93,15 +93,15 @@ class Timeline:
         return Peak(int(live[at]), self._by_kind(events[: at + 1], sizes), phase)
 
     def live_at(self, phase: str) -> int:
-        """Bytes that live when a phase begins."""
+        """Return the bytes alive at the beginning of a phase."""
         events, sizes = self.events()[: self._span(phase)[0]], self.sizes()
         return int((numpy.sign(events) * sizes[abs(events) - 1]).sum())
 
     def reserved(self, capacity: int | None = None) -> int:
-        """Most bytes of segments that the CUDA allocator takes for this step.
+        """Simulate the CUDA allocator; returns the peak bytes of its segments.
 
         Raises:
-            DoesNotFit: more than `capacity` bytes would be needed.
+            DoesNotFit: the step needs more than `capacity` bytes.
         """
         allocator, blocks, sizes = CachingAllocator(capacity), {}, self.sizes()
         whole = [int(size) for size in sizes]
@@ -114,11 +114,11 @@ class Timeline:
         return allocator.peak_reserved
 
     def events(self) -> numpy.ndarray:
-        """Numbers of storages as they are allocated, negative as they are freed."""
+        """Return all events: numbers of allocated storages, negative numbers of freed ones."""
         return numpy.concatenate(self._events)
 
     def sizes(self) -> numpy.ndarray:
-        """Bytes of every storage."""
+        """Return the bytes of every storage."""
         sizes = numpy.concatenate(self._sizes)
         if self.shares:
             sizes = sizes * [self.shares.get(kind, 1.0) for kind in self._kinds]

@@ -1,4 +1,4 @@
-"""The passes of one tower over a chunk, traced on the meta device: embed, replay, replay again."""
+"""Traces the passes of one tower over a chunk on the meta device: embed, plain pass, replay."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from gradcache_clip.memory.device_rules import DeviceKind, DeviceRules
 from gradcache_clip.memory.running_module import naming_modules
 from gradcache_clip.memory.trace import Recorder, Trace, join_recordings
 
+# Two sizes, for storages that grow linearly.
 _ROWS = (8, 16)
-# What torch raises where a meta tensor's value is asked for.
+# Errors that torch raises when the value of a meta tensor is needed.
 _NEEDS_DATA = (RuntimeError, NotImplementedError)
 
 Pass = Literal["plain", "replay"]
-"""A forward and backward outside of the engine, where autocast drops its casts before the backward,
-or as a replay, which keeps them until the next one."""
+"""A forward and backward either outside of the engine, where autocast drops its casts before the
+backward, or as a replay, which keeps them until the next one."""
 
 
 def trace_tower(
@@ -33,20 +34,20 @@ def trace_tower(
 ) -> Trace:
     """Record a tower on the meta device.
 
-    Segments: "embed" and "embed end", which drops its casts; for each pass, such as "plain":
-    "forward plain", "backward plain" and "end plain", which drops what is left of its casts, and
-    "backward plain, added", which finds gradients to add to.
+    Segments: "embed", and "embed end", which drops casts; for each pass, e.g. "plain": "forward
+    plain", "backward plain", "end plain", which drops the remaining casts, and "backward plain,
+    added", which adds to existing gradients.
 
     Args:
-        encode: inputs to features (rows, D).
-        module: holds the parameters, on the meta device, in the mode they are trained in.
-        make_inputs: inputs of so many rows, on the meta device.
-        device_kind: whose kernels.
-        dtype: of autocast; None: off.
-        passes: what to record beside the embed.
+        encode: inputs -> features (rows, D).
+        module: holds the parameters, on the meta device and in training mode.
+        make_inputs: number of rows -> inputs on the meta device.
+        device_kind: device whose kernels to follow.
+        dtype: of autocast; None without autocast.
+        passes: passes to record in addition to the embed.
 
     Raises:
-        ValueError: a module that needs the values of a tensor; the error names it.
+        ValueError: a module needs the values of a tensor; the error names it.
     """
     recordings = [
         _recorded(encode, module, make_inputs(rows), DeviceRules(device_kind, dtype), passes)
@@ -92,7 +93,7 @@ def _record_pass(
     if name == "plain":
         rules.forget_casts()
     recorder.cut(f"forward {name}")
-    # A checkpoint that computes again drops its own casts at once, or finds those of a replay.
+    # In a plain backward, checkpoints recompute without cached casts; a replay still has them.
     rules.keeps_casts = name != "plain"
     if features.requires_grad:
         features.backward(torch.empty_like(features))

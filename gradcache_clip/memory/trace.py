@@ -1,4 +1,4 @@
-"""The allocations and frees of a piece of a training step, in order, for any number of rows."""
+"""Traces of allocations and frees in a part of a training step, for any number of rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Recorder(TorchDispatchMode):
-    """Context that writes down what is allocated and freed on the meta device, and flops.
+    """Context manager that records allocations, frees and flops on the meta device.
 
-    Storages are numbered from 1 in the order in which they are made; an event is the number of a
-    storage, negative where it is freed. `cut` ends a segment of events. A segment in which
-    parameters got gradients has a twin, "NAME, added", in which these are added to others.
+    Storages are numbered from 1 in order of creation. An event is the number of a storage, negative
+    if it is freed. `cut` ends a segment of events. A segment in which parameters got gradients has
+    a variant, "NAME, added", in which they add to existing gradients.
 
     Args:
-        known: tensors that are there anyway; their storages do not count.
+        known: tensors that exist before; their storages do not count.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -40,14 +40,14 @@ class Recorder(TorchDispatchMode):
         self._flops = 0
 
     def cut(self, name: str) -> None:
-        """End the segment that began at the last cut, and name it."""
+        """End the segment since the last cut, and name it."""
         self.segments[name], self.flops[name] = self._events, self._flops
         if self._accumulated:
             self.segments[f"{name}, added"] = _freed_where(self._events, self._accumulated)
         self._events, self._accumulated, self._flops = [], [], 0
 
     def mark(self, tensor: Tensor | None, kind: str) -> int:
-        """The storage of a tensor is of this kind, whoever made it; its number."""
+        """Set the kind of a tensor's storage; returns the storage's number."""
         if tensor is None:
             return 0
         number, _ = self._alive[tensor.untyped_storage()._cdata]
@@ -55,7 +55,7 @@ class Recorder(TorchDispatchMode):
         return number
 
     def mark_gradient(self, leaf: Tensor) -> None:
-        """`leaf.grad` is there; had there been one before, it would be freed now, added to that."""
+        """Mark `leaf.grad`, and where it would be freed if it were added to an existing one."""
         if number := self.mark(leaf.grad, "gradient"):
             self._accumulated.append((len(self._events), number))
 
@@ -79,7 +79,7 @@ class Recorder(TorchDispatchMode):
 
     def _see(self, storage: torch.UntypedStorage, kind: str) -> None:
         key = storage._cdata
-        # Random states and constants stay on the host.
+        # Only meta storages count: random states and constants are on the host.
         if key in self._alive or key in self._known or storage.device.type != "meta":
             return
         number = self._add(storage.nbytes(), kind)
@@ -97,12 +97,12 @@ class Recorder(TorchDispatchMode):
         self._events.append(-number)
 
 
-def _freed_where(events: Sequence[int], places: Iterable[tuple[int, int]]) -> list[int]:
-    """The same events with frees of further storages put in at these places."""
+def _freed_where(events: Sequence[int], frees: Iterable[tuple[int, int]]) -> list[int]:
+    """Insert frees, pairs of an index into the events and a storage's number."""
     result, start = [], 0
-    for place, number in places:
-        result += [*events[start:place], -number]
-        start = place
+    for index, number in frees:
+        result += [*events[start:index], -number]
+        start = index
     return [*result, *events[start:]]
 
 
@@ -112,7 +112,7 @@ def _freed(recorder: weakref.ref[Recorder], key: int, _: weakref.ref[Any]) -> No
         live._free(key)
 
 
-# Workspaces inside of these ops, whose size the planner fills in.
+# Ops with a workspace inside, whose size depends on the card and is filled in by the planner.
 _TAGGED = {
     "contrast_statistics": "statistics workspace",
     "contrast_gradient": "gradient workspace",
@@ -123,11 +123,11 @@ _TAGGED = {
 
 @dataclass(frozen=True)
 class Trace:
-    """Segments of events, and the size of every storage as a polynomial in the number of rows.
+    """Segments of events, and the size of each storage as a polynomial in the number of rows.
 
-    Recorded at equally spaced numbers of rows: two for what grows linearly, three for a loss that
-    holds a matrix of all pairs. Between and beyond them sizes are extrapolated storage by storage,
-    exactly: no sum or peak is.
+    Recorded at equally spaced numbers of rows: two for linear growth, three for a loss with a
+    matrix of all pairs. Each storage is extrapolated by itself, which is exact; extrapolating sums
+    or peaks would not be.
     """
 
     segments: dict[str, numpy.ndarray] = field(repr=False)
@@ -137,33 +137,34 @@ class Trace:
     differences: Sequence[numpy.ndarray] = field(repr=False)
     """Forward differences of the sizes in bytes, of order 0, 1 (and 2)."""
     flop_differences: dict[str, Sequence[float]]
-    """The same of the flops of each segment."""
+    """Forward differences of the flops of each segment."""
 
     def sizes(self, rows: int) -> numpy.ndarray:
-        """Bytes of each storage, in float64, which is exact up to 8 PiB."""
+        """Return the bytes of each storage, in float64, which is exact up to 8 PiB."""
         return numpy.rint(self._newton(self.differences, rows))
 
     def flops(self, segment: str, rows: int) -> float:
-        """Operations of matrix products, convolutions and attention: two per multiply-add."""
+        """Return flops of matrix products, convolutions and attention, two per multiply-add."""
         return float(self._newton(self.flop_differences[segment], rows))
 
     def bytes_left_by(self, segment: str, rows: int, *, without: str = "") -> int:
-        """Bytes that a segment allocates and does not free, without storages of a kind."""
+        """Return the bytes that a segment leaves allocated, except storages of a kind."""
         events, sizes = self.segments[segment], self.sizes(rows)
         counted = sizes * [kind != without for kind in self.kinds]
         return int((numpy.sign(events) * counted[abs(events) - 1]).sum())
 
     def _newton(self, differences: Sequence[Any], rows: int) -> Any:
+        """Evaluate Newton's forward-difference polynomial at a number of rows."""
         t = (rows - self.first_rows) / self.step
         terms = (1.0, t, t * (t - 1) / 2)
         return sum(difference * term for difference, term in zip(differences, terms, strict=False))
 
 
 def join_recordings(recordings: Sequence[Recorder], rows: Sequence[int]) -> Trace:
-    """One trace of recordings of the same work at equally spaced numbers of rows.
+    """Combine recordings of the same work at equally spaced numbers of rows into one trace.
 
     Raises:
-        ValueError: the work itself depends on the number of rows.
+        ValueError: the sequence of ops depends on the number of rows.
     """
     first = recordings[0]
     for other, count in zip(recordings, rows, strict=True):
