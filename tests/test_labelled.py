@@ -185,9 +185,7 @@ def test_colours_are_told_apart_by_the_tower():
 def test_shards_without_labels_are_refused_before_the_run(tmp_path):
     coloured(tmp_path / "train", 90, labels=False)
     coloured(tmp_path / "validation", 30)
-    with pytest.raises(
-        ConfigError, match=r"label: expected the class .*train.* got none; write \{"
-    ):
+    with pytest.raises(ConfigError, match=r"label: expected labelled .*train.* got none; write \{"):
         run_recipe("simclr", tmp_path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # Without evaluation nobody asks.

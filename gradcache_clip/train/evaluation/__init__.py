@@ -1,4 +1,4 @@
-"""Retrieval and zero-shot classification without a graph and without an N x N matrix."""
+"""Retrieval and zero-shot classification, without graphs and without an N x N matrix."""
 
 from gradcache_clip.train.evaluation.embed import embed_dataset
 from gradcache_clip.train.evaluation.recall import RetrievalMetrics, recall_at_k, retrieve

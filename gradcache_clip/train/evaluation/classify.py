@@ -1,6 +1,6 @@
-"""Naming the classes of images by their features: nearest neighbours and a linear probe.
+"""Classification by features: k nearest neighbours and a linear probe.
 
-N images, M images of the training set, C classes, D feature width.
+N images to classify, M labelled images, C classes, D feature width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gradcache_clip.train.evaluation.ranking import check_features, check_ids, c
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# The probe's L2 penalty, gradient tolerance and limit of iterations.
+# L2 penalty, gradient tolerance and maximum number of iterations of the probe.
 _PENALTY = 1e-3
 _TOLERANCE, _MOST_PASSES = 1e-6, 1000
 _TILE = 1024
@@ -29,16 +29,19 @@ def knn_classify(
     k: int = 20,
     temperature: float = 0.07,
 ) -> Int[Tensor, " n"]:
-    """The class of each image by its k nearest neighbours in a bank of known ones.
+    """Classify images by a vote of their k nearest neighbours among labelled images.
 
-    A neighbour of cosine similarity s votes for its class with weight exp(s / temperature).
+    A neighbour with cosine similarity s votes for its class with weight exp(s / temperature).
 
     Args:
-        features: of the images to name.
-        bank: of images whose class is known.
-        labels: their classes, 0 to C - 1.
-        k: neighbours that vote; all of the bank if it has fewer.
+        features: of the images to classify.
+        bank: features of the labelled images.
+        labels: classes of the labelled images, 0 to C - 1.
+        k: number of neighbours; all of the bank if it has fewer.
         temperature: of the weights.
+
+    Returns:
+        The class of each image.
 
     Raises:
         ValueError: empty sets, shapes that do not fit, NaN or infinite features.
@@ -58,28 +61,31 @@ def knn_classify(
     _check(features, bank, labels)
 
     def weights(distances: Any) -> Any:
-        # The nearest one votes with weight 1, so that the weights cannot all underflow.
+        # Relative to the nearest neighbour, whose weight is 1, so that not all can underflow.
         return np.exp((distances[:, :1] - distances) / temperature)
 
     neighbours = KNeighborsClassifier(
         min(k, len(bank)), weights=weights, metric="cosine", algorithm="brute"
     )
-    return _named(neighbours, features, bank, labels)
+    return _predict(neighbours, features, bank, labels)
 
 
 def linear_probe(
     features: Float[Tensor, "n d"], bank: Float[Tensor, "m d"], labels: Int[Tensor, " m"]
 ) -> Int[Tensor, " n"]:
-    """The class of each image by logistic regression on a bank of known ones.
+    """Classify images by logistic regression fitted on labelled images.
 
-    Features are brought to mean 0 and deviation 1 over the bank; the classifier minimises the mean
-    cross-entropy plus 0.0005 times the squared weights by Newton steps over the whole bank, from
-    zero, so it draws nothing at random. Between two classes its weights are one vector.
+    Features are standardised over the bank. The classifier minimises the mean cross-entropy plus
+    0.0005 times the squared weights, by Newton steps over the whole bank starting from zero, so it
+    is deterministic. With two classes it has one weight vector.
 
     Args:
-        features: of the images to name.
-        bank: of images whose class is known.
-        labels: their classes, 0 to C - 1.
+        features: of the images to classify.
+        bank: features of the labelled images.
+        labels: classes of the labelled images, 0 to C - 1.
+
+    Returns:
+        The class of each image.
 
     Raises:
         ValueError: empty sets, shapes that do not fit, NaN or infinite features.
@@ -99,19 +105,19 @@ def linear_probe(
     _check(features, bank, labels)
     if len(labels.unique()) == 1:
         return labels[:1].repeat(len(features))
-    # scikit-learn weighs the sum over the bank against half of the squared weights. It runs until
-    # converged, so that no class depends on the last digits of features.
+    # scikit-learn minimises C times the sum of losses plus half of the squared weights. Run until
+    # convergence, so that classes do not depend on the last digits of features.
     regression = LogisticRegression(
         C=1 / (_PENALTY * len(bank)),
         solver="newton-cg",
         tol=_TOLERANCE,
         max_iter=_MOST_PASSES,
     )
-    return _named(make_pipeline(StandardScaler(), regression), features, bank, labels)
+    return _predict(make_pipeline(StandardScaler(), regression), features, bank, labels)
 
 
-def _named(classifier: Any, features: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
-    """Fit a scikit-learn classifier to the bank and name the features."""
+def _predict(classifier: Any, features: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
+    """Fit a scikit-learn classifier on the bank and predict the classes of the features."""
     known, asked = (each.double().numpy(force=True) for each in (bank, features))
     classifier.fit(known, labels.numpy(force=True))
     return torch.from_numpy(classifier.predict(asked)).to(labels.device)

@@ -1,4 +1,4 @@
-"""Features of whole data sets, without graphs."""
+"""Embeds whole data sets without graphs, on one process or several."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """How encoders run over a data set.
+    """Options for embedding a data set.
 
     Args:
         batch_size: rows encoded at once.
         precision: `fp32`, or autocast to `bf16` or `fp16`.
-        peers: the processes that share the batches; by default this one alone.
-        progress: show a bar on stderr, on the first process.
+        peers: processes that share the batches; by default only this one.
+        progress: show a progress bar on stderr of rank 0.
     """
 
     batch_size: int
@@ -47,27 +47,28 @@ def embed_rows(
 ) -> tuple[Tensor, ...] | None:
     """Encode rows in evaluation mode, batch by batch, and gather the features on rank 0.
 
-    All processes call this function together and read all rows; each collates and encodes every
-    n-th batch.
+    Called by all processes together. Every process reads all rows, but collates and encodes only
+    its share of the batches.
 
     Args:
-        encoder: called as `encoder(batch)`, or `encoder(tower, batch)` with a tower.
-        rows: read once.
+        encoder: called as `encoder(batch)`, or as `encoder(tower, batch)` if `tower` is given.
+        rows: consumed once.
         collate: rows of a batch -> a tensor or a dict of tensors, moved to the encoder's device.
         options: batch size, precision and processes.
         tower: number of the tower.
         description: label of the progress bar.
 
     Returns:
-        On rank 0, one CPU tensor for each that the encoder returns, in the order of `rows`. None on
-        the others.
+        On rank 0, one CPU tensor per tensor that the encoder returns, in the order of `rows`. None
+        on other ranks.
 
     Raises:
-        ValueError: no rows.
+        ValueError: there are no rows.
     """
     peers, size, sizes = options.peers, options.batch_size, list[int]()
     device = next(encoder.parameters()).device
 
+    # Every rank reads all rows, so it knows how many rows the last round repeats.
     def batches() -> Iterator[list[Row]]:
         remaining = iter(rows)
         while batch := list(islice(remaining, size)):
@@ -93,7 +94,7 @@ def embed_rows(
 
 @contextmanager
 def evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block."""
+    """Put an encoder into evaluation mode inside the block."""
     was_training = encoder.training
     encoder.eval()
     try:
@@ -116,20 +117,20 @@ def embed_dataset(
     description: str = "embed",
     progress: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Features of a whole data set, without graphs, under a progress bar on stderr.
+    """Embed a whole data set without graphs, with a progress bar on stderr.
 
-    The caller puts the encoder in evaluation mode; `encode` runs as it is.
+    The caller puts the encoder into evaluation mode.
 
     Args:
-        encode: batch -> features, or a tuple of them such as (image_features, text_features);
+        encode: batch -> features, or a tuple of them such as (image_features, text_features), with
             one row per sample.
-        batches: read once.
-        total: number of rows, for the remaining time.
+        batches: consumed once.
+        total: number of rows, to estimate the remaining time.
         description: label of the progress bar.
-        progress: whether to show it.
+        progress: whether to show the bar.
 
     Returns:
-        One tensor for each that `encode` returns, rows in the order of the batches.
+        One tensor per tensor that `encode` returns, rows in the order of the batches.
 
     Raises:
         ValueError: `batches` is empty.

@@ -1,4 +1,4 @@
-"""Features of samples: one vector each, or one per token.
+"""Features with one vector per sample, or one per token.
 
 N samples, L tokens, D feature width; Q queries of A tokens, C candidates of B tokens.
 """
@@ -15,15 +15,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-# Token similarities held at once: 64 MiB.
+# Most token similarities in memory at once: 64 MiB in fp32.
 _MOST_SIMILARITIES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
 class TokenFeatures:
-    """Vectors of the tokens of N samples, indexed like the rows of a tensor.
+    """Token vectors of N samples, indexable by sample like a tensor.
 
-    The score of a query is the mean over its tokens of their best match among the candidate's, so
+    A score is the mean over the query's tokens of each one's best match among the candidate's, so
     image-to-text and text-to-image scores differ:
 
         score_qc = mean over tokens a of q of (max over tokens b of c of <x_qa, y_cb>)
@@ -32,10 +32,10 @@ class TokenFeatures:
 
     Args:
         vectors: (N, L, D), floating.
-        mask: (N, L) bool, True for tokens that count.
+        mask: (N, L) bool, False for padding.
 
     Raises:
-        ValueError: shapes that do not fit, or a sample without a token that counts.
+        ValueError: shapes that do not match, or a sample of padding only.
 
     Example:
         >>> image = TokenFeatures(torch.eye(2)[None], torch.ones(1, 2, dtype=torch.bool))
@@ -57,7 +57,7 @@ class TokenFeatures:
         empty = (~self.mask.any(1)).nonzero().flatten()
         if len(empty):
             raise ValueError(
-                f"mask: expected a token that counts in each sample, got none in {len(empty)} "
+                f"mask: expected an unmasked token in each sample, got none in {len(empty)} "
                 f"(first: row {int(empty[0])}); leave those samples out"
             )
 
@@ -65,16 +65,16 @@ class TokenFeatures:
         return len(self.vectors)
 
     def __getitem__(self, rows: Any) -> TokenFeatures:
-        """Samples by a slice, a list or a tensor of their numbers."""
+        """Select samples by a slice, a list or a tensor of indices."""
         return TokenFeatures(self.vectors[rows], self.mask[rows])
 
     def split(self, size: int) -> list[TokenFeatures]:
-        """`size` samples each; the last may have fewer."""
+        """Split into parts of `size` samples; the last may have fewer."""
         pairs = zip(self.vectors.split(size), self.mask.split(size), strict=True)
         return [TokenFeatures(*pair) for pair in pairs]
 
     def float(self) -> TokenFeatures:
-        """In fp32."""
+        """Convert the vectors to fp32."""
         return TokenFeatures(self.vectors.float(), self.mask)
 
     @property
@@ -88,10 +88,10 @@ Features = Tensor | TokenFeatures
 
 
 def features_of(output: Tensor | tuple[Tensor, ...]) -> Features:
-    """Normalise what an encoder returned for N samples, in fp32 on the CPU.
+    """Normalise the output of an encoder for N samples, in fp32 on the CPU.
 
     Args:
-        output: (N, D); or (N, L, D), and a mask unless all tokens count.
+        output: (N, D); or (N, L, D), with a mask if there is padding.
     """
     parts = (output,) if isinstance(output, Tensor) else output
     vectors, *masks = (part.detach().cpu() for part in parts)
@@ -113,20 +113,20 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def width_of(features: Features) -> int:
-    """D."""
+    """Return the feature width D."""
     vectors = features.vectors if isinstance(features, TokenFeatures) else features
     return vectors.shape[-1]
 
 
 def longest_of(features: Features) -> Float[Tensor, " n"]:
-    """The length of the longest vector of each sample."""
+    """Return the largest norm among the vectors of each sample."""
     if isinstance(features, TokenFeatures):
         return features.vectors.norm(dim=2).amax(1)
     return features.norm(dim=1)
 
 
 def one_vector_each(features: Features) -> Float[Tensor, "n d"]:
-    """The vectors themselves; for tokens, their mean."""
+    """Return one vector per sample: for tokens, their mean."""
     if isinstance(features, Tensor):
         return features
     weight = _weights(features.mask)
@@ -134,7 +134,7 @@ def one_vector_each(features: Features) -> Float[Tensor, "n d"]:
 
 
 def scores_of(queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
-    """Similarity of each query with each candidate, in fp32; both of one kind."""
+    """Return the score of each query with each candidate, in fp32; both must be of one kind."""
     if isinstance(queries, Tensor) and isinstance(candidates, Tensor):
         return queries.float() @ candidates.float().T
     assert isinstance(queries, TokenFeatures) and isinstance(candidates, TokenFeatures)
@@ -153,5 +153,5 @@ def _token_scores(queries: TokenFeatures, candidates: TokenFeatures) -> Tensor:
 
 
 def _weights(mask: Tensor) -> Tensor:
-    """Weight of each token in the mean over its sample's tokens that count."""
+    """Return the weight of each token in the mean over its sample's unmasked tokens."""
     return mask / mask.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Recall over parts of a set: the 1K protocol of COCO.
+"""Recall averaged over parts of a data set: COCO's 1K protocol.
 
 N images, M texts.
 """
@@ -32,22 +32,22 @@ def recall_in_folds(
     folds: int,
     ks: Sequence[int] = (1, 5, 10),
 ) -> RetrievalMetrics:
-    """The mean of `recall_at_k` over consecutive parts of the images, each with its own texts.
+    """Average `recall_at_k` over consecutive parts of the images, each with its own texts.
 
-    Images of one part are no candidates for texts of another, so the figures are higher than those
-    of the whole set: say which ones you report. With 5,000 images and 5 folds each part has 1,000.
+    Candidates come from the same part only, so recall is higher than over the whole set: state
+    which one you report. Five folds of COCO's 5,000 test images have 1,000 images each.
 
     Args:
         image_features, text_features: as for `recall_at_k`, images in the order of their file.
         image_ids, text_ids: integers, equal where image and text belong together.
-        folds: number of parts; their sizes differ by one image at most.
+        folds: number of parts; their sizes differ by at most one image.
         ks: depths.
 
     Returns:
-        Means over the parts, of ranks too; `queries` of all of them together, `candidates` of one.
+        Means over the parts, also of ranks; `queries` is their total, `candidates` the mean.
 
     Raises:
-        ValueError: as for `recall_at_k`, or `folds` is not from 1 to N.
+        ValueError: as for `recall_at_k`, or `folds` is not between 1 and N.
 
     Source:
         Karpathy and Fei-Fei 2015, section 4.2: five folds of 1,000 images of COCO's test set.

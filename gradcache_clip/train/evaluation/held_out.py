@@ -1,4 +1,4 @@
-"""Held-out image-caption pairs: features of both towers, which belong together, and recall."""
+"""Evaluation of held-out image-caption pairs: features of both towers, and recall."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HeldOut:
     """Features of a validation set, or of some pairs of a batch. N images, M texts.
 
     Args:
-        image_features, text_features: of N and M samples, vectors L2-normalised fp32, on the CPU.
+        image_features, text_features: of N and M samples, L2-normalised, fp32 on the CPU.
         image_ids, text_ids: (N,) and (M,); equal where image and text belong together.
         image_captions: the first caption of each image.
         texts: M captions.
@@ -49,11 +49,11 @@ class HeldOut:
     folds: int = 1
 
     def scalars(self) -> dict[str, float]:
-        """Recall and ranks for the log."""
+        """Return recall and ranks by name, for the log."""
         return self.metrics().to_scalars()
 
     def metrics(self) -> RetrievalMetrics:
-        """Recall@k in both directions."""
+        """Compute recall@k in both directions."""
         return recall_in_folds(
             self.image_features,
             self.text_features,
@@ -73,23 +73,23 @@ def embed_held_out(
     recall_at: Sequence[int] = (1, 5, 10),
     folds: int = 1,
 ) -> HeldOut | None:
-    """Embed every image and every different caption once, in evaluation mode.
+    """Embed every image and every distinct caption once, in evaluation mode.
 
-    Images of one group share its captions: each is a right answer for all of them. All processes of
-    `options.peers` call this function together.
+    Images of one group share its captions: each caption is correct for all of them. Called by all
+    processes of `options.peers` together.
 
     Args:
         encoder: called as `encoder(tower, inputs)`.
         tokenizer: texts -> inputs of the text tower.
-        samples: read once.
+        samples: consumed once.
         options: batch size, precision and processes.
         recall_at, folds: see `HeldOut`.
 
     Returns:
-        The features on rank 0, None on the others.
+        The features on rank 0, None on other ranks.
 
     Raises:
-        ValueError: no samples.
+        ValueError: there are no samples.
     """
     groups: list[tuple[str, tuple[str, ...]]] = []
     thumbnails: list[Tensor] = []
@@ -124,7 +124,7 @@ def embed_held_out(
 def embed_batch(
     encoder: nn.Module, tokenizer: Tokenizer, batch: Batch, pairs: int, *, precision: str = "fp32"
 ) -> HeldOut:
-    """Embed the first pairs of different groups in a training batch: image i suits text i alone."""
+    """Embed the first pairs of different groups of a training batch; only text i fits image i."""
     first_of: dict[str, int] = {}
     for row, group in enumerate(batch.groups):
         first_of.setdefault(group, row)
@@ -139,8 +139,9 @@ def embed_batch(
 
 
 def _texts_of(groups: list[tuple[str, tuple[str, ...]]]) -> tuple[Tensor, list[str], Tensor]:
-    """Ids of the images, the different texts of all groups, and the ids of those."""
+    """Return ids of the images, the distinct texts of all groups, and the ids of these texts."""
     numbers: dict[str, int] = {}
+    # A dict as an ordered set, so that a group's equal captions are embedded once.
     owners: dict[tuple[int, str], None] = {}
     image_ids = []
     for group, captions in groups:

@@ -1,4 +1,4 @@
-"""Held-out queries, each to find its document among all held-out documents.
+"""Evaluation of held-out texts: retrieval of each query's document among all documents.
 
 N queries, M documents, D feature width.
 """
@@ -24,13 +24,13 @@ _QUERY, _DOCUMENT = 0, 1
 
 @dataclass(frozen=True)
 class TextMetrics:
-    """How well queries find their document, by the width of the prefix that is compared."""
+    """Retrieval of documents by queries, for several widths of feature prefixes."""
 
     by_width: Mapping[int, DirectionMetrics]
     """Widest first."""
 
     def to_scalars(self) -> dict[str, float]:
-        """Names for a log: `query_to_document_recall_at_1`, `..._at_1_of_64_numbers`, ..."""
+        """Return metrics as `query_to_document_recall_at_1`, `..._at_1_of_64_numbers`, ..."""
         (_, whole), *shorter = self.by_width.items()
         scalars = whole.to_scalars("query_to_document")
         for width, found in shorter:
@@ -46,9 +46,9 @@ class HeldOutTexts:
     Args:
         query_features, document_features: (N, D) and (M, D), fp32, on the CPU, not normalised.
         queries: N texts.
-        documents: M different texts.
-        query_ids: (N,), the number of the document that each query belongs to.
-        widths: of the prefixes that are compared, beside D.
+        documents: M distinct texts.
+        query_ids: (N,), index of each query's document.
+        widths: of the feature prefixes to evaluate, in addition to D.
         recall_at: depths k of recall@k.
     """
 
@@ -62,15 +62,15 @@ class HeldOutTexts:
 
     @property
     def document_ids(self) -> Tensor:
-        """(M,), from 0."""
+        """Ids (M,) of the documents: their indices."""
         return torch.arange(len(self.documents))
 
     def scalars(self) -> dict[str, float]:
-        """Recall and ranks for the log."""
+        """Return recall and ranks by name, for the log."""
         return self.metrics().to_scalars()
 
     def metrics(self) -> TextMetrics:
-        """Recall@k of the queries, for prefixes of every width."""
+        """Compute recall@k of the queries for prefixes of every width."""
         widths = sorted({self.query_features.shape[1], *self.widths}, reverse=True)
         return TextMetrics({width: self._of_prefix(width) for width in widths})
 
@@ -92,10 +92,10 @@ def embed_held_out_texts(
     widths: Sequence[int] = (),
     recall_at: Sequence[int] = (1, 5, 10),
 ) -> HeldOutTexts | None:
-    """Embed every query and every different document once, in evaluation mode.
+    """Embed every query and every distinct document once, in evaluation mode.
 
-    Each row is a query of its own with one right document: where a query stands in several rows,
-    the documents of the others count as wrong. All processes of `options.peers` call this function
+    Each row is one query with one correct document: if the same query occurs in several rows, each
+    row counts the other rows' documents as wrong. Called by all processes of `options.peers`
     together.
 
     Args:
@@ -106,10 +106,10 @@ def embed_held_out_texts(
         widths, recall_at: see `HeldOutTexts`.
 
     Returns:
-        The features on rank 0, None on the others.
+        The features on rank 0, None on other ranks.
 
     Raises:
-        ValueError: no rows.
+        ValueError: there are no rows.
     """
     pairs = [*rows]
     queries, right = [query for query, _ in pairs], [document for _, document in pairs]
@@ -133,7 +133,7 @@ def _embed(
     *,
     tower: int,
 ) -> Tensor | None:
-    """Features in the order of the texts; texts of similar length share a batch."""
+    """Embed texts in batches of similar length; returns features in the order of the texts."""
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     ordered = [texts[number] for number in order]
     parts = embed_rows(encoder, ordered, tokenizer, options, tower=tower, description="texts")

@@ -1,6 +1,6 @@
-"""Images of known classes: how well the features of an image tower tell the classes apart.
+"""Evaluation of an image tower by classifying held-out images with labelled training images.
 
-N held-out images, M images of the training set, C width of the tower.
+N held-out images, M training images, C width of the tower.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from gradcache_clip.train.evaluation.held_out import thumbnail
 if TYPE_CHECKING:
     from gradcache_clip.train.data import DecodedSample
 
-# Images searched for a label.
+# Number of images to search for a label.
 _SEARCHED = 100
 
 
 @dataclass(frozen=True)
 class LabelMetrics:
-    """Shares of held-out images whose class is named correctly, 0 to 1."""
+    """Accuracy on held-out images, 0 to 1."""
 
     knn_accuracy: float
-    """By the nearest images of the training set."""
+    """Accuracy of k nearest neighbours among the training images."""
     probe_accuracy: float
-    """By a linear classifier of the training set."""
+    """Accuracy of a linear probe fitted on the training images."""
     label_chance: float
-    """By always naming the training set's most frequent class."""
+    """Accuracy of always predicting the most frequent training class."""
     images: int
     classes: int
-    """Of the training set."""
+    """Number of training classes."""
 
     def to_scalars(self) -> dict[str, float]:
-        """The shares, for a log."""
+        """Return the accuracies by name, for a log."""
         return {name: share for name, share in asdict(self).items() if isinstance(share, float)}
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Held-out images and how well their features tell classes apart.
+    """Features and classes of held-out images, and the accuracy of classifying them.
 
     Args:
-        features: (N, C), L2-normalised fp32, on the CPU; of the tower, without its projection.
-        labels: N names of classes.
+        features: (N, C), L2-normalised, fp32 on the CPU; of the tower without its projection.
+        labels: N class names.
         thumbnails: uint8 (N, 3, height, width), at most 64 pixels.
-        accuracy: with the training set as the known images.
+        accuracy: of classification by the training images.
     """
 
     features: Tensor
@@ -63,11 +63,11 @@ class LabelledImages:
     accuracy: LabelMetrics
 
     def metrics(self) -> LabelMetrics:
-        """Accuracies and counts."""
+        """Return accuracies and counts."""
         return self.accuracy
 
     def scalars(self) -> dict[str, float]:
-        """Accuracies for the log."""
+        """Return the accuracies by name, for the log."""
         return self.accuracy.to_scalars()
 
 
@@ -79,20 +79,19 @@ def embed_labelled(
     *,
     neighbours: int = 20,
 ) -> LabelledImages | None:
-    """Embed two sets of images in evaluation mode and name the classes of one by the other.
+    """Embed held-out and training images in evaluation mode, and classify the former by the latter.
 
-    Images without a label are left out. All processes of `options.peers` call this function
-    together.
+    Images without a label are skipped. Called by all processes of `options.peers` together.
 
     Args:
         tower: images -> features.
-        held_out: images to name; read once.
-        known: images of the training set; read once.
+        held_out: images to classify; consumed once.
+        known: training images; consumed once.
         options: batch size, precision and processes.
-        neighbours: known images that vote for a class.
+        neighbours: k of the k nearest neighbours.
 
     Returns:
-        The held-out images on rank 0, None on the others.
+        The held-out images on rank 0, None on other ranks.
 
     Raises:
         ValueError: a set without labelled images; call `check_labels` before training.
@@ -109,15 +108,15 @@ def check_labels(samples: Iterable[DecodedSample], source: str) -> None:
     """Raise ConfigError unless one of the first images of `source` has a label."""
     if not any(sample.label for sample in islice(samples, _SEARCHED)):
         raise ConfigError(
-            f"label: expected the class of images in {source}, by which views are evaluated, "
-            'got none; write {"label": "cat"} into KEY.json, or leave data.validation out'
+            f"label: expected labelled images in {source} to evaluate views by, got none; write "
+            '{"label": "cat"} into KEY.json, or leave data.validation out'
         )
 
 
 def _embed(
     tower: nn.Module, samples: Iterable[DecodedSample], options: EmbedOptions, *, shown: bool
 ) -> tuple[Tensor | None, list[str], list[Tensor]]:
-    """Features, labels, and thumbnails if they are shown; a training set may be large."""
+    """Return features, labels and, if `shown`, thumbnails; a training set has too many of them."""
     labels: list[str] = []
     thumbnails: list[Tensor] = []
 
@@ -142,7 +141,7 @@ def _metrics(
 ) -> LabelMetrics:
     numbers = {name: number for number, name in enumerate(dict.fromkeys(known_labels))}
     classes = torch.tensor([numbers[name] for name in known_labels])
-    # A class without training images is never right.
+    # -1: a class without training images cannot be predicted.
     truth = torch.tensor([numbers.get(name, -1) for name in labels])
     sides = features, known_features, classes
     [(most_frequent, _)] = Counter(known_labels).most_common(1)

@@ -1,4 +1,4 @@
-"""Ranks of right answers, tile by tile; every retrieval figure comes from them.
+"""Ranks of correct candidates, computed tile by tile; all retrieval metrics derive from them.
 
 Q queries, C candidates, D feature width; a sample has one vector, or one per token.
 """
@@ -24,7 +24,7 @@ from gradcache_clip.train.evaluation.features import (
 if TYPE_CHECKING:
     from jaxtyping import Int
 
-# Two sums of the same products in another order differ by a few units in the last place.
+# Sums of the same products in different order differ by a few units in the last place.
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
@@ -37,14 +37,14 @@ def ranks_of_best_right(
     *,
     tile: int,
 ) -> Int[Tensor, " q"]:
-    """1 + the number of wrong candidates that score at least as high as the best right one.
+    """Return 1 + the number of wrong candidates that score at least as high as the best right one.
 
-    A candidate is right for a query when their ids are equal. "At least as high" allows for fp32
-    rounding (about 1e-6 times both norms), so equal features tie whatever tile they lie in. A query
-    without any right candidate ranks C + 1.
+    A candidate is right if its id equals the query's. "At least as high" allows for fp32 rounding
+    (about 1e-6 times both norms), so equal features tie whatever tile they are in. A query without
+    a right candidate ranks C + 1.
 
-    The score matrix is computed twice, once for the best right scores and once to count, and never
-    held beyond a tile x tile block.
+    Computes the score matrix twice, for the best right scores and for the counts, in blocks of
+    tile x tile.
     """
     with exact_fp32(queries.device):
         longest = max(float(longest_of(block.float()).max()) for block in candidates.split(tile))
@@ -76,19 +76,19 @@ def _ranks(
 def _tiles(
     queries: Features, ids: Tensor, candidates: Features, candidate_ids: Tensor, tile: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores of the queries against a block of candidates, and which of those are right."""
+    """Yield scores of the queries with each block of candidates, and which are right."""
     for block, block_ids in zip(candidates.split(tile), candidate_ids.split(tile), strict=True):
         yield scores_of(queries, block), ids[:, None] == block_ids[None, :]
 
 
 @contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
-    """Products in true fp32, whatever autocast or TF32 setting training runs under."""
+    """Compute matrix products in true fp32, regardless of autocast and TF32 settings."""
     backends: list[Any] = [torch.backends.cuda.matmul]
     backends.append(getattr(torch.backends.mkldnn, "matmul", None))
     switches = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     before = [backend.fp32_precision for backend in switches]
-    # torch before 2.9 has one switch for all.
+    # torch before 2.9 has one switch for all backends.
     legacy = None if switches else torch.get_float32_matmul_precision()
     try:
         for backend in switches:
@@ -105,9 +105,9 @@ def exact_fp32(device: torch.device) -> Iterator[None]:
 
 
 def chance_of_hit(query_ids: Int[Tensor, " q"], candidate_ids: Int[Tensor, " c"], k: int) -> float:
-    """Mean over the queries of the chance that k of C candidates drawn at random hold a right one.
+    """Return the mean probability that k random candidates include a right one.
 
-    With r right among C:  1 - binomial(C - r, k) / binomial(C, k).
+    With r right ones among C:  1 - binomial(C - r, k) / binomial(C, k).
     """
     values, inverse = torch.unique(query_ids, return_inverse=True)
     position = torch.searchsorted(values, candidate_ids).clamp_(max=len(values) - 1)
@@ -127,7 +127,7 @@ def _chance_of_miss(total: int, right: int, k: int) -> float:
 
 
 def recall_of(ranks: Int[Tensor, " q"], ks: Sequence[int]) -> dict[int, float]:
-    """k -> share of the ranks that are k or better."""
+    """Return k -> share of ranks of k or better."""
     check_depths(ks)
     return {k: float((ranks <= k).double().mean()) for k in ks}
 
@@ -138,7 +138,7 @@ def check_depths(ks: Sequence[int]) -> None:
 
 
 def check_features(name: str, features: Features, tile: int) -> None:
-    """Two dimensions (tokens: three), some rows, all finite; looked at tile by tile."""
+    """Raise ValueError for wrong dimensions, no rows, NaN or infinity; checks tile by tile."""
     if tile < 1:
         raise ValueError(f"tile: expected a positive integer, got {tile}; pass e.g. tile=1024")
     if isinstance(features, TokenFeatures):
@@ -184,5 +184,5 @@ def check_ids(name: str, ids: Tensor, rows: Features, *, below: int | None = Non
     if below is not None and not 0 <= int(ids.min()) <= int(ids.max()) < below:
         raise ValueError(
             f"{name}: expected indices from 0 to {below - 1}, got {int(ids.min())} to "
-            f"{int(ids.max())}; they count the rows that they point to"
+            f"{int(ids.max())}; pass the row of each class, counted from 0"
         )

@@ -1,7 +1,7 @@
-"""Retrieval on the features of a data set, without an N x N matrix.
+"""Retrieval metrics on the features of a data set, without an N x N matrix.
 
-N images, M texts, Q queries, C candidates, D feature width. Scores are dot products of
-the features as they are, in fp32: normalise them first where cosine similarity is meant.
+N images, M texts, Q queries, C candidates, D feature width. Scores are dot products in fp32;
+normalise the features first to get cosine similarity.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DirectionMetrics:
-    """How well the queries of one direction find a right answer among the candidates."""
+    """Retrieval metrics in one direction."""
 
     recall: Mapping[int, float]
-    """k -> share of queries with a right answer among their first k, 0 to 1."""
+    """k -> share of queries with a right candidate among the first k, 0 to 1."""
     chance: Mapping[int, float]
-    """k -> what a random order would reach."""
+    """k -> expected recall of a random order."""
     median_rank: float
-    """Of the best right answer; 1 is first. The lower one of two middle ranks."""
+    """Median rank of the best right candidate, from 1; the lower of two middle ranks."""
     mean_rank: float
     queries: int
     candidates: int
 
     def to_scalars(self, name: str) -> dict[str, float]:
-        """Flat names for a log: `NAME_recall_at_1`, `NAME_recall_at_1_chance`, `NAME_mean_rank`."""
+        """Return metrics as `NAME_recall_at_1`, `NAME_recall_at_1_chance`, `NAME_mean_rank`, ..."""
         scalars: dict[str, float] = {}
         for k, share in self.recall.items():
             scalars[f"{name}_recall_at_{k}"] = share
@@ -55,13 +55,13 @@ class DirectionMetrics:
 
 @dataclass(frozen=True)
 class RetrievalMetrics:
-    """Retrieval both ways."""
+    """Retrieval metrics in both directions."""
 
     image_to_text: DirectionMetrics
     text_to_image: DirectionMetrics
 
     def to_scalars(self) -> dict[str, float]:
-        """Names for a log, beginning with `image_to_text_` and `text_to_image_`."""
+        """Return metrics with the prefixes `image_to_text_` and `text_to_image_`, for a log."""
         return {
             **self.image_to_text.to_scalars("image_to_text"),
             **self.text_to_image.to_scalars("text_to_image"),
@@ -69,7 +69,7 @@ class RetrievalMetrics:
 
 
 class Retrieved(NamedTuple):
-    """The best candidates of each query, best first."""
+    """Best candidates of each query, best first."""
 
     scores: Float[Tensor, "q k"]
     indices: Int[Tensor, "q k"]
@@ -84,27 +84,27 @@ def recall_at_k(
     ks: Sequence[int] = (1, 5, 10),
     tile: int = 1024,
 ) -> RetrievalMetrics:
-    """Recall@k in both directions, for any number of right answers per query.
+    """Compute recall@k in both directions, for any number of right candidates per query.
 
         rank of a query = 1 + number of wrong candidates that score at least as
                           high as its best right one
         recall@k        = share of queries with rank <= k
 
-    Ties count against the model, scores within fp32 rounding of each other included, so constant
-    features earn nothing. Memory beyond the features: O(N + M) plus a few tiles.
+    Ties, up to fp32 rounding, count against the model, so constant features score nothing. Memory
+    beyond the features: O(N + M) plus a few tiles.
 
     Args:
         image_features: one row per image, any floating dtype and device; (N, D), or
-            `TokenFeatures`, which are ranked by their own scores.
+            `TokenFeatures`, which have their own scores.
         text_features: one row per text, on the same device and of the same kind.
         image_ids, text_ids: integers, equal where image and text belong together: several captions
-            per image, several images per caption. Without them row i of the images belongs to row i
+            per image, several images per caption. Without ids, row i of the images belongs to row i
             of the texts.
-        ks: depths. Recall at or beyond the number of candidates is 1 by definition, as is chance.
-        tile: edge of the blocks of the score matrix.
+        ks: depths. Recall and chance are 1 for k of at least the number of candidates.
+        tile: rows and columns of a block of the score matrix.
 
     Returns:
-        recall, chance level and ranks of both directions.
+        Recall, chance level and ranks in both directions.
 
     Raises:
         ValueError: empty sets, shapes or ids that do not match, NaN or infinite features, an image
@@ -143,13 +143,13 @@ def retrieve(
     *,
     tile: int = 1024,
 ) -> Retrieved:
-    """The k best candidates of each query, tile by tile; of equal scores the lower index first.
+    """Find the k best candidates of each query, tile by tile; ties go to the lower index.
 
     Args:
         query_features: one row per query.
         candidate_features: one row per candidate.
-        k: how many; with fewer candidates all are returned, so the width is min(k, C).
-        tile: edge of the blocks of the score matrix.
+        k: number of candidates per query; the result has min(k, C) columns.
+        tile: rows and columns of a block of the score matrix.
 
     Raises:
         ValueError: empty sets, unequal widths, NaN or infinite features, or `k` below 1.
@@ -175,6 +175,7 @@ def _best(queries: Features, candidates: Features, k: int, tile: int) -> Retriev
         found = _first(scores_of(queries, columns), k)
         scores = torch.cat([scores, found.scores], dim=1)
         indices = torch.cat([indices, found.indices + start], dim=1)
+        # Earlier tiles come first, so stable sorting keeps ties in index order.
         merged = _first(scores, k)
         scores, indices = merged.scores, indices.gather(1, merged.indices)
     return Retrieved(scores, indices)
@@ -185,7 +186,7 @@ def _numbered_tiles(rows: Features, tile: int) -> Iterable[tuple[int, Features]]
 
 
 def _first(scores: Tensor, k: int) -> Retrieved:
-    """Top k with a defined order among equals, which topk does not promise."""
+    """Return the top k with ties in index order, which torch.topk does not guarantee."""
     ordered, order = scores.sort(dim=1, descending=True, stable=True)
     return Retrieved(ordered[:, :k], order[:, :k])
 
@@ -193,7 +194,7 @@ def _first(scores: Tensor, k: int) -> Retrieved:
 def _ids(
     images: Features, texts: Features, image_ids: Tensor | None, text_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Ids of images and of texts; without any, those of pairs."""
+    """Return ids of images and texts; without any, row numbers."""
     if (image_ids is None) != (text_ids is None):
         raise ValueError("image_ids, text_ids: expected both or none, got one; pass the other too")
     if image_ids is None or text_ids is None:
@@ -231,10 +232,10 @@ def recall_of_queries(
     ks: Sequence[int] = (1, 5, 10),
     tile: int = 1024,
 ) -> DirectionMetrics:
-    """`recall_at_k` in one direction: of queries whose id is that of a candidate.
+    """Compute `recall_at_k` in one direction.
 
     Args:
-        queries, candidates: features of Q and C samples, of one kind and on one device.
+        queries, candidates: features of Q and C samples, of one kind, on one device.
         query_ids, candidate_ids: integers, equal where query and candidate belong together.
         ks, tile: see `recall_at_k`.
 

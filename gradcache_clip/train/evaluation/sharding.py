@@ -1,4 +1,4 @@
-"""Batches shared by several processes, and their features put back in order."""
+"""Distributes batches over processes, and restores the order of their features."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Batch = TypeVar("Batch")
 
 
 def shard_batches(batches: Iterable[Batch], peers: Peers) -> Iterator[Batch]:
-    """Every n-th batch for each of n processes, the same number for all.
+    """Yield every n-th batch on each of n processes, the same number on all.
 
-    Where the last round has no batch for this process, it repeats the round's first batch: encoders
-    whose parameters are sharded need every process in each forward.
+    If the last round has no batch for this process, repeat that round's first batch: an encoder
+    with sharded parameters needs every process in each forward.
 
     Example:
         >>> [list(shard_batches("abcde", Peers(rank, 2))) for rank in (0, 1)]
@@ -35,12 +35,12 @@ def shard_batches(batches: Iterable[Batch], peers: Peers) -> Iterator[Batch]:
 
 
 def interleave(features: Sequence[Tensor], size: int, rows: int) -> Tensor:
-    """Features of all batches in order, from those that each process embedded.
+    """Restore the order of rows from the features that each process embedded.
 
     Args:
-        features: of each process, in the order of the ranks.
+        features: of each process, in rank order.
         size: rows per batch; the last may have fewer.
-        rows: of all batches; rows that the last round repeated are dropped.
+        rows: total number of rows; rows that the last round repeated are dropped.
 
     Example:
         >>> interleave([torch.tensor([0, 1, 4]), torch.tensor([2, 3, 4])], size=2, rows=5)

@@ -1,4 +1,4 @@
-"""What came of an evaluation, as a table."""
+"""Formats the results of evaluations as tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradcache_clip.train.evaluation.recall import DirectionMetrics, RetrievalMe
 
 
 def label_table(metrics: LabelMetrics, title: str) -> Table:
-    """Classification of images."""
+    """Return a table of classification accuracies."""
     table = Table(title=title)
     names = ("nearest images", "linear classifier", "most frequent class", "images", "classes")
     for name in names:
@@ -24,13 +24,13 @@ def label_table(metrics: LabelMetrics, title: str) -> Table:
 
 
 def pair_table(metrics: RetrievalMetrics, title: str) -> Table:
-    """Retrieval of texts by images, and of images by texts."""
+    """Return a table of retrieval in both directions."""
     ways = {"image to text": metrics.image_to_text, "text to image": metrics.text_to_image}
     return _recall_table("direction", ways, title)
 
 
 def text_table(metrics: TextMetrics, title: str) -> Table:
-    """Retrieval of documents by queries, for each width of the features."""
+    """Return a table of retrieval for each feature width."""
     ways = {f"first {width:,}": found for width, found in metrics.by_width.items()}
     return _recall_table("numbers", ways, f"query to document: {title}")
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: images are named by class texts alone.
+"""Zero-shot classification of images by texts that name the classes.
 
 N images, C classes, D feature width.
 """
@@ -34,20 +34,20 @@ def zero_shot_classification(
     ks: Sequence[int] = (1, 5),
     tile: int = 1024,
 ) -> dict[int, float]:
-    """Top-k accuracy of naming each image after the class text that it is most similar to.
+    """Compute the top-k accuracy of assigning each image to the most similar class text.
 
     Args:
         image_features: one row per image.
         labels: class index of each image, 0 to C - 1.
         class_text_features: one row per class, e.g. from `zero_shot_classifier`.
-        ks: depths; a k of C or more gives 1 by definition.
-        tile: edge of the blocks of the score matrix.
+        ks: depths; accuracy is 1 for k of at least C.
+        tile: rows and columns of a block of the score matrix.
 
     Returns:
-        k -> share of images whose class is among the first k; ties count against it.
+        k -> share of images whose class is among the first k; ties count against the model.
 
     Raises:
-        ValueError: as for `recall_at_k`, or a label outside the classes.
+        ValueError: as for `recall_at_k`, or a label outside 0 to C - 1.
 
     Source:
         Radford et al. 2021, section 3.1.2.
@@ -75,21 +75,21 @@ def zero_shot_by_tokens(
     ks: Sequence[int] = (1, 5),
     tile: int = 256,
 ) -> dict[int, float]:
-    """Top-k accuracy of naming each image after the class whose texts it finds most similar.
+    """Compute the top-k accuracy of assigning each image to the class with the best mean score.
 
-    Token vectors cannot be averaged into one per class, so a class scores the mean of its texts.
-    Memory beyond the features: a tile of images times all texts.
+    Token vectors of several texts cannot be averaged, so their scores are. Memory beyond the
+    features: a tile of images times all texts.
 
     Args:
         image_features: N images.
         labels: class index of each image, 0 to C - 1.
-        prompt_features: C x `templates` texts, those of a class next to each other, as
-            `prompts_of` writes them.
+        prompt_features: C x `templates` texts, class by class, as from `prompts_of`.
         templates: texts per class.
         ks, tile: as for `zero_shot_classification`.
 
     Raises:
-        ValueError: as for `zero_shot_classification`, or texts that are no multiple of `templates`.
+        ValueError: as for `zero_shot_classification`, or the number of texts is not a multiple of
+            `templates`.
 
     Source:
         Yao et al. 2021 (FILIP), "Prompt ensemble and templates".
@@ -117,7 +117,7 @@ def zero_shot_by_tokens(
 
 @torch.no_grad()
 def _ranks(images: TokenFeatures, labels: Tensor, prompts: TokenFeatures, templates: int) -> Tensor:
-    """Rank of the right class: classes that score at least as high, up to rounding."""
+    """Return the rank of the right class: the number of classes that score at least as high."""
     scores = scores_of(images, prompts).unflatten(1, (-1, templates)).mean(2)  # (N, C)
     right = scores.gather(1, labels.to(scores.device)[:, None])
     rounding = ROUNDING * longest_of(images)[:, None] * longest_of(prompts).max()
@@ -131,16 +131,16 @@ def zero_shot_classifier(
     *,
     batch_size: int = 256,
 ) -> Float[Tensor, "c d"]:
-    """One feature per class: the mean of the normalised features of its texts, normalised again.
+    """Compute one feature per class: the normalised mean of its texts' normalised features.
 
     Args:
         encode_text: texts -> features, one row per text.
-        class_names: what stands for `{}`.
-        templates: sentences with one `{}`; more of them make the classifier steadier.
+        class_names: replace `{}` in the templates.
+        templates: sentences with one `{}`; averaging over several reduces noise.
         batch_size: texts encoded at once.
 
     Returns:
-        unit rows in fp32, in the order of `class_names`.
+        Unit rows in fp32, in the order of `class_names`.
 
     Raises:
         ValueError: no class, no template, or a template without `{}`.
@@ -162,7 +162,7 @@ def zero_shot_classifier(
 
 
 def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The texts of each class, one for each template, class by class.
+    """Return the texts of each class, one per template, class by class.
 
     Raises:
         ValueError: no class, no template, or a template without `{}`.

@@ -1,4 +1,4 @@
-"""Loss, in-batch accuracy and held-out figures over the steps of one or several runs."""
+"""Draws loss, in-batch accuracy and held-out metrics of one or several runs."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from gradcache_clip.train.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# With more points, a faint line of all of them lies under the smoothed one.
+# Above this number of points, a smoothed line is drawn over a faint one of all points.
 _DENSE = 60
 _DOTTED = (0, (1, 2))
 
 
 @dataclass(frozen=True)
 class RunCurve:
-    """One run in the picture."""
+    """One run to draw."""
 
     name: str
-    """In the legend, e.g. "cached, batch of 1,024"."""
+    """Label in the legend, e.g. "cached, batch of 1,024"."""
     rows: Sequence[Mapping[str, Any]]
     """Lines of its log, as `read_log` returns them: step, loss, accuracy, ..._recall_at_1."""
     candidates: int
-    """Candidates that each row is compared with in training: the batch, or the chunk where the
-    softmax is limited to it."""
+    """Candidates that each sample is compared with in training: the batch, or the chunk under
+    plain accumulation."""
     guess: float | None = None
     """Loss of guessing; None for log(candidates), that of a softmax."""
 
     @property
     def guessed_loss(self) -> float:
-        """Loss of a model that knows nothing."""
+        """Loss of guessing."""
         return math.log(self.candidates) if self.guess is None else self.guess
 
 
 class _Panel(NamedTuple):
-    """Held-out figures of one kind of run."""
+    """Held-out metrics of one kind of run."""
 
     title: str
     ylabel: str
@@ -59,7 +59,7 @@ class _Panel(NamedTuple):
     chances: Sequence[str]
     headline: str
     averaged: int
-    """Lines whose mean the headline gives."""
+    """Number of lines to average for the headline."""
 
 
 _RECALL = _Panel(
@@ -90,15 +90,15 @@ _STYLES = ("-", "--", "-.", ":")
 
 
 def draw_curves(runs: Sequence[RunCurve], path: str | Path) -> Path:
-    """Three panels over the optimizer steps, the first run in blue.
+    """Draw three panels over the optimizer steps, the first run in blue.
 
-    The loss of guessing grows with the candidates, so losses of softmaxes of different width cannot
-    be compared; dotted lines show guessing for each. The held-out panel shows the same task for all
-    runs: recall@1, or the share of images whose class is named correctly.
+    The loss of guessing grows with the number of candidates, so losses over different numbers
+    cannot be compared; dotted lines show guessing for each. The held-out panel shows the same task
+    for all runs: recall@1, or classification accuracy.
 
     Args:
-        runs: the run to show and those to compare it with.
-        path: where the PNG goes.
+        runs: the run to show, and those to compare it with.
+        path: of the PNG.
 
     Returns:
         `path`.
@@ -168,7 +168,7 @@ def _draw_held_out(axes: Axes, runs: Sequence[RunCurve]) -> str:
 
 
 def _panel_of(names: set[str]) -> _Panel:
-    """The figures that a log with such names holds."""
+    """Return the panel for the metrics that a log holds."""
     if "knn_accuracy" in names:
         return _CLASSES
     if _QUERIES not in names:
@@ -219,17 +219,18 @@ def _guesses(runs: Sequence[RunCurve]) -> str:
 
 
 def _points(run: RunCurve, name: str, *, scale: float = 1) -> tuple[list[int], list[float]]:
-    """Steps and values where the log has a finite one."""
+    """Return steps and values of the rows with a finite value."""
     rows = [row for row in run.rows if row.get(name) is not None and math.isfinite(row[name])]
     return [row["step"] for row in rows], [scale * row[name] for row in rows]
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Moving average over about a thirtieth of the line, without a lag at its start."""
+    """Smooth by a moving average over about a thirtieth of the line, without initial bias."""
     decay = 1 - 1 / max(2, len(values) / 30)
     average, weight, smooth = 0.0, 0.0, []
     for value in values:
         average = decay * average + (1 - decay) * value
+        # The total weight so far corrects the average's start at zero.
         weight = decay * weight + 1 - decay
         smooth.append(average / weight)
     return smooth

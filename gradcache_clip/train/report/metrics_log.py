@@ -1,4 +1,4 @@
-"""The log of a run: one line of JSON per entry and TensorBoard scalars, each step exactly once."""
+"""The log of a run: JSON lines and TensorBoard scalars, each step exactly once."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Number = int | float | Tensor
 class MetricsLog:
     """Appends to `folder/metrics.jsonl` and to TensorBoard events in `folder/tensorboard/`.
 
-    A line is {"step": 120, "loss": 3.1, "pairs_per_s": 5210.0}, flushed as soon as it is written.
-    NaN and infinity, which JSON lacks, become null. Names end in the unit: _ms, _bytes, _per_s.
+    A line reads {"step": 120, "loss": 3.1, "pairs_per_s": 5210.0} and is flushed at once. NaN and
+    infinity, which JSON lacks, become null. Names end in their unit: _ms, _bytes, _per_s.
 
     Args:
         folder: the run's folder, created if missing.
-        resume_step: the step of the checkpoint that training resumes from. Later lines, and one
-            that a kill cut off, are removed; TensorBoard hides its own.
-        tensorboard: whether to write events too.
+        resume_step: step of the checkpoint that training resumes from. Later lines, and a last one
+            that was cut off, are removed; TensorBoard hides its own.
+        tensorboard: also write TensorBoard events.
 
     Raises:
-        ValueError: an existing file holds other lines.
+        ValueError: an existing file holds lines that are not log entries.
 
     Example:
         >>> import tempfile
@@ -79,19 +79,19 @@ class MetricsLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log, oldest first, without a last line that a kill cut off.
+    """Read the lines of a log, oldest first, without a last line that was cut off.
 
     Args:
         path: the run's folder or its metrics.jsonl.
 
     Raises:
-        FileNotFoundError: no log.
-        ValueError: a line before the last is not an entry; the message names it.
+        FileNotFoundError: there is no log.
+        ValueError: a complete line is not an entry; the message names it.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     lines = path.read_bytes().split(b"\n")
-    # What follows the last line break was never finished, whether or not it parses.
+    # Text after the last line break was never completed, whether or not it parses.
     return [_row(path, number, line) for number, line in enumerate(lines[:-1], start=1)]
 
 
@@ -109,7 +109,7 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; by renaming, so that a kill leaves the old file or the new."""
+    """Keep lines up to `step`. Renaming is atomic, so a kill leaves the old file or the new one."""
     rows = [row for row in read_log(path) if row["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Held-out samples as a person sees them: similarity matrix, galleries of queries, neighbours."""
+"""Draws samples with their matches: similarity matrix, galleries of queries, neighbours."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ _LEGEND = "green: right answer · grey: wrong answer · number:"
 
 
 def draw_similarity(pairs: HeldOut, path: str | Path, *, of: str = "Held-out pairs") -> Path:
-    """Cosine similarity of up to 40 images (rows) with their captions (columns).
+    """Draw the cosine similarity of up to 40 images (rows) with their captions (columns).
 
-    At most one image per group, drawn at random, so only the diagonal is right. Similar pairs are
-    side by side: blocks beside the diagonal are look-alikes. Each row's best caption is marked. For
-    token features, scores are those of images that look for texts.
+    Takes a random image of each group, so only the diagonal is right. Similar pairs are adjacent:
+    blocks around the diagonal are look-alikes. Marks the best caption of each row. For token
+    features, scores are image to text.
 
     Args:
         pairs: images of at least two groups.
-        path: where the PNG goes.
-        of: what the pairs are, for the legend.
+        path: of the PNG.
+        of: describes the pairs in the legend.
 
     Returns:
         `path`.
@@ -67,6 +67,7 @@ def draw_similarity(pairs: HeldOut, path: str | Path, *, of: str = "Held-out pai
     with settings():
         figure = new_figure(max(840, side + 240), side + 300)
         axes = figure.subplots()
+        # The scale starts at a quantile: a few low outliers would wash out the colours.
         heat = axes.imshow(scores.numpy(), cmap="Blues", vmin=float(scores.quantile(0.02)))
         figure.colorbar(heat, label="cosine similarity", shrink=0.5, anchor=(0, 1))
         captions = [short(pairs.texts[texts[pair]], 30) for pair in order.tolist()]
@@ -90,7 +91,7 @@ def _images_of_different_groups(pairs: HeldOut) -> list[int]:
 
 
 def neighbours_together(features: Float[Tensor, "b d"]) -> Int[Tensor, " b"]:
-    """Order similar rows side by side: sort them along the Fiedler vector of their graph.
+    """Order rows so that similar ones are adjacent, by the Fiedler vector of their graph.
 
     Source:
         Atkins, Boman and Hendrickson 1998 (spectral seriation).
@@ -102,7 +103,7 @@ def neighbours_together(features: Float[Tensor, "b d"]) -> Int[Tensor, " b"]:
 
 
 def _label_pairs(axes: Axes, captions: list[str], thumbnails: Tensor) -> None:
-    """Captions above the columns, images beside the rows."""
+    """Write captions above the columns, and show images left of the rows."""
     count = len(captions)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -115,7 +116,7 @@ def _label_pairs(axes: Axes, captions: list[str], thumbnails: Tensor) -> None:
 
 
 def _mark_best(axes: Axes, scores: Tensor, *, size: float) -> int:
-    """A dot in right picks, a frame around wrong ones; returns the number of right ones."""
+    """Mark right picks by a dot and wrong ones by a frame; returns the number of right ones."""
     best = scores.argmax(1).tolist()
     right = [row for row, column in enumerate(best) if row == column]
     wrong = [row for row, column in enumerate(best) if row != column]
@@ -129,14 +130,14 @@ def _mark_best(axes: Axes, scores: Tensor, *, size: float) -> int:
 
 
 class Answers(NamedTuple):
-    """The best candidates of one query."""
+    """Best candidates of one query."""
 
     query: int
     found: list[int]
     scores: list[float]
     right: list[bool]
     rank: int
-    """Of the first right candidate."""
+    """Rank of the first right candidate."""
 
     @property
     def columns(self) -> tuple[list[int], list[float], list[bool]]:
@@ -144,24 +145,24 @@ class Answers(NamedTuple):
 
     @property
     def elsewhere(self) -> str:
-        """Where the right answer is, if it is not shown."""
+        """Text that gives the rank of the right candidate, if it is not shown."""
         return "" if any(self.right) else f"right: rank {self.rank:,}"
 
 
 def draw_gallery(
     held_out: HeldOut, path: str | Path, *, rows: int = 6, depth: int = 5, seed: int = 0
 ) -> Path:
-    """Captions with their best images on the left, images with their best captions on the right.
+    """Draw captions with their best images (left), and images with their best captions (right).
 
-    Queries are drawn at random, not chosen to look well. Right answers are framed in green; where
-    none is shown, the rank of the first one is.
+    Queries are random, not hand-picked. Right answers have a green frame; if none is shown, the
+    rank of the first one is given.
 
     Args:
         held_out: features, images and texts.
-        path: where the PNG goes.
-        rows: queries of each kind.
+        path: of the PNG.
+        rows: number of queries of each kind.
         depth: answers per query.
-        seed: of the draw.
+        seed: of the random choice.
 
     Returns:
         `path`.
@@ -192,7 +193,7 @@ def draw_gallery(
 def draw_text_gallery(
     held_out: HeldOutTexts, path: str | Path, *, rows: int = 6, depth: int = 5, seed: int = 0
 ) -> Path:
-    """Queries on the left, their best documents by cosine similarity on the right.
+    """Draw queries on the left, their best documents by cosine similarity on the right.
 
     Arguments and frames as for `draw_gallery`.
     """
@@ -214,9 +215,9 @@ def draw_text_gallery(
 def draw_neighbours(
     held_out: LabelledImages, path: str | Path, *, rows: int = 6, depth: int = 6, seed: int = 0
 ) -> Path:
-    """Random images, each beside the others whose features are most similar.
+    """Draw random images, each with the other images whose features are most similar.
 
-    Those of the same class are framed in green. Arguments as for `draw_gallery`.
+    Images of the same class have a green frame. Arguments as for `draw_gallery`.
     """
     features, labels = held_out.features, held_out.labels
     chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:rows]
@@ -228,7 +229,7 @@ def draw_neighbours(
         for row, image, scores, indices in zip(grid, chosen.tolist(), *found, strict=True):
             row[0].imshow(_pixels(held_out.thumbnails[image]))
             row[1].text(0, 0.5, short(labels[image], 18), va="center", clip_on=True)
-            # An image is always most similar to itself, or to one that equals it.
+            # Leave out the image itself, which is always most similar.
             others = indices != image
             answers = zip(indices[others].tolist(), scores[others].tolist(), strict=True)
             for axes, (other, score) in zip(row[2:], answers, strict=False):
@@ -241,7 +242,7 @@ def best_answers(
     queries: Features, query_ids: Tensor, candidates: Features, candidate_ids: Tensor,
     *, rows: int, depth: int, generator: torch.Generator,
 ) -> list[Answers]:  # fmt: skip
-    """Look for the answers of random queries."""
+    """Retrieve the best candidates of random queries."""
     chosen = torch.randperm(len(queries), generator=generator)[:rows]
     asked, asked_ids = queries[chosen], query_ids[chosen]
     found = retrieve(asked, candidates, depth)
@@ -252,7 +253,7 @@ def best_answers(
 
 
 def _grid(rows: int, widths: Sequence[float]) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with rows of empty axes."""
+    """Create a figure with rows of empty axes."""
     figure = new_figure(round(100 * sum(widths)), 110 + _ROW * rows)
     grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for axes in grid.flat:

@@ -1,5 +1,5 @@
-"""The look of our figures, with matplotlib's figure objects alone: pyplot, backend and settings of
-the program stay as they are."""
+"""Style of our figures. Uses matplotlib's figure objects only, so pyplot, its backend and the
+caller's settings are unchanged."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ INK, PALE, RIGHT, WRONG = "#222222", "#777777", "#1a9641", "#b8b8b8"
 MAIN, OTHERS = "#1f5fbf", ("#d9772b", "#7b5aa6", "#4a9a8d")
 
 _DPI, _MARGIN = 100, 18
-# It comes with matplotlib, so a picture looks the same on every machine.
+# Ships with matplotlib, so pictures look the same on every machine.
 _FONT = "DejaVu Sans"
 _SETTINGS = {
     "font.family": [_FONT],
-    # Captions may hold a $.
+    # Captions may contain a $, which would start a formula.
     "text.parse_math": False,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -35,7 +35,7 @@ _MISSING = "\N{WHITE VERTICAL RECTANGLE}"
 
 @contextmanager
 def settings() -> Iterator[None]:
-    """Our look inside the block, whatever the program's own settings are."""
+    """Apply our style inside the block, regardless of the caller's settings."""
     from matplotlib import style
 
     with style.context(["default", _SETTINGS]):
@@ -43,7 +43,7 @@ def settings() -> Iterator[None]:
 
 
 def new_figure(width: int, height: int) -> Figure:
-    """An empty figure of that many pixels, which arranges what is drawn into it."""
+    """Create an empty figure of this size in pixels, with constrained layout."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -53,14 +53,14 @@ def new_figure(width: int, height: int) -> Figure:
 
 
 def write_head(figure: Figure, title: str, legend: str = "") -> None:
-    """The finding above everything, how to read the picture below."""
+    """Write a title above the figure and a legend below it."""
     left = _MARGIN / figure.bbox.width
     figure.suptitle(title, x=left, ha="left", fontsize=14, fontweight="bold")
     figure.supxlabel(legend, x=left, ha="left", fontsize=9.5, color=PALE)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a file of the type that the suffix says; make the folder where it is missing."""
+    """Write a figure in the format of the path's suffix; creates the folder if missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -68,7 +68,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def short(text: str, length: int) -> str:
-    """One line of at most `length` characters; signs that the font lacks become a box.
+    """Shorten a text to one line of at most `length` characters; missing glyphs become a box.
 
     Example:
         >>> short("two\\nlines and more", 10)

@@ -1,4 +1,4 @@
-"""Recall, speed and memory of runs side by side."""
+"""Tables of recall, speed and memory of several runs."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ class RunFigures:
     recall: Mapping[str, float]
     """`RetrievalMetrics.to_scalars()`, or the same names from the log; others are ignored."""
     candidates: int
-    """Width of the softmax: candidates that each row is compared with in training."""
+    """Candidates that each sample is compared with in training."""
     pairs_per_s: float
     """Training pairs per second."""
     peak_memory_bytes: int
     """Peak memory of the training process."""
     step_memory_bytes: int | None = None
-    """Peak of a step's tensors, as counted."""
+    """Peak bytes of a step's tensors, counted."""
     plain_memory_bytes: int | None = None
-    """The same for a plain step over as many candidates."""
+    """The same for a plain step with as many candidates."""
 
 
 def metrics_table(runs: Sequence[RunFigures], *, title: str = "Held-out retrieval") -> Table:
-    """A table for a terminal, with a column per run.
+    """Return a table for a terminal, with one column per run.
 
-    The best recall of a row is bold; the last column holds the chance level.
+    The best recall of a row is bold; the last column gives the chance level.
 
     Args:
-        runs: the columns; the first one sets which recalls are shown.
-        title: stands above.
+        runs: the columns; the first determines which recalls are shown.
+        title: of the table.
 
     Raises:
-        ValueError: no run, or a first one without recall.
+        ValueError: no runs, or no recall in the first one.
     """
     from rich import box
     from rich.table import Table
@@ -59,7 +59,7 @@ def metrics_table(runs: Sequence[RunFigures], *, title: str = "Held-out retrieva
 
 
 def to_markdown(runs: Sequence[RunFigures]) -> str:
-    """The cells of `metrics_table` as a Markdown table, ending in a line break.
+    """Return the cells of `metrics_table` as a Markdown table, ending in a line break.
 
     Example:
         >>> recall = {"image_to_text_recall_at_1": 0.5, "image_to_text_recall_at_1_chance": 0.01}
@@ -79,7 +79,7 @@ def to_markdown(runs: Sequence[RunFigures]) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """In the binary unit that leaves at least one digit before the point, e.g. `1.50 GiB`."""
+    """Format bytes in the largest unit that keeps the number at least 1, e.g. `1.50 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
@@ -88,7 +88,7 @@ def format_bytes(count: float) -> str:
 
 
 def _rows(runs: Sequence[RunFigures], bold: str) -> list[list[str]]:
-    """Label, a cell per run, chance level."""
+    """Return rows of a label, a cell per run, and the chance level."""
     names = [name for name in (runs[0].recall if runs else ()) if _RECALL.fullmatch(name)]
     if not names:
         raise ValueError(
