@@ -204,7 +204,7 @@ def test_what_it_refuses(folder: Path) -> None:
     flattened = [{"cu_seq_lens_q": torch.tensor([0, 3])}] * 2
     with pytest.raises(ValueError, match=r"flattened ones.*unpad_inputs = False"):
         build()(flattened)
-    with pytest.raises(ValueError, match="one process for each GPU, got DataParallel"):
+    with pytest.raises(ValueError, match="one process per GPU, got DataParallel"):
         wrapped(build(), nn.DataParallel(model))(tokenized(model))
     with pytest.raises(TypeError, match="by itself.*matryoshka_dims= here"):
         theirs.MatryoshkaLoss(model, build(), [32, 16])

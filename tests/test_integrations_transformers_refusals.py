@@ -23,7 +23,7 @@ def refused(folder: Path, model: nn.Module | None = None, **more: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"torch_compile": True}, "torch_compile: expected False.*compile its parts in place"),
+        ({"torch_compile": True}, "torch_compile: expected False.*compile them in place"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0, got 0.1; pass loss"),
         ({"compute_loss_func": max}, "compute_loss_func: expected None.*pass loss="),
         ({"chunk_size": 0}, "chunk_size: expected a positive integer"),
@@ -36,7 +36,7 @@ def test_refuses_settings_that_would_have_no_effect(more, message, tmp_path: Pat
 
 
 def test_refuses_a_loss_outside_of_the_model(tmp_path: Path):
-    with pytest.raises(TypeError, match="loss: expected a function.*got ClipLoss.*part of"):
+    with pytest.raises(TypeError, match="loss: expected a function.*got ClipLoss.*submodule of"):
         refused(tmp_path, loss=ClipLoss())
 
 
@@ -50,7 +50,7 @@ def test_refuses_a_loss_outside_of_the_model(tmp_path: Path):
             "FSDP",
             "distributed_type: expected one.*got FSDP, which frees.*leave",
         ),
-        ("distributed_type", "DEEPSPEED", "distributed_type.*DeepSpeedStrategy in a loop"),
+        ("distributed_type", "DEEPSPEED", "distributed_type.*DeepSpeedStrategy in your own loop"),
         ("optim", "adalomo", "optim: expected.*steps after the backward, got adalomo"),
     ],
 )

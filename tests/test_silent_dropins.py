@@ -116,7 +116,7 @@ def test_sharded_models_are_refused_with_the_reason(folder, home, monkeypatch):
     """In words that name no strategy, which is no argument of the loss."""
     pytest.importorskip(home)
     name, reason = {
-        "deepspeed": ("DeepSpeedEngine", "DeepSpeed, whose engine must take every backward"),
+        "deepspeed": ("DeepSpeedEngine", "DeepSpeed, whose engine must run every backward"),
         "torch.distributed.fsdp": ("FSDPModule", "FSDP, which frees parameters between"),
     }[home]
     monkeypatch.setattr(f"{home}.{name}", DeepSpeedEngine)
@@ -131,7 +131,7 @@ def test_sharded_models_are_refused_with_the_reason(folder, home, monkeypatch):
 def test_hooks_on_a_model_of_sentence_transformers(folder):
     model = tiny_model(folder)
     next(model.parameters()).register_hook(lambda gradient: gradient.clamp(-1, 1))
-    with pytest.raises(ValueError, match="^model: expected parameters without hooks .* off, or"):
+    with pytest.raises(ValueError, match="^model: expected parameters without hooks .* hooks, or"):
         gradients(CachedMultipleNegativesRankingLoss(model, mini_batch_size=4), tokenized(model))
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -146,7 +146,7 @@ class Centred(nn.Module):
 
 def test_rows_that_mix_in_a_model_of_sentence_transformers(folder):
     model = SentenceTransformer(modules=[*tiny_model(folder), Centred()])
-    message = r"do not depend on the other rows.*loop of your own with GradCache\(..., check_rows"
+    message = r"do not depend on the other rows.*your own loop with GradCache\(..., check_rows"
     with pytest.raises(ValueError, match=message):
         gradients(CachedMultipleNegativesRankingLoss(model, mini_batch_size=4), tokenized(model))
 
@@ -239,7 +239,7 @@ def test_arguments_of_the_trainer(more, message, tmp_path):
 def test_hooks_on_the_model_of_a_trainer(tmp_path):
     model = clip()
     model.visual_projection.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
-    with pytest.raises(ValueError, match="^model: expected parameters without hooks .* off, or"):
+    with pytest.raises(ValueError, match="^model: expected parameters without hooks .* hooks, or"):
         step(tmp_path, model)
 
 

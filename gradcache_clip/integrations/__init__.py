@@ -1,1 +1,1 @@
-"""Drop-ins for other libraries, each in a module of its own that imports the library it serves."""
+"""Drop-ins for other libraries. Each module imports only the library that it serves."""

@@ -1,4 +1,4 @@
-"""A cached step inside a LightningModule, of `lightning` or of `pytorch_lightning`."""
+"""A cached step for a LightningModule of `lightning` or `pytorch_lightning`."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from gradcache_clip.distributed import AllReduceStrategy, world_size
 
 
 def cached_step(module: Any, cache: GradCache, *inputs: Any, **loss_kwargs: Any) -> Any:
-    """Embed a batch and evaluate its loss, for `training_step` to return; backward replays it.
+    """Embed a batch and compute its loss, for `training_step` to return; its backward replays.
 
-    The loss is a tensor like any other: Lightning's automatic optimization divides it for
-    accumulation, scales it, clips and steps. With the strategy "ddp" it is that of the pairs of all
-    processes, and the backward reduces the gradients of the encoders once, in place of DDP. In
-    `validation_step` it evaluates the batch chunk by chunk.
+    Lightning's automatic optimization treats the loss like any other: it divides it for
+    accumulation, scales it, clips and steps. With strategy "ddp" the loss covers the pairs of all
+    processes, and the backward reduces the encoders' gradients once, instead of DDP. In
+    `validation_step` the call evaluates the batch chunk by chunk.
 
     Args:
-        module: the LightningModule, which holds the encoders and the loss as submodules.
-        cache: over these encoders and this loss.
-        inputs: one batch for each encoder, as in `cache(*inputs)`.
+        module: the LightningModule, with encoders and loss as submodules.
+        cache: of these encoders and this loss.
+        inputs: one batch per encoder, as in `cache(*inputs)`.
         loss_kwargs: further arguments of the loss.
 
     Returns:
-        What the loss returned, with its graph; a bare tensor comes back as an object with `.loss`.
+        The output of the loss, differentiable; a bare tensor is returned as an object with `.loss`.
 
     Raises:
-        TypeError: `cache` is no `GradCache`.
-        ValueError: a strategy of Lightning that shards the model; encoders or a loss that are no
-            part of the module; or what `deferred_step` refuses.
+        TypeError: `cache` is not a `GradCache`.
+        ValueError: a Lightning strategy that shards the model, encoders or a loss that are not
+            submodules, or anything that `deferred_step` refuses.
 
     Example:
         from gradcache_clip.integrations.lightning import cached_step
@@ -55,28 +55,29 @@ def cached_step(module: Any, cache: GradCache, *inputs: Any, **loss_kwargs: Any)
     wrapped = module.trainer.strategy.model
     _check_parts(module, cache)
     if isinstance(wrapped, DistributedDataParallel):
-        _take_the_place_of(wrapped, cache)
+        _reduce_instead_of(wrapped, cache)
     elif wrapped is not module or (world_size() > 1 and torch.is_grad_enabled()):
         raise ValueError(
             'strategy: expected one device or "ddp", got '
             f"{type(module.trainer.strategy).__name__}, which frees parameters between the embed "
-            'and the backward, or must take every backward itself; take Trainer(strategy="ddp"), '
-            "or GradCache with FSDPStrategy or DeepSpeedStrategy in a loop of your own"
+            "and the backward, or must run every backward itself; use "
+            'Trainer(strategy="ddp"), or GradCache with FSDPStrategy or DeepSpeedStrategy in '
+            "your own loop"
         )
     elif world_size() > 1:
         _reduce_over_ranks(cache)
     return deferred_step(cache, *inputs, loss_kwargs=loss_kwargs)
 
 
-def _take_the_place_of(ddp: DistributedDataParallel, cache: GradCache) -> None:
-    """The cache reduces gradients, and DDP, which expects one backward a step, does not."""
+def _reduce_instead_of(ddp: DistributedDataParallel, cache: GradCache) -> None:
+    """Let the cache reduce gradients instead of DDP, which expects one backward per step."""
     if ddp.static_graph:
         raise ValueError(
-            "strategy: expected DDP without static_graph, got static_graph=True, which counts on "
-            "one backward a step; leave it out"
+            "strategy: expected DDP without static_graph, got static_graph=True, which assumes "
+            "one backward per step; leave it out"
         )
     _reduce_over_ranks(cache)
-    # As Lightning itself does for manual optimization; asked after every training_step.
+    # Lightning itself sets this for manual optimization, and reads it after every training_step.
     ddp.require_backward_grad_sync = False
 
 
@@ -94,7 +95,7 @@ def _check_cache(cache: Any) -> None:
 
 
 def _check_parts(module: nn.Module, cache: GradCache) -> None:
-    """Whatever is trained must be found by optimizers, checkpoints and the move to a device."""
+    """Require all trained parts in the module, for optimizers, checkpoints and devices."""
     encoders = cache.encoders if isinstance(cache.encoders, tuple) else (cache.encoders,)
     known = {id(parameter) for parameter in module.parameters()}
     for part in (*encoders, cache.loss):

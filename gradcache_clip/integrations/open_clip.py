@@ -1,6 +1,6 @@
-"""open_clip's losses with exact gradients in little memory, and its models under `GradCache`.
+"""Replacements for open_clip's losses that need little memory, and its models in `GradCache`.
 
-b: pairs of this rank, D: width, W: world size. Nothing here imports open_clip.
+b: pairs of this rank, D: width, W: world size. Does not import open_clip.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EXCHANGES: dict[str | None, Exchange] = {
 
 
 class _OpenClipLoss(nn.Module):
-    """A loss of ours behind the call of open_clip's: features as they are, the model's scale."""
+    """One of our losses with open_clip's signature: normalised features, and the model's scale."""
 
     def __init__(
         self, loss: losses.ClipLoss | losses.SigLipLoss, rank: int, world_size: int
@@ -40,7 +40,7 @@ class _OpenClipLoss(nn.Module):
                 f"rank: expected an integer from 0 to world_size - 1 = {world_size - 1}, got "
                 f"{rank!r}; pass torch.distributed.get_rank()"
             )
-        # In a list, so that its own scale, which is never used, is no parameter of this module.
+        # In a list, so that its unused scale is not a parameter of this module.
         self._loss = [loss]
         self.rank, self.world_size = rank, world_size
 
@@ -52,25 +52,25 @@ class _OpenClipLoss(nn.Module):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """Loss of the pairs of all ranks, the same on each; row i of both inputs is one pair.
+        """Compute the loss over the pairs of all ranks, the same on each; rows i form a pair.
 
         Args:
-            image_features: (b, D), L2-normalised by the model, as many on every rank.
+            image_features: (b, D), L2-normalised by the model, with equal b on every rank.
             text_features: (b, D), L2-normalised by the model.
             logit_scale: the model's multiplier of the cosines, already exponentiated.
-            logit_bias: the model's bias, added to all logits; None for none.
+            logit_bias: the model's bias, added to all logits, or None.
             output_dict: return {"contrastive_loss": loss} instead of the loss.
 
         Raises:
-            ValueError: shapes that do not fit together, another rank or number of processes than
-                the loss was built for, or, on several processes, the features of a `GradCache`.
-            TypeError: a scale or a bias that is no tensor.
+            ValueError: shapes that do not match, a rank or world size other than the loss was
+                built for, or, on several processes, features from a `GradCache`.
+            TypeError: a scale or bias that is not a tensor.
         """
         self._check_ranks()
         _check_from_a_model(image_features=image_features, text_features=text_features)
-        # DDP divides by W what must be a sum; open_clip's gather multiplies in the same way.
-        images = _TimesGradient.apply(image_features, processes())
-        texts = _TimesGradient.apply(text_features, processes())
+        # DDP averages over W ranks where the sum is needed; open_clip's gather also multiplies.
+        images = _ScaleGradient.apply(image_features, processes())
+        texts = _ScaleGradient.apply(text_features, processes())
         loss = self.of_all_ranks(images, texts, logit_scale, logit_bias).loss
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -81,9 +81,9 @@ class _OpenClipLoss(nn.Module):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
     ) -> ContrastiveOutput:
-        """Loss and in-batch accuracies, with the gradients that a strategy of `GradCache` wants.
+        """Compute loss and in-batch accuracies, with gradients for a strategy of `GradCache`.
 
-        They differ from those of `forward` on several ranks alone, by the factor W for features.
+        On several ranks, feature gradients are smaller than those of `forward` by the factor W.
         """
         self._check_ranks()
         _check_tensors(logit_scale=logit_scale, logit_bias=logit_bias)
@@ -101,23 +101,23 @@ class _OpenClipLoss(nn.Module):
             )
         if processes() > 1 and self.rank != dist.get_rank():
             raise ValueError(
-                f"rank: expected {dist.get_rank()}, which this process is, got {self.rank}; pass "
-                "rank=torch.distributed.get_rank()"
+                f"rank: expected {dist.get_rank()}, the rank of this process, got {self.rank}; "
+                "pass rank=torch.distributed.get_rank()"
             )
 
 
 class ClipLoss(_OpenClipLoss):
-    """In place of `open_clip.loss.ClipLoss`: the same loss and gradients, no B x B matrix.
+    """Replaces `open_clip.loss.ClipLoss`: same loss and gradients, without a B x B matrix.
 
-    On several processes it is the loss of all pairs, on every rank the same, and the gradients are
-    those of open_clip with `gather_with_grad=True`, for a model in DistributedDataParallel: exact,
-    that of the scale included. Memory beyond features and gradients is O(B) and one tile.
+    On several processes the loss covers all pairs and is equal on every rank. Gradients are those
+    of open_clip with `gather_with_grad=True` for a model in DistributedDataParallel: exact, also
+    for the scale. Memory beyond features and gradients: O(B) and one tile.
 
     Args:
-        local_loss: changes nothing. open_clip computes a rank's own rows with it; here each rank
-            always computes its own share, and the loss is that of all.
-        gather_with_grad: changes nothing; gradients always reach the rank that they belong to.
-        cache_labels: changes nothing; there are no labels to keep.
+        local_loss: ignored. With it, open_clip computes the loss of a rank's own rows; here each
+            rank always computes its share, and the loss covers all.
+        gather_with_grad: ignored; gradients always reach the rank that they belong to.
+        cache_labels: ignored; there are no labels.
         rank: number of this process.
         world_size: processes that share the batch.
         use_horovod: must be False.
@@ -157,13 +157,13 @@ class ClipLoss(_OpenClipLoss):
 
 
 class SigLipLoss(_OpenClipLoss):
-    """In place of `open_clip.loss.SigLipLoss`: the same loss and gradients, no B x B matrix.
+    """Replaces `open_clip.loss.SigLipLoss`: same loss and gradients, without a B x B matrix.
 
-    On several processes every rank returns the loss of all pairs, which is the mean over the ranks
-    of what open_clip's returns, and the gradients after DistributedDataParallel are the same.
+    On several processes every rank returns the loss over all pairs, which is the mean over ranks of
+    open_clip's, and gradients after DistributedDataParallel are equal.
 
     Args:
-        cache_labels: changes nothing; there are no labels to keep.
+        cache_labels: ignored; there are no labels.
         rank: number of this process.
         world_size: processes that share the batch.
         dist_impl: how features of other ranks arrive: "bidir" (also None) and "shift" pass them
@@ -200,11 +200,11 @@ class SigLipLoss(_OpenClipLoss):
 
 
 class OpenClipTowers(nn.Module):
-    """A model of open_clip as the one encoder of `GradCache`: images are input 0, texts input 1.
+    """Wraps an open_clip model as encoder for `GradCache`: images are input 0, texts input 1.
 
     Args:
         model: has `encode_image(images, normalize=True)`, `encode_text(tokens, normalize=True)`,
-            `logit_scale` (a logarithm) and, or not, `logit_bias`.
+            `logit_scale` (a logarithm) and optionally `logit_bias`.
 
     Example:
         import open_clip
@@ -220,7 +220,7 @@ class OpenClipTowers(nn.Module):
         self.model = model
 
     def forward(self, tower: int, inputs: Tensor) -> Tensor:
-        """(B, D) unit features of images (tower 0) or of tokens (tower 1)."""
+        """Return unit features (B, D) of images (tower 0) or tokens (tower 1)."""
         model: Any = self.model
         encode = (model.encode_image, model.encode_text)[tower]
         features: Tensor = encode(inputs, normalize=True)
@@ -229,7 +229,7 @@ class OpenClipTowers(nn.Module):
     def loss_with(
         self, loss: ClipLoss | SigLipLoss
     ) -> Callable[[Tensor, Tensor], ContrastiveOutput]:
-        """The loss for `GradCache`, with the scale and the bias that the model learns."""
+        """Return the loss for `GradCache`, with the model's learned scale and bias."""
         model: Any = self.model
         if not isinstance(loss, _OpenClipLoss):
             raise TypeError(
@@ -250,8 +250,8 @@ def _check_model(model: Any) -> None:
     if missing:
         raise TypeError(
             f"model: expected a model of open_clip with {', '.join(missing)}, got "
-            f"{type(model).__name__} without; pass the model itself, in no wrapper, and on several "
-            "processes strategy=AllReduceStrategy()"
+            f"{type(model).__name__} without; pass the model itself without a wrapper, and on "
+            "several processes strategy=AllReduceStrategy()"
         )
 
 
@@ -265,19 +265,19 @@ def _check_tensors(**given: Any) -> None:
 
 
 def _check_from_a_model(**features: Tensor) -> None:
-    """Raise for features of `GradCache`, whose gradients would be multiplied by W twice."""
+    """Raise ValueError for features from `GradCache`: their gradients would be scaled twice."""
     for name, given in features.items():
         cached = given.is_leaf or type(given.grad_fn).__name__ == "_ReplayBackward"
         if processes() > 1 and given.requires_grad and cached:
             raise ValueError(
                 f"{name}: expected the output of a model in DistributedDataParallel, got features "
-                "that a GradCache has cut off from it; give GradCache "
+                "that a GradCache has detached from it; give GradCache "
                 "OpenClipTowers(model).loss_with(loss), or call loss.of_all_ranks(...)"
             )
 
 
-class _TimesGradient(torch.autograd.Function):
-    """The features themselves, whose gradient is multiplied."""
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose backward multiplies the gradient by a factor."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, factor: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A loss for sentence-transformers' trainer: in-batch negatives by gradient caching.
+"""A loss for sentence-transformers' trainer: in-batch negatives with gradient caching.
 
 C columns (anchors, positives, negatives), b rows of this rank, D width.
 """
@@ -24,41 +24,41 @@ from gradcache_clip.integrations.arguments import ENGINE_ARGUMENTS, translate_er
 from gradcache_clip.losses import InfoNCELoss, MatryoshkaLoss
 
 Features = dict[str, Any]
-"""A column as the model takes it: token ids and whatever else its tokenizer returned."""
+"""A column of inputs: token ids, and anything else that the model's tokenizer returns."""
 
 
 _TOKENS = {"attention_mask", "input_ids", "token_type_ids", "position_ids", "inputs_embeds"}
 
 
 class CachedMultipleNegativesRankingLoss(nn.Module):
-    """In place of sentence-transformers' loss of this name: the same gradients, sooner.
+    """Replaces sentence-transformers' loss of this name: same gradients, in less time.
 
-    Each anchor looks for its positive among the positives and hard negatives of the whole batch.
-    `forward` embeds chunk by chunk without graphs; the trainer's backward replays the chunks, so a
-    factor that the trainer puts on the loss reaches every parameter. Columns that the tokenizer
-    returns alike are cut together, rows of similar length into one chunk, and each chunk is
-    trimmed to its longest row. Each chunk's replay is compared with its embed.
+    The candidates of each anchor are the positives and hard negatives of the whole batch. `forward`
+    embeds chunk by chunk without graphs; the trainer's backward replays the chunks, so scaling the
+    loss scales the gradient of every parameter. Columns with the same kinds of tensors are embedded
+    together, with rows of similar length in one chunk, and each chunk is trimmed to its longest
+    row. Each chunk's replay is compared with its embed.
 
     Args:
-        model: the `SentenceTransformer` that is trained.
+        model: the `SentenceTransformer` to train.
         scale: multiplier of the cosine similarity, 1/temperature.
-        similarity_fct: only `sentence_transformers.util.cos_sim`.
+        similarity_fct: must be `sentence_transformers.util.cos_sim`.
         mini_batch_size: rows that go through the model at once.
-        mini_batch_num_tokens: instead, rows times the longest of them, padding included.
-        gather_across_devices: columns of all processes are candidates. On several processes it
-            must be True, and the loss is that of the whole batch on each of them.
+        mini_batch_num_tokens: bound chunks by tokens instead: rows times the longest row.
+        gather_across_devices: use candidates of all processes. Must be True on several processes;
+            each then returns the loss of the whole batch.
         directions: ("query_to_doc",), or ("query_to_doc", "doc_to_query") with
             `partition_mode="per_direction"`.
-        partition_mode: "joint" or "per_direction", which for one direction are the same.
-        matryoshka_dims: widths whose prefixes are to work by themselves, in place of
-            sentence-transformers' `MatryoshkaLoss` around this loss; None for the whole width.
-        matryoshka_weights: of the loss of each of these widths; 1 each when None.
-        learnable_scale: learn the scale, from `scale` on; the trainer's optimizer finds it.
+        partition_mode: "joint" or "per_direction", which are the same for one direction.
+        matryoshka_dims: widths of embedding prefixes to train, instead of wrapping this loss in
+            sentence-transformers' `MatryoshkaLoss`; None for the whole width only.
+        matryoshka_weights: weight of the loss at each of these widths; 1 each when None.
+        learnable_scale: learn the scale, starting from `scale`, with the trainer's optimizer.
         memory_budget: memory for graphs that need no replay; see `GradCache`.
-        replay_check: "error", "warn" or "off", if a replay differs from its embed.
+        replay_check: "error", "warn" or "off": what to do if a replay differs from its embed.
 
     Raises:
-        ValueError: options that would be another loss, or a model whose inputs have no rows.
+        ValueError: options of another loss, or a model whose inputs cannot be cut into rows.
 
     Source: Henderson et al. 2017 (arXiv 1705.00652), section 4.4; Gao et al. 2021 (2101.06983);
     for the widths Kusupati et al. 2022 (2205.13147), equation 1.
@@ -72,7 +72,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         trainer.train()
     """
 
-    # The forward is repeated in the backward, which losses that wrap another one ask about.
+    # Losses that wrap another one read this: the backward repeats the forward.
     uses_gradient_cache = True
 
     def __init__(
@@ -118,16 +118,16 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
     def forward(
         self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
-        """Loss of a batch, whose backward replays the chunks.
+        """Compute the loss of a batch; its backward replays the chunks.
 
         Args:
             sentence_features: C columns of b rows each: anchors, positives, and any number of
                 columns of negatives, which are negatives of every anchor.
-            labels: not used; row i of anchors and positives belongs together.
+            labels: ignored; row i of anchors and positives form a pair.
 
         Raises:
-            ValueError: fewer than two columns, flattened inputs, processes that are not joined, or
-                rows padded on the left under `mini_batch_num_tokens`.
+            ValueError: fewer than two columns, flattened inputs, several processes without
+                `gather_across_devices`, or left padding with `mini_batch_num_tokens`.
             TypeError: a model without pooling, or another loss around this one.
         """
         columns = [dict(features) for features in sentence_features]
@@ -140,7 +140,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         return loss
 
     def _cache(self, sorting: tuple[ByLength | None, ...], columns: int) -> GradCache:
-        """One for each kind of batch, for what a cache checks in its first step only."""
+        """Return the cache for this kind of batch: a cache checks some things in its first step."""
         inputs = len(sorting)
         strategy = self._strategy(inputs)
         options = self.mini_batch_size, self.memory_budget, self.replay_check
@@ -168,7 +168,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         return loss
 
     def _sorting(self, features: Features) -> ByLength | None:
-        """By length where rows of tokens, and of nothing else, are padded on the right."""
+        """Sort by length if all rows hold tokens padded on the right, and nothing else as wide."""
         if not _padded_on_the_right(features):
             checks.check_no_tokens(self.mini_batch_num_tokens)
             return None
@@ -178,12 +178,12 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         checks.check_place(self.model, gathers=self.gather_across_devices)
         checks.check_wrapper(self.model, inputs)
         wrapped = isinstance(self.model, DistributedDataParallel)
-        # Several processes without a wrapper only evaluate: there is nothing to reduce.
+        # On several processes without a wrapper this is an evaluation, with nothing to reduce.
         return DDPStrategy() if wrapped else LocalStrategy(reduce_myself=True)
 
     @property
     def calculate_loss(self) -> Callable[..., Tensor]:
-        """None: losses that wrap a cached loss look here for its parts."""
+        """Raise TypeError: only a loss that wraps this one reads this property."""
         raise TypeError(
             "CachedMultipleNegativesRankingLoss: expected to be used by itself, got another loss "
             "around it, such as MatryoshkaLoss; for that one pass matryoshka_dims= here, for "
@@ -192,7 +192,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The multiplier of the cosine similarity, as it is now."""
+        """Current multiplier of the cosine similarity."""
         return self.contrast.logit_scale.item() if self.learnable_scale else self._fixed_scale
 
     @property
@@ -201,7 +201,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         return 1.0 / self.scale
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The options, for the model card."""
+        """Return the options, for the model card."""
         return {
             "scale": self.scale,
             "similarity_fct": cos_sim.__name__,
@@ -237,14 +237,14 @@ def _over_widths(
 
 
 def _merged(columns: list[Features]) -> list[Features]:
-    """All columns as one, below each other, if they are alike and can be trimmed again."""
+    """Concatenate the columns to one if they have the same tensors and can be trimmed again."""
     trimmed = all(map(_padded_on_the_right, columns))
     merged = merge_feature_batches(columns) if trimmed else None
     return columns if merged is None else [merged]
 
 
 def _padded_on_the_right(features: Features) -> bool:
-    """Whether tokens are, and nothing else has as many columns, which must not be trimmed."""
+    """Return whether tokens are padded on the right and no other tensor is as wide."""
     mask = features.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return False

@@ -1,4 +1,4 @@
-"""Refuse arguments of the loss for sentence-transformers, by its own names."""
+"""Checks the arguments of the loss for sentence-transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOTH_WAYS = {"query_to_doc", "doc_to_query"}
 _WRAPPERS = {
     "FSDPModule": "FSDP, which frees parameters between the embed and the replay",
     "FullyShardedDataParallel": "FSDP, which frees parameters between the embed and the replay",
-    "DeepSpeedEngine": "DeepSpeed, whose engine must take every backward itself",
+    "DeepSpeedEngine": "DeepSpeed, whose engine must run every backward itself",
 }
 
 
@@ -35,8 +35,8 @@ def check_model(model: Any) -> None:
         )
     if hasattr(model, "__getitem__") and has_static_embedding_input(model):
         raise ValueError(
-            "model: expected inputs with one row a sample, got a StaticEmbedding, whose inputs "
-            "cannot be cut into chunks; use MultipleNegativesRankingLoss, which it is fast with"
+            "model: expected inputs with one row per sample, got a StaticEmbedding, whose inputs "
+            "cannot be cut into chunks; use MultipleNegativesRankingLoss, which is fast for it"
         )
 
 
@@ -84,7 +84,7 @@ def check_directions(
 def check_widths(
     dims: Sequence[int] | None, weights: Sequence[float] | None, model: nn.Module
 ) -> None:
-    """Raise for widths and weights that `MatryoshkaLoss` would refuse, or the model cannot give."""
+    """Raise ValueError for invalid widths and weights, or widths beyond the model's."""
     if dims is None and weights is not None:
         raise ValueError(
             f"matryoshka_weights: expected None without matryoshka_dims, got {weights!r}; "
@@ -102,10 +102,10 @@ def check_widths(
     if width is not None and max(dims) > width:
         raise ValueError(
             f"matryoshka_dims: expected at most the width of the model, {width}, got {max(dims)}; "
-            "leave out what is wider"
+            "leave out wider ones"
         )
     for weight in weights or []:
-        check_positive("matryoshka_weights", weight, "leave out a width that is not to count")
+        check_positive("matryoshka_weights", weight, "leave out widths without weight")
     if weights is not None and len(weights) != len(dims):
         raise ValueError(
             f"matryoshka_weights: expected one for each of the {len(dims)} matryoshka_dims, got "
@@ -127,7 +127,7 @@ def check_columns(columns: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_no_tokens(mini_batch_num_tokens: int | None) -> None:
-    """Raise where chunks are to be cut by tokens and rows cannot be sorted by length."""
+    """Raise ValueError for a bound in tokens if rows cannot be sorted by length."""
     if mini_batch_num_tokens is not None:
         raise ValueError(
             "mini_batch_num_tokens: expected rows of tokens padded on the right, and no other "
@@ -137,32 +137,32 @@ def check_no_tokens(mini_batch_num_tokens: int | None) -> None:
 
 
 def check_not_wrapped_in_a_loss(model: nn.Module) -> None:
-    """Raise where another loss has put its own forward into the model for the time of this one.
+    """Raise TypeError if another loss has temporarily replaced the model's forward.
 
-    The trainer's backward replays the chunks after that loss has taken its forward out again.
+    The trainer's backward replays the chunks after that loss has restored the forward.
     """
     for part in innermost(model).modules():
         replaced = type(vars(part).get("forward"))
         if replaced.__module__.startswith("sentence_transformers.") and "losses" in str(replaced):
             raise TypeError(
                 "CachedMultipleNegativesRankingLoss: expected to be used by itself, got a loss "
-                "around it that changes the model for the time of its forward, such as "
-                "AdaptiveLayerLoss; wrap sentence-transformers' MultipleNegativesRankingLoss"
+                "around it that changes the model during its forward, such as AdaptiveLayerLoss; "
+                "wrap sentence-transformers' MultipleNegativesRankingLoss instead"
             )
 
 
 def check_place(model: nn.Module, *, gathers: bool) -> None:
-    """Raise for wrappers, and numbers of processes, that gradients would be wrong under."""
+    """Raise ValueError for wrappers and numbers of processes that would give wrong gradients."""
     if isinstance(model, nn.DataParallel):
         raise ValueError(
-            "model: expected one process for each GPU, got DataParallel, whose copies draw "
-            "random numbers that nobody can repeat; start the script with torchrun"
+            "model: expected one process per GPU, got DataParallel, whose replicas draw random "
+            "numbers that cannot be reproduced; start the script with torchrun"
         )
     if (wrapper := wrapper_in(model)) in _WRAPPERS:
         raise ValueError(
             f"model: expected a plain model or DistributedDataParallel, got {_WRAPPERS[wrapper]}; "
-            "leave fsdp and deepspeed out of the arguments, or train by `gradcache-clip launch "
-            "--engine`"
+            "leave fsdp and deepspeed out of the arguments, or train with `gradcache-clip launch "
+            "--strategy`"
         )
     ranks = world_size()
     if ranks > 1 and not gathers:
@@ -173,30 +173,30 @@ def check_place(model: nn.Module, *, gathers: bool) -> None:
     if ranks > 1 and torch.is_grad_enabled() and not isinstance(model, DistributedDataParallel):
         raise ValueError(
             f"model: expected DistributedDataParallel on {ranks} processes, got "
-            f"{type(model).__name__}, whose gradients would stay those of each process; let the "
-            "trainer wrap the model, without torch_compile (compile model[0].auto_model in place)"
+            f"{type(model).__name__}, whose gradients would not be reduced; let the trainer wrap "
+            "the model, without torch_compile (compile model[0].auto_model in place)"
         )
 
 
 def check_wrapper(model: nn.Module, inputs: int) -> None:
-    """Raise for settings of DDP that allow one forward a step, in the trainer's arguments."""
+    """Raise ValueError for settings of DDP that assume one forward per step."""
     if not isinstance(model, DistributedDataParallel):
         return
     if model.static_graph:
         raise ValueError(
-            "ddp_static_graph: expected False, got True, which counts on one forward a step; "
+            "ddp_static_graph: expected False, got True, which assumes one forward per step; "
             "leave it out"
         )
     if inputs > 1 and model.find_unused_parameters:
         raise ValueError(
-            "ddp_find_unused_parameters: expected False where columns are embedded one by one, "
-            "being tokenized in different ways or padded on the left, got True; pass "
-            "ddp_find_unused_parameters=False, under which unused parameters are found all the same"
+            "ddp_find_unused_parameters: expected False for columns that are embedded separately, "
+            "because they are tokenized differently or padded on the left, got True; pass "
+            "ddp_find_unused_parameters=False, which handles unused parameters as well"
         )
 
 
 def sentence_embedding(output: Any) -> Tensor:
-    """The pooled output of a model; `get_features` of the cache."""
+    """Return the pooled output of a model; `get_features` of the cache."""
     pooled = output.get("sentence_embedding") if isinstance(output, Mapping) else None
     if not isinstance(pooled, Tensor):
         got = ", ".join(map(str, output)) if isinstance(output, Mapping) else type(output).__name__

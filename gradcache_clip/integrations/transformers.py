@@ -1,4 +1,4 @@
-"""The Trainer of transformers over large batches. B pairs of one process, D feature width."""
+"""The Trainer of transformers with large batches. B pairs of one process, D feature width."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from gradcache_clip.integrations.transformers_checks import (
 from gradcache_clip.losses import ClipLoss, SigLipLoss
 
 Towers = Callable[[Any, Mapping[str, Any]], Sequence[tuple[Callable[..., Any], Any]]]
-"""Model and batch to one (encoder, inputs of it) for each tower."""
+"""Model and batch -> one (encoder, inputs) per tower."""
 ModelLoss = Callable[..., Any]
-"""Model and the features of each tower to a scalar, or an object whose `.loss` is one."""
+"""Model and the features of each tower -> a scalar, or an object whose `.loss` is one."""
 
 _CLIP, _SIGLIP = ClipLoss(), SigLipLoss()
 
@@ -48,31 +48,31 @@ _OWN_NAMES = {
     "give get_features a function that returns": "let the encoder that towers returns return",
     "pass strategy=DDPStrategy()": "give the Trainer the model itself",
 }
-"""Arguments that errors of the engine name and this trainer does not have."""
+"""Texts in errors of the engine -> texts with the arguments of this trainer."""
 
 
 class GradCacheTrainer(Trainer):
-    """`Trainer` whose `per_device_train_batch_size` is bounded by `chunk_size`, not by memory.
+    """`Trainer` in which `chunk_size`, not `per_device_train_batch_size`, determines the memory.
 
-    Takes every argument of `Trainer`. The loss of a batch, and all gradients, are those of the
-    model's own loss over the whole batch; on several processes over the batches of all of them,
-    which one reduction a step sums up. What follows the loss is the Trainer's: accumulation,
-    mixed precision, clipping, schedules, checkpoints. Logs gain `accuracy`, how often the right
-    partner wins within the batch. Evaluation reports the loss of `per_device_eval_batch_size` pairs
-    on every process, and hands features, (B, D) for each tower, to `compute_metrics`.
+    Takes every argument of `Trainer`. Loss and gradients are those of the model's own loss over the
+    whole batch; on several processes over the batches of all, with one reduction per step. The
+    Trainer does everything after the loss: accumulation, mixed precision, clipping, schedules,
+    checkpoints. Logs also contain `accuracy`, the in-batch accuracy. Evaluation reports the loss
+    over `per_device_eval_batch_size` pairs of every process, and passes features (B, D) of each
+    tower to `compute_metrics`.
 
     Args:
-        chunk_size: pairs that go through a tower at once, for all towers or one for each.
+        chunk_size: pairs that go through a tower at once, for all towers or per tower.
         memory_budget: memory for graphs that are kept; see `GradCache`.
-        sort_by_length: `ByLength()` for texts of unequal length, one for each tower; see
+        sort_by_length: `ByLength()` for texts of unequal length, for all towers or per tower; see
             `GradCache`.
-        towers: from the model and a batch, one (encoder, its inputs) for each tower. An encoder is
-            a part or method of the model, called as those of `GradCache` are.
-        loss: from the model and the features of each tower, a scalar or an object with `.loss`.
-            Parameters of the loss belong into the model, where the optimizer finds them.
+        towers: function of model and batch that returns one (encoder, inputs) per tower. An encoder
+            is a submodule or method of the model, called like those of `GradCache`.
+        loss: function of the model and the features of each tower that returns a scalar or an
+            object with `.loss`. Its parameters must be in the model, for the optimizer.
 
     Raises:
-        ValueError: settings of the Trainer under which gradients would be wrong, such as FSDP.
+        ValueError: settings of the Trainer that would give wrong gradients, such as FSDP.
         TypeError: a loss that is a module outside of the model.
 
     Example:
@@ -99,7 +99,7 @@ class GradCacheTrainer(Trainer):
         refuse_functions(self.model, towers, loss)
         if loss is None and not hasattr(self.model, "logit_bias"):
             refuse_a_single_pair(self)
-        # The loss is a mean over the batch, needs no labels, and evaluation is to compute it.
+        # The loss is a mean over the batch and needs no labels; evaluation should compute it too.
         self.model_accepts_loss_kwargs, self.can_return_loss = False, True
         self.label_names: list[str] = []
         self.contrast = loss or loss_of_model
@@ -115,7 +115,7 @@ class GradCacheTrainer(Trainer):
         self._accuracies: list[Tensor] = []
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer's, with a model that stays unwrapped on several processes."""
+        """Create the accelerator, and leave the model unwrapped on several processes."""
         super().create_accelerator_and_postprocess()
         self.accelerator.prepare_model = partial(_prepared, self.accelerator.prepare_model)
 
@@ -126,10 +126,10 @@ class GradCacheTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of a batch, whose backward replays the chunks; without gradients just the loss.
+        """Compute the loss of a batch; its backward, if gradients are enabled, replays the chunks.
 
         Returns:
-            The loss, 0-dim; with `return_outputs` also (loss, *features).
+            The 0-dim loss; with `return_outputs` also (loss, *features).
         """
         batches = self.towers.inputs_of(self.accelerator.unwrap_model(model), inputs)
         with self.accelerator.autocast(), translate_errors(_OWN_NAMES):
@@ -139,7 +139,7 @@ class GradCacheTrainer(Trainer):
         return (output.loss, (output.loss, *output.features)) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with the mean accuracy of the batches that `loss` stands for."""
+        """Log, with the mean accuracy over the same batches as `loss`."""
         if "loss" in logs and self._accuracies:
             logs["accuracy"] = float(torch.stack(self._accuracies).mean())
             self._accuracies.clear()
@@ -154,14 +154,14 @@ class GradCacheTrainer(Trainer):
 def image_and_text(
     model: Any, inputs: Mapping[str, Any]
 ) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
-    """The two towers of a model with `get_image_features` and `get_text_features`.
+    """Return the towers of a model with `get_image_features` and `get_text_features`.
 
-    `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel` and others have them. What is in the
-    batch goes to the method that has an argument of this name.
+    `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel` and others have these methods. Each
+    entry of the batch goes to the method with an argument of its name.
 
     Raises:
-        TypeError: the model has no such methods.
-        ValueError: something in the batch belongs to neither.
+        TypeError: the model lacks these methods.
+        ValueError: an entry of the batch belongs to neither.
     """
     check_methods(model)
     methods = [getattr(model, name) for name in METHODS]
@@ -180,9 +180,9 @@ def image_and_text(
 
 
 def loss_of_model(model: Any, image_features: Tensor, text_features: Tensor) -> Any:
-    """The loss that the model itself computes over a batch: with a `logit_bias` that of SigLIP.
+    """Compute the model's own loss over a batch: SigLIP's if it has a `logit_bias`, else CLIP's.
 
-    The scale is exp(model.logit_scale), as transformers has it, and is not held below a bound.
+    The scale is exp(model.logit_scale) without an upper bound, as in transformers.
 
     Args:
         model: has the parameter `logit_scale`.
@@ -202,7 +202,7 @@ class _Contrasted(NamedTuple):
 
 
 class _Towers(nn.Module):
-    """A model whose towers are called by number."""
+    """Calls the towers of a model by number."""
 
     def __init__(self, model: nn.Module, split: Towers) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class _Towers(nn.Module):
         self.encoders: list[Callable[..., Any]] = []
 
     def inputs_of(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Any]:
-        """Inputs of each tower, taken from a batch."""
+        """Return the inputs of each tower from a batch, and remember the encoders."""
         self.model = model
         pairs = checked_pairs(self.split(model, batch))
         self.encoders = [encoder for encoder, _ in pairs]
@@ -221,7 +221,7 @@ class _Towers(nn.Module):
 
 
 class _OnceAStep(AllReduceStrategy):
-    """Reduces gradients in the last of the batches that accumulate."""
+    """Reduces gradients only in the last of several accumulated batches."""
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__()
@@ -234,10 +234,10 @@ class _OnceAStep(AllReduceStrategy):
 
 
 def _prepared(prepare_model: Callable[..., Any], model: nn.Module, **options: Any) -> Any:
-    """The model on its device with the weights of the first process, without a wrapper.
+    """Move the model to its device with rank 0's weights, without wrapping it.
 
-    DistributedDataParallel would wait for a backward through `logit_scale` in every replay, and
-    keep a second copy of all gradients.
+    DistributedDataParallel would wait for a gradient of `logit_scale` in every replay, and keep a
+    second copy of all gradients.
     """
     prepared = prepare_model(model, **{**options, "evaluation_mode": True})
     if not options.get("evaluation_mode") and dist.is_initialized():

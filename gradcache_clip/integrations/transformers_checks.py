@@ -1,4 +1,4 @@
-"""Refuse settings, models and functions that `GradCacheTrainer` cannot be exact with."""
+"""Refuses settings, models and functions with which `GradCacheTrainer` would not be exact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TOWERS = (
 
 _WHY_NOT = {
     "FSDP": "FSDP, which frees parameters between the embed and the replay",
-    "DEEPSPEED": "DeepSpeed, whose engine must take every backward itself",
+    "DEEPSPEED": "DeepSpeed, whose engine must run every backward itself",
 }
 
 
@@ -29,7 +29,7 @@ def check_methods(model: Any) -> None:
 
 
 def checked_pairs(pairs: Any) -> list[tuple[Any, Any]]:
-    """Check that `towers` returned one (encoder, inputs) for each tower."""
+    """Check that `towers` returned one (encoder, inputs) per tower, and return them as a list."""
     found = list(pairs) if isinstance(pairs, (list, tuple)) else []
     if not found or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in found):
         got = [type(each).__name__ for each in found] or type(pairs).__name__
@@ -49,15 +49,15 @@ def check_scale(model: Any) -> None:
 
 
 def refuse_settings(trainer: Any) -> None:
-    """Raise for settings that would leave gradients wrong, or have no effect."""
+    """Raise ValueError for settings that would give wrong gradients or have no effect."""
     args, engine = trainer.args, trainer.accelerator.distributed_type.value
     for refused, message in (
         (
             engine != "NO" and not engine.startswith("MULTI_"),
             f"distributed_type: expected one process, or data parallelism over several, got "
-            f"{_WHY_NOT.get(engine, engine)}; leave fsdp and deepspeed out. Sharded training is "
-            "`gradcache-clip launch --engine`, or GradCache with FSDPStrategy or DeepSpeedStrategy "
-            "in a loop of your own",
+            f"{_WHY_NOT.get(engine, engine)}; leave fsdp and deepspeed out, and for sharded "
+            "training use `gradcache-clip launch --strategy`, or GradCache with FSDPStrategy or "
+            "DeepSpeedStrategy in your own loop",
         ),
         (
             trainer.is_distributed_loading_by_transformers or args.parallelism_config is not None,
@@ -71,13 +71,13 @@ def refuse_settings(trainer: Any) -> None:
         ),
         (
             args.torch_compile,
-            "torch_compile: expected False, for a wrapper around the model is not what runs, got "
-            "True; compile its parts in place, such as model.vision_model.compile()",
+            "torch_compile: expected False, because towers are called without the compiled "
+            "wrapper, got True; compile them in place, such as model.vision_model.compile()",
         ),
         (
             str(args.optim).lower().endswith("lomo"),
-            f"optim: expected an optimizer that steps after the backward, got {args.optim}; take "
-            "another, such as adamw_torch",
+            f"optim: expected an optimizer that steps after the backward, got {args.optim}; use "
+            "another one, such as adamw_torch",
         ),
         (
             args.label_smoothing_factor != 0,
@@ -96,7 +96,7 @@ def refuse_settings(trainer: Any) -> None:
 
 
 def refuse_functions(model: Any, towers: Any, loss: Any) -> None:
-    """Raise for what cannot be called, and for defaults that the model does not fit."""
+    """Raise TypeError for arguments that are not functions, and for models without the defaults."""
     if towers is None:
         check_methods(model)
     elif not callable(towers):
@@ -114,13 +114,13 @@ def refuse_functions(model: Any, towers: Any, loss: Any) -> None:
     if isinstance(loss, nn.Module):
         raise TypeError(
             f"loss: expected a function of model and features, got {type(loss).__name__}, whose "
-            "parameters the optimizer would not find; make it a part of the model and pass "
+            "parameters the optimizer would not find; make it a submodule of the model and pass "
             "loss=lambda model, *features: model.loss(*features)"
         )
 
 
 def refuse_a_single_pair(trainer: Any) -> None:
-    """A softmax over one pair is no loss; better said now than at the end of the first epoch."""
+    """Raise ValueError now for a last batch of one pair, which would fail late in the epoch."""
     args, evaluated = trainer.args, trainer.eval_dataset
     several = evaluated if isinstance(evaluated, Mapping) else {"eval_dataset": evaluated}
     sizes = [("train_dataset", trainer.train_dataset, args.train_batch_size)]
