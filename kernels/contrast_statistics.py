@@ -141,12 +141,12 @@ def _contrast_statistics_kernel(
 
 @triton.jit
 def _store_statistics(part_ptr, plane, tile, positives, mask, AXIS: tl.constexpr):
-    """Maximum and sum of exp along one axis, and with labels the sum of positives and the rival."""
+    """Maximum and sum of exp along one axis; with labels, positives' sum and hardest negative."""
     if positives is not None:
         positive = tl.sum(tl.where(positives, tile, 0.0), AXIS)
-        rival = tl.max(tl.where(positives, -float("inf"), tile), AXIS)
+        hardest = tl.max(tl.where(positives, -float("inf"), tile), AXIS)
         tl.store(part_ptr + 2 * plane, positive, mask=mask)
-        tl.store(part_ptr + 3 * plane, rival, mask=mask)
+        tl.store(part_ptr + 3 * plane, hardest, mask=mask)
     maximum = tl.max(tile, AXIS)
     # Where everything is masked the maximum is -inf, and -inf - -inf would be NaN.
     reference = tl.where(maximum == -float("inf"), 0.0, maximum)
@@ -186,7 +186,7 @@ def _merge_kernel(
     running_sum = tl.load(running_ptr + running_plane, mask=inside, other=0.0)
     if LABELLED:
         positive = tl.load(running_ptr + 2 * running_plane, mask=inside, other=0.0)
-        rival = tl.load(running_ptr + 3 * running_plane, mask=inside, other=-float("inf"))
+        hardest = tl.load(running_ptr + 3 * running_plane, mask=inside, other=-float("inf"))
     for start in range(0, parts, DEPTH):
         part = start + tl.arange(0, DEPTH)
         offset = part[:, None].to(tl.int64) * length + column[None, :]
@@ -200,21 +200,21 @@ def _merge_kernel(
         running_max = new_max
         if LABELLED:
             part_positive = tl.load(parts_ptr + 2 * plane + offset, mask=mask, other=0.0)
-            part_rival = tl.load(parts_ptr + 3 * plane + offset, mask=mask, other=-float("inf"))
+            part_hardest = tl.load(parts_ptr + 3 * plane + offset, mask=mask, other=-float("inf"))
             positive += tl.sum(part_positive, 0)
-            rival = tl.maximum(rival, tl.max(part_rival, 0))
+            hardest = tl.maximum(hardest, tl.max(part_hardest, 0))
     tl.store(running_ptr, running_max, mask=inside)
     tl.store(running_ptr + running_plane, running_sum, mask=inside)
     if LABELLED:
         tl.store(running_ptr + 2 * running_plane, positive, mask=inside)
-        tl.store(running_ptr + 3 * running_plane, rival, mask=inside)
+        tl.store(running_ptr + 3 * running_plane, hardest, mask=inside)
 
 
 @dataclass(frozen=True)
 class _Running:
     """Statistics of all rows, or of all columns, and the partials of a stripe to add to them.
 
-    Planes: maximum in units of log 2, sum of exp; with labels the positives' sum, and the rival.
+    Planes: maximum in units of log 2, sum of exp; with labels the positives' sum, hardest negative.
     """
 
     planes: Tensor
