@@ -292,6 +292,7 @@ def _check_is_encoder(config: TextTowerConfig, text_config: Any) -> None:
 def _check_fits(
     config: TextTowerConfig, text_config: Any, context_length: int, vocab_size: int
 ) -> None:
+    # Models with relative positions have no limit.
     limit = getattr(text_config, "max_position_embeddings", None) or context_length
     if context_length > limit:
         raise ValueError(

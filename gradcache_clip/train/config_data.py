@@ -53,8 +53,8 @@ class TextData(DataConfig, TokenizedData):
     [anchor, positive, negative]."""
 
     text_prompts: list[str] = Field([])
-    """What stands before each query, and before each document and hard negative, such as
-    ["query: ", "passage: "]; empty: nothing."""
+    """Prefixes of each query, and of each document and hard negative, such as ["query: ",
+    "passage: "]; empty for none."""
 
     @field_validator("text_fields")
     @classmethod

@@ -98,6 +98,7 @@ def _set_or_check(
 def _set_stage(settings: dict[str, Any], config: Config) -> None:
     source, wanted = config.distributed.deepspeed_config, config.distributed.zero
     zero = settings.setdefault("zero_optimization", {})
+    # Without a stage in its file, DeepSpeed uses 0.
     default = DEFAULT_STAGE if not source else 0
     given = zero.setdefault("stage", default if wanted < 0 else wanted)
     if wanted >= 0 and given != wanted:
@@ -117,5 +118,6 @@ def _set_precision(settings: dict[str, Any], config: Config) -> None:
             f"{wanted}; change one of them"
         )
     settings[wanted] = {"enabled": True}
+    # Otherwise ZeRO would sum the gradients of all chunks in bf16.
     if wanted == "bf16" and zero_stage(settings):
         settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})

@@ -41,6 +41,7 @@ def choose_device(name: str) -> torch.device:
         here = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
         return here or torch.device("cpu")
     try:
+        # Resolves "cuda" to the current device, and fails if it does not exist.
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(

@@ -109,6 +109,7 @@ def _zero_shot(
         tokens = {name: tensor.to(device) for name, tensor in tokenizer(texts).items()}
         return encoder.encode_text(tokens)
 
+    # The classes are the distinct first captions.
     numbers = {name: n for n, name in enumerate(dict.fromkeys(held_out.image_captions))}
     labels = torch.tensor([numbers[caption] for caption in held_out.image_captions])
     images = held_out.image_features

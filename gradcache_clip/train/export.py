@@ -56,6 +56,7 @@ def export_run(run_folder: str | Path, out: str | Path) -> Path:
         backbone.save_pretrained(written)
         _save_tokenizer(run.tokenizer, tokenizer.pad_token, config.data.context_length, written)
         _save_modules(written, config, backbone.config)
+        # Renamed once complete; an existing folder is empty, as checked above.
         if out.exists():
             out.rmdir()
         written.rename(out)

@@ -136,6 +136,7 @@ class FailureChannel:
             if message is not None and not self._over.wait(GRACE_S):
                 line = f"rank {self._rank} ended while {self.phase}: {message}"
                 print(line, file=sys.stderr, flush=True)
+                # The main thread hangs in a collective and cannot be interrupted.
                 os._exit(_STATUS_OF_A_STUCK_PROCESS)
 
     def _beat(self) -> None:

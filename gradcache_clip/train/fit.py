@@ -119,6 +119,7 @@ def fit(
                 fitted.row = _log_row(state, result, fitted.meter)
                 log.write(state.step, fitted.row)
                 bar.show({"step": state.step, **fitted.row})
+            # Save first: an evaluation may fail, or take long.
             if last or _due(state, config.checkpoint_every):
                 with fitted.meter.paused():
                     state.save(config.keep_checkpoints)

@@ -135,6 +135,7 @@ class FrozenFeatures:
 
 def _digest_of(tower: nn.Module, setting: str) -> str:
     """Return a digest of everything that the features depend on, except the pixels."""
+    # The tower's repr covers its architecture.
     digest = hashlib.blake2b(f"{setting} {tower}".encode(), digest_size=_DIGEST_BYTES)
     for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]:
         digest.update(name.encode())

@@ -50,6 +50,7 @@ class MultiwayBlock(nn.Module):
         self.out = nn.Linear(sizes.width, sizes.width)
         self.experts = nn.ModuleList(Expert(sizes) for _ in TOWERS)
         self.drop_path = DropPath(drop_path)
+        # Magneto scales values, but not queries and keys.
         starts = zip(self.qkv.weight.detach().chunk(3), (1, 1, sizes.gain), strict=True)
         for weight, gain in (*starts, (self.out.weight, sizes.gain)):
             nn.init.xavier_normal_(weight, gain)

@@ -121,6 +121,7 @@ def join_processes(config: Config) -> Iterator[Peers]:
     timeout = timedelta(seconds=config.distributed.timeout_s)
     if made_here:
         dist.init_process_group(timeout=timeout, **_backend(config))
+    # For values on the host, which NCCL cannot send.
     group = dist.new_group(backend="gloo", timeout=timeout)
     failures = FailureChannel(dist.get_rank(), dist.get_world_size())
     peers = Peers(dist.get_rank(), dist.get_world_size(), group=group, failures=failures)

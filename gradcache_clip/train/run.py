@@ -89,11 +89,12 @@ class _Trainer:
         if peers.is_first:
             self.folder.begin(self.config, self.tokenizer, state.encoder)
         if first_step:
-            self.console.print(f"going on from step {first_step} of {self.folder.path}", **_PLAIN)
+            self.console.print(f"resuming from step {first_step} of {self.folder.path}", **_PLAIN)
         fitted = self._fit()
         if self._finished and state.step == first_step and self.config.data.validation:
             # Nothing left to train. The log already has this evaluation; the pictures need it.
             fitted.evaluated = self._evaluate()
+        # Without a new step, keep the figures of the summary that exists.
         if state.step == first_step and before is not None:
             summary = RunSummary(**{**before, "finished": self._finished})
         else:
@@ -186,6 +187,6 @@ def _how_to_resume(summary: RunSummary, processes: int) -> str:
     config = shlex.quote(f"{summary.output}/config.yaml")
     command = "train" if processes == 1 else f"launch --nproc {local_world_size(processes)} train"
     return (
-        f"stopped after step {summary.step} with a checkpoint; go on with\n"
+        f"stopped after step {summary.step} with a checkpoint; resume with\n"
         f"    gradcache-clip {command} {config} train.resume=true"
     )

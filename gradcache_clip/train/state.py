@@ -154,6 +154,7 @@ def start(
     check_towers(encoder, image_size=program.image_size, tokens=longest)
     loss = program.loss().to(device)
     decay = config.train.ema_decay
+    # Before the engine, which may cast or shard the weights.
     ema = moving_average(encoder, decay) if decay else None
     engine = build_engine(encoder, loss, config, peers)
     state = TrainState(run, peers, encoder, engine, loss, ema, loader, program.on_save)
@@ -163,6 +164,7 @@ def start(
     checkpoint = _checkpoint(run, peers) if config.train.resume else None
     if checkpoint is not None:
         state.restore(checkpoint)
+    # After restoring, because cached features depend on the weights.
     program.begin(encoder, peers.rank, engine.autocast)
     return state, tokenizer
 

@@ -126,6 +126,7 @@ def write_files(
     torch.save(dict(state), folder / _STATE)
     files = {}
     for path in sorted(folder.iterdir()):
+        # Flushed before the index vouches for it.
         sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     index = {"format": FORMAT_VERSION, "step": step, "modules": list(modules), "files": files}

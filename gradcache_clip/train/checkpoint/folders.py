@@ -109,6 +109,7 @@ def save_checkpoint(
         write_files(temporary, step, modules, state)
         _publish(temporary, final)
     except BaseException as error:
+        # Also on Ctrl-C.
         _remove_temporary(folder)
         needed = tensor_bytes(modules) + tensor_bytes(state)
         if isinstance(error, Exception) and is_disk_full(error, folder, needed):
@@ -204,6 +205,7 @@ def _publish(temporary: Path, final: Path) -> None:
         if replaced.exists():
             replaced.rename(final)
         raise
+    # The rename itself is an entry of the parent folder.
     sync(final.parent)
 
 
