@@ -11,6 +11,7 @@ VERSION = re.search(
 ).group(1)
 
 TRAIN = [
+    "datasets>=3.0",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "omegaconf>=2.3",
@@ -30,7 +31,6 @@ DEEPSPEED = ["deepspeed>=0.16; platform_system == 'Linux'"]
 DOCS = ["math-core>=0.9,<0.10", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 INTEGRATIONS = [
     "accelerate>=1.3",
-    "datasets>=2.16",
     "lightning>=2.4",
     "open_clip_torch>=3.3",
     "sentence-transformers>=6.2",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,21 @@ from _pytest.terminal import TerminalReporter
 WORST_ERROR = "worst_relative_error"
 EACH_PARAMETER = "relative_error_of_each_parameter"
 SHOWN = 8
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let `datasets`, here and in subprocesses, keep its copies in a folder that goes away."""
+    cache = tempfile.TemporaryDirectory(prefix="datasets-")
+    os.environ.setdefault("HF_DATASETS_CACHE", cache.name)
+    config.add_cleanup(cache.cleanup)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of drawn characters, which no test changes."""
+    from tiny_run import make_data
+
+    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ from PIL import Image
 from tiny_shards import loader, picture, same, take, write, write_tar
 from torchvision.transforms.v2 import functional as F
 
+from gradcache_clip.train.data import read_all
 from gradcache_clip.train.data.augment import Augmentation
 from gradcache_clip.train.data.decode import ImageTransform
-from gradcache_clip.train.data.loader import read_all
-from gradcache_clip.train.data.stream import LoaderOptions
+from gradcache_clip.train.data.samples import LoaderOptions
 
 NOTHING = Augmentation(flip=0, color_jitter=0, grey=0, blur=0)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_shards import good, loader, options, picture, take, write, write_tar
 
+from gradcache_clip.train.data import ImageCaptionLoader, read_all
 from gradcache_clip.train.data.broken import BrokenReport, BrokenTally
-from gradcache_clip.train.data.loader import read_all
 
 
 def broken_members() -> dict[str, bytes]:
@@ -29,13 +29,15 @@ def broken_members() -> dict[str, bytes]:
     members |= {"i.png": picture(), "i.json": b'{"captions": [1]}'}
     members |= {"j.png": picture(), "j.json": b"[1]"}
     members |= {"k.png": b"", "k.txt": b"empty"}
+    members |= {"l.png": picture(), "l.json": b'{"captions": ["\\ud800"]}'}
+    members |= {"m.png": picture(), "m.txt": b"m", "m.json": b'{"group": "\\ud800"}'}
     return members
 
 
 REASONS = {
     "missing caption": 1,
     "empty caption": 1,
-    "bad utf-8": 1,
+    "bad utf-8": 3,
     "undecodable image": 3,
     "missing image": 1,
     "bad json": 4,
@@ -47,26 +49,32 @@ def test_broken_samples_are_counted_by_reason(
     tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_tar(tmp_path / "a.tar", broken_members())
-    stream = loader(tmp_path, 15, workers=workers, max_broken_share=0.2)
-    iterator = iter(stream)
+    stream = loader(tmp_path, 8, workers=workers, max_broken_share=0.5)
     with caplog.at_level(logging.WARNING):
-        batches = [next(iterator), next(iterator)]
-        with pytest.raises(
-            ValueError, match=r"at most 20.0% .* 11 of 41 .*a\.tar, sample .*repair"
-        ):
-            next(iterator)
+        batches = take(stream, 40)
     assert {key for batch in batches for key in batch.keys} == {f"good{i}" for i in range(30)}
-    assert stream.broken.counts == REASONS and stream.broken.seen == 41
+    assert all(len({*batch.keys}) == 8 for batch in batches)
+    assert stream.broken.counts.keys() == REASONS.keys()
+    assert stream.broken.seen == 8 * 40 + stream.broken.total
     example = next(e for e in stream.broken.examples if e.key == "d")
     assert example.reason == "undecodable image" and example.shard.endswith("a.tar")
     assert len(caplog.records) == 5
     assert "a.tar, sample" in caplog.text
 
 
+def test_too_many_broken_samples_end_an_epoch(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", broken_members())
+    stream = iter(loader(tmp_path, 8, max_broken_share=0.1))
+    with pytest.raises(ValueError, match=r"at most 10.0% .* of .*a\.tar, sample .*repair"):
+        # An epoch has five batches.
+        for _ in range(6):
+            next(stream)
+
+
 def test_read_all_counts_the_same(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", broken_members())
     assert len(list(read_all(tmp_path, options=options(max_broken_share=0.5)))) == 30
-    with pytest.raises(ValueError, match=r"got 11 of 41 .*'missing caption': 1.*sample a\); re"):
+    with pytest.raises(ValueError, match=r"got 13 of 43 .*'missing caption': 1.*sample a\); re"):
         list(read_all(tmp_path, options=options(max_broken_share=0.25)))
 
 
@@ -96,12 +104,18 @@ def test_a_truncated_shard_gives_its_whole_samples(
     cut(tmp_path / "shard-000001.tar", 20 * 3072 + size)
     if not manifest:
         (tmp_path / "manifest.json").unlink()
-    stream = loader(tmp_path, whole, max_broken_share=0)
-    iterator = iter(stream)
-    assert sorted(next(iterator).keys) == [f"k{i:04d}" for i in range(whole)]
-    with pytest.raises(ValueError, match=r"shard-000001\.tar, sample k00(49|50)"):
-        next(iterator)
-    assert stream.broken.counts == {"truncated tar": 60 - whole if manifest else 1}
+    lost = 60 - whole if manifest else 1
+    with pytest.raises(ValueError, match=rf"got {lost} of .*shard-000001\.tar, sample k00(49|50)"):
+        loader(tmp_path, whole, max_broken_share=0)
+    stream = loader(tmp_path, whole, max_broken_share=0.3)
+    # Found once, by the index, and not again in each epoch.
+    for batch in take(stream, 3):
+        assert sorted(batch.keys) == [f"k{i:04d}" for i in range(whole)]
+    assert stream.broken.counts == {"truncated tar": lost} and stream.broken.seen == 3 * whole
+    state = stream.state_dict()
+    resumed = loader(tmp_path, whole, max_broken_share=0.3)
+    resumed.load_state_dict(state)
+    assert resumed.broken.counts == {"truncated tar": lost}
 
 
 def test_a_manifest_tells_of_samples_that_are_gone(tmp_path: Path) -> None:
@@ -117,7 +131,19 @@ def test_a_shard_of_noise_and_an_empty_one_are_broken(tmp_path: Path) -> None:
     (tmp_path / "c.tar").write_bytes(b"")
     stream = loader(tmp_path, 3, max_broken_share=0.9)
     take(stream, 4)
-    assert stream.broken.counts["truncated tar"] >= 2
+    assert stream.broken.counts == {"truncated tar": 2}
+
+
+def test_the_first_rank_alone_counts_what_is_lost(tmp_path: Path) -> None:
+    write(tmp_path, 60)
+    cut(tmp_path / "shard-000001.tar", 10_000)
+    counts = [
+        ImageCaptionLoader(
+            tmp_path, 4, options=options(max_broken_share=0.5), rank=rank, world_size=2
+        ).broken.counts
+        for rank in range(2)
+    ]
+    assert counts == [{"truncated tar": 17}, {}]
 
 
 def test_damage_inside_a_shard_is_not_taken_for_its_end(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from coco_files import captions_of, changed, coco_file, split_file
 from tiny_shards import picture
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.data.loader import DecodedSample, read_all
+from gradcache_clip.train.data import DecodedSample, read_all
 from gradcache_clip.train.sources import CocoSplits, make_coco
 
 SPLITS = ["train", "restval", "val", "test", "train", "test", "val", "test", "restval", "test"]

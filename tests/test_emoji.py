@@ -22,8 +22,8 @@ import npm
 from emoji import FLUENT, GOOGLE, NAMES, PACKAGES, TWITTER, make_emoji
 from npm import NpmPackage, fetch_packages, read_members
 
-from gradcache_clip.train.data.loader import read_all
-from gradcache_clip.train.data.stream import LoaderOptions
+from gradcache_clip.train.data import read_all
+from gradcache_clip.train.data.samples import LoaderOptions
 from gradcache_clip.train.sources import DataSummary
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_shards import picture
 
-from gradcache_clip.train.data.loader import read_all
+from gradcache_clip.train.data import read_all
 from gradcache_clip.train.sources import make_folder
 
 

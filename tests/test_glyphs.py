@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "da
 import glyphs
 
 from gradcache_clip.cli import main
-from gradcache_clip.train.data.loader import read_all
+from gradcache_clip.train.data import read_all
 
 
 def test_glyphs_are_drawn_named_and_split_by_character(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_shards import good, loader, options, picture, take, write, write_tar
 
-from gradcache_clip.train.data.loader import ImageCaptionLoader, read_all
+from gradcache_clip.train.data import ImageCaptionLoader, read_all
 from gradcache_clip.train.data.shard_urls import check_url, find_shards
 
 

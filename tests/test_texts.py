@@ -1,4 +1,4 @@
-"""Lines of JSON as training data: nothing is lost, repeated or trusted."""
+"""Texts as training data, out of every kind of file: nothing is lost, repeated or trusted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from pathlib import Path
 import pytest
 from text_files import make_texts, names, rows_of, write_lines
 
-from gradcache_clip.train.data import text_lines
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.data import (
+    TextBatch,
+    TextLoader,
+    TextRows,
+    find_text_files,
+    join_states,
+    read_all_texts,
+    text_rows,
+)
 from gradcache_clip.train.data.broken import BrokenReport
-from gradcache_clip.train.data.resumable import join_states
-from gradcache_clip.train.data.text_lines import TextLines, find_text_files, read_all_texts
-from gradcache_clip.train.data.text_loader import TextBatch, TextLoader, order_of
 
 PAIR = names(2)
 
@@ -38,25 +44,142 @@ def everything(data: Path) -> Counter:
     return Counter(read_all_texts(data / "train", PAIR, max_broken_share=0))
 
 
+def read(source, fields=PAIR, **options) -> list[tuple[str, ...] | BrokenReport]:
+    rows = TextRows(source, fields, **options)
+    return [*map(rows.read, range(len(rows)))]
+
+
 def test_rows_stand_in_the_order_of_the_files(data):
-    lines = TextLines(data / "train", names(4))
+    rows = TextRows(data / "train", names(4))
     expected = [tuple(row[name] for name in names(4)) for row in rows_of(160, seed=1)]
-    assert [*lines] == expected and len(lines) == 160 and lines.counts == [53, 107]
-    assert lines[53] == expected[53] and lines[159] == expected[159]
+    assert read(data / "train", names(4)) == expected and len(rows) == 160
+    assert rows.read(53) == expected[53] and rows.read(159) == expected[159]
 
 
-@pytest.mark.parametrize("block", [1, 3, 7, 4096])
-def test_line_ends_are_found_whatever_the_block(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(text_lines, "_BLOCK_BYTES", block)
+def test_line_ends_of_all_kinds(tmp_path):
     rows = [{"anchor": f"q{i}", "positive": "é\u2028\x85 d" * i} for i in range(1, 6)]
     texts = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "a.jsonl").write_bytes("\n\n".join(texts).encode())
-    (tmp_path / "b.jsonl").write_bytes("\r\n\r\n".join(texts).encode() + b"\r\n\r\n\r")
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(texts).encode() + b"\r\n\r")
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "b.json").read_bytes())
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "none.jsonl").write_bytes(b"\n\n\r\n\n")
     expected = [tuple(text.strip() for text in row.values()) for row in rows]
-    assert [*TextLines(tmp_path, PAIR)] == [*expected, *expected]
-    assert TextLines(tmp_path, PAIR).counts == [5, 5, 0, 0]
+    assert read(tmp_path) == [*expected, *expected]
+    assert read(tmp_path / "b.json") == expected
+
+
+def made(folder, kind: str) -> Path:
+    """The rows of a file of JSON lines in another kind of file."""
+    from datasets import Dataset
+
+    rows = rows_of(40, seed=1)
+    rows[7]["anchor"] = "NA"
+    rows[9]["anchor"] = "2012"
+    rows[11]["positive"] = ""
+    table = Dataset.from_list(rows)
+    source = folder / kind / f"a.{kind}"
+    source.parent.mkdir(parents=True)
+    if kind == "saved":
+        table.save_to_disk(source.parent, num_shards=3)
+        return source.parent
+    if kind == "jsonl":
+        return write_lines(source, rows)
+    getattr(table, f"to_{kind}")(source)
+    return source
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "saved"])
+def test_other_files_give_the_same_rows_as_lines(tmp_path, kind):
+    expected = read(made(tmp_path, "jsonl"), names(3))
+    source = made(tmp_path, kind)
+    found = read(source, names(3), prompts=("q: ", "d: "))
+    assert [*map(type, found)] == [*map(type, expected)]
+    assert found[11] == BrokenReport("empty positive", str(source), "row 12")
+    for row, same in zip(found, expected, strict=True):
+        if isinstance(row, tuple):
+            assert row == (f"q: {same[0]}", f"d: {same[1]}", f"d: {same[2]}")
+    batches = [TextLoader(each, 8, fields=PAIR, max_broken_share=0.5)
+               for each in (source, tmp_path / "jsonl")]  # fmt: skip
+    assert taken(batches[0], 12) == taken(batches[1], 12)
+    with pytest.raises(ConfigError, match="text_fields: expected fields .* anchor, positive, neg"):
+        TextRows(source, ("anchor", "answer"))
+
+
+def test_what_is_no_text_is_a_broken_row(tmp_path):
+    from datasets import Dataset
+
+    path = tmp_path / "a.parquet"
+    Dataset.from_dict({"anchor": ["q", None, "r"], "positive": [1, 2, 3]}).to_parquet(path)
+    assert [row.reason for row in read(path)] == [
+        "missing positive",
+        "missing anchor",
+        "missing positive",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.parquet", b"no parquet", "expected .parquet files .* got ArrowInvalid: Parquet magic"),
+        ("a.arrow", b"no arrow", "expected .arrow files"),
+        ("a.csv", b"anchor,positive\na,b\nc,d,e\n", "expected .csv files .* in line 3, saw 3"),
+        ("a.csv", b"anchor,positive\na,\xff\n", "expected .csv files .* can't decode byte 0xff"),
+    ],
+)
+def test_damaged_files_say_so_in_one_line(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as raised:
+        TextRows(tmp_path, PAIR)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_is_of_one_kind(tmp_path):
+    write_lines(tmp_path / "a.jsonl", rows_of(3, seed=1))
+    write_lines(tmp_path / "about.json", [{"license": "CC0"}])
+    assert len(read(tmp_path)) == 3
+    made(tmp_path, "csv").rename(tmp_path / "b.csv")
+    with pytest.raises(ConfigError, match=r"one kind, got \.csv and \.jsonl; name some by"):
+        TextRows(tmp_path, PAIR)
+    assert len(read(f"{tmp_path}/*.jsonl")) == 3
+    made(tmp_path / "several", "saved").rename(tmp_path / "several" / "train")
+    (tmp_path / "several" / "dataset_dict.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"name one of its folders \['train'\]"):
+        TextRows(tmp_path / "several", PAIR)
+
+
+def test_a_saved_folder_names_no_file_elsewhere(tmp_path):
+    """Of what `save_to_disk` wrote the Arrow files are read, whatever its state.json says."""
+    secret = made(tmp_path / "secret", "saved")
+    folder = made(tmp_path, "saved")
+    state = json.loads((folder / "state.json").read_text())
+    state["_data_files"] = [{"filename": str(next(secret.glob("*.arrow")))}] * 9
+    (folder / "state.json").write_text(json.dumps(state))
+    assert len(read(folder)) == 40
+
+
+def test_nothing_is_asked_of_the_network(tmp_path, monkeypatch):
+    def refuse(*_arguments):
+        raise AssertionError("network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    for kind in ("jsonl", "parquet", "csv", "saved"):
+        assert len(read(made(tmp_path, kind))) == 40
+
+
+def test_a_cache_that_cannot_be_written_is_no_matter(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    assert len(read(made(tmp_path, "jsonl"))) == 40
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"anchor": "a", "positive": "b"}])
+    rows = TextRows(path, PAIR)
+    write_lines(path, [{"anchor": "c", "positive": "d"}])
+    assert read(path) == [("c", "d")] and rows.read(0) == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -77,12 +200,13 @@ def test_line_ends_are_found_whatever_the_block(tmp_path, monkeypatch, block):
     ],
 )
 def test_a_broken_line_says_what_and_where(tmp_path, monkeypatch, line, reason):
-    monkeypatch.setattr(text_lines, "MAX_LINE_BYTES", 200_000 if reason == "bad json" else 1000)
+    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 200_000 if reason == "bad json" else 1000)
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"anchor": "q", "positive": "d"}\n' + line + b"\n")
-    first, second = TextLines(path, PAIR)
+    path.write_bytes(b'{"anchor": "q", "positive": "d"}\n\n' + line + b"\n")
+    write_lines(tmp_path / "0.jsonl", rows_of(5, seed=1))
+    *_, first, second = read(tmp_path)
     assert first == ("q", "d")
-    assert second == BrokenReport(reason, str(path), "line 2")
+    assert second == BrokenReport(reason, str(path), "line 3")
 
 
 def test_an_epoch_has_every_row_once_in_a_new_order(data):
@@ -92,7 +216,6 @@ def test_an_epoch_has_every_row_once_in_a_new_order(data):
     assert first != second and several.epoch == 1
     assert taken(loader(data, rows=32), 5) == first
     assert taken(loader(data, rows=32, seed=1), 5) != first
-    assert sorted(order_of(1000, 0, 0).tolist()) == [*range(1000)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -111,27 +234,27 @@ def test_a_stream_goes_on_with_the_next_batch(data, received):
     assert taken(resumed, 20) == whole[10 * received :]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
-def test_what_is_left_of_an_epoch_goes_once_to_other_ranks(data, before, after):
-    ranks = [loader(data, 4, rank=r, world_size=before) for r in range(before)]
-    seen = [row for each in ranks for row in taken(each, 3)]
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 1)])
+def test_other_ranks_go_on_with_the_same_rows(data, before, after):
+    ranks = [loader(data, 12 // before, rank=r, world_size=before) for r in range(before)]
+    seen = [taken(each, 9) for each in ranks]
     state = join_states([each.state_dict() for each in ranks])
-    resumed = [loader(data, 1, rank=r, world_size=after) for r in range(after)]
+    resumed = [loader(data, 12 // after, rank=r, world_size=after) for r in range(after)]
     for each in resumed:
-        each.load_state_dict(state)
-        # Of batches of one row nothing is dropped; the next epoch begins after them.
-        for batch in each:
-            if each.epoch > state["epoch"]["number"]:
-                break
-            seen += batch.rows
-    assert Counter(seen) == everything(data)
+        each.load_state_dict(json.loads(json.dumps(state)))
+    rest = [taken(each, 9) for each in resumed]
+    whole = taken(loader(data, 12), 18)
+    assert Counter(row for part in (*seen, *rest) for row in part) == Counter(whole)
+    assert rest[0] == whole[12 * 9 :][: 12 // after] + rest[0][12 // after :]
 
 
-def test_ranks_share_an_epoch(data):
+def test_ranks_share_a_batch(data):
     ranks = [loader(data, 16, rank=r, world_size=2) for r in range(2)]
-    rows = [taken(each, 4) for each in ranks]
-    assert Counter(rows[0] + rows[1]) == Counter(taken(loader(data, 32), 4))
-    assert len(rows[0]) == len(rows[1]) == 64
+    rows = [taken(each, 5) for each in ranks]
+    together = taken(loader(data, 32), 5)
+    for step in range(5):
+        mine = slice(16 * step, 16 * (step + 1))
+        assert together[32 * step : 32 * (step + 1)] == rows[0][mine] + rows[1][mine]
 
 
 def test_broken_rows_are_counted_and_too_many_stop(tmp_path, caplog):
@@ -140,20 +263,22 @@ def test_broken_rows_are_counted_and_too_many_stop(tmp_path, caplog):
     write_lines(tmp_path / "a.jsonl", rows)
     several = TextLoader(tmp_path, 100, fields=PAIR)
     with caplog.at_level(logging.WARNING):
-        texts = taken(several, 3)
-    assert Counter(texts) == Counter((row["anchor"], row["positive"]) for row in good)
-    assert several.broken.counts == {"missing positive": 12} and several.broken.seen == 312
+        batches = [batch.rows for batch in islice(several, 12)]
+    assert {row for rows in batches for row in rows} == {(r["anchor"], r["positive"]) for r in good}
+    assert all(len({*rows}) == 100 for rows in batches)
+    assert several.broken.counts.keys() == {"missing positive"}
+    assert several.broken.seen == 1200 + several.broken.total
     assert "line 3" in caplog.text
     assert len([*read_all_texts(tmp_path, PAIR, max_broken_share=0.05)]) == 300
     with pytest.raises(ValueError, match="max_broken_share: expected at most 1.0% broken samples"):
-        taken(TextLoader(tmp_path, 100, fields=PAIR, max_broken_share=0.01), 3)
+        taken(TextLoader(tmp_path, 100, fields=PAIR, max_broken_share=0.01), 4)
     with pytest.raises(ValueError, match="max_broken_share"):
         [*read_all_texts(tmp_path, PAIR, max_broken_share=0.01)]
 
 
 def test_what_is_no_such_data_is_refused(data, tmp_path):
     for source in (tmp_path / "none.jsonl", tmp_path, f"{tmp_path}/*.jsonl"):
-        with pytest.raises(FileNotFoundError, match=r"expected a local \.jsonl file"):
+        with pytest.raises(FileNotFoundError, match=r"expected a local \.jsonl, .* file"):
             find_text_files(source)
     with pytest.raises(ValueError, match="batch_size: expected a data set of one batch or more"):
         loader(data, rows=161)
@@ -163,10 +288,8 @@ def test_what_is_no_such_data_is_refused(data, tmp_path):
         loader(data, rank=2, world_size=2)
     write_lines(tmp_path / "empty.jsonl", [])
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"expected a local \.jsonl file"):
+    with pytest.raises(FileNotFoundError, match=r"expected a local \.jsonl, .* file"):
         find_text_files(f"{tmp_path}/folder*")
-    with pytest.raises(IndexError):
-        TextLines(data / "train", PAIR)[160]
     with pytest.raises(ValueError, match="expected at least one line, got empty files; write"):
         [*read_all_texts(tmp_path / "empty.jsonl", PAIR, max_broken_share=0)]
 
@@ -196,31 +319,13 @@ def test_many_files_need_few_handles(tmp_path):
     for number in range(60):
         write_lines(tmp_path / f"{number:02}.jsonl", [row])
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lines = TextLines(tmp_path, PAIR)
+    rows = TextRows(tmp_path, PAIR)
     used = len([*Path("/proc/self/fd").iterdir()]) if Path("/proc/self/fd").exists() else 64
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 16, most))
     try:
-        assert [*lines] == [("q", "d")] * 60
+        assert [*map(rows.read, range(60))] == [("q", "d")] * 60
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
-
-
-def test_a_file_that_was_cut_is_no_crash(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", [{"anchor": "q" * 9000, "positive": "d"}] * 3)
-    lines = TextLines(path, PAIR)
-    path.write_bytes(b"")
-    assert all(isinstance(row, BrokenReport) for row in lines)
-
-
-@pytest.mark.parametrize(("world", "rows"), [(2, 33), (3, 33)])
-def test_a_set_too_small_for_the_poorest_rank_is_refused_on_all(tmp_path, world, rows):
-    """Groups of 32 rows are dealt out: of 96, two ranks get 64 and 32."""
-    write_lines(tmp_path / "a.jsonl", rows_of(96, seed=1))
-    for rank in range(world):
-        with pytest.raises(ValueError, match=f"got 32 samples for each of {world} ranks"):
-            TextLoader(tmp_path, rows, fields=PAIR, rank=rank, world_size=world)
-        fitting = TextLoader(tmp_path, 32, fields=PAIR, rank=rank, world_size=world)
-        assert len(taken(fitting, 1)) == 32
 
 
 def test_columns_of_a_batch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import tarfile
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from gradcache_clip.train.data.loader import Batch, ImageCaptionLoader, LoaderOptions
+from gradcache_clip.train.data import Batch, ImageCaptionLoader, LoaderOptions
 from gradcache_clip.train.sources.shards import Sample, write_shards
 
 
@@ -35,8 +36,8 @@ def write(folder: Path, count: int, shard_size: int = 20) -> Path:
     return folder
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         for name, data in members.items():
             header = tarfile.TarInfo(name)
             header.size = len(data)
@@ -49,7 +50,7 @@ def good(key: str) -> dict[str, bytes]:
 
 
 def options(**changes: object) -> LoaderOptions:
-    defaults = {"image_size": 8, "shuffle_buffer": 15, "group_size": 4}
+    defaults = {"image_size": 8, "shuffle_buffer": 15}
     return LoaderOptions(**{**defaults, **changes})  # type: ignore[arg-type]
 
 
@@ -59,6 +60,14 @@ def loader(folder: Path | str, batch_size: int = 10, **changes: object) -> Image
 
 def take(stream: ImageCaptionLoader, count: int) -> list[Batch]:
     return list(itertools.islice(iter(stream), count))
+
+
+def zipped(folder: Path, into: Path) -> Path:
+    """The shards of a folder, compressed: these can only be streamed."""
+    into.mkdir()
+    for path in sorted(folder.glob("*.tar")):
+        (into / path.name).write_bytes(gzip.compress(path.read_bytes()))
+    return into
 
 
 def same(a: Batch, b: Batch) -> bool:

@@ -34,11 +34,13 @@ class BrokenTally:
     Args:
         counts: skipped samples by reason.
         seen: samples in all, broken ones included.
+        lost: of the skipped ones, those that were lost before any was read.
         examples: the first reports.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     seen: int = 0
+    lost: int = 0
     examples: list[BrokenReport] = field(default_factory=list)
 
     @property
@@ -56,6 +58,11 @@ class BrokenTally:
                 if len(self.examples) <= MAX_WARNINGS:
                     logger.warning("skipped a broken sample: %s", report)
 
+    def add_lost(self, reports: Sequence[BrokenReport]) -> None:
+        """Count samples that were found to be lost before any was read."""
+        self.lost += sum(report.count for report in reports)
+        self.add(0, reports)
+
     def check(self, max_share: float, *, at_end: bool = False) -> None:
         """Stop when too many are broken; before the end a share of a few samples says nothing.
 
@@ -63,11 +70,21 @@ class BrokenTally:
             ValueError: with the counts and an example.
         """
         too_few = self.seen < MIN_SEEN_FOR_SHARE and not at_end
-        if too_few or self.total <= max_share * self.seen:
+        broken = self.total - self.lost
+        if too_few or broken <= max_share * self.seen:
             return
         example = f"; the first: {self.examples[0]}" if self.examples else ""
         raise ValueError(
-            f"max_broken_share: expected at most {max_share:.1%} broken samples, got {self.total} "
+            f"max_broken_share: expected at most {max_share:.1%} broken samples, got {broken} "
             f"of {self.seen} ({dict(self.counts)}{example}); repair or remake the shards, or raise "
             "max_broken_share"
         )
+
+
+def check_lost(reports: Sequence[BrokenReport], found: int, max_share: float) -> None:
+    """Raise ValueError if too many samples of a set were lost, beside those that were found."""
+    counts = Counter[str]()
+    for report in reports:
+        counts[report.reason] += report.count
+    seen = found + sum(counts.values())
+    BrokenTally(counts, seen, examples=[*reports[:1]]).check(max_share, at_end=True)

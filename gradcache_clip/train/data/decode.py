@@ -202,13 +202,17 @@ def captions_and_group(
     stripped = tuple(caption.strip() for caption in captions)
     if required and not all(stripped):
         raise BrokenSample("empty caption")
-    return stripped, str(notes.get("group", members["__key__"]))
+    group = str(notes.get("group", members["__key__"]))
+    _check_encodes(*stripped, group)
+    return stripped, group
 
 
 def label_of(members: Mapping[str, Any]) -> str:
     """The class of an image: `label` of KEY.json, else the text of KEY.cls; empty without both."""
     label = _notes(members.get("json")).get("label", "")
-    return str(label) if label != "" else _text(members.get("cls", b"")).strip()
+    found = str(label) if label != "" else _text(members.get("cls", b"")).strip()
+    _check_encodes(found)
+    return found
 
 
 def _notes(data: bytes | None) -> dict[str, Any]:
@@ -223,6 +227,14 @@ def _notes(data: bytes | None) -> dict[str, Any]:
     if not isinstance(notes, dict):
         raise BrokenSample("bad json")
     return notes
+
+
+def _check_encodes(*texts: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer and no log takes."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise BrokenSample("bad utf-8") from error
 
 
 def _text(data: bytes) -> str:

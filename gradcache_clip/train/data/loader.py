@@ -1,57 +1,152 @@
-"""Image-caption batches out of webdataset shards: shuffled, split, exactly resumable, safe."""
+"""Batches of images and captions of one rank: shuffled, counted, exactly resumable, safe."""
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from gradcache_clip.train.data.batch import Batch
+from gradcache_clip.train.data.broken import BrokenReport, BrokenTally, check_lost
+from gradcache_clip.train.data.indexed import IndexedFeed
+from gradcache_clip.train.data.pieces import Filling, Piece
+from gradcache_clip.train.data.samples import ImageRows, LoaderOptions
+from gradcache_clip.train.data.shard_index import IndexedShards, can_be_indexed
+from gradcache_clip.train.data.shard_urls import find_shards
+from gradcache_clip.train.data.streamed import StreamedFeed
 
-from gradcache_clip.train.data.batch import Batch, BatchBuilder
-from gradcache_clip.train.data.broken import BrokenReport, BrokenTally
-from gradcache_clip.train.data.decode import ImageTransform
-from gradcache_clip.train.data.position import EpochLeft, Lanes
-from gradcache_clip.train.data.resumable import ResumableLoader, join_states, this_rank_alone
-from gradcache_clip.train.data.shard_reader import read_shard
-from gradcache_clip.train.data.shard_urls import Shard, find_shards
-from gradcache_clip.train.data.stream import (
-    DecodedSample,
-    Group,
-    GroupStream,
-    LoaderOptions,
-    StreamPlan,
-    decode_sample,
-)
-
-__all__ = [
-    "Batch",
-    "DecodedSample",
-    "ImageCaptionLoader",
-    "LoaderOptions",
-    "join_states",
-    "read_all",
-]
+STATE_FORMAT = 3
 
 
-class ImageCaptionLoader(ResumableLoader):
-    """Batches of images and captions of one rank, for ever; see `ResumableLoader`.
+Feed = IndexedFeed | StreamedFeed
 
-    The order depends on the seed, the epoch and the shards, and on the world size and the number of
-    workers with which the epoch began.
+
+class Loader:
+    """Batches of one rank, for ever.
+
+    `state_dict` describes the batches that the caller has received, so a new loader that loads it
+    goes on with the very next batch. Iterate once at a time; closing the iterator ends the worker
+    processes.
+
+    Args:
+        feed: the rows.
+        batch_size: rows a batch of this rank.
+        make_batch: builds a batch from its columns.
+        rank: of this process; the first also counts for the others what was before.
+        lost: samples that the feed cannot yield.
+        max_broken_share: share of broken samples above which loading stops with an error.
+
+    Attributes:
+        broken: a `BrokenTally` of the samples skipped so far, in worker processes too.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        batch_size: int,
+        make_batch: Callable[..., Any],
+        *,
+        rank: int,
+        lost: Sequence[BrokenReport] = (),
+        max_broken_share: float,
+    ) -> None:
+        self._feed, self._batch_size, self._make_batch = feed, batch_size, make_batch
+        self._rank, self._max_broken_share = rank, max_broken_share
+        self.broken = BrokenTally()
+        if rank == 0:
+            self.broken.add_lost(lost)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the last batch received, from 0."""
+        return self._feed.epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        filling = Filling(self._batch_size)
+        with closing(self._feed.pieces()) as pieces:
+            for piece in pieces:
+                if isinstance(piece, Exception):
+                    raise piece
+                self._count(piece)
+                row = 0
+                while row < len(piece):
+                    row = filling.take(piece, row)
+                    if row == len(piece):
+                        self._feed.used(piece)
+                    if filling.is_full:
+                        yield self._make_batch(**filling.columns)
+                        filling = Filling(self._batch_size)
+
+    def _count(self, piece: Piece) -> None:
+        self.broken.add(piece.seen, piece.broken)
+        whole = self._feed.rows_of_epoch
+        at_end = whole is not None and self.broken.seen >= whole
+        self.broken.check(self._max_broken_share, at_end=at_end)
+        if piece.unfilled:
+            raise ValueError(
+                f"batch_size: expected a sample that can be read for every row, got none for "
+                f"{piece.unfilled} rows after {len(piece.broken)} broken samples; the first: "
+                f"{piece.broken[0]}; lower batch_size or repair the data"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands after the last batch that was received: numbers and strings.
+
+        With several ranks it is the state of this one; `join_states` makes that of all.
+        """
+        tally = {"seen": self.broken.seen, "lost": self.broken.lost}
+        return {
+            "format": STATE_FORMAT,
+            "order": dict(self._feed.identity),
+            "position": self._feed.state(),
+            "tally": {**tally, "broken": dict(self.broken.counts)},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the loaders of the same samples stood, at any number of ranks and workers.
+
+        Raises:
+            ValueError: the state is of other data or settings, or of another version.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise ValueError(
+                f"state: expected a loader state of format {STATE_FORMAT}, got "
+                f"{state.get('format')!r}; resume with the version of gradcache-clip that wrote it"
+            )
+        for name, got in self._feed.identity.items():
+            if (expected := state["order"].get(name)) != got:
+                raise ValueError(
+                    f"{name}: expected {expected!r} as in the saved state, got {got!r}; the order "
+                    "of the samples depends on it, so resume with the same value"
+                )
+        self._feed.load(state["position"])
+        tally = state["tally"]
+        self.broken = BrokenTally()
+        if self._rank == 0:
+            counts = Counter[str](tally["broken"])
+            self.broken = BrokenTally(counts, tally["seen"], tally["lost"])
+
+
+class ImageCaptionLoader(Loader):
+    """Batches of images and captions of one rank, for ever; see `Loader`.
+
+    Local tar files are read by index: the samples of a step follow from the seed and the number of
+    the step alone, and a broken sample is replaced by another. Where a shard is a URL or
+    compressed, all are streamed.
 
     Args:
         source: folder of shards, path, glob, brace pattern or URLs; see `find_shards`.
         batch_size: pairs a batch of this rank.
         options: see `LoaderOptions`.
-        rank, world_size, on_every_rank: see `ResumableLoader`.
+        rank: of this process.
+        world_size: number of processes; each reads its own part of a batch.
 
     Raises:
-        FileNotFoundError, ValueError: no shards, or shards that may not be opened. While iterating:
-            ValueError for too many broken samples and for a set smaller than one batch.
+        FileNotFoundError, ValueError: no shards, shards that may not be opened, or too many broken
+            ones; fewer samples than a batch, or a rank out of range. While iterating: ValueError
+            for too many broken samples.
 
     Example:
         >>> import io, tempfile
@@ -75,77 +170,51 @@ class ImageCaptionLoader(ResumableLoader):
         options: LoaderOptions | None = None,
         rank: int = 0,
         world_size: int = 1,
-        on_every_rank: Callable[[bool], bool] = this_rank_alone,
     ) -> None:
-        self._options = options = options or LoaderOptions()
-        super().__init__(
-            source,
-            batch_size,
-            lanes=Lanes(world_size, max(1, options.workers)),
-            workers=options.workers,
-            max_broken_share=options.max_broken_share,
-            rank=rank,
-            world_size=world_size,
-            on_every_rank=on_every_rank,
-        )
+        options = options or LoaderOptions()
+        check_place(batch_size, rank, world_size)
         shards = find_shards(source, allow_url_schemes=options.allow_url_schemes)
-        self._plan = StreamPlan(shards, options, rank, world_size)
-        counts = [shard.samples for shard in shards]
-        if None not in counts:
-            self._check_size(sum(count for count in counts if count is not None) // world_size)
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "seed": self._options.seed,
-            "group_size": self._options.group_size,
-            "shuffle_buffer": self._options.shuffle_buffer,
-            "shards": _fingerprint(self._plan.shards),
-        }
-
-    def _stream(self, left: EpochLeft, first: int) -> IterableDataset[Group | None]:
-        return GroupStream(self._plan, left, first)
-
-    def _builder(self) -> BatchBuilder:
-        return BatchBuilder(self._batch_size)
-
-
-def read_all(
-    source: str | Path, *, options: LoaderOptions | None = None
-) -> Iterator[DecodedSample]:
-    """Every sample once, in the shards' order, with all captions of each image; for evaluation.
-
-    Args:
-        source: as for `ImageCaptionLoader`.
-        options: image size, allowed schemes, the broken share and whether there must be captions
-            are used; crops and views are not.
-
-    Yields:
-        `DecodedSample`: image uint8 (3, H, W), captions, key, group, label. Only broken samples are
-        left out, and they are logged.
-
-    Raises:
-        FileNotFoundError, ValueError: as `find_shards`; ValueError for too many broken samples and
-            for a source without any sample.
-    """
-    options = options or LoaderOptions()
-    transform, draw = ImageTransform(options.image_size), random.Random(options.seed)
-    decode = partial(decode_sample, transform=transform, draw=draw, captions=options.captions)
-    tally = BrokenTally()
-    for shard in find_shards(source, allow_url_schemes=options.allow_url_schemes):
-        for item in read_shard(shard, options.allow_url_schemes):
-            found = item if isinstance(item, BrokenReport) else decode(item)
-            if isinstance(found, BrokenReport):
-                tally.add(found.count, [found])
-            else:
-                tally.add(1)
-                yield found
-            tally.check(options.max_broken_share)
-    tally.check(options.max_broken_share, at_end=True)
-    if not tally.seen:
-        raise ValueError(f"source: expected at least one sample in {source}, got none")
+        feed: Feed
+        lost: list[BrokenReport] = []
+        if all(map(can_be_indexed, shards)):
+            rows = ImageRows(IndexedShards(shards, rank=rank, world_size=world_size), options)
+            lost = rows.lost
+            check_lost(lost, len(rows), options.max_broken_share)
+            feed = IndexedFeed(
+                rows,
+                batch_size,
+                seed=options.seed,
+                source=source,
+                workers=options.workers,
+                rank=rank,
+                world_size=world_size,
+            )
+        else:
+            feed = StreamedFeed(shards, options, batch_size, rank=rank, world_size=world_size)
+        share = options.max_broken_share
+        super().__init__(feed, batch_size, Batch, rank=rank, lost=lost, max_broken_share=share)
 
 
-def _fingerprint(shards: tuple[Shard, ...]) -> str:
-    """Digest of names and counts, without folders: a moved set is the same set."""
-    named = [(Path(shard.url).name, shard.samples) for shard in shards]
-    return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of all ranks from the `state_dict()` of each."""
+    broken = Counter[str]()
+    for state in states:
+        broken.update(state["tally"]["broken"])
+    sums = {name: sum(state["tally"][name] for state in states) for name in ("seen", "lost")}
+    position = dict(states[0]["position"])
+    if "finished" in position:
+        shards = {shard for state in states for shard in state["position"]["finished"]}
+        position["finished"] = sorted(shards)
+    return {**states[0], "position": position, "tally": {**sums, "broken": dict(broken)}}
+
+
+def check_place(batch_size: int, rank: int, world_size: int) -> None:
+    """Raise ValueError for a batch size or a rank out of range."""
+    if batch_size < 1:
+        raise ValueError(
+            f"batch_size: expected a positive integer, got {batch_size}; pass e.g. 1024"
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank: expected 0 <= rank < world_size, got rank={rank}, world_size={world_size}"
+        )

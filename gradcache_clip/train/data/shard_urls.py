@@ -59,7 +59,7 @@ def find_shards(source: str | Path, *, allow_url_schemes: Sequence[str] = ()) ->
     for url in _expand(str(source)):
         scheme = url_scheme(url)
         if scheme in ("", "file"):
-            shards += _local_shards(_local_path(url))
+            shards += _local_shards(local_path(url))
         else:
             check_url(url, allow_url_schemes)
             shards.append(Shard(url))
@@ -110,7 +110,7 @@ def open_shard(url: str, allowed: Collection[str]) -> IO[bytes]:
     """
     scheme = url_scheme(url)
     if scheme in ("", "file"):
-        return Path(_local_path(url)).open("rb")
+        return Path(local_path(url)).open("rb")
     check_url(url, allowed)
     if scheme in ("http", "https"):
         opener = urllib.request.build_opener(_CheckedRedirects(allowed))
@@ -163,7 +163,8 @@ def _expand(source: str) -> list[str]:
         ) from error
 
 
-def _local_path(url: str) -> str:
+def local_path(url: str) -> str:
+    """The path of a local file, also of a file: URL."""
     if url_scheme(url) != "file":
         return url
     parts = urllib.parse.urlparse(url)

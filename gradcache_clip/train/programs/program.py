@@ -190,7 +190,6 @@ def image_loader(
         options=options,
         rank=peers.rank,
         world_size=peers.world_size,
-        on_every_rank=peers.all,
     )
 
 

@@ -17,8 +17,13 @@ from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_loss import InfoNCEConfig, build_loss, check_widths
 from gradcache_clip.train.config_model import TextTowerConfig
 from gradcache_clip.train.config_section import expect
-from gradcache_clip.train.data.text_lines import TextLines, find_text_files, read_all_texts
-from gradcache_clip.train.data.text_loader import TextBatch, TextLoader
+from gradcache_clip.train.data import (
+    TextBatch,
+    TextLoader,
+    TextRows,
+    find_text_files,
+    read_all_texts,
+)
 from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts, embed_held_out_texts
 from gradcache_clip.train.evaluation.tables import text_table
 from gradcache_clip.train.peers import Peers, rows_per_process
@@ -67,7 +72,7 @@ class Texts(Program[TextsConfig]):
 
     def check_data(self) -> None:
         data = self.config.data
-        TextLines(data.validation, data.text_fields[:2])
+        TextRows(data.validation, data.text_fields[:2])
 
     def loader(self, peers: Peers) -> TextLoader:
         config, data = self.config, self.config.data
@@ -83,7 +88,6 @@ class Texts(Program[TextsConfig]):
             max_broken_share=data.max_broken_share,
             rank=peers.rank,
             world_size=peers.world_size,
-            on_every_rank=peers.all,
         )
 
     def texts(self) -> Iterable[str]:

@@ -1,0 +1,143 @@
+"""Files of texts as tables of pyarrow: JSON lines, Parquet, CSV and Arrow.
+
+They are read by `datasets`, which keeps an Arrow copy of them in its cache and maps it into memory.
+Nothing in a file is run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import csv
+import glob
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gradcache_clip.train.config_errors import ConfigError
+
+LINES = (".jsonl", ".json")
+BYTES = "latin-1"
+"""Each byte is one character of a line, so a line that is not UTF-8 stops no other."""
+_SUFFIXES = (*LINES, ".parquet", ".csv", ".arrow")
+
+
+def find_text_files(source: str | Path) -> list[Path]:
+    """The files that a path, folder or glob stands for, sorted by name.
+
+    They are all JSON lines (.jsonl, .json), all Parquet, all CSV, or all Arrow; the last are in a
+    folder that `datasets` saved with `save_to_disk`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ConfigError: they are of several kinds.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = _files_of_folder(path)
+    elif path.exists():
+        files = [path]
+    else:
+        files = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]  # noqa: PTH207
+    files = [path for path in files if path.is_file() and path.suffix in _SUFFIXES]
+    if not files:
+        splits = sorted(path.parent.name for path in Path(source).glob("*/state.json"))
+        remedy = f"name one of its folders {splits}" if splits else "check the path"
+        raise FileNotFoundError(
+            f"{source}: expected a local .jsonl, .json, .parquet, .csv or .arrow file, a folder of "
+            f"them or a glob, got none; {remedy}, or make some with "
+            "`python examples/data/wordnet.py OUT`"
+        )
+    if len(kinds := sorted({path.suffix for path in files})) > 1:
+        raise ConfigError(
+            f"{source}: expected files of one kind, got {' and '.join(kinds)}; name some by a "
+            f"glob, such as {path}/*{kinds[0]}"
+        )
+    return files
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    data = [path for path in files if path.suffix != ".json"]
+    # Beside other files, .json ones describe the set.
+    return data or [path for path in files if path.name != "dataset_dict.json"]
+
+
+def table_of(files: Sequence[Path]) -> Any:
+    """The rows of all files as a table of pyarrow, in a mapped file."""
+    import pyarrow
+    from datasets import Dataset, concatenate_datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    names = [str(file) for file in files]
+    kind = ".jsonl" if files[0].suffix in LINES else files[0].suffix
+    readers: dict[str, Any] = {
+        ".jsonl": lambda: _read_lines(names),
+        ".parquet": lambda: Dataset.from_parquet(names, cache_dir=_cache_folder()),
+        ".csv": lambda: _read_csv(names),
+        # Not load_from_disk: its state.json may name files elsewhere.
+        ".arrow": lambda: concatenate_datasets([Dataset.from_file(name) for name in names]),
+    }
+    try:
+        with _bars_on_terminals_alone():
+            return readers[kind]().data
+    except (DatasetGenerationError, pyarrow.ArrowInvalid, ValueError) as error:
+        reason = error.__cause__ or error
+        raise ConfigError(
+            f"{files[0]}: expected {kind} files with the same columns in each, got "
+            f"{type(reason).__name__}: {str(reason).strip()}; repair the file, or write it anew"
+        ) from error
+
+
+def _read_lines(names: list[str]) -> Any:
+    from datasets import Dataset, Features, Value
+
+    if not any(Path(name).stat().st_size for name in names):
+        # Which the library takes for an error.
+        return Dataset.from_dict({"text": []}, features=Features({"text": Value("string")}))
+    return Dataset.from_text(names, encoding=BYTES, cache_dir=_cache_folder())
+
+
+def _read_csv(names: list[str]) -> Any:
+    from datasets import Dataset, Features, Value
+
+    with Path(names[0]).open(newline="", encoding="utf-8-sig") as file:
+        columns = next(csv.reader(file), [])
+    # Else a column of years would be numbers, and "NA" no text.
+    features = Features({name: Value("string") for name in columns})
+    return Dataset.from_csv(
+        names, features=features, keep_default_na=False, cache_dir=_cache_folder()
+    )
+
+
+def _cache_folder() -> str:
+    """The cache of `datasets`, or a temporary folder where that one cannot be written."""
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    temporary = tempfile.mkdtemp(prefix="gradcache-clip-texts-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
+@contextmanager
+def _bars_on_terminals_alone() -> Iterator[None]:
+    from datasets import disable_progress_bars, enable_progress_bars
+    from datasets.utils import are_progress_bars_disabled
+
+    hidden = are_progress_bars_disabled() or sys.stderr.isatty()
+    if hidden:
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
