@@ -321,6 +321,71 @@ def trims_by_name() -> str:
     return trimmed(sorting=ByLength(columns=["input_ids"]))
 
 
+class Places(nn.Module):
+    """Words and their places, counted from the left unless the caller counts them; a mean."""
+
+    def __init__(self, over_padding: bool = False) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(30, 4), nn.Embedding(COLUMNS, 4)
+        self.over_padding = over_padding
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
+        counted = torch.arange(input_ids.shape[1]) if position_ids is None else position_ids
+        hidden = self.words(input_ids) + self.places(counted)
+        if self.over_padding:
+            return hidden.mean(1)
+        kept = attention_mask[..., None].to(hidden)
+        return (hidden * kept).sum(1) / kept.sum(1).clamp_min(1)
+
+
+def padded(
+    side: str = "left", *, counted: bool = False, over_padding: bool = False, **changes: Any
+) -> str:
+    mask = (torch.arange(COLUMNS) < 1 + torch.arange(B)[:, None] % (COLUMNS - 1)).long()
+    mask = mask.flip(1) if side == "left" else mask
+    given = {"input_ids": torch.randint(1, 30, (B, COLUMNS)) * mask, "attention_mask": mask}
+    if counted:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+    given |= {name: change(given) for name, change in changes.items()}
+    encoders = Places(over_padding), nn.Linear(5, 4)
+    return outcome(encoders, (given, rows(5)), sort_by_length=[ByLength(), None])
+
+
+@habit
+def padding_on_the_left() -> str:
+    return padded(counted=True)
+
+
+@habit
+def places_counted_from_the_left() -> str:
+    return padded()
+
+
+@habit
+def averages_over_padding() -> str:
+    return padded("right", over_padding=True)
+
+
+@habit
+def rows_without_tokens() -> str:
+    def emptied(given: dict[str, Tensor]) -> Tensor:
+        return given["attention_mask"] * (torch.arange(B) % 3 > 0)[:, None]
+
+    return padded("right", attention_mask=emptied)
+
+
+@habit
+def mask_to_be_added() -> str:
+    return padded("right", attention_mask=lambda given: -1e4 * (1 - given["attention_mask"]))
+
+
+@habit
+def two_masks() -> str:
+    return padded("right", patch_valid=lambda given: given["attention_mask"].clone())
+
+
 # Gradient hooks.
 
 

@@ -43,9 +43,14 @@ def trims_of(
     """
     parts = [part for part in parts_with_rows(inputs, name) if isinstance(part.value, Tensor)]
     chosen = _known_mask(parts, name) if masks is None else _masks_named(masks, parts, name)
-    _check_masks(chosen, columns, name)
+    if parts and columns is not None and not chosen:
+        raise ValueError(
+            f"{name}: expected a mask to trim {list(columns)} by, got none; name it with "
+            "ByLength(mask=...), or leave columns out"
+        )
+    _check_shapes(chosen)
     others = [part for part in parts if all(part.value is not mask.value for mask in chosen)]
-    if columns is not None:
+    if columns is not None and chosen:
         others = _named(columns, others, chosen, name)
     return [_trim(mask, chosen, others, columns is not None) for mask in chosen]
 
@@ -80,12 +85,7 @@ def _paths(parts: Sequence[Part]) -> str:
     return " and ".join(part.path for part in parts)
 
 
-def _check_masks(masks: Sequence[Part], columns: Collection[Any] | None, name: str) -> None:
-    if columns is not None and not masks:
-        raise ValueError(
-            f"{name}: expected a mask to trim {list(columns)} by, got none; name it with "
-            "ByLength(mask=...), or leave columns out"
-        )
+def _check_shapes(masks: Sequence[Part]) -> None:
     for mask in masks:
         if mask.value.ndim != 2 or mask.value.shape[1] == 0:
             raise ValueError(
