@@ -106,7 +106,8 @@ class ByLength:
         counted = Counter[tuple[int, ...]]()
         for chunk in rows.chunks(*self._limits(len(rows.order), chunk_size, 1)):
             kept = [(chunk.columns or {})[mask] for mask in masks]
-            counted[(len(chunk), *(each.stop - each.start for each in kept))] += 1
+            shape = len(chunk), *(each.stop - each.start for each in kept)
+            counted[shape] += 1
         return dict(counted)
 
     def chunks(
