@@ -102,8 +102,9 @@ def parts_with_rows(
     if isinstance(inputs, Ragged):
         inputs = inputs.nest
     if _has_rows(inputs):
-        _check_can_be_cut(inputs, path)
         own = own_rows(inputs, path)
+        if own is None:
+            _check_can_be_cut(inputs, path)
         yield Part(path, key, inputs if own is None else own)
         return
     if not _is_known(inputs):
@@ -149,12 +150,12 @@ def chunk_of(inputs: Any, chunk: Chunk) -> Any:
 
 
 def _cut(inputs: Any, take: Callable[[Any], Any]) -> Any:
+    if _has_rows(inputs):
+        return take(inputs)
     if isinstance(inputs, Shared):
         return inputs.value
     if isinstance(inputs, Ragged):
         return inputs.without_empty(_cut(inputs.nest, take))
-    if _has_rows(inputs):
-        return take(inputs)
     return map_children(inputs, lambda child: _cut(child, take))
 
 
@@ -232,9 +233,9 @@ def _is_known(inputs: Any) -> bool:
 
 
 def _check_can_be_cut(part: Any, path: str) -> None:
-    if isinstance(part, (list, Rows)) or is_graph_batch(part):
+    if isinstance(part, list):
         return
-    if isinstance(part, Tensor) and not part.is_nested and part.layout is not torch.strided:
+    if isinstance(part, Tensor) and part.layout is not torch.strided:
         raise TypeError(
             f"{path}: expected a tensor that can be cut into rows, got layout {part.layout}; pass "
             "x.to_dense(), or Shared(x) if every chunk needs all of it"

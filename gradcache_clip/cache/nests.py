@@ -32,6 +32,8 @@ def with_children(inputs: Any, parts: Sequence[Any]) -> Any:
     """Put other parts into the same kind of container."""
     if isinstance(inputs, tuple):
         return type(inputs)(*parts) if hasattr(inputs, "_fields") else tuple(parts)
+    if type(inputs) is dict:
+        return dict(zip(inputs, parts, strict=True))
     # A shallow copy keeps the class (BatchEncoding, a frozen dataclass) and all that is not a part.
     copied = copy.copy(inputs)
     for (key, _), part in zip(children_of(inputs), parts, strict=True):
