@@ -9,7 +9,7 @@ import timm
 import torch
 from recipe_runs import recipe, run_recipe, shortened
 from safetensors.torch import save_file
-from tiny_run import logged, make_data
+from tiny_run import logged
 from torch import Tensor, nn
 
 from gradcache_clip.train.config_errors import ConfigError
@@ -101,11 +101,6 @@ def test_features_of_another_tower_or_setting_are_refused(tmp_path: Path) -> Non
     save_file({"x": torch.zeros(1)}, tmp_path / "rank-7.safetensors")
     with pytest.raises(ConfigError, match="in .*rank-7.safetensors, got others"):
         stored(Tower(), tmp_path, setting="32 fp32")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 @pytest.fixture(scope="module")

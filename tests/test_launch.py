@@ -21,7 +21,7 @@ from processes import (
     late_on_rank_1,
     terminated_on_all,
 )
-from tiny_run import logged, make_data, overrides
+from tiny_run import logged, overrides
 
 from gradcache_clip.cli import main
 from gradcache_clip.train.config_errors import ConfigError
@@ -29,11 +29,6 @@ from gradcache_clip.train.device import choose_device
 from gradcache_clip.train.failures import FailureChannel
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 @pytest.fixture(scope="module")

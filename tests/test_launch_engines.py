@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from processes import SAME_BATCHES, alone, assert_same_run, in_processes, interrupted_at_once
-from tiny_run import make_data, overrides
+from tiny_run import overrides
 
 from gradcache_clip.cli import main
 from gradcache_clip.train.config_errors import ConfigError
@@ -19,11 +19,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # One step each: every engine goes on from a checkpoint of another, and leaves one to the next.
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 TURNS = ("fsdp", "zero-2", "zero-3", "fsdp") if HAS_DEEPSPEED else ("fsdp", "ddp", "ddp", "fsdp")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 @pytest.fixture(scope="module")

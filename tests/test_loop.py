@@ -11,11 +11,12 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import logged, make_data, overrides
+from tiny_run import logged, overrides
 
 from gradcache_clip.cli import main
 from gradcache_clip.train import fit
@@ -26,13 +27,10 @@ from gradcache_clip.train.run import RunSummary, train
 from gradcache_clip.train.state import TrainState
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
-
-
 def run(data: Path, output: Path, *more: str) -> RunSummary:
-    return train(load_config(None, overrides(data, output, *more)))
+    """Pictures take longer than such a run."""
+    with mock.patch.object(training, "draw_run"):
+        return train(load_config(None, overrides(data, output, *more)))
 
 
 def start(
@@ -61,7 +59,7 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> No
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunSummary]:
     """A run that was never stopped."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    return output, run(data, output)
+    return output, train(load_config(None, overrides(data, output)))
 
 
 def test_a_run_leaves_everything_behind(whole):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from one_shot import gradient_errors, worst
 from processes import SAME_BATCHES, alone, assert_same_run, in_processes, weights
 from test_distributed import LOCAL, WORLD, in_two_processes
-from tiny_run import make_data
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from trainer_step import assert_same_gradients
@@ -229,11 +227,6 @@ def two_ranks(rank: int) -> None:
 @pytest.mark.distributed
 def test_two_ranks_have_the_gradients_of_one(tmp_path):
     in_two_processes(two_ranks, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 @pytest.mark.distributed

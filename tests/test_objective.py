@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from processes import SAME_BATCHES, alone, assert_same_run, in_processes
 from test_distributed import LOCAL, WORLD, OneModule, global_batch, in_two_processes, tower
-from tiny_run import make_data, overrides
+from tiny_run import overrides
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from trainer_step import Formula, assert_same_gradients, assert_step_equals, same_group, trainer_of
@@ -47,11 +46,6 @@ CLIP_SETTINGS = [
     (*SIGLIP, WIDTHS),
     (*SIGLIP, WIDTHS, "loss.positives=group", "loss.init_logit_bias=-3"),
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 def formula_of(config: Config) -> Formula:

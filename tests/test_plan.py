@@ -266,7 +266,8 @@ def test_the_command_prints_and_draws(tmp_path, capsys):
 def test_the_command_plans_a_configuration(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(
-        "model: {image: convnext_atto, text: bert, text_kwargs: {hidden_size: 128, "
+        "model: {image: convnext_atto, image_kwargs: {depths: [1, 1, 1, 1]}, "
+        "text: bert, text_kwargs: {hidden_size: 128, "
         "num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 512}}\n"
         "data: {image_size: 32, context_length: 16, vocab_size: 30522}\n"
         "train: {batch_size: 4096, chunk_size: 16, precision: bf16}\n"

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
 from recipe_runs import assert_trains_and_resumes, recipe, shortened
-from tiny_run import make_data
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of, unit
 
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.multiway import MultiwayBlock, MultiwayImages, MultiwayTexts
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
-from tiny_run import logged, make_data
+from tiny_run import logged
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of
 
 from gradcache_clip.cli import main
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 def equations_1_to_8(image_cls: Tensor, text_cls: Tensor, scale: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from processes import SAME_BATCHES, alone, assert_same_run, in_processes
 from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
-from tiny_run import make_data
 from torch import Tensor, nn
 from trainer_step import Trainer, assert_step_equals, trainer_of
 
@@ -28,11 +27,6 @@ CONVNEXT = (
     "model.image=convnext_atto",
     "model.image_kwargs={depths: [1, 1, 1, 1], dims: [8, 8, 16, 16], output_stride: 8}",
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 def started(data: Path, folder: Path, *more: str) -> Trainer:

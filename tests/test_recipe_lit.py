@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from processes import SAME_BATCHES, alone, assert_same_run, in_processes, weights
 from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
 from safetensors.torch import load_file, save_file
-from tiny_run import make_data, overrides
+from tiny_run import overrides
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of, unit
 
@@ -35,11 +35,6 @@ SMALL = (
     "model.text_pretrained=false",
     f"model.text_kwargs={TINY_BERT}",
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from processes import SAME_BATCHES, alone, assert_same_run, in_processes, weight
 from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
 from test_losses_moco import equation_1
 from test_recipe_simclr import PLAIN_VIEWS
-from tiny_run import logged, make_data
+from tiny_run import logged
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of, unit
 
@@ -27,11 +26,6 @@ from gradcache_clip.train.programs import program_of
 from gradcache_clip.train.step import make_backward
 
 BOTH = pytest.mark.parametrize("name", ["moco", "moco_image"])
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 def formula(*features_and_more: Tensor) -> Tensor:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from processes import in_processes
 from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
-from tiny_run import make_data
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of
 
@@ -17,11 +14,6 @@ from gradcache_clip.cli import main
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.programs import program_of
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 def algorithm_1(img_emb: Tensor, txt_emb: Tensor, t_prime: Tensor, b: Tensor) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from processes import SAME_BATCHES, alone, assert_same_run, in_processes
 from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
-from tiny_run import logged, make_data
+from tiny_run import logged
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of
 
@@ -25,11 +24,6 @@ PLAIN_VIEWS = (
     *("program=views", "data.random_crop=1", "augment.flip=0", "augment.color_jitter=0"),
     *("augment.grey=0", "augment.blur=0", "loss.learn_logit_scale=false"),
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("glyphs"))
 
 
 def equation_1(z_first: Tensor, z_second: Tensor, tau: float) -> Tensor:
@@ -89,10 +83,11 @@ def test_a_short_run_resumes_exactly(data, tmp_path):
 
 
 def test_the_loss_falls_and_pictures_are_drawn(data, tmp_path):
-    more = ["train.steps=30", "optimizer.learning_rate=0.003", "train.evaluate_every=15"]
-    run_recipe("simclr", data, tmp_path / "run", *more)
+    """Views of which 24 images can learn something in 20 steps."""
+    more = ["data.random_crop=0.8", "augment.color_jitter=0", "augment.grey=0", "train.steps=20"]
+    run_recipe("simclr", data, tmp_path / "run", *more, "train.evaluate_every=10")
     losses = logged(tmp_path / "run", "loss")
-    assert min(losses[29], losses[30]) < losses[1] - 0.1
+    assert max(losses[19], losses[20]) < losses[1] - 0.5
     run, config = RunFolder(tmp_path / "run"), load_config(tmp_path / "run" / "config.yaml")
     # 2 x 24 views, without the one that looks.
     assert run_curve(run, config).candidates == 47
@@ -148,5 +143,7 @@ def test_what_does_not_go_together_is_refused(data, tmp_path, change, message):
 
 
 def test_a_hidden_layer_is_for_views():
-    with pytest.raises(ConfigError, match="no such key with program=pairs; leave it out, or set program=views"):
+    with pytest.raises(
+        ConfigError, match="no such key with program=pairs; leave it out, or set program=views"
+    ):
         load_config(None, ["model.projection_hidden=64"])
