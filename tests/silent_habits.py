@@ -551,7 +551,7 @@ def loss_of_each_row() -> str:
 
 @habit
 def dict_of_losses() -> str:
-    cache = GradCache(linears(), lambda x, y: {"loss": dot_product(x, y)}, chunk_size=5)
+    cache = GradCache(linears(), lambda x, y: {"total": dot_product(x, y)}, chunk_size=5)
     return words_of(cache, rows(6), rows(5))
 
 
