@@ -85,6 +85,12 @@ def _add_evaluate(commands: Any) -> None:
         type=int,
         help="number of consecutive parts of the images to average over (COCO 1K: 5)",
     )
+    evaluate.add_argument(
+        "--allow-url-scheme",
+        action="append",
+        metavar="SCHEME",
+        help="open data by URLs of this scheme, such as https (may be given several times)",
+    )
     evaluate.add_argument("--device", help="auto (default), cpu, cuda:1")
     add_traceback_option(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -166,6 +172,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         templates=tuple(arguments.zero_shot or ()),
         device=arguments.device,
         folds=arguments.folds,
+        allow_url_schemes=tuple(arguments.allow_url_scheme or ()),
     )
     return 0
 

@@ -131,9 +131,13 @@ def test_the_device_of_an_evaluation_may_be_chosen(
     )
     assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 0
     assert main(["evaluate", str(tmp_path), "--data", "x", "--zero-shot", "a {}"]) == 0
+    plain = {
+        **{"data": None, "templates": (), "device": None, "folds": None},
+        "allow_url_schemes": (),
+    }
     assert calls == [
-        (tmp_path, {"data": None, "templates": (), "device": "cpu", "folds": None}),
-        (tmp_path, {"data": "x", "templates": ("a {}",), "device": None, "folds": None}),
+        (tmp_path, {**plain, "device": "cpu"}),
+        (tmp_path, {**plain, "data": "x", "templates": ("a {}",)}),
     ]
 
 

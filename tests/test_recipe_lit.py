@@ -96,15 +96,16 @@ def test_a_short_run_resumes_exactly_and_changes_no_locked_weight(data, file, tm
         assert torch.equal(trained[name], stored[name.removeprefix("image_tower.backbone.")]), name
 
 
-def test_the_file_is_needed_to_train_and_not_to_evaluate(data, file, tmp_path):
+def test_the_file_is_needed_to_begin_and_never_again(data, file, tmp_path):
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(file.read_bytes())
     more = (*SMALL, f"model.image_weights={copy}")
     before = run_recipe("lit", data, tmp_path / "run", *more).metrics
     copy.unlink()
     assert evaluate_run(tmp_path / "run", device="cpu").to_scalars() == pytest.approx(before)
+    assert run_recipe("lit", data, tmp_path / "run", *more, "train.resume=true", "train.steps=5")
     with pytest.raises(ValueError, match="image_weights: expected a safetensors file, got .*copy"):
-        run_recipe("lit", data, tmp_path / "run", *more, "train.resume=true", "train.steps=5")
+        run_recipe("lit", data, tmp_path / "new", *more)
 
 
 def test_verify_says_that_it_is_exact(data, file, tmp_path, capsys):

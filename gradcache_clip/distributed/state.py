@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +15,10 @@ from gradcache_clip.distributed.wrappers import DDP, DEEPSPEED, is_kind
 
 StateByName = dict[str, dict[str, Any]]
 """Name of a parameter -> its moments and its count of steps; empty where it was never stepped."""
+
+
+# Adam, AdamW and NAdam begin with these; others are compared among parameters alone.
+_ADAM = frozenset({"exp_avg", "exp_avg_sq", "step"})
 
 
 def rank0_keeps(value: Tensor) -> Tensor:
@@ -156,6 +161,7 @@ def load_state_by_name(
     Raises:
         ValueError: a parameter of the optimizer has no saved state, while others have one.
     """
+    check_moments(optimizer, named, saved)
     names = {id(parameter): name for name, parameter in named.items()}
     state = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -166,6 +172,50 @@ def load_state_by_name(
                 state[index] = {key: _part_of(v, parameter, part) for key, v in values.items()}
     settings = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": settings})
+
+
+def check_moments(
+    optimizer: Optimizer, named: Mapping[str, nn.Parameter], saved: Mapping[str, Any]
+) -> None:
+    """Raise unless saved moments fit the parameters that they belong to.
+
+    Fused optimizers write through moments without looking at their size.
+
+    Raises:
+        ValueError: other names of moments than the optimizer makes or than other parameters have,
+            another shape than the parameter has, or a value that is no finite number of steps.
+    """
+    expected = _ADAM if isinstance(optimizer, torch.optim.Adam) else None
+    for name, parameter in named.items():
+        values = saved_of(saved, name) if saved else {}
+        if not isinstance(values, Mapping):
+            raise _unfit(name, "a mapping of moments", type(values).__name__)
+        if values and expected is not None and not expected <= values.keys():
+            raise _unfit(name, f"{', '.join(sorted(expected))}", ", ".join(sorted(values)))
+        expected = frozenset(values) if values and expected is None else expected
+        for key, value in values.items():
+            _check_moment(f"{name}.{key}", value, _shape(parameter))
+
+
+def _check_moment(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor):
+        if not isinstance(value, int | float):
+            raise _unfit(name, "a tensor or a number", type(value).__name__)
+        return
+    is_count = value.dim() == 0
+    if not is_count and tuple(value.shape) != shape:
+        raise _unfit(name, f"shape {shape}", f"shape {tuple(value.shape)}")
+    if value.layout is not torch.strided or not (value.is_floating_point() or is_count):
+        raise _unfit(name, "floating-point numbers", f"{value.dtype}, {value.layout}")
+    if is_count and not (value.isfinite() and value >= 0):
+        raise _unfit(name, "a number of steps", str(value.item()))
+
+
+def _unfit(name: str, expected: str, got: str) -> ValueError:
+    return ValueError(
+        f"optimizer state: expected {expected} for {name}, got {got}; load a checkpoint that this "
+        "run has written"
+    )
 
 
 def saved_of(saved: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
@@ -184,4 +234,5 @@ def saved_of(saved: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, 
 
 def _part_of(value: Any, parameter: Tensor, part: Callable[[Tensor, Tensor], Tensor]) -> Any:
     shaped = isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
-    return part(value, parameter) if shaped else value
+    # Views that repeat one number have the right shape and no room for others.
+    return part(value.contiguous(), parameter) if shaped else value

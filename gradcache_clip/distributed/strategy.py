@@ -18,8 +18,7 @@ A strategy tells the engine
 - `fills_grad`: whether gradients end in `.grad`, and `reduces`, whether only the end of a step
   makes them those of all ranks;
 - `recovers`: whether a step that ran out of memory may start again, not where others would wait;
-- `embedded` and `meet`: called between embed and loss, and before ranks tell each other
-  something, where ranks that went different ways are told;
+- `embedded` and `meet`: called before the loss, and before ranks talk, to find ranks that differ;
 - `talks`: whether other ranks take the step together with this one;
 - `on_any_rank`, `anywhere`, `gathered`, `smallest`: what happened, or was found, elsewhere.
 

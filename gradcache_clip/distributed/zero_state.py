@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from gradcache_clip.distributed.state import (
     StateByName,
+    check_moments,
     load_state_by_name,
     rank0_keeps,
     saved_of,
@@ -75,6 +76,7 @@ def load_moments(engine: Any, named: Named, saved: Mapping[str, Mapping[str, Any
     if not holds_parts(engine):
         load_state_by_name(_base(engine), named, saved, lambda value, _: value)
         return
+    check_moments(_base(engine), named, saved)
     states = [(parameter, saved_of(saved, name)) for name, parameter in named.items() if saved]
     if stepped := [values for _, values in states if values]:
         _make_room(engine, stepped[0])

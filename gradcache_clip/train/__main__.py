@@ -6,10 +6,12 @@ import argparse
 import sys
 
 from gradcache_clip.train.command import add_train_arguments, run_command
+from gradcache_clip.train.launch import end_with_launcher
 
 NAME = "python -m gradcache_clip.train"
 
 if __name__ == "__main__":
+    end_with_launcher()
     parser = argparse.ArgumentParser(prog=NAME, description="Train a CLIP model from shards.")
     add_train_arguments(parser)
     sys.exit(run_command(parser.parse_args(), name=NAME))

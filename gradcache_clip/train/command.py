@@ -118,4 +118,9 @@ def _explained(error: BaseException) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         first = (str(error) or "out of memory").splitlines()[0]
         return f"memory: expected a chunk to fit, got {first!r}; lower train.chunk_size"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return (
+            f"{error.filename}: expected a file or folder that can be used, got "
+            f"{error.strerror!r}; check the path, its permissions and the disk"
+        )
     return message

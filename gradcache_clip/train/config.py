@@ -23,7 +23,7 @@ class DataConfig(Section):
     validation: str = changeable("")
     """Validation set, in the same form; empty disables evaluation while training."""
 
-    workers: int = changeable(0, ge=0)
+    workers: int = changeable(0, ge=0, le=1024)
     """Worker processes that read and decode, per training process; 0 reads in that process."""
 
     max_broken_share: float = changeable(0.05, ge=0, le=1)
@@ -64,7 +64,7 @@ class TrainConfig(Section):
     resume: bool = changeable(False)
     """Continue from the newest good checkpoint in `output`."""
 
-    batch_size: int = Field(1024, ge=2)
+    batch_size: int = Field(1024, ge=2, le=2**31)
     """Samples per step, over all processes; each competes with every other in the loss."""
 
     chunk_size: int = Field(64, ge=1)
@@ -84,7 +84,7 @@ class TrainConfig(Section):
     """Cache gradients, so that all samples of a batch compete. `false` accumulates plainly, with a
     loss per chunk; for comparison."""
 
-    steps: int = changeable(1000, ge=1)
+    steps: int = changeable(1000, ge=1, le=2**53)
     """Number of optimizer steps."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from gradcache_clip.train.config import DataConfig
 from gradcache_clip.train.config_errors import ConfigError
-from gradcache_clip.train.config_section import Section
+from gradcache_clip.train.config_section import Section, changeable
 
 SMALLEST_VOCABULARY = 259
 """256 bytes and three special tokens, which every learned tokenizer has."""
@@ -15,29 +15,30 @@ SMALLEST_VOCABULARY = 259
 class ImageData(DataConfig):
     """Webdataset shards of images."""
 
-    image_size: int = Field(64, ge=1)
+    image_size: int = Field(64, ge=1, le=2**14)
     """Height and width in pixels that images are resized and cropped to."""
 
     random_crop: float = Field(1.0, gt=0, le=1)
     """Smallest share of the image's area that a random crop keeps; 1 crops at the centre."""
 
-    shuffle_buffer: int = Field(5000, ge=1)
+    shuffle_buffer: int = Field(5000, ge=1, le=2**31)
     """Undecoded samples held in memory, from which the next is drawn at random."""
 
-    allow_url_schemes: list[str] = Field([])
-    """Schemes besides local files, such as `https`; `pipe` runs commands and is off."""
+    allow_url_schemes: list[str] = changeable([])
+    """Schemes besides local files, such as `https`; `pipe` runs commands. Given on the command line
+    alone: a file cannot allow itself what it may open."""
 
 
 class TokenizedData(Section):
     """Texts as tokens."""
 
-    context_length: int = Field(32, ge=3)
+    context_length: int = Field(32, ge=3, le=2**20)
     """Longest caption or text in tokens, start and end included; longer ones are cut."""
 
     tokenizer: str = Field("train", min_length=1)
     """`train` learns one from the training texts; else a tokenizer.json or a hub name."""
 
-    vocab_size: int = Field(8192, ge=SMALLEST_VOCABULARY)
+    vocab_size: int = Field(8192, ge=SMALLEST_VOCABULARY, le=2**24)
     """Largest vocabulary of a learned tokenizer; 256 bytes and 3 special tokens are in each."""
 
 

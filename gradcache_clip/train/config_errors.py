@@ -130,11 +130,14 @@ def _expected(field: FieldInfo | None, error: Any) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
-        return f"{words} {context[bound]:g}" if context[bound] < 1e9 else f"{words} 2**63"
+        limit = context[bound]
+        return f"{words} {limit:,}" if isinstance(limit, int) else f"{words} {limit:g}"
     if kind == "string_too_short":
         return "some text"
     if kind == "literal_error":
         return "one of " + context["expected"].replace(" or ", ", ").replace("'", "")
+    if isinstance(error["input"], str) and "\0" in error["input"]:
+        return "text without null bytes"
     declared: Any = field.annotation if field else None
     return _EXPECTED_TYPE.get(declared, "another value")
 

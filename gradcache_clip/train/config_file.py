@@ -18,6 +18,8 @@ from gradcache_clip.train.programs import PROGRAMS, program_class
 
 DEFAULT_PROGRAM = "pairs"
 
+_MOST_BYTES, _MOST_DEPTH, _MOST_ALIASES = 2**18, 16, 16
+
 # Arguments of one model mean nothing to another.
 _ARGUMENTS_OF = {"image": "image_kwargs", "text": "text_kwargs"}
 
@@ -30,6 +32,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     longer key such as `model.image_kwargs.depth=4` changes one entry. An override of `model.image`
     (`model.text`) drops the file's `image_kwargs` (`text_kwargs`). For a string key, the text after
     `=` is taken literally and may be empty: `data.train={000..099}.tar`.
+    `data.allow_url_schemes` is read from overrides only.
 
     Raises:
         ConfigError: an unknown key (with the nearest valid name), a value of the wrong type or out
@@ -40,6 +43,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         4096
     """
     given = _read_yaml(path)
+    _forget_permissions(given)
     schema = _schema(given, overrides)
     _apply(given, [_parse(override, schema) for override in overrides], schema)
     try:
@@ -58,6 +62,12 @@ def _of_another_program(error: UnknownKeyError, schema: type[Config]) -> ConfigE
     return ConfigError(
         f"{key}: no such key with program={program}; leave it out, or set program={found[0]}"
     )
+
+
+def _forget_permissions(given: dict[str, Any]) -> None:
+    """Files may come from strangers: what may be opened is for the command line to say."""
+    if isinstance(given.get("data"), dict):
+        given["data"].pop("allow_url_schemes", None)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -120,6 +130,7 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
             f"config: expected a YAML file, got {path}, which does not exist; check the path"
         )
     try:
+        _check_size(Path(path))
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -133,6 +144,27 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
             "'train:' and below it, indented, 'batch_size: 4096'"
         )
     return {str(key): value for key, value in loaded.items()}
+
+
+def _check_size(path: Path) -> None:
+    """Raise for a file that would grow or nest without end; no configuration does."""
+    import yaml
+
+    if path.stat().st_size > _MOST_BYTES:
+        raise ConfigError(
+            f"{path}: expected at most {_MOST_BYTES:,} bytes of YAML, got "
+            f"{path.stat().st_size:,}; is this a configuration?"
+        )
+    depth = aliases = 0
+    for event in yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.events.CollectionStartEvent)
+        depth -= isinstance(event, yaml.events.CollectionEndEvent)
+        aliases += isinstance(event, yaml.events.AliasEvent)
+        if depth > _MOST_DEPTH or aliases > _MOST_ALIASES:
+            raise ConfigError(
+                f"{path}: expected at most {_MOST_DEPTH} levels and {_MOST_ALIASES} aliases, got "
+                "more; write the values out"
+            )
 
 
 def _parse(override: str, schema: type[Config]) -> tuple[list[str], Any]:

@@ -10,6 +10,15 @@ from pydantic import Field, Tag, model_validator
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_section import Section, changeable, discriminated_by, expect
 
+# Arguments by which a file could name weights or code of its own: a pickle, a hub, a kernel.
+_IMAGE_SOURCES = frozenset(
+    {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+)
+_TEXT_SOURCES = frozenset(
+    {"auto_map", "cache_dir", "code_revision", "kernel_config", "name_or_path", "token"}
+)
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 
 class ImageTowerConfig(Section):
     """A timm model."""
@@ -40,6 +49,13 @@ class ImageTowerConfig(Section):
     @model_validator(mode="after")
     def _check_weights(self) -> ImageTowerConfig:
         """Allow one source of weights, and no format that can run code."""
+        if ":" in self.image:
+            raise ConfigError(
+                f"model.image: expected the name of a timm model, got {self.image!r}, which names "
+                "a place to load it from; convert its weights to safetensors and pass "
+                "model.image_weights"
+            )
+        _refuse("model.image_kwargs", self.image_kwargs, _IMAGE_SOURCES, "model.image_weights")
         if self.image_weights:
             expect(self, "model.image_pretrained", False, "model.image_weights")
         if self.image_weights and not self.image_weights.endswith(".safetensors"):
@@ -67,6 +83,27 @@ class TextTowerConfig(Section):
 
     text_pool: Literal["cls", "mean"] = "cls"
     """`cls` (first token) or `mean` over tokens."""
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> TextTowerConfig:
+        _refuse("model.text_kwargs", self.text_kwargs, _TEXT_SOURCES, "model.text")
+        for key, value in self.text_kwargs.items():
+            # Other names are those of kernels, which transformers would fetch and run.
+            if "attn_implementation" in key and value not in _ATTENTION:
+                raise ConfigError(
+                    f"model.text_kwargs.{key}: expected one of {', '.join(_ATTENTION)}, got "
+                    f"{value!r}; leave it out"
+                )
+        return self
+
+
+def _refuse(name: str, given: dict[str, Any], sources: frozenset[str], instead: str) -> None:
+    for key in given:
+        if key in sources or key.startswith("trust_"):
+            raise ConfigError(
+                f"{name}.{key}: expected sizes and other settings of the model, got a source of "
+                f"weights or code; leave it out and use {instead}"
+            )
 
 
 class DualConfig(ImageTowerConfig, TextTowerConfig):

@@ -28,6 +28,8 @@ class Section(BaseModel):
         if isinstance(value, bool) and kind in (int, float):
             # pydantic would take true as 1.
             raise ValueError("true and false are not numbers")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a null byte ends a path")
         # `validation:` without a value is null in YAML; it means the empty string here.
         return "" if value is None and kind is str else value
 

@@ -37,6 +37,7 @@ def evaluate_run(
     templates: tuple[str, ...] = (),
     device: str | None = None,
     folds: int | None = None,
+    allow_url_schemes: tuple[str, ...] = (),
     console: Console | None = None,
 ) -> RetrievalMetrics | TextMetrics | LabelMetrics:
     """Evaluate the newest checkpoint of a run on held-out data, and print a table.
@@ -50,6 +51,8 @@ def evaluate_run(
         device: as `train.device`; "auto" when None.
         folds: consecutive parts of the images to average recall over (COCO 1K: 5); the run's
             `evaluation.folds` when None.
+        allow_url_schemes: URL schemes to open besides local files; the run's own configuration
+            cannot allow any.
         templates: if given, also classify images zero-shot by their first captions put into these.
 
     Raises:
@@ -57,7 +60,8 @@ def evaluate_run(
             templates are given for a run without captions.
     """
     run, config = existing_run(run_folder)
-    program = program_of(_changed(config, data, device, folds))
+    changes = {"data.allow_url_schemes": list(allow_url_schemes)} if allow_url_schemes else {}
+    program = program_of(_changed(config.updated(changes), data, device, folds))
     config = program.config
     if not config.data.validation:
         raise ConfigError(

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from gradcache_clip.train.command import INTERRUPTED, CommandError, add_train_arguments
 
+_PR_SET_PDEATHSIG, _INIT = 1, 1
+
 SAVING_S = 300
 """Seconds that processes have after Ctrl-C to finish their step and write a checkpoint."""
 
@@ -56,6 +58,22 @@ def run_launch(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_of_a_process(processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
     return _torchrun([*_torchrun_options(arguments, processes), *command])
+
+
+def end_with_launcher() -> None:
+    """Let this process get SIGTERM when the launcher that started it dies, even by SIGKILL.
+
+    It then ends as on any SIGTERM, after its step and with a checkpoint. Linux alone can do so.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() == _INIT:
+        # It died before that.
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _processes_here(arguments: argparse.Namespace) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.device import choose_device, local_world_size
 from gradcache_clip.train.fit import FitResult, Step, fit
+from gradcache_clip.train.folder_lock import locked
 from gradcache_clip.train.optimizer import learning_rate_at
 from gradcache_clip.train.peers import Peers, join_processes
 from gradcache_clip.train.programs import program_of
@@ -53,6 +54,13 @@ class RunSummary:
     """Held-out retrieval or classification after the last step; empty without a validation set."""
 
 
+_FIELDS = [item.name for item in fields(RunSummary)]
+# Of a summary that was altered.
+_NOTHING_YET: dict[str, Any] = {
+    **{"output": "", "step": 0, "loss": None, "pairs_per_s": 0.0, "peak_memory_bytes": 0},
+}
+
+
 def train(config: Config, *, console: Console | None = None) -> RunSummary:
     """Train, evaluate, save and draw one run.
 
@@ -66,19 +74,24 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
             anything is written), data cannot be read, or features are not finite.
         PeerFailure: another process failed; the message names it and what it was doing.
     """
-    with join_processes(config) as peers:
+    with join_processes(config) as peers, ExitStack() as held:
         console = console or Console(stderr=True)
-        return _Trainer(config, peers, console if peers.is_first else Console(quiet=True)).train()
+        shown = console if peers.is_first else Console(quiet=True)
+        return _Trainer(config, peers, shown, held).train()
 
 
 class _Trainer:
     """Runs the phases of one run in one process."""
 
-    def __init__(self, config: Config, peers: Peers, console: Console) -> None:
-        self.config, self.peers, self.console = config, peers, console
-        self.program: Program[Any] = program_of(config)
+    _is_held = False
+
+    def __init__(self, config: Config, peers: Peers, console: Console, held: ExitStack) -> None:
+        self.config, self.peers, self.console, self._held = config, peers, console, held
         folder = check_run(config) if peers.is_first else RunFolder(Path(config.train.output))
         self.folder = folder
+        if peers.is_first and folder.path.exists():
+            self._hold_folder()
+        self.program: Program[Any] = program_of(config)
         self.state, self.tokenizer = start(self.program, folder, peers)
         self.device = choose_device(config.train.device)
 
@@ -87,6 +100,7 @@ class _Trainer:
         before = peers.broadcast_from_rank0(self.folder.read_summary() if peers.is_first else None)
         first_step = state.step
         if peers.is_first:
+            self._hold_folder()
             self.folder.begin(self.config, self.tokenizer, state.encoder)
         if first_step:
             self.console.print(f"resuming from step {first_step} of {self.folder.path}", **_PLAIN)
@@ -96,7 +110,8 @@ class _Trainer:
             fitted.evaluated = self._evaluate()
         # Without a new step, keep the figures of the summary that exists.
         if state.step == first_step and before is not None:
-            summary = RunSummary(**{**before, "finished": self._finished})
+            known = {name: before[name] for name in _FIELDS if name in before}
+            summary = RunSummary(**{**_NOTHING_YET, **known, "finished": self._finished})
         else:
             summary = peers.broadcast_from_rank0(self._summary(fitted))
         if peers.is_first:
@@ -106,6 +121,14 @@ class _Trainer:
         else:
             self.console.print(_how_to_resume(summary, peers.world_size), **_PLAIN)
         return summary
+
+    def _hold_folder(self) -> None:
+        """Let no other run write here; until now one may have, so it is checked again."""
+        if self._is_held:
+            return
+        self._held.enter_context(locked(self.folder.path))
+        self._is_held = True
+        check_run(self.config)
 
     @property
     def _finished(self) -> bool:

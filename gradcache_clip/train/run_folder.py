@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradcache_clip.train.atomic_file import replacing
 from gradcache_clip.train.backbones import arguments_of
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.config_errors import ConfigError, field_of
 from gradcache_clip.train.config_file import load_config, save_config
 from gradcache_clip.train.config_model import ImageTowerConfig, TextTowerConfig
+from gradcache_clip.train.folder_lock import LOCK_NAME
 from gradcache_clip.train.report.metrics_log import FILE_NAME, read_log
 from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer
 
@@ -63,7 +65,7 @@ class RunFolder:
         except ConfigError:
             return False
         ours = {path.name for path in (self.config, self.tokenizer, self.text_model, self.summary)}
-        return names <= {*ours, FILE_NAME, "tensorboard"}
+        return names <= {*ours, FILE_NAME, LOCK_NAME, "tensorboard"}
 
     def begin(self, config: Config, tokenizer: Tokenizer | None, encoder: Any = None) -> None:
         """Create the folder and write the configuration; a resumed run keeps its tokenizer.
@@ -71,16 +73,14 @@ class RunFolder:
         Also saves the architecture of a pretrained text tower, so the run loads without its
         source.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not self.has_begun():
-            tokenizer.save(self.tokenizer)
+            with replacing(self.tokenizer) as temporary:
+                tokenizer.save(temporary)
         if getattr(config.model, "text_pretrained", False):
             found = encoder.text_tower.backbone.config
             self._write_json(self.text_model, [found.model_type, arguments_of(found)])
-        # Renamed once complete, so that a kill never leaves half a file; likewise below.
-        temporary = self.config.with_suffix(".tmp")
-        save_config(config, temporary)
-        temporary.replace(self.config)
+        with replacing(self.config) as temporary:
+            save_config(config, temporary)
 
     def write_summary(self, summary: Any) -> None:
         self._write_json(self.summary, dataclasses.asdict(summary))
@@ -91,7 +91,7 @@ class RunFolder:
         if isinstance(model, ImageTowerConfig):
             changes |= {"model.image_pretrained": False, "model.image_weights": ""}
         if isinstance(model, TextTowerConfig) and self.text_model.is_file():
-            kind, arguments = json.loads(self.text_model.read_text(encoding="utf-8"))
+            kind, arguments = self._read_text_model()
             changes |= {"model.text": kind, "model.text_kwargs": arguments}
             changes["model.text_pretrained"] = False
         return config.updated(changes)
@@ -102,17 +102,49 @@ class RunFolder:
         return load_tokenizer(self.tokenizer, data.context_length)
 
     def _write_json(self, path: Path, content: Any) -> None:
-        temporary = path.with_suffix(".tmp")
         text = json.dumps(content, indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def _read_text_model(self) -> tuple[str, dict[str, Any]]:
+        found = _read_json(self.text_model)
+        if not (isinstance(found, list) and [*map(type, found)] == [str, dict]):
+            raise ConfigError(
+                f"{self.text_model}: expected a model type and its arguments, got other JSON; "
+                "restore the folder from a backup"
+            )
+        return found[0], found[1]
 
     def read_summary(self) -> dict[str, Any] | None:
         """Return the fields of the last summary, or None."""
         if not self.summary.is_file():
             return None
-        fields: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        fields = _read_json(self.summary)
+        if not isinstance(fields, dict):
+            raise ConfigError(
+                f"{self.summary}: expected an object, got a {type(fields).__name__}; remove the "
+                "file, which is written again"
+            )
         return fields
+
+    def check_no_links(self) -> None:
+        """Raise ConfigError if something here would lead a writer elsewhere."""
+        entries = [*self.path.iterdir(), *self.pictures.glob("*")]
+        for path in entries:
+            if path.is_symlink():
+                raise ConfigError(
+                    f"train.output: expected files and folders, got the symbolic link {path}; put "
+                    "the whole folder where its files should lie"
+                )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: expected JSON, got an error ({error}); restore the folder from a backup"
+        ) from error
 
 
 def check_run(config: Config) -> RunFolder:
@@ -132,8 +164,9 @@ def check_run(config: Config) -> RunFolder:
             f"train.resume: expected the folder of a run, got {run.path}, which holds none; check "
             "train.output, or leave train.resume out to start a new run there"
         )
-    if not run.path.exists() or not any(run.path.iterdir()):
+    if not run.path.exists() or {path.name for path in run.path.iterdir()} <= {LOCK_NAME}:
         return run
+    run.check_no_links()
     if not run.config.is_file() or not (run.has_begun() or run.holds_only_a_failed_start()):
         raise ConfigError(
             f"train.output: expected a new folder, got {run.path}, which holds other files; "
@@ -150,7 +183,7 @@ def check_run(config: Config) -> RunFolder:
     return run
 
 
-def existing_run(path: str | Path) -> tuple[RunFolder, Config]:
+def existing_run(path: str | Path) -> tuple[RunFolder, Any]:
     """Open an existing run and load its configuration.
 
     Raises:

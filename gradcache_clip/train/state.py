@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradcache_clip.train.checkpoint import (
     Checkpoint,
+    CheckpointError,
     capture_rng,
     load_checkpoint,
     load_latest,
@@ -32,6 +33,10 @@ from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer, train_toke
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
+
+
+# What torch, NumPy and our own checks raise for values that do not fit.
+_UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -83,7 +88,22 @@ class TrainState:
         self.saved_step = self.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue exactly from a checkpoint, whatever number of processes wrote it."""
+        """Continue exactly from a checkpoint, whatever number of processes wrote it.
+
+        Raises:
+            CheckpointError: it is not of this run, or was altered.
+        """
+        try:
+            self._restore(checkpoint)
+        except _UNFIT as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(
+                f"{checkpoint.path}: expected the state of this run, got another or an altered one "
+                f"({reason}); restore the folder from a backup, or remove this checkpoint to go on "
+                "from the one before it"
+            ) from error
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = self.saved_step = checkpoint.step
         self.engine.load_weights(checkpoint.modules["encoder"])
         self.loss.load_state_dict(checkpoint.modules["loss"])
@@ -143,6 +163,10 @@ def start(
         ConfigError, ValueError, OSError: the run cannot start here; nothing was written.
     """
     config = program.config
+    checkpoint = _checkpoint(run, peers) if config.train.resume else None
+    if checkpoint is not None:
+        # It has all weights: none that the configuration names are loaded.
+        program.config = run.trained(config)
     torch.manual_seed(config.train.seed)
     device = choose_device(config.train.device)
     if config.data.validation:
@@ -161,7 +185,6 @@ def start(
     if not peers.is_first:
         # Ranks draw different dropout masks. Weights, built above, are equal on all of them.
         torch.manual_seed(config.train.seed + peers.rank)
-    checkpoint = _checkpoint(run, peers) if config.train.resume else None
     if checkpoint is not None:
         state.restore(checkpoint)
     # After restoring, because cached features depend on the weights.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
 PAD, CLS, SEP = "[PAD]", "[CLS]", "[SEP]"
+_LONGEST_TEXT = 10_000
 _SPECIAL_TOKENS = (PAD, CLS, SEP)
 _SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
 _PAD_NAMES = (PAD, "<pad>", "<|pad|>", "<|endoftext|>")
@@ -134,7 +135,8 @@ def train_tokenizer(
     from tokenizers import decoders, models, processors, trainers
     from tokenizers.pre_tokenizers import ByteLevel
 
-    texts = [*captions]
+    # Merging takes time that grows with the square of a word's length.
+    texts = [caption[:_LONGEST_TEXT] for caption in captions]
     _check_training(texts, vocab_size)
     _quiet_in_forked_workers()
     # BPE, because the library's WordPiece trainer breaks ties at random.

@@ -3,7 +3,6 @@
 from gradcache_clip.train.checkpoint.files import (
     CheckpointError,
     DamagedCheckpointError,
-    UnsafeCheckpointError,
 )
 from gradcache_clip.train.checkpoint.folders import (
     Checkpoint,
@@ -17,7 +16,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "DamagedCheckpointError",
-    "UnsafeCheckpointError",
     "capture_rng",
     "load_checkpoint",
     "load_latest",

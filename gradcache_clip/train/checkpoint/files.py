@@ -8,27 +8,23 @@ import json
 import os
 import re
 import shutil
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FORMAT_VERSION = 1
+from gradcache_clip.train.checkpoint.plain_state import describe, joined_state, split_state
+
+FORMAT_VERSION = 2
 
 _INDEX = "index.json"
-_STATE = "state.pt"
+_STATE = "state.json"
+_STATE_TENSORS = "state"
 _WEIGHTS = ".safetensors"
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_CONTAINERS = (dict, OrderedDict, list, tuple)
-# Types that torch.load(weights_only=True) accepts without an allow-list.
-_PLAIN = (
-    *(bool, int, float, complex, str, bytes, type(None)),
-    *(torch.dtype, torch.device, torch.Size, Tensor, torch.nn.Parameter),
-)
+_MOST_JSON_BYTES = 64 * 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
@@ -41,48 +37,20 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint differs from what was written: unfinished, truncated or altered."""
 
 
-class UnsafeCheckpointError(CheckpointError):
-    """A checkpoint contains pickled objects that could run code; none was run."""
-
-
 def check_weights(modules: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise ValueError for module names or tensors that cannot be saved as safetensors."""
     for name, weights in modules.items():
-        if not _MODULE_NAME.fullmatch(name):
+        if not _MODULE_NAME.fullmatch(name) or name == _STATE_TENSORS:
             raise ValueError(
-                f"modules: expected names of letters, digits, '_', '-' and '.', got {name!r}; "
-                "the name becomes a file name"
+                f"modules: expected names of letters, digits, '_', '-' and '.', and not "
+                f"{_STATE_TENSORS!r}, got {name!r}; the name becomes a file name"
             )
         for key, value in weights.items():
             if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
                 raise ValueError(
                     f"modules[{name!r}][{key!r}]: expected a dense tensor with data, "
-                    f"got {_describe(value)}; pass module.state_dict(), other values go in state"
+                    f"got {describe(value)}; pass module.state_dict(), other values go in state"
                 )
-
-
-def check_state(value: Any, name: str = "state") -> None:
-    """Raise ValueError on saving for values that `weights_only=True` would reject on loading."""
-    if isinstance(value, Mapping) and (type(value) in _CONTAINERS or name == "state"):
-        for key, entry in value.items():
-            check_state(key, f"a key of {name}")
-            check_state(entry, f"{name}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for position, entry in enumerate(value):
-            check_state(entry, f"{name}[{position}]")
-    elif type(value) not in _PLAIN:
-        raise ValueError(
-            f"{name}: expected tensors, numbers, strings, None, lists, tuples or dicts, "
-            f"got {_describe(value)}; convert it (an array with torch.from_numpy, a NumPy number "
-            "with .item()): checkpoints hold no pickled objects"
-        )
-
-
-def _describe(value: Any) -> str:
-    kind = type(value)
-    if isinstance(value, Tensor):
-        return f"a {kind.__name__} with layout {value.layout} on {value.device}"
-    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
 
 def tensor_bytes(value: Any) -> int:
@@ -121,9 +89,11 @@ def write_files(
     folder: Path, step: int, modules: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> None:
     """Write weights, state and, last of all, the index with their digests."""
-    for name, weights in modules.items():
+    tensors: dict[str, Tensor] = {}
+    plain = split_state(state, tensors)
+    for name, weights in {**modules, _STATE_TENSORS: tensors}.items():
         _write_weights(folder / f"{name}{_WEIGHTS}", weights)
-    torch.save(dict(state), folder / _STATE)
+    (folder / _STATE).write_text(json.dumps(plain) + "\n", encoding="utf-8")
     files = {}
     for path in sorted(folder.iterdir()):
         # Flushed before the index vouches for it.
@@ -148,7 +118,8 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
             kept[name] = tensor
         else:
             tied[name] = owner
-    save_file(_on_cpu_apart(kept), path, metadata=tied)
+    # An empty mapping beside no tensors makes a header that cannot be read.
+    save_file(_on_cpu_apart(kept), path, metadata=tied or None)
 
 
 def _identity(name: str, tensor: Tensor) -> Any:
@@ -210,11 +181,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder}: expected a checkpoint folder, got none; pass a step-* folder"
         )
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index = _read_json(folder / _INDEX)
     except FileNotFoundError:
         raise _damaged(folder, f"{_INDEX} is missing, so it was never finished") from None
-    except ValueError as error:
-        raise _damaged(folder, f"{_INDEX} is not JSON ({error})") from None
     if isinstance(index, dict) and index.get("format") not in (None, FORMAT_VERSION):
         raise CheckpointError(
             f"{folder}: expected checkpoint format {FORMAT_VERSION}, got {index['format']!r}; "
@@ -229,7 +198,7 @@ def _is_index(index: Any) -> bool:
     """Return whether all entries have the expected types and no name leads out of the folder."""
     try:
         files, modules = index["files"], index["modules"]
-        wanted = {f"{name}{_WEIGHTS}" for name in modules} | {_STATE}
+        wanted = {f"{name}{_WEIGHTS}" for name in (*modules, _STATE_TENSORS)} | {_STATE}
         return (
             type(index["step"]) is int
             and set(files) == wanted
@@ -261,7 +230,23 @@ def read_files(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read weights and state of a folder that `verified_index` has checked."""
     modules = {name: _read_weights(folder / f"{name}{_WEIGHTS}") for name in index["modules"]}
-    return modules, _read_state(folder / _STATE)
+    tensors = _read_weights(folder / f"{_STATE_TENSORS}{_WEIGHTS}")
+    try:
+        state = joined_state(_read_json(folder / _STATE), tensors)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise _damaged(folder, f"{_STATE} names no tensor of the checkpoint ({error})") from None
+    if not isinstance(state, dict):
+        raise _damaged(folder, f"{_STATE} holds a {type(state).__name__} and no entries")
+    return modules, state
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > _MOST_JSON_BYTES:
+        raise _damaged(path.parent, f"{path.name} has more than {_MOST_JSON_BYTES:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path.parent, f"{path.name} is not JSON ({error})") from None
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -275,19 +260,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return weights | {name: weights[owner] for name, owner in tied.items()}
     except (SafetensorError, KeyError) as error:
         raise DamagedCheckpointError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise UnsafeCheckpointError(
-            f"{path}: expected tensors and plain values, got pickled objects that could run code; "
-            "nothing was executed, and this library writes no such file: do not trust it. Reader: "
-            + str(error).splitlines()[-1]
-        ) from None
-    except (RuntimeError, EOFError) as error:
-        raise DamagedCheckpointError(f"{path}: not a readable state file ({error})") from None
-    if not isinstance(state, dict):
-        raise DamagedCheckpointError(f"{path}: expected a dict, got {_describe(state)}")
-    return state

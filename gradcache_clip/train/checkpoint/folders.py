@@ -3,12 +3,12 @@
 A checkpoint is a folder `step-00000123/`:
 
     encoder.safetensors ... weights, one file per module
-    state.pt                the rest: optimizer, random generators, position in the data
+    state.safetensors       tensors of the rest: moments of the optimizer, random generators
+    state.json              everything else: numbers, position in the data
     index.json              format, step, and size and SHA-256 of each file; written last
 
 It is written under a temporary name, flushed to disk and then renamed, so a folder with the final
-name was complete once, and the index reveals later damage. state.pt is read with
-`weights_only=True`, which builds tensors and plain containers and runs no code from the file.
+name was complete once, and the index reveals later damage. No file holds a pickle.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gradcache_clip.train.checkpoint.files import (
     DamagedCheckpointError,
-    check_state,
     check_weights,
     is_disk_full,
     looks_whole,
@@ -35,6 +35,7 @@ from gradcache_clip.train.checkpoint.files import (
     verified_index,
     write_files,
 )
+from gradcache_clip.train.checkpoint.plain_state import split_state
 
 _PREFIX = "step-"
 # Suffix of an existing checkpoint while another one of the same step replaces it.
@@ -75,8 +76,8 @@ def save_checkpoint(
         step: optimizer steps taken so far, 0 or more.
         modules: name -> state_dict, on any device, with any dtype and strides; tensors that share
             memory stay tied. Names become file names: letters, digits, `_`, `-` and `.`.
-        state: nested dicts with plain keys, lists and tuples of numbers, strings, bytes, None,
-            dtypes, devices and tensors, e.g. `optimizer.state_dict()` and `capture_rng()`.
+        state: nested dicts with text as keys, lists and tuples (read back as lists) of tensors,
+            numbers, text, booleans and None, e.g. `capture_rng()`.
         keep: number of checkpoints up to this step to keep, 1 or more; damaged ones do not count.
 
     Returns:
@@ -99,7 +100,7 @@ def save_checkpoint(
     folder = Path(folder)
     _check_numbers(step, keep)
     check_weights(modules)
-    check_state(state)
+    split_state(state, {})
     folder.mkdir(parents=True, exist_ok=True)
     _remove_temporary(folder)
     final = folder / f"{_PREFIX}{step:08d}"
@@ -114,6 +115,12 @@ def save_checkpoint(
         needed = tensor_bytes(modules) + tensor_bytes(state)
         if isinstance(error, Exception) and is_disk_full(error, folder, needed):
             raise _disk_full(folder, final.name, needed) from error
+        if isinstance(error, RuntimeError | SafetensorError):
+            # Both hide what the file system said.
+            cause = error.__cause__ or error
+            number = getattr(cause, "errno", errno.EIO)
+            message = f"{final}: could not be written: {cause}; look at the disk"
+            raise OSError(number, message) from error
         raise
     _prune(folder, step, keep)
     return final
@@ -133,9 +140,7 @@ def load_latest(folder: str | Path) -> Checkpoint | None:
 
     Raises:
         DamagedCheckpointError: there are checkpoints, and all are damaged.
-        UnsafeCheckpointError: the newest undamaged one contains objects other than tensors and
-            plain values, so this library did not write it. No code in it was run.
-        CheckpointError: a newer version of this library wrote it.
+        CheckpointError: written by another version of this library.
     """
     damages = []
     for _, path in _found(Path(folder)):
@@ -165,7 +170,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: no such folder.
-        DamagedCheckpointError, UnsafeCheckpointError, CheckpointError: as for `load_latest`.
+        DamagedCheckpointError, CheckpointError: as for `load_latest`.
     """
     path = Path(path)
     index = verified_index(path)

@@ -23,6 +23,8 @@ from gradcache_clip.train.data.augment import Augmentation
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 TEXT_EXTENSIONS = ("txt", "json", "cls")
 MAX_PIXELS = 64 * 2**20
+MAX_MEMBER_BYTES = 128 * 2**20
+MAX_CAPTION_CHARACTERS = 2**16
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _ASPECT_RANGE = (3 / 4, 4 / 3)
@@ -199,6 +201,8 @@ def captions_and_group(
         captions = [""]
     if not all(isinstance(caption, str) for caption in captions):
         raise BrokenSample("bad json")
+    if max(map(len, captions)) > MAX_CAPTION_CHARACTERS:
+        raise BrokenSample("caption too long")
     stripped = tuple(caption.strip() for caption in captions)
     if required and not all(stripped):
         raise BrokenSample("empty caption")

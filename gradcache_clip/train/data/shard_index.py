@@ -21,9 +21,9 @@ from uuid import uuid4
 import numpy as np
 
 from gradcache_clip.train.data.broken import BrokenReport
+from gradcache_clip.train.data.decode import MAX_MEMBER_BYTES
 from gradcache_clip.train.data.shard_urls import Shard, local_path, url_scheme
 from gradcache_clip.train.data.tar_samples import (
-    MAX_MEMBER_BYTES,
     WANTED,
     RawSample,
     lost_samples,

@@ -91,7 +91,7 @@ def check_url(url: str, allowed: Collection[str]) -> None:
         runs = " (it runs a command on this machine)" if scheme not in ("http", "https") else ""
         raise ValueError(
             f"allow_url_schemes: expected {scheme!r} in it to open {url!r}, got {list(allowed)}; "
-            f"use local files, or allow {scheme!r} by name if you trust the source{runs}"
+            f"use local files, or allow {scheme!r} on the command line if you trust it{runs}"
         )
     if scheme != "pipe" and (bad := _UNSAFE.search(url)):
         raise ValueError(

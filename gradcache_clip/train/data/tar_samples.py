@@ -13,9 +13,8 @@ from operator import attrgetter
 from typing import IO, Any
 
 from gradcache_clip.train.data.broken import BrokenReport
-from gradcache_clip.train.data.decode import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
+from gradcache_clip.train.data.decode import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, TEXT_EXTENSIONS
 
-MAX_MEMBER_BYTES = 128 * 2**20
 MAX_HEADER_BYTES = 2**20
 WANTED = IMAGE_EXTENSIONS + TEXT_EXTENSIONS
 DUPLICATE = "duplicate member"

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gradcache_clip.train.atomic_file import replacing
+
 FILE_NAME = "metrics.jsonl"
 Number = int | float | Tensor
 
@@ -98,7 +100,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise ValueError(
@@ -111,9 +113,8 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 def _cut_after(path: Path, step: int) -> None:
     """Keep lines up to `step`. Renaming is atomic, so a kill leaves the old file or the new one."""
     rows = [row for row in read_log(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _number(name: str, value: Number) -> int | float:

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradcache_clip.train.atomic_file import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -62,8 +64,8 @@ def write_head(figure: Figure, title: str, legend: str = "") -> None:
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure in the format of the path's suffix; creates the folder if missing."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
     return path
 
 

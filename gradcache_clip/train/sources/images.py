@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from gradcache_clip.train.data.decode import BrokenSample, decode_image
+from gradcache_clip.train.data.decode import (
+    MAX_CAPTION_CHARACTERS,
+    MAX_MEMBER_BYTES,
+    BrokenSample,
+    decode_image,
+)
 from gradcache_clip.train.sources.shards import Sample
 from gradcache_clip.train.sources.splits import SkippedSample
 
@@ -46,13 +52,15 @@ def load_file(file: CaptionedFile, split: str) -> Sample:
     del split
     if not file.captions:
         raise SkippedSample("missing caption")
+    if max(map(len, file.captions)) > MAX_CAPTION_CHARACTERS:
+        raise SkippedSample("caption too long")
     try:
         "".join((*file.captions, file.group_name)).encode()
     # Half a surrogate pair, which JSON can hold and no file.
     except UnicodeEncodeError as error:
         raise SkippedSample("bad utf-8") from error
     try:
-        data = file.path.read_bytes()
+        data = _read(file.path)
         decode_image(data)
     # ValueError: a name with a null character.
     except (OSError, ValueError) as error:
@@ -64,12 +72,22 @@ def load_file(file: CaptionedFile, split: str) -> Sample:
     return Sample(_key(file.name), data, extension, file.captions, file.group)
 
 
+def _read(path: Path) -> bytes:
+    """The bytes of a plain file: a device or a pipe may never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BrokenSample("not a plain file")
+    if status.st_size > MAX_MEMBER_BYTES:
+        raise BrokenSample("image too large")
+    return path.read_bytes()
+
+
 def fingerprint(files: Iterable[Path]) -> str:
     """Digest of the names, sizes and times of files: whether an earlier output still holds."""
     digest = hashlib.sha256()
     for path in files:
-        stat = path.stat() if path.is_file() else None
-        facts = (str(path), stat.st_size, stat.st_mtime_ns) if stat else (str(path),)
+        found = path.stat() if path.is_file() else None
+        facts = (str(path), found.st_size, found.st_mtime_ns) if found else (str(path),)
         digest.update(repr(facts).encode())
     return digest.hexdigest()[:16]
 

@@ -30,6 +30,8 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 
 Row = Mapping[str, Any]
+# Captions that are longer are skipped later, each by itself.
+_MOST_CHARACTERS = 2**24
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,25 @@ def _read_rows(table: Path) -> Iterator[Row]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             if suffix in _DELIMITERS:
-                yield from csv.DictReader(file, delimiter=_DELIMITERS[suffix])
+                yield from _csv_rows(file, table, _DELIMITERS[suffix])
             else:
                 yield from _json_rows(file, table)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"table: expected UTF-8 text in {table}, got {error}") from error
+
+
+def _csv_rows(lines: Iterator[str] | Any, table: Path, delimiter: str) -> Iterator[Row]:
+    before = csv.field_size_limit(_MOST_CHARACTERS)
+    reader = csv.DictReader(lines, delimiter=delimiter)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(
+            f"{table}, near line {reader.line_num + 1}: expected a row of a table, got an error "
+            f"({error}); correct that line"
+        ) from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _json_rows(lines: Iterator[str] | Any, table: Path) -> Iterator[Row]:
