@@ -22,7 +22,8 @@ class ImageData(DataConfig):
     """Smallest share of the image's area that a random crop keeps; 1 crops at the centre."""
 
     shuffle_buffer: int = Field(5000, ge=1, le=2**31)
-    """Undecoded samples held in memory, from which the next is drawn at random."""
+    """Undecoded samples in memory, from which the next is drawn at random, where shards are streamed
+    (URLs, .tar.gz); local shards are shuffled as a whole."""
 
     allow_url_schemes: list[str] = changeable([])
     """Schemes besides local files, such as `https`; `pipe` runs commands. Given on the command line
@@ -47,7 +48,7 @@ class PairData(ImageData, TokenizedData):
 
 
 class TextData(DataConfig, TokenizedData):
-    """Rows of texts: .jsonl files, a folder of them or a glob."""
+    """Rows of texts: .jsonl, .parquet, .csv or .arrow files, a folder of them or a glob."""
 
     text_fields: list[str] = Field(["anchor", "positive"])
     """Names of the fields of a row that hold a query, its document and hard negatives, such as
