@@ -22,8 +22,8 @@ class ImageData(DataConfig):
     """Smallest share of the image's area that a random crop keeps; 1 crops at the centre."""
 
     shuffle_buffer: int = Field(5000, ge=1, le=2**31)
-    """Undecoded samples in memory, from which the next is drawn at random, where shards are streamed
-    (URLs, .tar.gz); local shards are shuffled as a whole."""
+    """For streamed shards (URLs, .tar.gz): undecoded samples held in memory, from which the next is
+    drawn at random. Local shards are shuffled as a whole."""
 
     allow_url_schemes: list[str] = changeable([])
     """Schemes besides local files, such as `https`; `pipe` runs commands. Given on the command line
