@@ -32,8 +32,9 @@ class Columns:
 
     def kept(self, rows: Tensor, multiple: int) -> slice:
         """Return the columns that a chunk of these rows keeps; padding fills up a multiple."""
-        columns = int(self.widths(rows, multiple)[-1])
-        first = min(int(self.first[rows].min()), self.width - columns)
+        first, stop = int(self.first[rows].min()), int(self.stop[rows].max())
+        columns = min(-(-(stop - first) // multiple) * multiple, self.width)
+        first = min(first, self.width - columns)
         return slice(first, first + columns)
 
 
