@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,23 +103,27 @@ def test_before_checkpoints_are_loaded_there_are_no_errors_of_theirs(
     assert command._loaded("checkpoint", "CheckpointError") == ()
 
 
+def run_module(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """As `python -m gradcache_clip.train` does; the exit code."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("gradcache_clip.train", run_name="__main__")
+    return ended.value.code
+
+
 @pytest.mark.parametrize("arguments", [["nope.yaml", "train.steps=3"], ["nope.yaml"]])
-def test_the_module_ends_like_the_command(arguments: list[str]) -> None:
-    ended = run_module(*arguments)
-    assert ended.returncode == 2 and ended.stdout == ""
-    line = last_line(ended.stderr)
+def test_the_module_ends_like_the_command(arguments: list[str], monkeypatch, capsys) -> None:
+    assert run_module(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    line = last_line(printed.err)
     assert line.startswith("python -m gradcache_clip.train: config: expected a YAML file, got nope")
 
 
-def test_the_module_has_help_and_needs_a_config() -> None:
-    ended = run_module("--help")
-    assert ended.returncode == 0 and "SECTION.KEY=VALUE" in ended.stdout
-    assert run_module().returncode == 2
-
-
-def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gradcache_clip.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_module_has_help_and_needs_a_config(monkeypatch, capsys) -> None:
+    assert run_module(monkeypatch, "--help") == 0
+    assert "SECTION.KEY=VALUE" in capsys.readouterr().out
+    assert run_module(monkeypatch) == 2
 
 
 def test_the_device_of_an_evaluation_may_be_chosen(

@@ -9,10 +9,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from rich.console import Console
-from tiny_run import make_data, overrides
+from tiny_run import overrides
 
 from gradcache_clip.train import run as training
 from gradcache_clip.train.config_file import load_config
@@ -63,12 +64,12 @@ def test_pretrained_weights_without_their_packages_says_what_to_install(
         runpy.run_path(str(EXAMPLES / "pretrained_weights.py"), run_name="__main__")
 
 
-def test_the_demo_compares_two_runs(tmp_path: Path):
-    data = make_data(tmp_path / "data")
+def test_the_demo_compares_two_runs(data: Path, tmp_path: Path):
     cached, accumulated = tmp_path / "run", tmp_path / "run" / "accumulated"
     for output, caching in ((cached, "true"), (accumulated, "false")):
         more = ["train.steps=3", f"train.grad_cache={caching}"]
-        train(load_config(None, overrides(data, output, *more)))
+        with mock.patch.object(training, "draw_run"):
+            train(load_config(None, overrides(data, output, *more)))
     console = Console(file=io.StringIO(), width=200)
     _demo().report(cached, accumulated, console)
     printed = console.file.getvalue()

@@ -315,7 +315,7 @@ def over_ranks() -> Iterator[tuple[str, Check]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_in_processes(world: int, tmp_path: Path) -> None:
     found = failures(over_ranks, world, tmp_path)
     assert not found, "\n".join(found)

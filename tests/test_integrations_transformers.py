@@ -66,8 +66,8 @@ def _worst(ours: nn.Module, truth: nn.Module) -> tuple[str, float]:
     ("build", "more"),
     [
         (clip, {}),
-        (siglip, {}),
-        (dual, {}),
+        pytest.param(siglip, {}, marks=pytest.mark.slow),
+        pytest.param(dual, {}, marks=pytest.mark.slow),
         (clip, {"gradient_accumulation_steps": 2}),
         (clip, {"max_grad_norm": 1e-3}),
         (clip, {"chunk_size": BATCH}),

@@ -124,6 +124,7 @@ def test_nobody_waits_longer_than_the_timeout(data, tmp_path):
     assert "PeerFailure" in second or second == "died"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_under_torchrun_a_rank_that_fails_stops_the_run_by_name(data, tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
@@ -207,9 +208,7 @@ def test_chunk_negatives_need_one_process(data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="Linux alone tells of a parent's end"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells of a parent's end")
 def test_ranks_end_with_a_launcher_that_is_killed(data, tmp_path):
     output = tmp_path / "run"
     (tmp_path / "config.yaml").write_text("{}")
