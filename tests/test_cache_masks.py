@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from one_shot import gradient_errors, one_shot, twins, worst
+from test_distributed import in_two_processes
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from gradcache_clip import ByLength, ClipLoss, GradCache
+from gradcache_clip.distributed import FSDPStrategy
 
 ROWS, LENGTH, PATCHES = 9, 6, 8
 
@@ -386,3 +390,37 @@ def test_vectors_of_tokens_are_compared_where_their_mask_keeps_them(side):
         cache(*both)
         masked_sum(truth[0](**inputs), truth[1](both[1])).backward()
         assert worst(gradient_errors(ours, truth))[1] < 1e-10
+
+
+def one_rank_trims(rank: int) -> None:
+    """Both raise, also the rank whose rows have no padding; so does a forward that waits."""
+    torch.manual_seed(0)
+    for over_padding in (True, False):
+        encoder = Averages() if over_padding else Kept()
+        encoders = [fully_shard(each, reshard_after_forward=True) for each in (encoder, Other())]
+        mask = torch.ones(4, LENGTH, dtype=torch.long)
+        mask[:, 4:] = rank
+        inputs = {"words": torch.randint(1, 40, (4, LENGTH)) * mask, "attention_mask": mask}
+        options = {"chunk_size": 2, "sort_by_length": [ByLength(), None]}
+        cache = GradCache(encoders, ClipLoss(), strategy=FSDPStrategy(), **options)
+        if over_padding:
+            which = "its last 2 of 6 columns" if rank == 0 else "got another rank where they do"
+            with pytest.raises(ValueError, match=f"do not depend on padding, .*{which}"):
+                cache(inputs, torch.randn(4, 5))
+        else:
+            cache(inputs, torch.randn(4, 5))
+
+
+class Kept(Averages):
+    def forward(self, words: Tensor, attention_mask: Tensor) -> Tensor:
+        return (self.words(words) * attention_mask[..., None]).sum(1)
+
+
+class Other(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(5, 8)
+
+
+@pytest.mark.distributed
+def test_all_ranks_refuse_what_one_has_seen(tmp_path: Path):
+    in_two_processes(one_rank_trims, tmp_path)
