@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import short_runs
 
+from gradcache_clip.cli import main
+
 FILE = Path(__file__).parent / "golden.json"
 FIGURES = ("loss", "accuracy", "grad_norm", "logit_scale")
 # Processors (SSE, AVX2, AVX-512) and numbers of threads moved losses by up to 3e-6 and norms of
@@ -59,6 +61,13 @@ def test_five_steps_are_those_of_the_golden_file(recipe, data, tmp_path, golden)
         assert found[name] == pytest.approx(values, rel=tolerance, abs=tolerance), (
             f"{name} of {recipe}; the file was written with {golden['libraries']}"
         )
+
+
+@pytest.mark.parametrize("recipe", short_runs.RECIPES)
+def test_verify_says_that_it_is_exact(recipe, data, tmp_path, capsys):
+    settings = short_runs.settings(recipe, data, tmp_path / "run")
+    assert main(["verify", str(RECIPES / f"{recipe}.yaml"), *settings, "--rows", "12"]) == 0
+    assert "exact: all " in capsys.readouterr().out
 
 
 def test_every_recipe_is_in_the_golden_file(golden):

@@ -11,7 +11,6 @@ from tiny_run import logged
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of
 
-from gradcache_clip.cli import main
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
 
@@ -82,12 +81,6 @@ def held_at_100(loss: nn.Module) -> Tensor:
 def test_a_short_run_resumes_exactly(data, tmp_path):
     summary = assert_trains_and_resumes("clip", data, tmp_path)
     assert 0 <= summary.metrics["image_to_text_recall_at_1"] <= 1
-
-
-def test_verify_says_that_it_is_exact(data, tmp_path, capsys):
-    settings = shortened(data, tmp_path / "run")
-    assert main(["verify", str(recipe("clip")), *settings, "--rows", "12"]) == 0
-    assert "exact" in capsys.readouterr().out
 
 
 def test_a_wrong_bound_is_refused_before_anything_is_written(data, tmp_path):

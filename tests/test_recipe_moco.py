@@ -16,7 +16,6 @@ from tiny_run import logged
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of, unit
 
-from gradcache_clip.cli import main
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.data import Batch
@@ -114,13 +113,6 @@ def test_a_short_run_resumes_exactly(data, tmp_path, name):
     assert len(queues) == (2 if name == "moco" else 1)
     moved = [key for key in whole if key.startswith("key.") and whole[key].is_floating_point()]
     assert any(not torch.equal(whole[key], whole["query" + key[3:]]) for key in moved)
-
-
-@BOTH
-def test_verify_says_that_it_is_exact(data, tmp_path, capsys, name):
-    settings = shortened(data, tmp_path / "run")
-    assert main(["verify", str(recipe(name)), *settings, "--rows", "12"]) == 0
-    assert "exact" in capsys.readouterr().out
 
 
 @pytest.mark.distributed

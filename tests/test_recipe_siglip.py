@@ -10,7 +10,6 @@ from recipe_runs import assert_trains_and_resumes, recipe, run_recipe, shortened
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of
 
-from gradcache_clip.cli import main
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.programs import program_of
@@ -66,12 +65,6 @@ def test_a_short_run_resumes_exactly(data, tmp_path):
     summary = assert_trains_and_resumes("siglip", data, tmp_path)
     assert 0 <= summary.metrics["text_to_image_recall_at_1"] <= 1
     assert load_config(tmp_path / "whole" / "config.yaml").loss.max_logit_scale == 0
-
-
-def test_verify_says_that_it_is_exact(data, tmp_path, capsys):
-    settings = shortened(data, tmp_path / "run")
-    assert main(["verify", str(recipe("siglip")), *settings, "--rows", "12"]) == 0
-    assert "exact: all " in capsys.readouterr().out
 
 
 @pytest.mark.distributed

@@ -12,7 +12,6 @@ from tiny_run import logged
 from torch import Tensor, nn
 from trainer_step import assert_step_equals, trainer_of
 
-from gradcache_clip.cli import main
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.programs import program_of
@@ -101,12 +100,6 @@ def test_plain_accumulation_ends_at_the_chunk(data, tmp_path):
     loss = logged(tmp_path / "run", "loss")[1]
     # At a scale of nothing: the logarithm of the views that compete.
     assert loss == pytest.approx(torch.tensor(23.0).log().item(), abs=0.01)
-
-
-def test_verify_says_that_it_is_exact(data, tmp_path, capsys):
-    settings = shortened(data, tmp_path / "run")
-    assert main(["verify", str(recipe("simclr")), *settings, "--rows", "12"]) == 0
-    assert "exact" in capsys.readouterr().out
 
 
 @pytest.mark.distributed

@@ -124,12 +124,6 @@ def test_the_run_learns_and_shows_what_it_knew_before(data, tmp_path):
     assert recall[40] > 3 * summary.metrics[f"{name}_chance"] and recall[40] > recall[0]
 
 
-def test_verify_says_that_it_is_exact(data, tmp_path, capsys):
-    settings = shortened(data, tmp_path / "run", *SMALL)
-    assert main(["verify", str(recipe("text_embedding")), *settings, "--rows", "12"]) == 0
-    assert "exact" in capsys.readouterr().out
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "engine",
