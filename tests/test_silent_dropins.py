@@ -151,6 +151,21 @@ def test_rows_that_mix_in_a_model_of_sentence_transformers(folder):
         gradients(CachedMultipleNegativesRankingLoss(model, mini_batch_size=4), tokenized(model))
 
 
+class Unmasked(nn.Module):
+    """Lets the pooling average over padding."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return {**features, "attention_mask": torch.ones_like(features["attention_mask"])}
+
+
+def test_padding_that_counts_in_a_model_of_sentence_transformers(folder):
+    transformer, pooling = tiny_model(folder)
+    model = SentenceTransformer(modules=[transformer, Unmasked(), pooling])
+    message = r"do not depend on padding.*with GradCache\(...\) without sort_by_length$"
+    with pytest.raises(ValueError, match=message):
+        gradients(CachedMultipleNegativesRankingLoss(model, mini_batch_size=4), tokenized(model))
+
+
 @pytest.mark.parametrize("name", ["MatryoshkaLoss", "Matryoshka2dLoss", "AdaptiveLayerLoss"])
 @pytest.mark.filterwarnings("ignore:AdaptiveLayerLoss is not compatible")
 def test_losses_around_the_sentence_transformers_loss(folder, name):

@@ -15,6 +15,8 @@ ENGINE_ARGUMENTS = {
     'GradCache(..., gradient_hooks="once")',
     "or pass check_rows=False if chunks are meant to stand alone": "or write your own loop with "
     "GradCache(..., check_rows=False) if chunks are meant to stand alone",
+    "or leave sort_by_length out. check_rows=False does not look": "or write your own loop with "
+    "GradCache(...) without sort_by_length",
 }
 """Texts in errors of the engine that name arguments of `GradCache` -> texts for trainers."""
 
