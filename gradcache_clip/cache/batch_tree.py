@@ -172,13 +172,20 @@ def _rows_of(part: Any, rows: slice | Tensor) -> Any:
     return part[rows if is_tensor_collection(part) else rows.numpy()]
 
 
-def repeat_rows(inputs: Any, rows: list[int]) -> Any:
-    """Take rows, any of them several times, and leave them a batch that can be cut."""
+def repeat_rows(inputs: Any, count: int) -> Any:
+    """Repeat the rows until there are `count`, and leave them a batch that can be cut.
+
+    Tensors are new, and their numbers are not set: this is for fake ones.
+    """
     if isinstance(inputs, Shared):
         return inputs
     if not _has_rows(inputs):
-        return map_children(inputs, lambda child: repeat_rows(child, rows))
-    if (own := own_rows(inputs)) is not None:
+        return map_children(inputs, lambda child: repeat_rows(child, count))
+    if (own := own_rows(inputs)) is None and isinstance(inputs, Tensor):
+        return inputs.new_empty((count, *inputs.shape[1:]))
+    given = own.count() if own is not None else len(inputs)
+    rows = [row % given for row in range(count)]
+    if own is not None:
         return own.take(rows)
     return [inputs[row] for row in rows] if isinstance(inputs, list) else inputs[rows]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, cycle, islice
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -244,9 +244,9 @@ def _one_for_each_input(encoders: nn.Module | Sequence[nn.Module], count: int) -
 
 def _expand(example: Any, batch_size: int, name: str) -> Any:
     """Return the same structure with `batch_size` rows of fake tensors."""
-    rows = count_rows(example, name)
+    count_rows(example, name)
     fakes = map_tensors(_fake, with_own_rows(example, name))
-    return repeat_rows(fakes, list(islice(cycle(range(rows)), batch_size)))
+    return repeat_rows(fakes, batch_size)
 
 
 def _fake(tensor: Tensor) -> Tensor:
