@@ -140,6 +140,8 @@ def test_two_processes_are_one(data, tmp_path, engine):
         "loss.positives=ignore", "train.sort_by_length=true", "train.batch_size=64",
         "train.steps=3", "train.ema_decay=0", "train.checkpoint_every=0",
         "model.text_pool=mean", "evaluation.at_start=true",
+        # Adam makes a full step of a gradient that rounding alone leaves.
+        "optimizer.learning_rate=0.0001",
     ]  # fmt: skip
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
@@ -195,7 +197,7 @@ def test_the_widest_prefix_is_that_of_the_model(data, tmp_path):
 
 
 def test_a_missing_validation_file_is_found_before_training(data, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a local \.jsonl file"):
+    with pytest.raises(FileNotFoundError, match=r"expected a local \.jsonl, .* file"):
         run_small(data, tmp_path / "run", f"data.validation={tmp_path}/none.jsonl")
     assert not (tmp_path / "run").exists()
 
