@@ -324,7 +324,7 @@ def test_in_processes(world: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_example_learns(tmp_path: Path) -> None:
     make_data(tmp_path, characters=500)
-    command = [sys.executable, str(EXAMPLE), str(tmp_path), "12"]
+    command = [sys.executable, str(EXAMPLE), str(tmp_path), "20"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     losses = [float(line.split()[3]) for line in result.stdout.splitlines()]
