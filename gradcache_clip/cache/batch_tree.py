@@ -183,7 +183,7 @@ def repeat_rows(inputs: Any, count: int) -> Any:
         return map_children(inputs, lambda child: repeat_rows(child, count))
     if (own := own_rows(inputs)) is None and isinstance(inputs, Tensor):
         return inputs.new_empty((count, *inputs.shape[1:]))
-    given = own.count() if own is not None else len(inputs)
+    given = len(inputs if own is None else own)
     rows = [row % given for row in range(count)]
     if own is not None:
         return own.take(rows)
