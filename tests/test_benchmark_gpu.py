@@ -4,16 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import gpu_suite
 import pytest
+import tune_kernels
 from rich.console import Console
 
+from gradcache_clip.kernels.launch_config import LaunchConfig
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import gpu_suite  # noqa: E402
-import tune_kernels  # noqa: E402
-
-from gradcache_clip.kernels.launch_config import LaunchConfig  # noqa: E402
 
 
 def test_all_sections_fit_in_eight_minutes() -> None:

@@ -13,17 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import loss
+import loss_peers
 import pytest
 import torch
-from torch import Tensor
-
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "benchmarks"))
-
-import loss  # noqa: E402
-import loss_peers  # noqa: E402
-from fresh_process import Outcome  # noqa: E402
-from loss import (  # noqa: E402
+from fresh_process import Outcome
+from loss import (
     errors,
     failure_line,
     outputs,
@@ -32,7 +27,7 @@ from loss import (  # noqa: E402
     time_values,
     truth,
 )
-from loss_figures import (  # noqa: E402
+from loss_figures import (
     ErrorRow,
     MemoryRow,
     Results,
@@ -46,7 +41,7 @@ from loss_figures import (  # noqa: E402
     time_text,
     write_results,
 )
-from loss_peers import (  # noqa: E402
+from loss_peers import (
     CASES,
     CONTESTANTS,
     OUTPUTS,
@@ -55,6 +50,9 @@ from loss_peers import (  # noqa: E402
     NotOffered,
     make_leaves,
 )
+from torch import Tensor
+
+_ROOT = Path(__file__).resolve().parent.parent
 
 _OURS, _PLAIN = "gradcache_clip tiled", "plain loss"
 _ORIGIN = {

@@ -11,17 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import memory_steps
+import memory_vs_batch
 import pytest
+from fresh_process import Limits, Outcome
+from memory_steps import METHODS, SIZES, count_pair_flops, count_step, step_flops
+from memory_vs_batch import Row, draw, find_earlier, finding
+from results import provenance, read_rows, write_rows
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "benchmarks"))
-
-import memory_steps  # noqa: E402
-import memory_vs_batch  # noqa: E402
-from fresh_process import Limits, Outcome  # noqa: E402
-from memory_steps import METHODS, SIZES, count_pair_flops, count_step, step_flops  # noqa: E402
-from memory_vs_batch import Row, draw, find_earlier, finding  # noqa: E402
-from results import provenance, read_rows, write_rows  # noqa: E402
 
 _GIB, _MLP = 2**30, SIZES["mlp"]
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
+import memory_predicted
 import pytest
-
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "benchmarks"))
-
-import memory_predicted  # noqa: E402
 
 
 @pytest.fixture(scope="module")

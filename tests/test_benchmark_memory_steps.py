@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "benchmarks"))
-
-from engine_steps import Workload  # noqa: E402
-from memory_steps import (  # noqa: E402
+from engine_steps import Workload
+from memory_steps import (
     FEATURES,
     METHODS,
     SIZES,
@@ -25,8 +17,9 @@ from memory_steps import (  # noqa: E402
     make_steps,
     step_flops,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
-from gradcache_clip.memory import LiveBytes  # noqa: E402
+from gradcache_clip.memory import LiveBytes
 
 _MLP = SIZES["mlp"]
 _BATCH, _CHUNK = 24, 4

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import negatives
 import pytest
 import torch
-from one_shot import gradient_errors, twins, worst
-from torch import Tensor, nn
-
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "benchmarks"))
-
-import negatives  # noqa: E402
-from negatives import draw, finding, sets_of, summaries  # noqa: E402
-from negatives_data import (  # noqa: E402
+from negatives import draw, finding, sets_of, summaries
+from negatives_data import (
     DataSet,
     Unavailable,
 )
-from negatives_training import (  # noqa: E402
+from negatives_training import (
     EXPERIMENTS,
     BagOfWords,
     BlockLoss,
@@ -38,11 +31,13 @@ from negatives_training import (  # noqa: E402
     train_and_evaluate,
     two_heads,
 )
-from results import read_rows  # noqa: E402
-from rich.console import Console  # noqa: E402
-from toy_pairs import WIDTH, toy_data  # noqa: E402
+from one_shot import gradient_errors, twins, worst
+from results import read_rows
+from rich.console import Console
+from torch import Tensor, nn
+from toy_pairs import WIDTH, toy_data
 
-from gradcache_clip import ClipLoss, GradCache  # noqa: E402
+from gradcache_clip import ClipLoss, GradCache
 
 ROWS = 24
 RUN = Run("toy", 8, 0, 3e-3, 20, 32, 8, "two heads")

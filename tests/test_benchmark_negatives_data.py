@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+import negatives_data
 import pytest
 import torch
-
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "benchmarks"))
-
-import negatives_data  # noqa: E402
-from negatives_data import (  # noqa: E402
+from negatives_data import (
     DataSet,
     Unavailable,
     Vocabulary,
@@ -20,7 +15,7 @@ from negatives_data import (  # noqa: E402
     stored,
     words,
 )
-from toy_pairs import toy_data  # noqa: E402
+from toy_pairs import toy_data
 
 
 def test_words_and_their_numbers():

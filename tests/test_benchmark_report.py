@@ -6,22 +6,19 @@ import csv
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import report
+from results import UNMEASURED
+from run_all import STATE
+
+import recipes
+from gradcache_clip.train.report import RunFigures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import report  # noqa: E402
-from results import UNMEASURED  # noqa: E402
-from run_all import STATE  # noqa: E402
-
-import recipes  # noqa: E402
-from gradcache_clip.train.report import RunFigures  # noqa: E402
 
 ORIGIN = {"machine": "a machine", "torch": "2.6", "commit": "abc", "date": "2026-01-01"}
 

@@ -6,16 +6,12 @@ import csv
 import importlib
 import json
 import math
-import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from loss_figures import (  # noqa: E402
+from loss_figures import (
     ErrorRow,
     MemoryRow,
     Results,
@@ -24,10 +20,12 @@ from loss_figures import (  # noqa: E402
     quoted_losses,
     write_results,
 )
-from report import BLOCKS, page  # noqa: E402
-from results import UNMEASURED  # noqa: E402
+from report import BLOCKS, page
+from results import UNMEASURED
 
-import recipes  # noqa: E402
+import recipes
+
+ROOT = Path(__file__).resolve().parent.parent
 
 ORIGIN = {"machine": "a machine", "torch": "2.6", "commit": "abc", "date": "2026-01-01"}
 OURS, PLAIN = "gradcache_clip tiled", "plain loss"

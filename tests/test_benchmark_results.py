@@ -5,22 +5,16 @@ from __future__ import annotations
 import csv
 import doctest
 import math
-import sys
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
+import plots
 import pytest
+import results
 from hypothesis import given
 from hypothesis import strategies as st
-
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "benchmarks"))
-
-import plots  # noqa: E402
-import results  # noqa: E402
-from plots import Label, label_ends, picture, spread  # noqa: E402
-from results import (  # noqa: E402
+from plots import Label, label_ends, picture, spread
+from results import (
     append_row,
     bytes_text,
     origin_words,

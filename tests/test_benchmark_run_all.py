@@ -12,14 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import run_all
+from catalogue import BENCHMARKS, Benchmark, find
+from run_all import KEPT, MEASURED, STATE, Finished, State
+from watched_process import run_watched
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import run_all  # noqa: E402
-from catalogue import BENCHMARKS, Benchmark, find  # noqa: E402
-from run_all import KEPT, MEASURED, STATE, Finished, State  # noqa: E402
-from watched_process import run_watched  # noqa: E402
 
 NOT_BENCHMARKS = {"fresh_process.py", "report.py", "run_all.py", "step_picture.py"}
 # Trainings, on data that are fetched first; and a check of commits.

@@ -5,15 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "benchmarks"))
-
-from fresh_process import (  # noqa: E402
+from fresh_process import (
     Limits,
     call_in_fresh_process,
     interleaved_times_ms,

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import compare_commits
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import compare_commits
 import short_runs
+from safetensors.numpy import save_file
 
 WEIGHTS = np.linspace(-1, 1, 12, dtype=np.float32)
 

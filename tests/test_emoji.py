@@ -7,20 +7,16 @@ import hashlib
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
-from tiny_shards import picture
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "data"))
-
 import emoji
 import npm
+import pytest
 from emoji import FLUENT, GOOGLE, NAMES, PACKAGES, TWITTER, make_emoji
 from npm import NpmPackage, fetch_packages, read_members
+from tiny_shards import picture
 
 from gradcache_clip.train.data import read_all
 from gradcache_clip.train.data.samples import LoaderOptions

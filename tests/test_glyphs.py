@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "data"))
-
 import glyphs
+import pytest
 
 from gradcache_clip.cli import main
 from gradcache_clip.train.data import read_all

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_processes import start
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 from collectives import CountedCollectives
+from gloo_processes import start
 from scaling import Setting, cost, main
 
 from gradcache_clip import ClipLoss

@@ -6,14 +6,10 @@ import base64
 import hashlib
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "data"))
-
 import wordnet
 from npm import NpmPackage
 from wordnet import TripletSummary, make_wordnet

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
-
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "benchmarks"))
-
-from negatives_data import (  # noqa: E402
+from negatives_data import (
     DataSet,
     HeldOut,
     Pairs,
