@@ -297,7 +297,6 @@ def deepspeed_cases(world: int) -> dict[str, Any]:
         cases[f"ZeRO-{stage}: two towers"] = case
         if world == 1:
             continue
-        cases[f"ZeRO-{stage}: ten steps"] = partial(ten_steps, stage)
         cases[f"ZeRO-{stage}: tied"] = partial(case, tied)
         cases[f"ZeRO-{stage}: frozen text"] = partial(case, frozen_text)
         cases[f"ZeRO-{stage}: scale in the engine"] = partial(case, with_scale)
