@@ -135,6 +135,15 @@ def test_an_altered_checkpoint_is_refused(data: Path, run: Path, kind: str) -> N
         resumed(data, run)
 
 
+def test_moments_of_a_scale_may_be_negative(data: Path, run: Path) -> None:
+    def negative(_: Any, state: Any) -> None:
+        moments = state["optimizer"]["log_logit_scale"]
+        moments["exp_avg"] = -moments["exp_avg"].abs() - 1
+
+    alter(run, negative)
+    assert resumed(data, run).step == 2
+
+
 def test_a_moment_that_repeats_one_number_gets_room(data: Path, run: Path) -> None:
     """An expanded tensor has the right shape and one element: a fused step would write past it."""
     state = resumed(data, run)

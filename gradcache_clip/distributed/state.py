@@ -194,21 +194,21 @@ def check_moments(
             raise _unfit(name, f"{', '.join(sorted(expected))}", ", ".join(sorted(values)))
         expected = frozenset(values) if values and expected is None else expected
         for key, value in values.items():
-            _check_moment(f"{name}.{key}", value, _shape(parameter))
+            _check_moment(name, key, value, _shape(parameter))
 
 
-def _check_moment(name: str, value: Any, shape: tuple[int, ...]) -> None:
+def _check_moment(name: str, key: str, value: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         if not isinstance(value, int | float):
-            raise _unfit(name, "a tensor or a number", type(value).__name__)
+            raise _unfit(f"{name}.{key}", "a tensor or a number", type(value).__name__)
         return
-    is_count = value.dim() == 0
-    if not is_count and tuple(value.shape) != shape:
-        raise _unfit(name, f"shape {shape}", f"shape {tuple(value.shape)}")
-    if value.layout is not torch.strided or not (value.is_floating_point() or is_count):
-        raise _unfit(name, "floating-point numbers", f"{value.dtype}, {value.layout}")
-    if is_count and not (value.isfinite() and value >= 0):
-        raise _unfit(name, "a number of steps", str(value.item()))
+    # Counts and factors are single numbers, whatever the parameter is.
+    if value.dim() and tuple(value.shape) != shape:
+        raise _unfit(f"{name}.{key}", f"shape {shape}", f"shape {tuple(value.shape)}")
+    if value.layout is not torch.strided or (value.dim() and not value.is_floating_point()):
+        raise _unfit(f"{name}.{key}", "floating-point numbers", f"{value.dtype}, {value.layout}")
+    if key == "step" and (value.dim() or not (value.isfinite() and value >= 0)):
+        raise _unfit(f"{name}.{key}", "a number of steps", str(value.tolist()))
 
 
 def _unfit(name: str, expected: str, got: str) -> ValueError:
