@@ -41,8 +41,10 @@ class PackedTokens:
         >>> import torch
         >>> from gradcache_clip import ClipLoss, GradCache, PackedTokens
         >>> encoders = torch.nn.EmbeddingBag(100, 4), torch.nn.Linear(6, 4)
-        >>> cache = GradCache(encoders, ClipLoss(), chunk_size=2, rows=[PackedTokens(), None])
-        >>> bags = {"input": torch.randint(100, (9,)), "offsets": torch.tensor([0, 4, 4])}
+        >>> rows = [PackedTokens(), None]
+        >>> cache = GradCache(encoders, ClipLoss(), chunk_size=2, rows=rows)
+        >>> words, offsets = torch.randint(100, (9,)), torch.tensor([0, 4, 4])
+        >>> bags = {"input": words, "offsets": offsets}
         >>> out = cache(bags, torch.randn(3, 6))
     """
 

@@ -134,14 +134,14 @@ class Ragged:
         >>> class Posts(torch.nn.Linear):
         ...     def forward(self, title, images_per_post, images=None):
         ...         post = torch.arange(len(title)).repeat_interleave(images_per_post)
-        ...         added = title if images is None else title.index_add(0, post, images)
-        ...         return super().forward(added)
+        ...         if images is not None:
+        ...             title = title.index_add(0, post, images)
+        ...         return super().forward(title)
         >>> encoders = Posts(8, 4), torch.nn.Linear(6, 4)
         >>> cache = GradCache(encoders, ClipLoss(), chunk_size=2)
         >>> counts = torch.tensor([2, 0, 1, 0, 0])
-        >>> posts = {
-        ...     "title": torch.randn(5, 8), "images_per_post": counts, "images": torch.randn(3, 8)
-        ... }
+        >>> posts = {"title": torch.randn(5, 8), "images_per_post": counts}
+        >>> posts["images"] = torch.randn(3, 8)
         >>> out = cache(Ragged(posts, rows_of={"images": counts}), torch.randn(5, 6))
     """
 
