@@ -24,6 +24,8 @@ def children_of(inputs: Any) -> list[tuple[Any, Any]]:
 
 def map_children(inputs: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to every part of a container; anything else is returned as it is."""
+    if type(inputs) is dict:
+        return {key: function(child) for key, child in inputs.items()}
     children = children_of(inputs)
     return with_children(inputs, [function(child) for _, child in children]) if children else inputs
 
