@@ -186,7 +186,7 @@ _HEAD = """# Benchmarks
 
     python benchmarks/run_all.py           # measures all of it again; hours
     python benchmarks/run_all.py --quick   # small versions, about five minutes
-    python benchmarks/report.py           # writes the figures into all pages
+    python benchmarks/report.py            # writes the figures into all pages
 """
 _ABOUT = (
     "Every figure on this page is read from the files in `benchmarks/results` by "
