@@ -163,6 +163,8 @@ CASES = (
     "nt_xent, debiased",
     "sup_con",
 )
+# Those with the most options of each loss.
+FULL_CASES = [n for n in CASES if n.count(",") > 1 or "xent," in n or "_con" in n]
 
 
 def case(
