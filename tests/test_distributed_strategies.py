@@ -60,7 +60,7 @@ def record_worst(results: Mapping[str, Any], world: int, record: Record) -> None
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_gradients_of_one_process(world, tmp_path, record_property):
     results = finished(plain_cases(world), world, tmp_path)
     for name, result in results.items():
@@ -78,7 +78,7 @@ def test_gradients_of_one_process(world, tmp_path, record_property):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_parameters_that_some_chunks_or_ranks_do_not_use(world, tmp_path, record_property):
     results = finished(unreached_cases(world), world, tmp_path)
     for name, result in results.items():
