@@ -288,6 +288,13 @@ def without_a_step_between() -> dict[str, Any]:
     return {}
 
 
+# What a quick run takes of the cases below.
+QUICK = (
+    *("two towers", "one chunk", "graphs kept", "scale inside", "reductions"),
+    *("wrong engines", "unequal chunks", "without a step between"),
+)
+
+
 def deepspeed_cases(world: int) -> dict[str, Any]:
     if world > 2:
         return {f"ZeRO-{stage}: ten steps": partial(ten_steps, stage) for stage in range(4)}

@@ -38,6 +38,7 @@ def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return alone(data, tmp_path_factory.mktemp("runs") / "alone", "train.steps=6")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_launch_gives_the_weights_of_one_process(data, one_process, tmp_path):
@@ -115,6 +116,7 @@ def test_a_rank_that_fails_stops_the_others_by_name(data, tmp_path, fault, own, 
     assert sorted(logged(output, "loss")) == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_nobody_waits_longer_than_the_timeout(data, tmp_path):
     first, second = in_processes(

@@ -148,6 +148,6 @@ def test_an_error_puts_everything_back():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_over_several_ranks(world: int, tmp_path: Path):
     assert failures(verify_over_ranks.suite, world, tmp_path) == []
