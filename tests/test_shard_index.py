@@ -279,4 +279,5 @@ def test_hostile_headers_end_a_file_quickly(tmp_path: Path, name: str, mode: str
         found = [each["__key__"] for each in read if not isinstance(each, BrokenReport)]
         reports = [each for each in read if isinstance(each, BrokenReport)]
     assert found in (["a"], ["a", "z"])
-    assert [report.reason for report in reports] == ["truncated tar"]
+    (report,) = reports
+    assert report.reason in ("truncated tar", "too many bytes without a sample")

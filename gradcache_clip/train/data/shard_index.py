@@ -29,10 +29,11 @@ from gradcache_clip.train.data.tar_samples import (
     lost_samples,
     tar_samples,
 )
+from gradcache_clip.train.data.tar_stream import COMPRESSED, MAGIC_BYTES
 
-_FORMAT = "1"
+_FORMAT = "2"
 _MAX_OPEN_FILES = 64
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+_MAX_EMPTY_BYTES = 2**16
 _DTYPES = {
     "offset": np.int64,
     "size": np.uint32,
@@ -137,7 +138,7 @@ def can_be_indexed(shard: Shard) -> bool:
     if url_scheme(shard.url) not in ("", "file"):
         return False
     with Path(local_path(shard.url)).open("rb") as file:
-        return not file.read(6).startswith(_COMPRESSED)
+        return not file.read(MAGIC_BYTES).startswith(tuple(COMPRESSED))
 
 
 def _span(ends: np.ndarray, number: int) -> tuple[int, int]:
@@ -215,7 +216,8 @@ def _read_index(path: Path) -> ShardIndex | None:
     from safetensors import SafetensorError, safe_open
 
     kept, status = _index_path(path), path.stat()
-    if not kept.is_file():
+    # Of each member the tar file holds more than its index.
+    if not kept.is_file() or kept.stat().st_size > status.st_size + _MAX_EMPTY_BYTES:
         return None
     try:
         with safe_open(kept, framework="numpy") as file:
@@ -240,13 +242,21 @@ def _fits(index: ShardIndex, tar_bytes: int) -> bool:
     offset, size, extension = columns["offset"], columns["size"], columns["extension"]
     if not len(offset) == len(size) == len(extension) or len(columns["names_end"]) != len(index):
         return False
-    inside = (
-        (offset >= 0) & (size <= MAX_MEMBER_BYTES) & (offset <= tar_bytes - size.astype(np.int64))
-    )
-    ends = _rises_to(columns["members"], len(offset))
-    named = _rises_to(columns["names_end"], len(columns["names"]))
+    inside = (offset >= 0) & (offset <= tar_bytes - size.astype(np.int64))
     known = bool((extension < len(WANTED)).all()) and all(count > 0 for *_, count in index.reports)
-    return bool(inside.all()) and ends and named and known
+    if not (bool(inside.all()) and known and _rises_to(columns["members"], len(offset))):
+        return False
+    named = _rises_to(columns["names_end"], len(columns["names"]))
+    return named and _are_small(columns["members"], size)
+
+
+def _are_small(ends: np.ndarray, size: np.ndarray) -> bool:
+    """Whether no sample has more members, or larger ones, than are read of a tar file."""
+    if not len(ends):
+        return True
+    counts = np.diff(ends, prepend=0)
+    totals = np.add.reduceat(size.astype(np.int64), ends - counts)
+    return bool((counts <= len(WANTED)).all() and (totals <= MAX_MEMBER_BYTES).all())
 
 
 def _rises_to(ends: np.ndarray, last: int) -> bool:

@@ -17,9 +17,11 @@ from gradcache_clip.train.data.pieces import Piece
 from gradcache_clip.train.data.samples import Decoder, DrawnSample, LoaderOptions
 from gradcache_clip.train.data.shard_urls import Shard, open_shard
 from gradcache_clip.train.data.tar_samples import RawSample, tar_samples
+from gradcache_clip.train.data.tar_stream import decompressing
 
 PIECE_ROWS = 32
-MAX_TRIES_AT_END = 10
+MAX_BUFFER_BYTES = 2**30
+"""Of the samples that a worker holds to shuffle them."""
 Item = tuple[int, RawSample | BrokenReport]
 """A turn and what is read in it."""
 
@@ -31,23 +33,11 @@ def read_shard(shard: Shard, allowed: Sequence[str]) -> Iterator[RawSample | Bro
         ValueError, OSError: see `open_shard`.
     """
     with open_shard(shard.url, allowed) as file:
-        ending = cast("IO[bytes]", _Ending(file))
-        yield from tar_samples(ending, shard.url, mode="r|*", take=_content, samples=shard.samples)
-
-
-class _Ending:
-    """A stream that is not asked for more for ever: tarfile skips whatever size a header claims."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._tries = file, 0
-
-    def read(self, size: int) -> bytes:
-        """Up to so many bytes."""
-        data = self._file.read(size)
-        self._tries = 0 if data else self._tries + 1
-        if self._tries > MAX_TRIES_AT_END:
-            raise EOFError("expected no more than the stream holds")
-        return data
+        if (stream := decompressing(file)) is None:
+            yield BrokenReport("unsupported compression", shard.url, "", shard.samples or 1)
+            return
+        tar = cast("IO[bytes]", stream)
+        yield from tar_samples(tar, shard.url, mode="r|", take=_content, samples=shard.samples)
 
 
 def _content(archive: Any, member: Any) -> bytes:
@@ -186,8 +176,8 @@ class _PieceStream(IterableDataset[Piece | Exception]):
         draw = random.Random(f"{self._options.seed}:{reader}:{self._left.first}")
         buffer = _Buffer(self._options.shuffle_buffer, len(self._shards), draw)
         items = buffer.shuffled(self._read(turns, buffer))
-        while chosen := list(itertools.islice(items, PIECE_ROWS)):
-            yield self._piece(chosen, buffer.finished())
+        while (piece := self._piece(itertools.islice(items, PIECE_ROWS), buffer)).seen:
+            yield piece
 
     def _read(self, turns: Iterator[int], buffer: _Buffer) -> Iterator[Item]:
         empty = 0
@@ -210,7 +200,7 @@ class _PieceStream(IterableDataset[Piece | Exception]):
         random.Random(f"{self._options.seed}:{epoch}:shards").shuffle(order)
         return order[place]
 
-    def _piece(self, chosen: Sequence[Item], finished: list[int]) -> Piece:
+    def _piece(self, chosen: Iterable[Item], buffer: _Buffer) -> Piece:
         rows: list[DrawnSample] = []
         broken: list[BrokenReport] = []
         for turn, sample in chosen:
@@ -220,7 +210,7 @@ class _PieceStream(IterableDataset[Piece | Exception]):
             else:
                 rows.append(found)
         seen = len(rows) + sum(report.count for report in broken)
-        return Piece(self._decoder.columns(rows), seen, broken, finished=finished)
+        return Piece(self._decoder.columns(rows), seen, broken, finished=buffer.finished())
 
     def _decoded(self, turn: int, sample: RawSample) -> DrawnSample | BrokenReport:
         return self._decoder(sample, f"{turn // len(self._shards)}:{sample['__key__']}")
@@ -230,7 +220,7 @@ class _Buffer:
     """Shuffles the samples of an epoch, and knows which turns have left it.
 
     Args:
-        size: samples that are held.
+        size: samples that are held, if they are not larger than `MAX_BUFFER_BYTES` together.
         turns: of an epoch.
         draw: decides which sample leaves next.
     """
@@ -239,6 +229,8 @@ class _Buffer:
         self._size, self._turns, self._draw = size, turns, draw
         self._turn = 0
         self._left: dict[int, int] = {}
+        self._held: list[Item] = []
+        self._bytes = 0
 
     def begin(self, turn: int) -> None:
         """Note that what follows is of another turn."""
@@ -254,20 +246,29 @@ class _Buffer:
 
     def shuffled(self, items: Iterable[Item]) -> Iterator[Item]:
         """Items in random order: each leaves from a random place of the buffer."""
-        held: list[Item] = []
+        held = self._held
         for item in items:
             if held and held[0][0] // self._turns != item[0] // self._turns:
                 self._draw.shuffle(held)
                 while held:
-                    yield self._leaving(held)
+                    yield self._leaving()
             self._left[item[0]] += 1
+            self._bytes += _bytes_of(item)
             held.append(item)
-            if len(held) > self._size:
+            while len(held) > self._size or self._bytes > MAX_BUFFER_BYTES:
                 place = self._draw.randrange(len(held))
                 held[place], held[-1] = held[-1], held[place]
-                yield self._leaving(held)
+                yield self._leaving()
 
-    def _leaving(self, held: list[Item]) -> Item:
-        item = held.pop()
+    def _leaving(self) -> Item:
+        item = self._held.pop()
         self._left[item[0]] -= 1
+        self._bytes -= _bytes_of(item)
         return item
+
+
+def _bytes_of(item: Item) -> int:
+    sample = item[1]
+    if isinstance(sample, BrokenReport):
+        return 0
+    return sum(len(content) for content in sample.values())

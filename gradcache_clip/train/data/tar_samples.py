@@ -14,23 +14,24 @@ from typing import IO, Any
 
 from gradcache_clip.train.data.broken import BrokenReport
 from gradcache_clip.train.data.decode import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, TEXT_EXTENSIONS
+from gradcache_clip.train.data.tar_headers import BoundedHeader
 
-MAX_HEADER_BYTES = 2**20
+MAX_TEXT_BYTES = 16 * 2**20
+"""Of a text or JSON member, which takes many times its size when it is parsed."""
+MAX_PASSED_BYTES = 2**30
+"""Bytes of a stream from one sample to the next."""
 WANTED = IMAGE_EXTENSIONS + TEXT_EXTENSIONS
 DUPLICATE = "duplicate member"
 """The one reason that loses no sample: the first of the members is read."""
+_CUT, _PASSED = "truncated tar", "too many bytes without a sample"
+_MAX_SHOWN = 200
+ENDINGS = (_CUT, _PASSED)
+"""Reasons after which nothing more is read of a shard."""
 
 RawSample = dict[str, Any]
 """`__key__`, `__url__`, and for each member its extension and content."""
 Take = Callable[[tarfile.TarFile, tarfile.TarInfo], Any]
 
-_LONG_HEADERS = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
 # Damaged headers make tarfile raise most of these, streams the others.
 _READ_ERRORS = (
     tarfile.TarError,
@@ -54,7 +55,7 @@ def tar_samples(
     Args:
         file: the opened file.
         url: its name, for samples and reports.
-        mode: of `tarfile.open`: "r:" seeks over the contents, "r|*" reads a stream.
+        mode: of `tarfile.open`: "r:" seeks over the contents, "r|" reads a stream.
         take: returns what is kept of a member; called while it is the current one.
         samples: how many there should be, if a manifest tells.
 
@@ -80,34 +81,13 @@ def lost_samples(
     known = sum(report.count for report in reports if report.reason != DUPLICATE)
     missing = max(0, (samples or 0) - found - known)
     for report in reports:
-        if report.reason == "truncated tar":
+        if report.reason in ENDINGS:
             yield replace(report, count=report.count + missing)
             missing = 0
         else:
             yield report
     if missing:
         yield BrokenReport("missing sample", url, "", missing)
-
-
-class StrictHeader(tarfile.TarInfo):
-    """A header that tells the end mark of an archive from damage, and names of bounded length."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> StrictHeader:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as error:
-            # tarfile itself takes damage for the end.
-            raise tarfile.ReadError(f"expected a header or the end mark, got {error}") from error
-
-    def _proc_member(self, archive: tarfile.TarFile) -> StrictHeader:
-        most = MAX_HEADER_BYTES if self.type in _LONG_HEADERS else self.size
-        if not 0 <= self.size <= most:
-            raise tarfile.ReadError(f"expected 0 to {most} bytes, got {self.size}")
-        member: StrictHeader = super()._proc_member(archive)  # type: ignore[misc]
-        return member
 
 
 @dataclass(frozen=True)
@@ -127,7 +107,10 @@ class _Scan:
 
     def __init__(self, url: str, mode: str, take: Take) -> None:
         self._url, self._mode, self._take = url, mode, take
-        self._damaged = False
+        self._is_stream = "|" in mode
+        self._ending = ""
+        self._passed = 0
+        self._key, self._size = "", 0
         self._reports: dict[str, BrokenReport] = {}
 
     @property
@@ -138,9 +121,10 @@ class _Scan:
         key = ""
         for key, members in groupby(self._members(file), key=attrgetter("key")):
             if (sample := self._sample(key, members)) is not None:
+                self._passed = 0
                 yield sample
-        if self._damaged:
-            self._report("truncated tar", key)
+        if self._ending:
+            self._report(self._ending, key)
 
     def _sample(self, key: str, members: Iterator[_Member]) -> RawSample | None:
         contents: RawSample = {}
@@ -154,7 +138,7 @@ class _Scan:
             else:
                 contents[member.extension] = member.content
                 problem = problem or member.problem
-        if self._damaged:
+        if self._ending:
             return None
         if dotted and not contents:
             self._report("key with a dot", next(iter(dotted)), len(dotted))
@@ -165,22 +149,26 @@ class _Scan:
         return {"__key__": key, "__url__": self._url, **contents}
 
     def _report(self, reason: str, key: str, count: int = 1) -> None:
-        shown = key.encode("utf-8", "backslashreplace").decode()
+        shown = key[:_MAX_SHOWN].encode("utf-8", "backslashreplace").decode()
         before = self._reports.get(reason, BrokenReport(reason, self._url, shown, 0))
         self._reports[reason] = replace(before, count=before.count + count)
 
     def _members(self, file: IO[bytes]) -> Iterator[_Member]:
         try:
-            with tarfile.open(fileobj=file, mode=self._mode, tarinfo=StrictHeader) as archive:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=file, mode=self._mode, tarinfo=BoundedHeader) as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
                     # Kept by tarfile for looking members up by name, which nobody does.
                     archive.members = []
                     if archive.offset <= member.offset:
                         raise tarfile.ReadError("expected the next header behind the last one")
+                    self._passed += archive.offset - member.offset
+                    if self._is_stream and self._passed > MAX_PASSED_BYTES:
+                        self._ending = _PASSED
+                        return
                     if (found := self._wanted(archive, member)) is not None:
                         yield found
         except _READ_ERRORS:
-            self._damaged = True
+            self._ending = _CUT
 
     def _wanted(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> _Member | None:
         from webdataset.tariterators import base_plus_ext
@@ -191,13 +179,19 @@ class _Scan:
         extension = extension.lower()
         if extension.rpartition(".")[2] not in WANTED:
             return None
-        # A sparse one could claim any size.
-        problem = "sparse member" if member.issparse() else ""
-        if member.size > MAX_MEMBER_BYTES:
-            problem = "member too large"
-        dotted = "." in extension
-        content = None if problem or dotted else self._take(archive, member)
-        return _Member(key, extension, content, problem)
+        problem = self._problem(key, extension, member)
+        is_read = not (problem or "." in extension)
+        return _Member(key, extension, self._take(archive, member) if is_read else None, problem)
+
+    def _problem(self, key: str, extension: str, member: tarfile.TarInfo) -> str:
+        self._size = member.size + (self._size if key == self._key else 0)
+        self._key = key
+        if member.issparse():
+            # It could claim any size.
+            return "sparse member"
+        if member.size > (MAX_TEXT_BYTES if extension in TEXT_EXTENSIONS else MAX_MEMBER_BYTES):
+            return "member too large"
+        return "sample too large" if self._size > MAX_MEMBER_BYTES else ""
 
 
 def _is_text(key: str) -> bool:
