@@ -22,7 +22,7 @@ from gradcache_clip.cli import main
 from gradcache_clip.train import run as training
 from gradcache_clip.train.checkpoint import CheckpointError, load_latest, save_checkpoint
 from gradcache_clip.train.config_errors import ConfigError
-from gradcache_clip.train.config_file import load_config
+from gradcache_clip.train.config_file import load_config, save_config
 from gradcache_clip.train.folder_lock import locked
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.programs import program_of
@@ -201,6 +201,11 @@ def test_a_run_folder_runs_no_command(run: Path, tmp_path: Path, capsys: Any, co
     config["data"]["allow_url_schemes"] = ["pipe"]
     (run / "config.yaml").write_text(json.dumps(config))
     assert main([command, str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected on the command line alone, got ['pipe'] in" in line
+    del config["data"]["allow_url_schemes"]
+    (run / "config.yaml").write_text(json.dumps(config))
+    assert main([command, str(run)]) == 2
     error = capsys.readouterr().err
     assert "expected 'pipe' in it" in error and "on the command line" in error
     assert not target.exists()
@@ -209,9 +214,14 @@ def test_a_run_folder_runs_no_command(run: Path, tmp_path: Path, capsys: Any, co
 def test_the_command_line_allows_what_a_file_cannot(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("data: {allow_url_schemes: [https, pipe]}")
-    assert load_config(file).data.allow_url_schemes == []
+    for more in ([], ["data.allow_url_schemes=[https]"]):
+        with pytest.raises(ConfigError, match=r"command line alone, got \['https', 'pipe'\] in .*y"):
+            load_config(file, more)
+    file.write_text("data: {allow_url_schemes: []}")
     allowed = load_config(file, ["data.allow_url_schemes=[https]"])
     assert allowed.data.allow_url_schemes == ["https"]
+    save_config(allowed, file)
+    assert load_config(file).data.allow_url_schemes == []
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from gradcache_clip.train.programs import PROGRAMS, program_class
 
 DEFAULT_PROGRAM = "pairs"
 
+_PERMISSION = "allow_url_schemes"
 _MOST_BYTES, _MOST_DEPTH, _MOST_ALIASES = 2**18, 16, 16
 
 # Arguments of one model mean nothing to another.
@@ -32,7 +33,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     longer key such as `model.image_kwargs.depth=4` changes one entry. An override of `model.image`
     (`model.text`) drops the file's `image_kwargs` (`text_kwargs`). For a string key, the text after
     `=` is taken literally and may be empty: `data.train={000..099}.tar`.
-    `data.allow_url_schemes` is read from overrides only.
+    `data.allow_url_schemes` may be given by an override only.
 
     Raises:
         ConfigError: an unknown key (with the nearest valid name), a value of the wrong type or out
@@ -43,7 +44,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         4096
     """
     given = _read_yaml(path)
-    _forget_permissions(given)
+    _check_permissions(given, path)
     schema = _schema(given, overrides)
     _apply(given, [_parse(override, schema) for override in overrides], schema)
     try:
@@ -64,17 +65,25 @@ def _of_another_program(error: UnknownKeyError, schema: type[Config]) -> ConfigE
     )
 
 
-def _forget_permissions(given: dict[str, Any]) -> None:
+def _check_permissions(given: dict[str, Any], path: str | Path | None) -> None:
     """Files may come from strangers: what may be opened is for the command line to say."""
-    if isinstance(given.get("data"), dict):
-        given["data"].pop("allow_url_schemes", None)
+    data = given.get("data")
+    got = data.pop(_PERMISSION, None) if isinstance(data, dict) else None
+    if got:
+        raise ConfigError(
+            f"data.{_PERMISSION}: expected on the command line alone, got {got!r} in {path}; remove "
+            f"it there, and pass data.{_PERMISSION}=[https] (evaluate: --allow-url-scheme https) "
+            "with the schemes that you trust"
+        )
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration; `load_config(path)` gives it back."""
+    """Write the resolved configuration; `load_config(path)` gives it back, without permissions."""
     from omegaconf import OmegaConf
 
-    OmegaConf.save(OmegaConf.create(config.model_dump()), str(path))
+    content = config.model_dump()
+    content["data"].pop(_PERMISSION, None)
+    OmegaConf.save(OmegaConf.create(content), str(path))
 
 
 def _schema(given: Mapping[str, Any], overrides: Sequence[str]) -> type[Config]:

@@ -48,22 +48,41 @@ def read_all(
         tally.check(options.max_broken_share)
     tally.check(options.max_broken_share, at_end=True)
     if not tally.seen:
-        raise ValueError(f"source: expected at least one sample in {source}, got none")
+        raise ValueError(
+            f"source: expected at least one sample in {source}, got none; check that these are "
+            "shards of images"
+        )
 
 
 def read_captions(source: str | Path, *, allow_url_schemes: Sequence[str] = ()) -> Iterator[str]:
     """Every caption of every readable sample, in the shards' order; no image is decoded.
 
     Broken samples are passed over in silence: training meets, counts and reports them.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_shards`; ValueError where no sample has a caption.
     """
+    tally = BrokenTally()
     for item in _read_raw(source, allow_url_schemes):
-        if isinstance(item, BrokenReport):
-            continue
-        try:
-            captions, _ = captions_and_group(item)
-        except BrokenSample:
-            continue
-        yield from captions
+        found = item if isinstance(item, BrokenReport) else _captions(item)
+        if isinstance(found, BrokenReport):
+            tally.counts[found.reason] += found.count
+        else:
+            tally.seen += 1
+            yield from found
+    if not tally.seen:
+        why = f" but broken samples ({dict(tally.counts)})" if tally.counts else ""
+        raise ValueError(
+            f"{source}: expected samples with captions, got none{why}; check that these are shards "
+            "of images and captions"
+        )
+
+
+def _captions(sample: RawSample) -> tuple[str, ...] | BrokenReport:
+    try:
+        return captions_and_group(sample)[0]
+    except BrokenSample as error:
+        return BrokenReport(str(error), sample["__url__"], sample["__key__"])
 
 
 def _read_raw(

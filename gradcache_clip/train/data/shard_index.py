@@ -22,6 +22,7 @@ import numpy as np
 
 from gradcache_clip.train.data.broken import BrokenReport
 from gradcache_clip.train.data.decode import MAX_MEMBER_BYTES
+from gradcache_clip.train.data.shard_files import open_plain
 from gradcache_clip.train.data.shard_urls import Shard, local_path, url_scheme
 from gradcache_clip.train.data.tar_samples import (
     WANTED,
@@ -137,7 +138,7 @@ def can_be_indexed(shard: Shard) -> bool:
     """Whether it is a local file, and not a compressed one."""
     if url_scheme(shard.url) not in ("", "file"):
         return False
-    with Path(local_path(shard.url)).open("rb") as file:
+    with open_plain(local_path(shard.url)) as file:
         return not file.read(MAGIC_BYTES).startswith(tuple(COMPRESSED))
 
 
@@ -152,7 +153,7 @@ def _lost_of(shard: Shard, index: ShardIndex) -> Iterator[BrokenReport]:
 
 def _index_of(path: Path) -> ShardIndex:
     """Make the index of a tar file and keep it beside the file, if that folder can be written."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         stamp = _stamp_of(os.fstat(file.fileno()))
         # The headers alone are read: to read ahead is to read in vain.
         index = _made_index(tar_samples(file, str(path), mode="r:", take=_position))

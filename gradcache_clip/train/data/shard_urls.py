@@ -1,26 +1,27 @@
-"""Which shards a name stands for, and how each is opened. Nothing runs a command unasked."""
+"""Which shards a name stands for. No URL is opened and no command runs unasked."""
 
 from __future__ import annotations
 
 import glob
+import math
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from http.client import HTTPMessage
 from pathlib import Path
-from typing import IO, cast
 
 from gradcache_clip.train.sources.shards import MANIFEST_NAME, read_manifest
 
-HTTP_TIMEOUT_S = 60
+MAX_SHARDS = 2**20
+"""Of a brace pattern."""
 
 # Two letters or more: a single one is a Windows drive.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 # Inside a URL these can end a quoted word of a shell command; RFC 3986 allows none of them.
 _UNSAFE = re.compile(r"[\s'\"\\`$;|<>{}^\x00-\x1f\x7f]")
 _GLOB = re.compile(r"[*?\[]")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 
 
 @dataclass(frozen=True)
@@ -99,68 +100,42 @@ def check_url(url: str, allowed: Collection[str]) -> None:
         )
 
 
-def open_shard(url: str, allowed: Collection[str]) -> IO[bytes]:
-    """Open a shard for reading: local files by Python, http(s) by urllib, without a shell.
-
-    Other schemes go to webdataset's openers, each only when `allowed` names it.
-
-    Raises:
-        ValueError: as `check_url`, or a redirect leads to a scheme that is not allowed.
-        OSError: the shard cannot be opened.
-    """
-    scheme = url_scheme(url)
-    if scheme in ("", "file"):
-        return Path(local_path(url)).open("rb")
-    check_url(url, allowed)
-    if scheme in ("http", "https"):
-        opener = urllib.request.build_opener(_CheckedRedirects(allowed))
-        return cast("IO[bytes]", opener.open(url, timeout=HTTP_TIMEOUT_S))
-    return _webdataset_opener(url, scheme)(scheme + url[len(scheme) :], "rb", 8192)
-
-
-class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to allowed schemes alone."""
-
-    def __init__(self, allowed: Collection[str]) -> None:
-        self._allowed = allowed
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        """Check the new URL before anything is asked of it."""
-        check_url(newurl, self._allowed)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _webdataset_opener(url: str, scheme: str) -> Callable[[str, str, int], IO[bytes]]:
-    # The table itself, not gopen(): that one also follows rewrite rules from the environment.
-    from webdataset.gopen import gopen_schemes
-
-    if scheme not in gopen_schemes:
-        known = sorted(name for name in gopen_schemes if not name.startswith("__"))
-        raise ValueError(f"source: expected one of the schemes {known}, got {url!r}")
-    opener: Callable[[str, str, int], IO[bytes]] = gopen_schemes[scheme]
-    return opener
-
-
 def _expand(source: str) -> list[str]:
     if _exists(source):
         return [source]
     from webdataset.shardlists import expand_urls
 
     try:
+        _check_count(source)
         return list(expand_urls(source))
     # webdataset asserts that the variables of "${NAME}" are set.
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"source: expected a path, glob or brace pattern, got {source!r} ({error})"
+            f"source: expected a path, glob or brace pattern, got {source[:200]!r} ({error})"
         ) from error
+
+
+def _check_count(source: str) -> None:
+    """Raise ValueError for braces that stand for more than any set has, before they are expanded."""
+    count = sum(map(_most_shards, source.split("::")))
+    if count > MAX_SHARDS:
+        raise ValueError(f"expected at most {MAX_SHARDS:,} shards, got braces for {count:,}")
+
+
+def _most_shards(pattern: str) -> int:
+    """As many names as braces stand for, or more where they are nested."""
+    most, open_braces = 1, [0]
+    for character in pattern:
+        if character == "{":
+            open_braces.append(1)
+        elif character == ",":
+            open_braces[-1] += 1
+        elif character == "}" and len(open_braces) > 1:
+            most = min(most * open_braces.pop(), 2**64)
+    return most * math.prod(
+        abs(int(last) - int(first)) // (int(step or 1) or 1) + 1
+        for first, last, step in _RANGE.findall(pattern)
+    )
 
 
 def local_path(url: str) -> str:
@@ -175,11 +150,20 @@ def _local_shards(path: str) -> list[Shard]:
     if Path(path).is_dir():
         return _folder_shards(Path(path))
     if _GLOB.search(path) and not _exists(path):
-        found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (patterns may be absolute)
+        found = _matches(path)
         if not found:
-            raise FileNotFoundError(f"source: expected shards to match {path!r}, got none")
+            raise FileNotFoundError(
+                f"source: expected shards to match {path[:200]!r}, got none; check the pattern"
+            )
         return [Shard(name) for name in found]
     return [Shard(path)]
+
+
+def _matches(pattern: str) -> list[str]:
+    try:
+        return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (may be absolute)
+    except (ValueError, RecursionError, re.error):
+        return []
 
 
 def _folder_shards(folder: Path) -> list[Shard]:

@@ -15,7 +15,8 @@ from gradcache_clip.train.data.broken import BrokenReport
 from gradcache_clip.train.data.indexed import pieces_of_workers
 from gradcache_clip.train.data.pieces import Piece
 from gradcache_clip.train.data.samples import Decoder, DrawnSample, LoaderOptions
-from gradcache_clip.train.data.shard_urls import Shard, open_shard
+from gradcache_clip.train.data.shard_files import open_shard
+from gradcache_clip.train.data.shard_urls import Shard
 from gradcache_clip.train.data.tar_samples import RawSample, tar_samples
 from gradcache_clip.train.data.tar_stream import decompressing
 
