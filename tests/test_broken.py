@@ -163,3 +163,18 @@ def test_duplicate_members_are_reported(tmp_path: Path) -> None:
             archive.addfile(header, io.BytesIO(data))
     read = list(read_all(tmp_path, options=options(max_broken_share=0.5)))
     assert [s.captions for s in read] == [("a",)]
+
+
+def test_substitutes_of_a_small_set_differ_between_ranks(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(26):
+        members |= good(f"k{i}")
+    for i in range(0, 26, 5):
+        members[f"k{i}.png"] = b"damaged"
+    write_tar(tmp_path / "a.tar", members)
+    settings = options(max_broken_share=0.5)
+    ranks = [
+        ImageCaptionLoader(tmp_path, 10, options=settings, rank=r, world_size=2) for r in (0, 1)
+    ]
+    for first, second in zip(*(take(rank, 6) for rank in ranks), strict=True):
+        assert len({*first.keys, *second.keys}) == 20

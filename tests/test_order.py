@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import random
 import subprocess
 import sys
 
 import pytest
 
 from gradcache_clip.train.data.order import MAX_SUBSTITUTES, Order
+from gradcache_clip.train.data.spares import Spares
 
 
 @pytest.mark.parametrize(
@@ -44,19 +45,32 @@ def test_another_process_draws_the_same():
 def test_substitutes_of_different_rows_never_meet(step):
     order = Order(samples=103, batch_size=10, seed=1)
     members = {*order.batch(step).tolist()}
-    # 93 others: each row has nine or ten of its own before it turns to those of others.
-    own = [[*itertools.islice(order.substitutes(step, row), 9)] for row in range(10)]
+    # 93 others: each row has nine or ten of its own.
+    own = [[*order.substitutes(step, row)] for row in range(10)]
     everything = [sample for row in own for sample in row]
-    assert len({*everything}) == len(everything) == 90
-    assert not members & {*everything}
+    assert len({*everything}) == len(everything) == 93
+    assert not members & {*everything} and {*map(len, own)} == {9, 10}
 
 
-@pytest.mark.parametrize("samples", [11, 13, 20, 47])
-def test_a_row_tries_every_sample_outside_its_batch(samples):
-    order = Order(samples, batch_size=10, seed=2)
-    others = {*range(samples)} - {*order.batch(3).tolist()}
-    for row in range(10):
-        assert {*order.substitutes(3, row)} == others
+@pytest.mark.parametrize("broken_share", [0.1, 0.4])
+@pytest.mark.parametrize("samples", [11, 13, 20, 25, 47])
+def test_no_two_rows_of_a_small_set_get_the_same(samples, broken_share):
+    draw = random.Random(samples)
+    for step in range(20):
+        order = Order(samples, batch_size=10, seed=2)
+        broken = {*draw.sample(range(samples), int(broken_share * samples))}
+        members = order.batch(step).tolist()
+
+        def filled(position, order=order, broken=broken, members=members, step=step):
+            spares = Spares(order, lambda sample: sample not in broken)
+            own = [members[position], *order.substitutes(step, position)]
+            found = next((sample for sample in own if sample not in broken), None)
+            return spares.of(step, position) if found is None else found
+
+        batch = [filled(position) for position in range(10)]
+        good = [sample for sample in batch if sample is not None]
+        assert not {*good} & broken and len({*good}) == len(good)
+        assert len(good) == min(10, samples - len(broken))
 
 
 def test_substitutes_end():

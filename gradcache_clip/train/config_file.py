@@ -71,9 +71,9 @@ def _check_permissions(given: dict[str, Any], path: str | Path | None) -> None:
     got = data.pop(_PERMISSION, None) if isinstance(data, dict) else None
     if got:
         raise ConfigError(
-            f"data.{_PERMISSION}: expected on the command line alone, got {got!r} in {path}; remove "
-            f"it there, and pass data.{_PERMISSION}=[https] (evaluate: --allow-url-scheme https) "
-            "with the schemes that you trust"
+            f"data.{_PERMISSION}: expected on the command line alone, got {got!r} in {path}; "
+            f"remove it there, and pass data.{_PERMISSION}=[https] (to evaluate: "
+            "--allow-url-scheme https) with the schemes that you trust"
         )
 
 
@@ -135,13 +135,16 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
             f"such as {Path(path) / 'config.yaml'}"
         )
     if not Path(path).is_file():
+        what = "is no file" if Path(path).exists() else "does not exist"
         raise ConfigError(
-            f"config: expected a YAML file, got {path}, which does not exist; check the path"
+            f"config: expected a YAML file, got {path}, which {what}; check the path"
         )
     try:
         _check_size(Path(path))
         loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+        if isinstance(error, ConfigError) or getattr(error, "filename", None):
+            raise
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         raise ConfigError(

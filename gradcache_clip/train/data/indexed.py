@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gradcache_clip.train.data.broken import BrokenReport
 from gradcache_clip.train.data.order import Order
 from gradcache_clip.train.data.pieces import Columns, Piece
+from gradcache_clip.train.data.spares import Spares
 
 MIN_PIECE_ROWS = 32
 MAX_PIECES = 64
@@ -205,6 +206,7 @@ class _Pieces(Dataset[Piece | Exception]):
 
     def __init__(self, rows: Rows, order: Order) -> None:
         self._rows, self._order = rows, order
+        self._spares = Spares(order, self._is_good)
 
     def __getitem__(self, places: Sequence[_Place]) -> Piece | Exception:
         broken: list[BrokenReport] = []
@@ -224,7 +226,11 @@ class _Pieces(Dataset[Piece | Exception]):
             if not isinstance(found, BrokenReport):
                 return found
             broken.append(found)
-        return None
+        spare = self._spares.of(place.step, place.position)
+        return None if spare is None else self._rows.read(spare, epoch)
+
+    def _is_good(self, sample: int) -> bool:
+        return not isinstance(self._rows.read(sample, 0), BrokenReport)
 
 
 def _unchanged(piece: Any) -> Any:

@@ -55,18 +55,20 @@ class Order:
     def substitutes(self, step: int, position: int) -> Iterator[int]:
         """Samples that may stand at a position of the batch whose own sample is broken, in turn.
 
-        None of them is in the batch. Position p tries every B-th of a permutation of the others,
-        from p on, so ranks and workers need not talk to take different ones. Only where these are
-        used up, in sets of a few batches, do positions go on with those of others.
+        Position p tries every B-th of `others`, from p on, so ranks and workers need not talk to
+        take different ones. For sets of a few batches these may not do; see `Spares`.
         """
+        own = self.others(step, position, self.batch_size)
+        return itertools.islice(own, MAX_SUBSTITUTES)
+
+    def others(self, step: int, start: int = 0, stride: int = 1) -> Iterator[int]:
+        """The samples outside the batch in an order of their own, or each `stride`-th of them."""
         others = self.samples - self.batch_size
         if others < 1:
             return
         order, first = self._epoch_of(step), step % self.steps * self.batch_size
         factor, shift = _affine_permutation(others, f"{self.seed}:{step}:substitutes")
-        own = range(position, others, self.batch_size)
-        rest = ((position + number) % others for number in range(others))
-        for number in itertools.islice(itertools.chain(own, rest), MAX_SUBSTITUTES):
+        for number in range(start, others, stride):
             place = (factor * number + shift) % others
             yield int(order[place if place < first else place + self.batch_size])
 

@@ -116,7 +116,7 @@ def _expand(source: str) -> list[str]:
 
 
 def _check_count(source: str) -> None:
-    """Raise ValueError for braces that stand for more than any set has, before they are expanded."""
+    """Raise ValueError for braces that stand for more than any set has, and do not expand them."""
     count = sum(map(_most_shards, source.split("::")))
     if count > MAX_SHARDS:
         raise ValueError(f"expected at most {MAX_SHARDS:,} shards, got braces for {count:,}")
