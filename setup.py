@@ -50,9 +50,11 @@ PEERS = [
     "siglip-kernel>=0.1.2; platform_system == 'Linux'",
 ]
 TEST = [
+    "bitsandbytes>=0.46",
     "hypothesis>=6.100",
     "jaxtyping>=0.2.30",
     "mypy>=1.11",
+    "peft>=0.17",
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",

@@ -36,7 +36,8 @@ IMAGE = {**WIDTHS, "image_size": 8, "patch_size": 4}
 BATCH, STEPS = 12, 3
 CONSTRUCTOR = (
     *("callbacks", "chunk_size", "towers", "loss", "train_dataset", "eval_dataset"),
-    *("compute_metrics", "data_collator", "compute_loss_func"),
+    *("compute_metrics", "data_collator", "compute_loss_func", "pooling", "rows"),
+    *("auxiliary_losses", "loss_key", "sort_by_length"),
 )
 
 

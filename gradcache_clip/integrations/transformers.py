@@ -15,14 +15,26 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from gradcache_clip.cache import ByLength, GradCache
+from gradcache_clip.cache.auxiliary import AuxiliaryOutput
+from gradcache_clip.cache.checks import loss_in
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.graph_budget import MemoryBudget
+from gradcache_clip.cache.packed import Division
 from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.distributed import AllReduceStrategy
 from gradcache_clip.integrations.arguments import ENGINE_ARGUMENTS, translate_errors
+from gradcache_clip.integrations.pooling import (
+    Pooling,
+    check_masks,
+    check_pooling,
+    entries_of_batch,
+    pooled_output,
+)
 from gradcache_clip.integrations.transformers_checks import (
     METHODS,
+    check_columns,
     check_methods,
+    check_parts,
     check_scale,
     checked_pairs,
     refuse_a_single_pair,
@@ -42,8 +54,12 @@ _OWN_NAMES = {
     **ENGINE_ARGUMENTS,
     " (_Towers)": " of towers",
     "say which with get_features, such as get_features=lambda output: "
-    "output.last_hidden_state[:, 0] for a BERT": "let the encoder that towers returns pool it, "
-    "such as a method of the model with last_hidden_state[:, 0] for a BERT",
+    "output.last_hidden_state[:, 0] for a BERT; around a causal model write a module that returns "
+    "each row's last token, hidden[torch.arange(len(mask)), mask.sum(1) - 1] where padding is on "
+    "the right": 'pass pooling="last" for a causal model, pooling="mean" or "cls" for a BERT, or '
+    "let towers return a method of the model that pools",
+    "} to GradCache (0.0 leaves": "} (0.0 leaves",
+    "or drop it with get_features": "or let towers return an encoder that drops it",
     "extract them with get_features": "let the encoder that towers returns return them",
     "give get_features a function that returns": "let the encoder that towers returns return",
     "pass strategy=DDPStrategy()": "give the Trainer the model itself",
@@ -68,8 +84,17 @@ class GradCacheTrainer(Trainer):
             `GradCache`.
         towers: function of model and batch that returns one (encoder, inputs) per tower. An encoder
             is a submodule or method of the model, called like those of `GradCache`.
-        loss: function of the model and the features of each tower that returns a scalar or an
-            object with `.loss`. Its parameters must be in the model, for the optimizer.
+        loss: function of the model and the features of each tower that returns a scalar, an
+            object with `.loss`, or a dict of parts, which are logged. Its parameters must be in the
+            model, for the optimizer.
+        loss_key: which part of the loss is minimised.
+        pooling: takes one vector per row from `last_hidden_state`: the "last" token that
+            `attention_mask` keeps, "cls", the first one, or the "mean" of all, padded on either
+            side. Without `towers`, each entry of a batch is a dict of the model's arguments and a
+            tower, such as "query" and "document".
+        rows: `PackedPatches()` for packed images, or another division, for all towers or per tower;
+            see `GradCache`.
+        auxiliary_losses: weights of losses that encoders return beside features; see `GradCache`.
 
     Raises:
         ValueError: settings of the Trainer that would give wrong gradients, such as FSDP.
@@ -92,27 +117,37 @@ class GradCacheTrainer(Trainer):
         sort_by_length: ByLength | Sequence[ByLength | None] | None = None,
         towers: Towers | None = None,
         loss: ModelLoss | None = None,
+        loss_key: str = "loss",
+        pooling: Pooling | None = None,
+        rows: Division | Sequence[Division | None] | None = None,
+        auxiliary_losses: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         refuse_settings(self)
+        check_pooling(pooling, rows)
+        if pooling and towers is None:
+            check_columns(self.args)
+            towers = entries_of_batch
         refuse_functions(self.model, towers, loss)
         if loss is None and not hasattr(self.model, "logit_bias"):
             refuse_a_single_pair(self)
         # The loss is a mean over the batch and needs no labels; evaluation should compute it too.
         self.model_accepts_loss_kwargs, self.can_return_loss = False, True
         self.label_names: list[str] = []
-        self.contrast = loss or loss_of_model
-        self.towers = _Towers(self.model, towers or image_and_text)
+        self.contrast, self.loss_key = loss or loss_of_model, loss_key
+        self.towers = _Towers(self.model, towers or image_and_text, pooling)
         self.cache = GradCache(
             self.towers,
             self._contrasted,
             chunk_size=chunk_size,
             memory_budget=memory_budget,
+            rows=rows,
             sort_by_length=sort_by_length,
+            auxiliary_losses=auxiliary_losses,
             strategy=_OnceAStep(self.accelerator),
         )
-        self._accuracies: list[Tensor] = []
+        self._parts: dict[str, list[Tensor]] = {}
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and leave the model unwrapped on several processes."""
@@ -134,21 +169,28 @@ class GradCacheTrainer(Trainer):
         batches = self.towers.inputs_of(self.accelerator.unwrap_model(model), inputs)
         with self.accelerator.autocast(), translate_errors(_OWN_NAMES):
             output = deferred_step(self.cache, *batches)
-        if output.accuracy is not None and torch.is_grad_enabled():
-            self._accuracies.append(output.accuracy.detach())
-        return (output.loss, (output.loss, *output.features)) if return_outputs else output.loss
+        contrasted = output.output if isinstance(output, AuxiliaryOutput) else output
+        if torch.is_grad_enabled():
+            self._remember(contrasted.parts, getattr(output, "auxiliary", {}))
+        return (output.loss, (output.loss, *contrasted.features)) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the mean accuracy over the same batches as `loss`."""
-        if "loss" in logs and self._accuracies:
-            logs["accuracy"] = float(torch.stack(self._accuracies).mean())
-            self._accuracies.clear()
+        """Log, with the mean of each part of the loss over the same batches as `loss`."""
+        if "loss" in logs:
+            logs |= {name: float(torch.stack(each).mean()) for name, each in self._parts.items()}
+            self._parts.clear()
         super().log(logs, *args, **kwargs)
 
-    def _contrasted(self, *features: Tensor) -> _Contrasted:
+    def _remember(self, parts: Mapping[str, Tensor], auxiliary: Mapping[str, Tensor]) -> None:
+        named = {f"auxiliary_{name}": loss for name, loss in auxiliary.items()}
+        for name, part in {**parts, **named}.items():
+            self._parts.setdefault(name, []).append(part.detach())
+
+    def _contrasted(self, *features: Any) -> _Contrasted:
         output = self.contrast(self.towers.model, *features)
-        loss = output if isinstance(output, Tensor) else output.loss
-        return _Contrasted(loss, getattr(output, "accuracy", None), features)
+        return _Contrasted(
+            loss_in(output, self.loss_key), _parts_of(output, self.loss_key), features
+        )
 
 
 def image_and_text(
@@ -197,16 +239,31 @@ def loss_of_model(model: Any, image_features: Tensor, text_features: Tensor) -> 
 
 class _Contrasted(NamedTuple):
     loss: Tensor
-    accuracy: Tensor | None
+    parts: dict[str, Tensor]
+    """For the log, by name."""
     features: tuple[Any, ...]
+
+
+def _parts_of(output: Any, loss_key: str) -> dict[str, Tensor]:
+    """Collect the numbers beside the loss: of a dict all, of an object its `accuracy`."""
+    given = (
+        output if isinstance(output, Mapping) else {"accuracy": getattr(output, "accuracy", None)}
+    )
+    parts = {
+        name: part
+        for name, part in given.items()
+        if name != loss_key and isinstance(part, Tensor) and part.numel() == 1
+    }
+    check_parts(parts)
+    return parts
 
 
 class _Towers(nn.Module):
     """Calls the towers of a model by number."""
 
-    def __init__(self, model: nn.Module, split: Towers) -> None:
+    def __init__(self, model: nn.Module, split: Towers, pooling: Pooling | None) -> None:
         super().__init__()
-        self.model, self.split = model, split
+        self.model, self.split, self.pooling = model, split, pooling
         self.encoders: list[Callable[..., Any]] = []
 
     def inputs_of(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Any]:
@@ -214,10 +271,14 @@ class _Towers(nn.Module):
         self.model = model
         pairs = checked_pairs(self.split(model, batch))
         self.encoders = [encoder for encoder, _ in pairs]
-        return [inputs for _, inputs in pairs]
+        batches = [inputs for _, inputs in pairs]
+        if self.pooling is not None:
+            check_masks(batches)
+        return batches
 
     def forward(self, tower: int, inputs: Any) -> Any:
-        return call_encoder(self.encoders[tower], inputs)
+        output = call_encoder(self.encoders[tower], inputs)
+        return output if self.pooling is None else pooled_output(output, inputs, self.pooling)
 
 
 class _OnceAStep(AllReduceStrategy):

@@ -14,6 +14,8 @@ _TOWERS = (
     'lambda model, batch: [(model.image, batch["images"]), (model.text, batch["texts"])]'
 )
 
+_LOGGED = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+
 _WHY_NOT = {
     "FSDP": "FSDP, which frees parameters between the embed and the replay",
     "DEEPSPEED": "DeepSpeed, whose engine must run every backward itself",
@@ -38,6 +40,23 @@ def checked_pairs(pairs: Any) -> list[tuple[Any, Any]]:
             'lambda model, batch: [(model.image, batch["images"]), (model.text, batch["texts"])]'
         )
     return found
+
+
+def check_columns(args: Any) -> None:
+    if args.remove_unused_columns:
+        raise ValueError(
+            "remove_unused_columns: expected False with pooling and without towers, because the "
+            "columns of the data set are towers and not arguments of the model, got True; set "
+            "TrainingArguments(remove_unused_columns=False)"
+        )
+
+
+def check_parts(parts: Mapping[str, Any]) -> None:
+    if taken := sorted(_LOGGED & parts.keys()):
+        raise ValueError(
+            f"loss: expected parts with names that the Trainer does not log itself, got "
+            f"{taken[0]!r}; rename it, or name it with loss_key if it is what to minimise"
+        )
 
 
 def check_scale(model: Any) -> None:
