@@ -19,11 +19,11 @@ import numpy as np
 
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.data.broken import BrokenReport, BrokenTally
-from gradcache_clip.train.data.decode import BrokenSample
+from gradcache_clip.train.data.decode import MAX_CAPTION_CHARACTERS, BrokenSample
 from gradcache_clip.train.data.pieces import Columns
-from gradcache_clip.train.data.text_tables import BYTES, LINES, find_text_files, table_of
+from gradcache_clip.train.data.text_batches import BYTES, MAX_LINE_BYTES
+from gradcache_clip.train.data.text_tables import LINES, find_text_files, table_of
 
-MAX_LINE_BYTES = 16 * 2**20
 # Rows in search of one that has all fields.
 _LOOKED_AT = 100
 
@@ -192,6 +192,8 @@ def _text(found: dict[str, Any], name: str) -> str:
         raise BrokenSample(f"missing {name}")
     if not text.strip():
         raise BrokenSample(f"empty {name}")
+    if len(text) > MAX_CAPTION_CHARACTERS:
+        raise BrokenSample(f"{name} too long")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,13 +1,11 @@
 """Files of texts as tables of pyarrow: JSON lines, Parquet, CSV and Arrow.
 
-They are read by `datasets`, which keeps an Arrow copy of them in its cache and maps it into memory.
-Nothing in a file is run.
+`datasets` keeps an Arrow copy of them in its cache and maps it into memory.
 """
 
 from __future__ import annotations
 
 import atexit
-import csv
 import glob
 import shutil
 import sys
@@ -20,8 +18,6 @@ from typing import Any
 from gradcache_clip.train.config_errors import ConfigError
 
 LINES = (".jsonl", ".json")
-BYTES = "latin-1"
-"""Each byte is one character of a line, so a line that is not UTF-8 stops no other."""
 _SUFFIXES = (*LINES, ".parquet", ".csv", ".arrow")
 
 
@@ -67,50 +63,50 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 
 def table_of(files: Sequence[Path]) -> Any:
-    """The rows of all files as a table of pyarrow, in a mapped file."""
+    """The rows of all files as a table of pyarrow, in a mapped file.
+
+    Raises:
+        ConfigError: a file is damaged or of another kind, or unpacks to too much.
+    """
     import pyarrow
-    from datasets import Dataset, concatenate_datasets
     from datasets.exceptions import DatasetGenerationError
 
-    names = [str(file) for file in files]
     kind = ".jsonl" if files[0].suffix in LINES else files[0].suffix
-    readers: dict[str, Any] = {
-        ".jsonl": lambda: _read_lines(names),
-        ".parquet": lambda: Dataset.from_parquet(names, cache_dir=_cache_folder()),
-        ".csv": lambda: _read_csv(names),
-        # Not load_from_disk: its state.json may name files elsewhere.
-        ".arrow": lambda: concatenate_datasets([Dataset.from_file(name) for name in names]),
-    }
+    names = [str(file) for file in files]
     try:
         with _bars_on_terminals_alone():
-            return readers[kind]().data
-    except (DatasetGenerationError, pyarrow.ArrowInvalid, ValueError) as error:
+            return _mapped(names) if kind == ".arrow" else _copied(kind, names)
+    except (DatasetGenerationError, pyarrow.ArrowException, ValueError, LookupError) as error:
         reason = error.__cause__ or error
         raise ConfigError(
             f"{files[0]}: expected {kind} files with the same columns in each, got "
-            f"{type(reason).__name__}: {str(reason).strip()}; repair the file, or write it anew"
+            f"{type(reason).__name__}: {_one_line(reason)}; repair the file, or write it anew"
         ) from error
 
 
-def _read_lines(names: list[str]) -> Any:
+def _copied(kind: str, names: list[str]) -> Any:
     from datasets import Dataset, Features, Value
 
-    if not any(Path(name).stat().st_size for name in names):
+    from gradcache_clip.train.data.text_builder import table_of_copy
+
+    if kind == ".jsonl" and not any(Path(name).stat().st_size for name in names):
         # Which the library takes for an error.
-        return Dataset.from_dict({"text": []}, features=Features({"text": Value("string")}))
-    return Dataset.from_text(names, encoding=BYTES, cache_dir=_cache_folder())
+        return Dataset.from_dict({"text": []}, features=Features({"text": Value("string")})).data
+    return table_of_copy(kind, names, _cache_folder())
 
 
-def _read_csv(names: list[str]) -> Any:
-    from datasets import Dataset, Features, Value
+def _mapped(names: list[str]) -> Any:
+    """Arrow files themselves. Not load_from_disk: its state.json may name files elsewhere."""
+    from datasets import Dataset, concatenate_datasets
 
-    with Path(names[0]).open(newline="", encoding="utf-8-sig") as file:
-        columns = next(csv.reader(file), [])
-    # Else a column of years would be numbers, and "NA" no text.
-    features = Features({name: Value("string") for name in columns})
-    return Dataset.from_csv(
-        names, features=features, keep_default_na=False, cache_dir=_cache_folder()
-    )
+    table = concatenate_datasets([Dataset.from_file(name) for name in names]).data
+    # Else a position could lead out of the file.
+    table.validate(full=True)
+    return table
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _cache_folder() -> str:
