@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from packed_inputs import vision_batch, vision_models
 from torch import Tensor, nn
 
-from gradcache_clip import ClipLoss, GradCache
+from gradcache_clip import ClipLoss, GradCache, PackedPatches, PackedTokens
 from gradcache_clip.memory import (
     LiveBytes,
     count_cached_step,
@@ -185,6 +186,24 @@ def test_a_module_that_needs_data_is_named():
     with pytest.raises(ValueError, match=r"encoder 1, module '1' \(_SkipsPadding\): expected ops"):
         _linear_step(count_plain_step, 64, encoders=(nn.Linear(8, 4), branching))
     nn.Linear(8, 4)(torch.ones(1, 8))
+
+
+def test_packed_tokens_are_predicted_within_two_percent():
+    encoders = nn.EmbeddingBag(50, 64, mode="sum"), nn.Linear(8, 64)
+    offsets = torch.tensor([0, 4, 4, 5, 9, 16, 18, 19])
+    bags = {"input": torch.randint(50, (21,)), "offsets": offsets}
+    inputs, rows = (bags, torch.ones(8, 8)), [PackedTokens(), None]
+    counted = count_cached_step(encoders, _dot, inputs, 8, 2, rows=rows, optimizer_states=0)
+    with LiveBytes(start=_state(encoders, (inputs[1], bags))) as live:
+        GradCache(encoders, _dot, chunk_size=2, rows=rows)(*inputs)
+    assert counted.total_bytes == pytest.approx(live.peak_bytes, rel=0.02)
+
+
+def test_images_whose_grids_are_read_are_refused_and_named():
+    encoders = vision_models()["Qwen2.5-VL"](), nn.Linear(8, 32)
+    inputs, options = (vision_batch(), torch.ones(7, 8)), {"rows": [PackedPatches(), None]}
+    with pytest.raises(ValueError, match=r"encoder 0, module 'visual' .* needs the values of"):
+        count_cached_step(encoders, _dot, inputs, 14, 2, **options)
 
 
 @pytest.mark.parametrize("sizes", [(0,), (-1,), (True,), (2.5,)])

@@ -12,7 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradcache_clip.cache.arguments import checked_division
 from gradcache_clip.cache.auxiliary import evaluate, loss_of
+from gradcache_clip.cache.checks import one_for_each
+from gradcache_clip.cache.packed import Division
 from gradcache_clip.cache.torch_state import autocast_off, forget_autocast_casts
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.memory.counter import LiveBytes, Rounding
@@ -63,6 +66,7 @@ def count_plain_step(
     example_inputs: Sequence[Any],
     batch_size: int,
     *,
+    rows: Division | Sequence[Division | None] | None = None,
     get_features: GetFeatures | None = None,
     auxiliary_losses: Mapping[str, float] | None = None,
     optimizer_states: int = 2,
@@ -80,6 +84,8 @@ def count_plain_step(
             plain CLIP step pass `ClipLoss(impl="reference")`, which stores the B x B matrix.
         example_inputs: one per encoder, in its own structure, with any number of rows.
         batch_size: B, the number of rows to count for.
+        rows: how packed inputs divide, as for `GradCache`. Encoders that read values, such as the
+            grids of images of a vision-language model, cannot be counted.
         get_features: extracts the features from the encoders' outputs, as for `GradCache`.
         auxiliary_losses: weights of losses that the encoders return, as for `GradCache`.
         optimizer_states: tensors that the optimizer keeps per trainable parameter: 2 for AdamW, 1
@@ -102,8 +108,9 @@ def count_plain_step(
     """
     _check_positive(batch_size=batch_size)
     keeping = Keeping(get_features, optimizer_states, auxiliary_losses or {})
+    inputs = _divided(example_inputs, rows)
     with fake_tensors(encoders, loss):
-        step = FakeStep(encoders, loss, example_inputs, batch_size, keeping)
+        step = FakeStep(encoders, loss, inputs, batch_size, keeping)
         live = _watch(step, rounding)
         with live:
             features = [_forward(tower) for tower in step.towers]
@@ -123,6 +130,7 @@ def count_cached_step(
     batch_size: int,
     chunk_size: int,
     *,
+    rows: Division | Sequence[Division | None] | None = None,
     get_features: GetFeatures | None = None,
     auxiliary_losses: Mapping[str, float] | None = None,
     optimizer_states: int = 2,
@@ -154,13 +162,21 @@ def count_cached_step(
     """
     _check_positive(batch_size=batch_size, chunk_size=chunk_size)
     keeping = Keeping(get_features, optimizer_states, auxiliary_losses or {})
+    inputs = _divided(example_inputs, rows)
     with fake_tensors(encoders, loss):
-        step = FakeStep(encoders, loss, example_inputs, batch_size, keeping)
+        step = FakeStep(encoders, loss, inputs, batch_size, keeping)
         live = _watch(step, rounding)
         cached = step.cached(chunk_size, live.mark)
         with live:
             cached.run({})
     return _step_memory(live)
+
+
+def _divided(inputs: Sequence[Any], rows: Division | Sequence[Division | None] | None) -> list[Any]:
+    """Divide packed inputs into rows, by their values, which fake tensors do not have."""
+    divisions = one_for_each(checked_division(rows), len(inputs), "rows")
+    pairs = zip(inputs, divisions, strict=True)
+    return [given if division is None else division(given) for given, division in pairs]
 
 
 def _watch(step: FakeStep, rounding: Rounding) -> LiveBytes:
