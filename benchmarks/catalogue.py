@@ -79,8 +79,8 @@ BENCHMARKS = (
     ),
     Benchmark("negatives", "negatives.py", ("negatives.csv",), 30, 0.7, keeps_rows=True),
     Benchmark(
-        *("gpu", "gpu_suite.py", ("gpu_suite.json",), 8, 2.5),
-        quick=("--only", "tests"),
+        *("gpu", "gpu_suite.py", ("gpu/gpu_suite.json",), 8, 2.5),
+        quick=("--only", "smoke"),
         needs_gpu=True,
     ),
     Benchmark(

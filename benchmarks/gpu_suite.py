@@ -1,36 +1,49 @@
 """Everything that needs an NVIDIA GPU, in one call of less than eight minutes.
 
-    python benchmarks/gpu_suite.py               # all sections, on the first GPU
-    python benchmarks/gpu_suite.py --only tests  # one of them
-    python benchmarks/gpu_suite.py --dry-run     # what would run, and for how long at most
+    python benchmarks/gpu_suite.py                         # all sections, on the first GPU
+    python benchmarks/gpu_suite.py --only smoke losses     # some of them
+    python benchmarks/gpu_suite.py --dry-run               # what would run, and for how long
+    python benchmarks/gpu_suite.py --dry-run --stand-in    # all of it on the CPU, at small sizes
 
-1. tests: every kernel against the reference, on the GPU, in bf16 as well.
-2. loss: time, memory and error of the losses beside their peers at batch 65,536.
-3. tune: the launch table beside other tiles, warps and stages.
+1. smoke: every loss against fp64 in bf16, fp32 and fp16.
+2. losses: their time and memory beside torch's own, peers that are installed, a matrix product.
+3. engine: a step of ViT-B/16 and a text tower, plain, checkpointed and cached; largest batches.
+4. plan: what `gradcache-clip plan` predicts beside the memory of those steps.
+5. tune: the launch table beside other tiles, warps, registers and workspaces.
+6. tests: the kernel tests, in twelve processes.
 
-A section that fails or takes too long is recorded as such, and the next one runs. Writes
-gpu_suite.json, with the output of each section, and the files of benchmarks/loss.py and
-benchmarks/tune_kernels.py into benchmarks/results (or --results).
+Needs torch 2.8 or newer with its Triton, timm, transformers, rich, psutil, pytest and pytest-xdist;
+`plan` needs pydantic. Without a network, carry what is missing as wheels. The package installs
+itself where it lies: no build environment, no dependencies.
+
+Every result is in the folder gpu of benchmarks/results (or --results) as soon as it is measured,
+and that folder in gpu.tar.gz beside it, packed anew at least once a minute. A section that fails,
+hangs or is killed loses itself only.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
+import os
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from results import provenance
+from results import ROOT, installed, parser, provenance, write_json
 from rich.console import Console
 from rich.table import Table
+from watched_process import run_watched
 
-_ROOT = Path(__file__).resolve().parents[1]
-_KEPT_CHARACTERS = 20_000
 LIMIT_S = 470.0
+_ARCHIVE_EVERY_S = 60.0
+_PROCESSES = 12
+_SHOWN_LINES = 40
+# A section ends by itself before it is ended: the last point takes as long as it takes.
+_MARGIN_S = 10.0
+_PACKAGE = "gradcache-clip"
 
 
 @dataclass(frozen=True)
@@ -50,39 +63,64 @@ class Finished:
     command: str
     outcome: str
     seconds: float
-    output: str
 
 
-def sections(results: Path) -> list[Section]:
-    """The sections, the most important first."""
-    python, folder = sys.executable, str(results)
-    cases = sorted(str(path) for path in (_ROOT / "tests").glob("*_kernel_cases.py"))
-    loss = [python, "benchmarks/loss.py", "--device", "cuda", "--results", folder]
-    large = ["--batches", "16384", "65536", "--width", "512", "--time-batch", "65536"]
-    limits = ["--rounds", "5", "--seconds", "40", "--timeout", "60"]
-    return [
-        Section("tests", (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases), 150),
-        Section("loss", (*loss, "--losses", "clip", "siglip", *large, *limits), 200),
-        Section("tune", (python, "benchmarks/tune_kernels.py", "--results", folder), 120),
+def sections(results: Path, stand_in: str = "") -> list[Section]:
+    """The sections, the most important first.
+
+    Args:
+        stand_in: "whole" or "failing", as for the sections; empty on a GPU.
+    """
+    limits = {"smoke": 70, "losses": 130, "engine": 110, "plan": 30, "tune": 60}
+    files = {name: f"gpu_{name}.py" for name in limits} | {"tune": "tune_kernels.py"}
+    shared = ("--results", str(results), *(("--stand-in", stand_in) if stand_in else ()))
+    made = [
+        Section(
+            name,
+            (
+                *(sys.executable, f"benchmarks/{files[name]}", *shared),
+                *("--seconds", f"{limit - _MARGIN_S:.0f}"),
+            ),
+            limit,
+        )
+        for name, limit in limits.items()
     ]
+    return [*made, Section("tests", _tests(stand_in), 70)]
 
 
-def run(section: Section, limit_s: float) -> Finished:
-    """Run one section to its end or its limit; its output goes to the screen as well."""
+def _tests(stand_in: str) -> tuple[str, ...]:
+    """The kernel tests on the GPU; for the stand-in those of one file that need no kernel."""
+    files = sorted(str(path) for path in (ROOT / "tests").glob("*_kernel_cases.py"))
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    if not stand_in:
+        return (*command, "-n", str(min(_PROCESSES, os.cpu_count() or 1)), *files)
+    chosen = "no_such_case" if stand_in == "failing" else "workspace"
+    return ("env", "TRITON_INTERPRET=1", *command, files[0], "-k", chosen)
+
+
+def run(section: Section, limit_s: float, results: Path) -> Finished:
+    """Run one section to its end or its limit; what it prints is in logs/NAME.log."""
     start = time.monotonic()
-    process = subprocess.Popen(
-        section.command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    log = results / "logs" / f"{section.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    archived = start
+
+    def watch() -> None:
+        nonlocal archived
+        now = time.monotonic()
+        if now - archived > _ARCHIVE_EVERY_S:
+            archive(results)
+            archived = now
+        if now - start > limit_s:
+            raise TimeoutError
+
     try:
-        output, _ = process.communicate(timeout=limit_s)
-        outcome = "passed" if process.returncode == 0 else f"exit {process.returncode}"
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
+        status = run_watched(section.command, log, ROOT, watch)
+        outcome = "passed" if status == 0 else f"exit {status}"
+    except TimeoutError:
         outcome = f"ended after {limit_s:.0f} s"
     seconds = time.monotonic() - start
-    command = " ".join(section.command)
-    return Finished(section.name, command, outcome, seconds, output[-_KEPT_CHARACTERS:])
+    return Finished(section.name, " ".join(section.command), outcome, seconds)
 
 
 def run_all(chosen: Sequence[Section], results: Path, console: Console) -> list[Finished]:
@@ -93,30 +131,47 @@ def run_all(chosen: Sequence[Section], results: Path, console: Console) -> list[
         left = LIMIT_S - (time.monotonic() - start)
         console.rule(f"{section.name}: at most {min(left, section.limit_s):.0f} s")
         if left < 1:
-            done.append(Finished(section.name, "", "no time left", 0.0, ""))
+            done.append(Finished(section.name, "", "no time left", 0.0))
             continue
-        done.append(run(section, min(left, section.limit_s)))
-        console.print(done[-1].output, markup=False, highlight=False)
+        done.append(run(section, min(left, section.limit_s), results))
+        log = (results / "logs" / f"{section.name}.log").read_text(errors="replace")
+        lines = log.splitlines()[-_SHOWN_LINES:]
+        console.print("\n".join(lines), markup=False, highlight=False)
         save(done, results)
     return done
 
 
-def save(done: Sequence[Finished], results: Path) -> None:
-    """Where it ran, and what became of each section."""
-    results.mkdir(parents=True, exist_ok=True)
+def save(done: Sequence[Finished], results: Path) -> Path:
+    """Where it ran and what became of each section, in gpu_suite.json; then the archive."""
     record = {"origin": {**_gpu(), **provenance()}, "sections": [asdict(each) for each in done]}
-    (results / "gpu_suite.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(record, results / "gpu_suite.json")
+    return archive(results)
+
+
+def archive(results: Path) -> Path:
+    """Pack the folder as it is now into FOLDER.tar.gz, which is whole at any time."""
+    path = results.with_name(f"{results.name}.tar.gz")
+    unfinished = path.with_suffix(".new")
+    with tarfile.open(unfinished, "w:gz") as packed:
+        packed.add(results, results.name)
+    return unfinished.replace(path)
+
+
+def install() -> Section:
+    """Install the package from its folder, without a network."""
+    quiet = ("--quiet", "--disable-pip-version-check")
+    command = ("pip", "install", *quiet, "--no-deps", "--no-build-isolation", "-e", ".")
+    return Section("install", (sys.executable, "-m", *command), 60)
 
 
 def _gpu() -> dict[str, str]:
     import torch
-    import triton
 
     found = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if found else "none",
         "cuda": str(torch.version.cuda),
-        "triton": triton.__version__,
+        "triton": installed("triton") or installed("pytorch-triton"),
     }
 
 
@@ -128,29 +183,37 @@ def _show(done: Sequence[Finished], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections; 0 if all passed, 2 if there is no GPU."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", help="names of sections")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--dry-run", action="store_true", help="show the commands alone")
-    options = parser.parse_args(arguments)
-    console, every = Console(), sections(options.results)
+    """Run the sections; 0 if all passed, 1 if one did not, 2 if there is no GPU."""
+    options = _options(arguments)
+    console = Console()
+    every = sections(options.folder, options.stand_in or "")
     chosen = [each for each in every if options.only is None or each.name in options.only]
-    if not chosen:
-        names = ", ".join(each.name for each in every)
-        parser.error(f"--only: expected some of {names}, got {' '.join(options.only)}")
-    if options.dry_run:
+    if options.dry_run and not options.stand_in:
         for each in chosen:
             console.print(f"{each.name}, {each.limit_s:.0f} s: {' '.join(each.command)}")
         return 0
-    if _gpu()["gpu"] == "none":
+    if not options.stand_in and _gpu()["gpu"] == "none":
         console.print("gpu_suite: expected an NVIDIA GPU, got none that this torch can see")
         return 2
-    done = run_all(chosen, options.results, console)
+    if not installed(_PACKAGE):
+        chosen = [install(), *chosen]
+    done = run_all(chosen, options.folder, console)
     _show(done, console)
+    console.print(f"Results: {archive(options.folder)}")
     return 0 if all(each.outcome == "passed" for each in done) else 1
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    made = parser(__doc__)
+    names = [section.name for section in sections(Path())]
+    made.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    made.add_argument("--dry-run", action="store_true", help="show the commands alone")
+    text = "run on the CPU at small sizes; with `failing`, something fails in each section"
+    stand_in = {"nargs": "?", "const": "whole", "choices": ("whole", "failing")}
+    made.add_argument("--stand-in", help=text, **stand_in)
+    options = made.parse_args(arguments)
+    options.folder = options.results.resolve() / "gpu"
+    return options
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import distributed
 import engine
+import gpu_losses
+import gpu_plan
 import integrations
 import loss_figures
 import memory_predicted
@@ -296,9 +298,18 @@ def _gpu(results: Path) -> str:
     """Outcome of each section of the suite."""
     lines = [
         [each["name"], each["outcome"], f"{each['seconds']:.0f}"]
-        for each in read_json(results / "gpu_suite.json")["sections"]
+        for each in read_json(results / _suite("gpu_suite.json")[0])["sections"]
     ]
     return table(["section", "outcome", "seconds"], lines, "llr")
+
+
+def _suite(*names: str) -> tuple[str, ...]:
+    """Files in the folder of the suite on a GPU."""
+    return tuple(f"gpu/{name}" for name in names)
+
+
+def _of_suite(body: Callable[[Path], str]) -> Callable[[Path], str]:
+    return lambda results: body(results / "gpu")
 
 
 SECTIONS = (
@@ -307,10 +318,13 @@ SECTIONS = (
     Section("The engine beside other ways", "engine", engine.section, "engine_budget.png"),
     Section("The losses, on the CPU in fp32", "loss", loss_figures.section("cpu", "fp32")),
     Section(
-        "The losses, on a GPU in bf16",
+        "The losses, on a GPU", "gpu", _of_suite(gpu_losses.page), files=_suite(gpu_losses.FILE)
+    ),
+    Section(
+        "A training step, on a GPU",
         "gpu",
-        loss_figures.section("cuda", "bf16"),
-        files=tuple(f"loss_cuda_bf16_{kind}.csv" for kind in ("times", "memory", "errors")),
+        _of_suite(gpu_plan.page),
+        files=_suite(gpu_plan.STEPS, gpu_plan.FILE),
     ),
     Section("What large batches buy", "negatives", negatives.section, "negatives.png"),
     Section("One batch on several processes", "distributed", distributed.section),
