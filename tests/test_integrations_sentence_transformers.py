@@ -12,9 +12,7 @@ from torch import nn
 
 pytest.importorskip("sentence_transformers")
 
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as theirs
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import dot_score
 from tiny_sentences import BOTH_WAYS, gradients, tiny_model, tokenized, worst_error, wrapped
 
@@ -162,15 +160,6 @@ def test_a_chunk_may_be_measured_in_tokens(folder: Path) -> None:
     assert worst_error(ours, plain)[1] < 1e-10
 
 
-def test_rows_padded_on_the_left_stay_in_their_order(folder: Path) -> None:
-    ours, plain = (tiny_model(folder, padding_side="left").double() for _ in range(2))
-    features = tokenized(ours)
-    assert not features[1]["attention_mask"][:, 0].all()
-    gradients(CachedMultipleNegativesRankingLoss(ours, mini_batch_size=4), features)
-    gradients(theirs.MultipleNegativesRankingLoss(plain), features)
-    assert worst_error(ours, plain)[1] < 1e-10
-
-
 def test_columns_that_differ_are_embedded_one_by_one(folder: Path) -> None:
     ours, plain = tiny_model(folder).double(), tiny_model(folder).double()
     features = tokenized(ours)
@@ -201,17 +190,7 @@ def test_what_it_refuses(folder: Path) -> None:
         build(matryoshka_dims=[64])
     with pytest.raises(ValueError, match="at least 2 columns, anchors and positives, got 1"):
         build()(tokenized(model)[:1])
-    flattened = [{"cu_seq_lens_q": torch.tensor([0, 3])}] * 2
-    with pytest.raises(ValueError, match=r"flattened ones.*unpad_inputs = False"):
-        build()(flattened)
     with pytest.raises(ValueError, match="one process per GPU, got DataParallel"):
         wrapped(build(), nn.DataParallel(model))(tokenized(model))
     with pytest.raises(TypeError, match="by itself.*matryoshka_dims= here"):
         theirs.MatryoshkaLoss(model, build(), [32, 16])
-
-
-def test_a_static_embedding_is_refused(folder: Path) -> None:
-    tokenizer = tiny_model(folder).tokenizer.backend_tokenizer
-    static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)])
-    with pytest.raises(ValueError, match="model: .* got a StaticEmbedding"):
-        CachedMultipleNegativesRankingLoss(static)

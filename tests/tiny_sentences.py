@@ -83,16 +83,22 @@ def wrapped(loss: Any, model: nn.Module) -> Any:
     return loss
 
 
-def _save(folder: Path) -> None:
+def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Train a tokenizer, which is also saved."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([_TEXT], vocab_size=400, context_length=64)
     fast = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer.save(folder)), pad_token=PAD, cls_token=CLS, sep_token=SEP
     )
     fast.save_pretrained(folder)
+    return fast
+
+
+def _save(folder: Path) -> None:
+    tokenizer = tiny_tokenizer(folder)
     torch.manual_seed(7)
     config = BertConfig(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

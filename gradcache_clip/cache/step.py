@@ -128,10 +128,11 @@ class CachedStep:
             device = tower.features[0].device
             tower.trainable = self.strategy.anywhere(bool(tower.trainable), device)
         check_finite(self.towers, self.strategy)
-        if self._plan.check_rows and not self._rows_checked:
-            self._rows_checked = check_rows(self.towers, self.strategy)
+        # Before rows: two chunks of one row, side by side, may keep more padding.
         if self._plan.check_rows and not self._trims_checked:
             self._trims_checked = check_trims(self.towers, self.strategy)
+        if self._plan.check_rows and not self._rows_checked:
+            self._rows_checked = check_rows(self.towers, self.strategy)
         self._device_types = device_types(self.towers)
 
     def _backward_of_loss(self, loss_kwargs: Mapping[str, Any]) -> Any:

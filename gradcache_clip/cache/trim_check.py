@@ -22,6 +22,10 @@ from gradcache_clip.distributed.strategies import LocalStrategy
 _LEAST_TOLERANCE = 1e-4
 
 
+class PaddingCountsError(ValueError):
+    """Features of a row depend on its padding; raised on every rank."""
+
+
 class _Trimmed(NamedTuple):
     row: Chunk
     columns: slice
@@ -38,7 +42,7 @@ def check_trims(towers: Sequence[Tower], strategy: LocalStrategy) -> bool:
         False where a tower has a mask, but no row was trimmed: ask again in a later step.
 
     Raises:
-        ValueError: features depend on padding; on every rank.
+        PaddingCountsError: features depend on padding; on every rank.
     """
     masked = [tower for tower in towers if tower.chunks[0].columns is not None]
     checked = [_check(tower, strategy) for tower in masked]
@@ -57,7 +61,8 @@ def _check(tower: Tower, strategy: LocalStrategy) -> bool:
         moves = not change <= _tolerance(tower)
         repeats = _change(tower, found.row, found.row) <= _tolerance(tower)
     if strategy.anywhere(moves and repeats, device):
-        raise ValueError(_message(tower, found, change) if moves else _elsewhere(tower))
+        message = _message(tower, found, change) if moves else _elsewhere(tower)
+        raise PaddingCountsError(message)
     return True
 
 

@@ -5,12 +5,12 @@ C columns (anchors, positives, negatives), b rows of this rank, D width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from sentence_transformers.base.losses.merged_forward import merge_feature_batches
 from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,16 +18,25 @@ from torch.nn.parallel import DistributedDataParallel
 from gradcache_clip.cache import ByLength, GradCache
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.graph_budget import MemoryBudget
+from gradcache_clip.cache.trim_check import PaddingCountsError
 from gradcache_clip.distributed import DDPStrategy, LocalStrategy
 from gradcache_clip.integrations import sentence_transformers_checks as checks
+from gradcache_clip.integrations import sentence_transformers_inputs as inputs
 from gradcache_clip.integrations.arguments import ENGINE_ARGUMENTS, translate_errors
 from gradcache_clip.losses import InfoNCELoss, MatryoshkaLoss
 
-Features = dict[str, Any]
-"""A column of inputs: token ids, and anything else that the model's tokenizer returns."""
+_OWN_NAMES = ENGINE_ARGUMENTS | {
+    f"or pass PackedPatches({name}_token_id=...) for input_ids, or "
+    f"PackedPatches({name}s_per_row=...) with a column of counts": f"or pass num_{name}s_per_sample"
+    for name in ("image", "video")
+}
+"""Texts in errors of the engine -> texts for this loss."""
 
-
-_TOKENS = {"attention_mask", "input_ids", "token_type_ids", "position_ids", "inputs_embeds"}
+_PADDING_COUNTS = (
+    "CachedMultipleNegativesRankingLoss: features of rows padded on the left depend on their "
+    "padding, as those of a model that numbers columns from the left; chunks keep the width of the "
+    "batch. Set padding_side='right' to trim them"
+)
 
 
 class CachedMultipleNegativesRankingLoss(nn.Module):
@@ -35,16 +44,18 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
 
     The candidates of each anchor are the positives and hard negatives of the whole batch. `forward`
     embeds chunk by chunk without graphs; the trainer's backward replays the chunks, so scaling the
-    loss scales the gradient of every parameter. Columns with the same kinds of tensors are embedded
-    together, with rows of similar length in one chunk, and each chunk is trimmed to its longest
-    row. Each chunk's replay is compared with its embed.
+    loss scales the gradient of every parameter. Rows of similar length share a chunk, which is
+    trimmed to its longest row, on the side of the padding. Columns that are padded on the right and
+    have the same kinds of tensors are embedded together. Unpadded inputs and packed image patches
+    are cut where their rows end. Each chunk's replay is compared with its embed.
 
     Args:
         model: the `SentenceTransformer` to train.
         scale: multiplier of the cosine similarity, 1/temperature.
         similarity_fct: must be `sentence_transformers.util.cos_sim`.
         mini_batch_size: rows that go through the model at once.
-        mini_batch_num_tokens: bound chunks by tokens instead: rows times the longest row.
+        mini_batch_num_tokens: bound chunks by tokens instead: rows times the longest row, or the
+            sum over the rows of unpadded inputs.
         gather_across_devices: use candidates of all processes. Must be True on several processes;
             each then returns the loss of the whole batch.
         directions: ("query_to_doc",), or ("query_to_doc", "doc_to_query") with
@@ -53,12 +64,14 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         matryoshka_dims: widths of embedding prefixes to train, instead of wrapping this loss in
             sentence-transformers' `MatryoshkaLoss`; None for the whole width only.
         matryoshka_weights: weight of the loss at each of these widths; 1 each when None.
+        pad_to_multiple_of: keep a multiple of this many tokens in chunks of padded inputs, so that
+            a step has few shapes.
         learnable_scale: learn the scale, starting from `scale`, with the trainer's optimizer.
         memory_budget: memory for graphs that need no replay; see `GradCache`.
         replay_check: "error", "warn" or "off": what to do if a replay differs from its embed.
 
     Raises:
-        ValueError: options of another loss, or a model whose inputs cannot be cut into rows.
+        ValueError: options of another loss.
 
     Source: Henderson et al. 2017 (arXiv 1705.00652), section 4.4; Gao et al. 2021 (2101.06983);
     for the widths Kusupati et al. 2022 (2205.13147), equation 1.
@@ -88,6 +101,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         *,
         matryoshka_dims: Sequence[int] | None = None,
         matryoshka_weights: Sequence[float] | None = None,
+        pad_to_multiple_of: int = 1,
         learnable_scale: bool = False,
         memory_budget: MemoryBudget = None,
         replay_check: Literal["error", "warn", "off"] = "error",
@@ -97,6 +111,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         checks.check_directions(similarity_fct, directions, partition_mode)
         flags = {"gather_across_devices": gather_across_devices, "learnable_scale": learnable_scale}
         checks.check_numbers(scale, mini_batch_size, mini_batch_num_tokens, flags)
+        checks.check_multiple(pad_to_multiple_of)
         checks.check_engine_options(memory_budget, replay_check)
         checks.check_widths(matryoshka_dims, matryoshka_weights, model)
         self.model = model
@@ -108,11 +123,13 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         self.contrast = _over_widths(contrast, matryoshka_dims, matryoshka_weights)
         self.matryoshka_dims, self.matryoshka_weights = matryoshka_dims, matryoshka_weights
         self.mini_batch_size, self.mini_batch_num_tokens = mini_batch_size, mini_batch_num_tokens
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.gather_across_devices = gather_across_devices
         self.directions, self.partition_mode = tuple(directions), partition_mode
         self.learnable_scale = learnable_scale
         self.memory_budget, self.replay_check = memory_budget, replay_check
         self._fixed_scale = scale
+        self._padding_counts = False
         self._caches: dict[tuple[Any, ...], GradCache] = {}
 
     def forward(
@@ -126,32 +143,54 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
             labels: ignored; row i of anchors and positives form a pair.
 
         Raises:
-            ValueError: fewer than two columns, flattened inputs, several processes without
-                `gather_across_devices`, or left padding with `mini_batch_num_tokens`.
+            ValueError: fewer than two columns, several processes without `gather_across_devices`,
+                or `mini_batch_num_tokens` for a column without tokens.
             TypeError: a model without pooling, or another loss around this one.
         """
         columns = [dict(features) for features in sentence_features]
         checks.check_columns(columns)
         checks.check_not_wrapped_in_a_loss(self.model)
-        given = _merged(columns)
-        cache = self._cache(tuple(map(self._sorting, given)), len(columns))
-        with translate_errors(ENGINE_ARGUMENTS):
-            loss: Tensor = deferred_step(cache, *({"input": features} for features in given)).loss
+        strategy, device = self._strategy(), _device_of(columns)
+        try:
+            return self._loss(columns, strategy, device)
+        except PaddingCountsError:
+            if not strategy.anywhere(inputs.is_padded_on_the_left(columns), device):
+                raise
+        warnings.warn(_PADDING_COUNTS, stacklevel=2)
+        self._padding_counts = True
+        return self._loss(columns, strategy, device)
+
+    def _loss(
+        self, columns: list[inputs.Features], strategy: LocalStrategy, device: torch.device
+    ) -> Tensor:
+        # Ranks take the same steps, also where rows of one have images and those of another none.
+        together = None if self._padding_counts else inputs.merged(columns)
+        apart = strategy.anywhere(together is None, device)
+        given = columns if apart or together is None else [together]
+        odd = apart and strategy.anywhere(any(map(inputs.keeps_columns, columns)), device)
+        budget, whole = self.mini_batch_num_tokens, self._padding_counts or odd
+        multiple = self.pad_to_multiple_of
+        orders = tuple(inputs.sorting(each, budget, multiple, whole=whole) for each in given)
+        cache = self._cache(orders, len(columns), strategy)
+        with translate_errors(_OWN_NAMES):
+            loss: Tensor = deferred_step(cache, *({"input": each} for each in given)).loss
         return loss
 
-    def _cache(self, sorting: tuple[ByLength | None, ...], columns: int) -> GradCache:
+    def _cache(
+        self, sorting: tuple[ByLength | None, ...], columns: int, strategy: LocalStrategy
+    ) -> GradCache:
         """Return the cache for this kind of batch: a cache checks some things in its first step."""
-        inputs = len(sorting)
-        strategy = self._strategy(inputs)
+        checks.check_wrapper(self.model, len(sorting))
         options = self.mini_batch_size, self.memory_budget, self.replay_check
         kind = sorting, columns, id(self.model), *options
         if kind not in self._caches:
             self._caches[kind] = GradCache(
-                [self.model] * inputs,
+                [self.model] * len(sorting),
                 partial(self._contrast, columns=columns),
                 chunk_size=self.mini_batch_size,
                 get_features=checks.sentence_embedding,
                 memory_budget=self.memory_budget,
+                rows=inputs.divided,
                 sort_by_length=sorting,
                 strategy=strategy,
                 replay_check=self.replay_check,
@@ -167,16 +206,8 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
         loss: Tensor = self.contrast(queries, documents, hard, scale).loss
         return loss
 
-    def _sorting(self, features: Features) -> ByLength | None:
-        """Sort by length if all rows hold tokens padded on the right, and nothing else as wide."""
-        if not _padded_on_the_right(features):
-            checks.check_no_tokens(self.mini_batch_num_tokens)
-            return None
-        return ByLength(max_tokens=self.mini_batch_num_tokens)
-
-    def _strategy(self, inputs: int) -> LocalStrategy:
+    def _strategy(self) -> LocalStrategy:
         checks.check_place(self.model, gathers=self.gather_across_devices)
-        checks.check_wrapper(self.model, inputs)
         wrapped = isinstance(self.model, DistributedDataParallel)
         # On several processes without a wrapper this is an evaluation, with nothing to reduce.
         return DDPStrategy() if wrapped else LocalStrategy(reduce_myself=True)
@@ -212,6 +243,7 @@ class CachedMultipleNegativesRankingLoss(nn.Module):
             "partition_mode": self.partition_mode,
             "matryoshka_dims": self.matryoshka_dims,
             "matryoshka_weights": self.matryoshka_weights,
+            "pad_to_multiple_of": self.pad_to_multiple_of,
             "learnable_scale": self.learnable_scale,
         }
 
@@ -236,20 +268,6 @@ def _over_widths(
     return loss if dims is None else MatryoshkaLoss(loss, dims, weights)
 
 
-def _merged(columns: list[Features]) -> list[Features]:
-    """Concatenate the columns to one if they have the same tensors and can be trimmed again."""
-    trimmed = all(map(_padded_on_the_right, columns))
-    merged = merge_feature_batches(columns) if trimmed else None
-    return columns if merged is None else [merged]
-
-
-def _padded_on_the_right(features: Features) -> bool:
-    """Return whether tokens are padded on the right and no other tensor is as wide."""
-    mask = features.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return False
-    wide = (name for name, x in features.items() if isinstance(x, Tensor) and x.ndim > 1)
-    if any(features[name].shape[1] == mask.shape[1] for name in {*wide} - _TOKENS):
-        return False
-    kept = mask != 0
-    return not bool((kept[:, 1:] & ~kept[:, :-1]).any())
+def _device_of(columns: Sequence[inputs.Features]) -> torch.device:
+    tensors = (x for features in columns for x in features.values() if isinstance(x, Tensor))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

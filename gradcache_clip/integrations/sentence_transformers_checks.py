@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from sentence_transformers.base.losses import has_static_embedding_input
 from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,11 +32,6 @@ def check_model(model: Any) -> None:
             f"model: expected a SentenceTransformer, got {model!r}; such as "
             "SentenceTransformer('microsoft/mpnet-base')"
         )
-    if hasattr(model, "__getitem__") and has_static_embedding_input(model):
-        raise ValueError(
-            "model: expected inputs with one row per sample, got a StaticEmbedding, whose inputs "
-            "cannot be cut into chunks; use MultipleNegativesRankingLoss, which is fast for it"
-        )
 
 
 def check_numbers(
@@ -50,6 +44,11 @@ def check_numbers(
         check_positive_int("mini_batch_num_tokens", mini_batch_num_tokens, remedy)
     for name, value in flags.items():
         check_flag(name, value)
+
+
+def check_multiple(pad_to_multiple_of: Any) -> None:
+    remedy = "such as 64, or leave it out to trim chunks to their longest row"
+    check_positive_int("pad_to_multiple_of", pad_to_multiple_of, remedy)
 
 
 def check_engine_options(memory_budget: Any, replay_check: Any) -> None:
@@ -118,21 +117,6 @@ def check_columns(columns: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(
             f"sentence_features: expected at least 2 columns, anchors and positives, got "
             f"{len(columns)}; give the dataset a column of positives"
-        )
-    if any("cu_seq_lens_q" in features for features in columns):
-        raise ValueError(
-            "sentence_features: expected padded inputs, got flattened ones, which have no rows to "
-            "cut; set model[0].unpad_inputs = False"
-        )
-
-
-def check_no_tokens(mini_batch_num_tokens: int | None) -> None:
-    """Raise ValueError for a bound in tokens if rows cannot be sorted by length."""
-    if mini_batch_num_tokens is not None:
-        raise ValueError(
-            "mini_batch_num_tokens: expected rows of tokens padded on the right, and no other "
-            f"tensor as wide, got others under {mini_batch_num_tokens}; use padding_side='right', "
-            "or cut by mini_batch_size"
         )
 
 
