@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakSet
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from gradcache_clip.train.data.broken import BrokenReport
 from gradcache_clip.train.data.order import Order
 from gradcache_clip.train.data.pieces import Columns, Piece
 from gradcache_clip.train.data.spares import Spares
+from gradcache_clip.train.data.workers import TIMEOUT_S, pieces_of_workers
 
 MIN_PIECE_ROWS = 32
 MAX_PIECES = 64
@@ -114,7 +111,7 @@ class IndexedFeed:
         """Count a piece all of whose rows were received."""
         self._received += len(piece)
 
-    def pieces(self) -> Generator[Piece | Exception, None, None]:
+    def pieces(self, timeout_s: float = TIMEOUT_S) -> Generator[Piece | Exception, None, None]:
         """The pieces of this rank's batches, for ever; no piece reaches into two batches."""
         self._received = self.step * self._batch_size
         size = max(MIN_PIECE_ROWS, -(-self._batch_size // MAX_PIECES))
@@ -124,61 +121,8 @@ class IndexedFeed:
             workers=self._workers,
             batch_size=self._batch_size,
             piece_rows=size,
+            timeout_s=timeout_s,
         )
-
-
-def pieces_of_workers(
-    dataset: Dataset[Piece | Exception],
-    sampler: Sampler[Any] | None = None,
-    *,
-    workers: int,
-    batch_size: int,
-    piece_rows: int,
-) -> Iterator[Piece | Exception]:
-    """Pieces that workers make, one batch ahead, or an error that one of them met.
-
-    Without workers this process makes them. Random numbers and signals are left to it.
-
-    Raises:
-        RuntimeError: a worker was killed.
-    """
-    ahead = -(-batch_size // (piece_rows * max(1, workers)))
-    loader = DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=max(2, ahead) if workers else None,
-        collate_fn=_unchanged,
-        # Else it would draw from torch's own generator and alter the dropout of a resumed run.
-        generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
-    iterator: Any = iter(loader)
-    if workers:
-        _with_workers.add(iterator)
-    try:
-        yield from iterator
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not workers:
-            raise
-        raise RuntimeError(
-            f"workers: expected {workers} processes that read, got one that ended ({error}); if "
-            "the system killed it for its memory, lower workers or batch_size"
-        ) from error
-    finally:
-        if workers:
-            iterator._shutdown_workers()
-
-
-_with_workers: WeakSet[Any] = WeakSet()
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Else the interpreter would wait for workers at its end, which ignore its polite signal."""
-    for iterator in list(_with_workers):
-        iterator._shutdown_workers()
 
 
 class _Place(NamedTuple):
@@ -231,13 +175,3 @@ class _Pieces(Dataset[Piece | Exception]):
 
     def _is_good(self, sample: int) -> bool:
         return not isinstance(self._rows.read(sample, 0), BrokenReport)
-
-
-def _unchanged(piece: Any) -> Any:
-    return piece
-
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A signal to the whole process group must not kill what the parent still reads from."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -16,8 +16,10 @@ from gradcache_clip.train.data.samples import ImageRows, LoaderOptions
 from gradcache_clip.train.data.shard_index import IndexedShards, can_be_indexed
 from gradcache_clip.train.data.shard_urls import find_shards
 from gradcache_clip.train.data.streamed import StreamedFeed
+from gradcache_clip.train.data.workers import TIMEOUT_S
 
 STATE_FORMAT = 3
+_MOST = 2**53
 
 
 Feed = IndexedFeed | StreamedFeed
@@ -40,7 +42,10 @@ class Loader:
 
     Attributes:
         broken: a `BrokenTally` of the samples skipped so far, in worker processes too.
+        timeout_s: seconds that a batch may wait for a worker.
     """
+
+    timeout_s = TIMEOUT_S
 
     def __init__(
         self,
@@ -65,7 +70,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         filling = Filling(self._batch_size)
-        with closing(self._feed.pieces()) as pieces:
+        with closing(self._feed.pieces(self.timeout_s)) as pieces:
             for piece in pieces:
                 if isinstance(piece, Exception):
                     raise piece
@@ -115,6 +120,8 @@ class Loader:
                 f"state: expected a loader state of format {STATE_FORMAT}, got "
                 f"{state.get('format')!r}; resume with the version of gradcache-clip that wrote it"
             )
+        _check_counts(state["position"], "position")
+        _check_counts(state["tally"], "tally")
         for name, got in self._feed.identity.items():
             if (expected := state["order"].get(name)) != got:
                 raise ValueError(
@@ -206,6 +213,20 @@ def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         shards = {shard for state in states for shard in state["position"]["finished"]}
         position["finished"] = sorted(shards)
     return {**states[0], "position": position, "tally": {**sums, "broken": dict(broken)}}
+
+
+def _check_counts(value: Any, name: str) -> None:
+    """Raise ValueError unless a nest of dicts and lists holds counts and nothing else."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            _check_counts(each, f"{name}.{key}")
+    elif isinstance(value, list):
+        for each in value:
+            _check_counts(each, name)
+    elif type(value) is not int or not 0 <= value <= _MOST:
+        raise ValueError(
+            f"{name}: expected counts in the saved state, got {value!r}; restore it from a backup"
+        )
 
 
 def check_place(batch_size: int, rank: int, world_size: int) -> None:

@@ -12,13 +12,13 @@ from typing import IO, Any, cast
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gradcache_clip.train.data.broken import BrokenReport
-from gradcache_clip.train.data.indexed import pieces_of_workers
 from gradcache_clip.train.data.pieces import Piece
 from gradcache_clip.train.data.samples import Decoder, DrawnSample, LoaderOptions
 from gradcache_clip.train.data.shard_files import open_shard
 from gradcache_clip.train.data.shard_urls import Shard
 from gradcache_clip.train.data.tar_samples import RawSample, tar_samples
 from gradcache_clip.train.data.tar_stream import decompressing
+from gradcache_clip.train.data.workers import TIMEOUT_S, pieces_of_workers
 
 PIECE_ROWS = 32
 MAX_BUFFER_BYTES = 2**30
@@ -103,7 +103,7 @@ class StreamedFeed:
         """Note the shards that a piece ends, once all its rows were received."""
         self._finished.update(piece.finished)
 
-    def pieces(self) -> Generator[Piece | Exception, None, None]:
+    def pieces(self, timeout_s: float = TIMEOUT_S) -> Generator[Piece | Exception, None, None]:
         """The pieces of this rank's batches, for ever."""
         place = self._rank, self._world_size
         stream = _PieceStream(self._shards, self._options, self._left, self._finished, place)
@@ -112,6 +112,7 @@ class StreamedFeed:
             workers=self._options.workers,
             batch_size=self._batch_size,
             piece_rows=PIECE_ROWS,
+            timeout_s=timeout_s,
         )
 
 
