@@ -247,10 +247,9 @@ def test_settings_that_name_code_or_cannot_be(setting: str, message: str) -> Non
 
 def test_resuming_loads_no_weights_that_the_configuration_names(data: Path, run: Path) -> None:
     """Those of the checkpoint are all; the file that training began with may be gone."""
-    folder = RunFolder(run)
-    config = load_config(run / "config.yaml").updated(
-        {"model.image_weights": "/nowhere/weights.safetensors"}
-    )
+    folder, weights = RunFolder(run), "/nowhere/weights.safetensors"
+    config = load_config(run / "config.yaml").updated({"model.image_weights": weights})
+    alter(run, setting(weights, "state", "run", "settings", "model.image_weights"))
     assert folder.trained(config).model.image_weights == ""
     program = program_of(config.updated({"train.resume": True, "train.steps": 3}))
     state, _ = start(program, folder, Peers())

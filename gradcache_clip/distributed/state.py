@@ -19,6 +19,7 @@ StateByName = dict[str, dict[str, Any]]
 
 # Adam, AdamW and NAdam begin with these; others are compared among parameters alone.
 _ADAM = frozenset({"exp_avg", "exp_avg_sq", "step"})
+_OF_EACH_WEIGHT = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 
 
 def rank0_keeps(value: Tensor) -> Tensor:
@@ -198,12 +199,13 @@ def check_moments(
 
 
 def _check_moment(name: str, key: str, value: Any, shape: tuple[int, ...]) -> None:
+    of_each_weight = key in _OF_EACH_WEIGHT
     if not isinstance(value, Tensor):
-        if not isinstance(value, int | float):
+        if of_each_weight or not isinstance(value, int | float):
             raise _unfit(f"{name}.{key}", "a tensor or a number", type(value).__name__)
         return
     # Counts and factors are single numbers, whatever the parameter is.
-    if value.dim() and tuple(value.shape) != shape:
+    if (value.dim() or of_each_weight) and tuple(value.shape) != shape:
         raise _unfit(f"{name}.{key}", f"shape {shape}", f"shape {tuple(value.shape)}")
     if value.layout is not torch.strided or (value.dim() and not value.is_floating_point()):
         raise _unfit(f"{name}.{key}", "floating-point numbers", f"{value.dtype}, {value.layout}")

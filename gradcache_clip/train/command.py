@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -68,28 +72,57 @@ def run_command(arguments: argparse.Namespace, *, name: str) -> int:
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     run: Callable[[argparse.Namespace], int] = arguments.run
+    with _noting_interrupts() as interrupts:
+        try:
+            return run(arguments)
+        except KeyboardInterrupt:
+            interrupts.append(signal.SIGINT)
+        except Exception as error:
+            # Some libraries make another error of an interrupt.
+            if not interrupts:
+                return _said(error, arguments, name)
+    print(f"{name}: interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Collect each SIGINT that raises KeyboardInterrupt."""
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or before is not signal.default_int_handler:
+        yield noted
+        return
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        return run(arguments)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    # Evaluated only once something was raised, so that a successful command imports nothing for it.
-    except _expected_errors() as error:
-        if getattr(arguments, "traceback", False) or _is_own_module_missing(error):
-            raise
-        notes = getattr(error, "__notes__", [])
-        print(": ".join([name, *notes, _explained(error)]), file=sys.stderr)
-        return 2
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _expected_errors() -> tuple[type[BaseException], ...]:
-    import torch
+def _said(error: Exception, arguments: argparse.Namespace, name: str) -> int:
+    """Print an expected error in a line; raise any other."""
+    if getattr(arguments, "traceback", False) or not _is_expected(error):
+        raise error
+    notes = getattr(error, "__notes__", [])
+    print(": ".join([name, *notes, _explained(error)]), file=sys.stderr)
+    return 2
 
+
+def _is_expected(error: Exception) -> bool:
     from gradcache_clip.cache import ReplayMismatchError
 
-    always = (CommandError, ValueError, OSError, ModuleNotFoundError, MemoryError)
+    if isinstance(error, ModuleNotFoundError):
+        return _package(error) != "gradcache_clip"
     own = (*_loaded("checkpoint", "CheckpointError"), *_loaded("failures", "PeerFailure"))
-    return (*always, torch.OutOfMemoryError, ReplayMismatchError, *own)
+    expected = isinstance(error, (CommandError, ValueError, OSError, ReplayMismatchError, *own))
+    return expected or _is_out_of_memory(error)
 
 
 def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
@@ -98,8 +131,12 @@ def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
     return (error,) if error else ()
 
 
-def _is_own_module_missing(error: BaseException) -> bool:
-    return isinstance(error, ModuleNotFoundError) and _package(error) == "gradcache_clip"
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    # The CPU's allocator has no error of its own.
+    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _package(error: ModuleNotFoundError) -> str:
@@ -107,20 +144,31 @@ def _package(error: ModuleNotFoundError) -> str:
 
 
 def _explained(error: BaseException) -> str:
-    import torch
-
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = _printable(str(error)) or type(error).__name__
     if isinstance(error, ModuleNotFoundError):
         return (
             f"{_package(error)}: expected it to be installed for this command, got none; "
             'pip install "gradcache-clip[train]"'
         )
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if _is_out_of_memory(error):
         first = (str(error) or "out of memory").splitlines()[0]
         return f"memory: expected a chunk to fit, got {first!r}; lower train.chunk_size"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return (
-            f"{error.filename}: expected a file or folder that can be used, got "
-            f"{error.strerror!r}; check the path, its permissions and the disk"
-        )
+    if isinstance(error, OSError) and error.strerror:
+        return _of_system(error)
     return message
+
+
+def _of_system(error: OSError) -> str:
+    if ": expected " in error.strerror:
+        return _printable(error.strerror)
+    name = "files" if error.filename is None else _printable(str(error.filename))
+    return (
+        f"{name}: expected a file or folder that can be used, got {error.strerror!r}; check the "
+        "path, its permissions and the disk"
+    )
+
+
+def _printable(text: str) -> str:
+    """One line; names from strangers must not steer a terminal."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -159,7 +159,7 @@ class TextTrainConfig(TrainConfig):
 class EvaluationConfig(Section):
     """Evaluation on the validation set."""
 
-    batch_size: int = changeable(256, ge=1)
+    batch_size: int = changeable(256, ge=1, le=2**31)
     """Samples embedded at once; affects memory, not results."""
 
     gallery: int = changeable(6, ge=1)
@@ -197,8 +197,8 @@ class DistributedConfig(Section):
     deepspeed_config: str = changeable("")
     """Your own DeepSpeed configuration (JSON), used unchanged; empty generates one."""
 
-    timeout_s: int = changeable(600, ge=1)
-    """Seconds that a process waits for the others before it fails."""
+    timeout_s: int = changeable(600, ge=1, le=2**31)
+    """Seconds that a process waits for the others, or for its workers, before it fails."""
 
 
 class Config(Section):

@@ -90,7 +90,7 @@ def _schema(given: Mapping[str, Any], overrides: Sequence[str]) -> type[Config]:
     """Return the configuration class of the program; the last override wins."""
     asked = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "program"]
     name = [given.get("program", DEFAULT_PROGRAM), *asked][-1]
-    if name not in PROGRAMS:
+    if not isinstance(name, str) or name not in PROGRAMS:
         raise ConfigError(
             f"program: expected one of {', '.join(PROGRAMS)}, got {name!r}; "
             "change it in the config or with program=NAME"
@@ -136,9 +136,7 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
         )
     if not Path(path).is_file():
         what = "is no file" if Path(path).exists() else "does not exist"
-        raise ConfigError(
-            f"config: expected a YAML file, got {path}, which {what}; check the path"
-        )
+        raise ConfigError(f"config: expected a YAML file, got {path}, which {what}; check the path")
     try:
         _check_size(Path(path))
         loaded = OmegaConf.to_container(OmegaConf.load(path))

@@ -43,7 +43,7 @@ class ImageTowerConfig(Section):
     image_pool: Literal["cls", "mean", "default"] = "default"
     """`cls`, `mean` over patches, or the model's own pooling (`default`)."""
 
-    feature_dim: int = Field(256, ge=1)
+    feature_dim: int = Field(256, ge=1, le=2**20)
     """Width D of the features."""
 
     @model_validator(mode="after")
@@ -172,7 +172,7 @@ class MultiwayConfig(Section):
     multiway_kwargs: MultiwaySizes = MultiwaySizes()
     """Sizes of the Transformer, such as `depth: 4`."""
 
-    feature_dim: int = Field(256, ge=1)
+    feature_dim: int = Field(256, ge=1, le=2**20)
     """Width D of the features."""
 
 

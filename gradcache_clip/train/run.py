@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from gradcache_clip.train.config import Config
+from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.device import choose_device, local_world_size
 from gradcache_clip.train.fit import FitResult, Step, fit
 from gradcache_clip.train.folder_lock import locked
@@ -24,7 +27,7 @@ from gradcache_clip.train.progress import peak_memory_bytes
 from gradcache_clip.train.report.metrics_log import MetricsLog
 from gradcache_clip.train.run_folder import RunFolder, check_run
 from gradcache_clip.train.run_pictures import draw_run
-from gradcache_clip.train.state import TrainState, start
+from gradcache_clip.train.state import TrainState, start, tokenizer_digest
 from gradcache_clip.train.step import StepResult, make_backward, take_step
 from gradcache_clip.train.tokenizer import Tokenizer
 
@@ -55,10 +58,6 @@ class RunSummary:
 
 
 _FIELDS = [item.name for item in fields(RunSummary)]
-# Of a summary that was altered.
-_NOTHING_YET: dict[str, Any] = {
-    **{"output": "", "step": 0, "loss": None, "pairs_per_s": 0.0, "peak_memory_bytes": 0},
-}
 
 
 def train(config: Config, *, console: Console | None = None) -> RunSummary:
@@ -80,6 +79,27 @@ def train(config: Config, *, console: Console | None = None) -> RunSummary:
         return _Trainer(config, peers, shown, held).train()
 
 
+def _summary_of(folder: RunFolder) -> RunSummary | None:
+    """Return the summary that is there, or None.
+
+    Raises:
+        ConfigError: its file holds something else.
+    """
+    found = folder.read_summary()
+    if found is None:
+        return None
+    known = {name: found[name] for name in _FIELDS if name in found}
+    try:
+        return TypeAdapter(RunSummary).validate_python(known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{folder.summary}: expected the summary of a run, got {first['input']!r:.60} for "
+            f"{'.'.join(map(str, first['loc']))} ({first['msg']}); remove the file, which is "
+            "written again"
+        ) from error
+
+
 class _Trainer:
     """Runs the phases of one run in one process."""
 
@@ -97,11 +117,12 @@ class _Trainer:
 
     def train(self) -> RunSummary:
         state, peers = self.state, self.peers
-        before = peers.broadcast_from_rank0(self.folder.read_summary() if peers.is_first else None)
+        before = peers.broadcast_from_rank0(_summary_of(self.folder) if peers.is_first else None)
         first_step = state.step
         if peers.is_first:
             self._hold_folder()
             self.folder.begin(self.config, self.tokenizer, state.encoder)
+            state.tokenizer_digest = tokenizer_digest(self.folder)
         if first_step:
             self.console.print(f"resuming from step {first_step} of {self.folder.path}", **_PLAIN)
         fitted = self._fit()
@@ -110,8 +131,7 @@ class _Trainer:
             fitted.evaluated = self._evaluate()
         # Without a new step, keep the figures of the summary that exists.
         if state.step == first_step and before is not None:
-            known = {name: before[name] for name in _FIELDS if name in before}
-            summary = RunSummary(**{**_NOTHING_YET, **known, "finished": self._finished})
+            summary = dataclasses.replace(before, finished=self._finished)
         else:
             summary = peers.broadcast_from_rank0(self._summary(fitted))
         if peers.is_first:

@@ -127,15 +127,25 @@ class RunFolder:
             )
         return fields
 
-    def check_no_links(self) -> None:
-        """Raise ConfigError if something here would lead a writer elsewhere."""
-        entries = [*self.path.iterdir(), *self.pictures.glob("*")]
-        for path in entries:
+    def check_entries(self) -> None:
+        """Raise ConfigError if something here would lead a writer elsewhere, or let it wait."""
+        for path in [*self.path.iterdir(), *self.pictures.glob("*")]:
             if path.is_symlink():
                 raise ConfigError(
                     f"train.output: expected files and folders, got the symbolic link {path}; put "
                     "the whole folder where its files should lie"
                 )
+            if not self._is_as_written(path):
+                raise ConfigError(
+                    f"{path}: expected a file or a folder as a run writes it there, got another "
+                    "kind of entry; restore the folder from a backup"
+                )
+
+    def _is_as_written(self, path: Path) -> bool:
+        if path in (self.checkpoints, self.pictures):
+            return path.is_dir()
+        files = (self.config, self.tokenizer, self.text_model, self.summary, self.path / FILE_NAME)
+        return path.is_file() or (path.is_dir() and path not in files)
 
 
 def _read_json(path: Path) -> Any:
@@ -155,9 +165,10 @@ def check_run(config: Config) -> RunFolder:
             run has other values of keys that must not change.
     """
     run = RunFolder(Path(config.train.output))
-    if run.path.is_file():
+    if run.path.is_file() or (run.path.is_symlink() and not run.path.exists()):
+        what = "file" if run.path.is_file() else "symbolic link to nowhere"
         raise ConfigError(
-            f"train.output: expected a folder, got the file {run.path}; choose another path"
+            f"train.output: expected a folder, got the {what} {run.path}; choose another path"
         )
     if config.train.resume and not run.config.is_file():
         raise ConfigError(
@@ -166,7 +177,7 @@ def check_run(config: Config) -> RunFolder:
         )
     if not run.path.exists() or {path.name for path in run.path.iterdir()} <= {LOCK_NAME}:
         return run
-    run.check_no_links()
+    run.check_entries()
     if not run.config.is_file() or not (run.has_begun() or run.holds_only_a_failed_start()):
         raise ConfigError(
             f"train.output: expected a new folder, got {run.path}, which holds other files; "
@@ -216,12 +227,16 @@ def _saved_config(run: RunFolder) -> Any:
 def _check_same_run(before: Config, now: Config) -> None:
     if type(before) is not type(now):
         raise _other_run(f"program {before.program!r} -> {now.program!r}")
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    other = [key for key in changed if not _is_changeable(now, key)]
-    if other:
+    old, new = fixed_settings(before), fixed_settings(now)
+    if other := [key for key in {**old, **new} if old.get(key) != new.get(key)]:
         shown = (f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in other[:3])
         raise _other_run(", ".join(shown))
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that a run must keep, by key."""
+    flat = _flat(config.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if not _is_changeable(config, key)}
 
 
 def _other_run(shown: str) -> ConfigError:

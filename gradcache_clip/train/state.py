@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from gradcache_clip.train.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
+from gradcache_clip.train.checkpoint.files import sha256_of
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.data import join_states
 from gradcache_clip.train.device import choose_device
@@ -27,7 +28,7 @@ from gradcache_clip.train.engine import Engine, build_engine
 from gradcache_clip.train.peers import Peers
 from gradcache_clip.train.probe import check_towers
 from gradcache_clip.train.programs.program import Program
-from gradcache_clip.train.run_folder import RunFolder
+from gradcache_clip.train.run_folder import RunFolder, fixed_settings
 from gradcache_clip.train.sources.splits import track
 from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -37,6 +38,19 @@ if TYPE_CHECKING:
 
 # What torch, NumPy and our own checks raise for values that do not fit.
 _UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def _restoring(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except _UNFIT as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{checkpoint.path}: expected the state of this run, got another or an altered one "
+            f"({reason}); restore the folder from a backup, or remove this checkpoint to go on "
+            "from the one before it"
+        ) from error
 
 
 @dataclass
@@ -54,6 +68,10 @@ class TrainState:
     """Endless batches, beginning with that of the next step."""
     on_save: Callable[[], None] = lambda: None
     """Called with every checkpoint, to write files that live outside of it."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that a resumed run must have, too."""
+    tokenizer_digest: str = ""
+    """SHA-256 of the tokenizer's file as this run wrote or found it."""
     step: int = 0
     """Optimizer steps taken."""
     saved_step: int = 0
@@ -81,6 +99,7 @@ class TrainState:
         self.on_save()
         if self.peers.is_first:
             state = {**state, "loader": join_states(loaders), "rng": generators}
+            state["run"] = {"settings": self.settings, "tokenizer": self.tokenizer_digest}
             modules = self._modules(weights)
             save_checkpoint(
                 self.run.checkpoints, self.step, modules=modules, state=state, keep=keep
@@ -93,25 +112,23 @@ class TrainState:
         Raises:
             CheckpointError: it is not of this run, or was altered.
         """
-        try:
+        with _restoring(checkpoint):
             self._restore(checkpoint)
-        except _UNFIT as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise CheckpointError(
-                f"{checkpoint.path}: expected the state of this run, got another or an altered one "
-                f"({reason}); restore the folder from a backup, or remove this checkpoint to go on "
-                "from the one before it"
-            ) from error
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        _check_run(checkpoint, self.run, self.settings if self.peers.is_first else {})
         self.step = self.saved_step = checkpoint.step
         self.engine.load_weights(checkpoint.modules["encoder"])
         self.loss.load_state_dict(checkpoint.modules["loss"])
+        if checkpoint.step and not checkpoint.state["optimizer"]:
+            raise ValueError("optimizer: expected moments of every parameter, got none")
         self.engine.load_state(checkpoint.state)
         self.loader.load_state_dict(checkpoint.state["loader"])
         if self.ema is not None:
             self.ema.module.load_state_dict(checkpoint.modules["ema"])
         generators = checkpoint.state["rng"]
+        if not (isinstance(generators, list) and generators):
+            raise ValueError(f"rng: expected the generators of each rank, got {generators!r}")
         # A rank that did not exist before keeps the generators that `start` seeded.
         if self.peers.rank < len(generators):
             restore_rng(generators[self.peers.rank])
@@ -133,6 +150,22 @@ class TrainState:
             f"{name}; nothing was saved, and earlier checkpoints are untouched. Lower "
             "optimizer.learning_rate or set optimizer.max_grad_norm"
         )
+
+
+def tokenizer_digest(run: RunFolder) -> str:
+    """Return the SHA-256 of a run's tokenizer, empty where it has none."""
+    return sha256_of(run.tokenizer) if run.tokenizer.is_file() else ""
+
+
+def _check_run(checkpoint: Checkpoint, run: RunFolder, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if a checkpoint was trained with other settings or another tokenizer."""
+    saved = checkpoint.state.get("run", {})
+    for key, got in settings.items():
+        expected = saved.get("settings", {}).get(key, got)
+        if expected != got:
+            raise ValueError(f"config.yaml: expected {key}={expected!r}, got {got!r}")
+    if saved.get("tokenizer", "") not in ("", tokenizer_digest(run)):
+        raise ValueError("tokenizer.json: expected the one of this run, got another one")
 
 
 @contextmanager
@@ -172,6 +205,7 @@ def start(
     if config.data.validation:
         program.check_data()
     loader = program.loader(peers)
+    loader.timeout_s = config.distributed.timeout_s
     tokenizer = _tokenizer(program, run, peers)
     encoder = program.encoder(tokenizer).to(device)
     longest = tokenizer(["a text", "another"], pad_to_context=True) if tokenizer else None
@@ -181,7 +215,8 @@ def start(
     # Before the engine, which may cast or shard the weights.
     ema = moving_average(encoder, decay) if decay else None
     engine = build_engine(encoder, loss, config, peers)
-    state = TrainState(run, peers, encoder, engine, loss, ema, loader, program.on_save)
+    settings = fixed_settings(config)
+    state = TrainState(run, peers, encoder, engine, loss, ema, loader, program.on_save, settings)
     if not peers.is_first:
         # Ranks draw different dropout masks. Weights, built above, are equal on all of them.
         torch.manual_seed(config.train.seed + peers.rank)
@@ -206,7 +241,9 @@ def load_trained(program: Program[Any], run: RunFolder) -> tuple[Any, Tokenizer 
     tokenizer = run.read_tokenizer(program.config) if program.reads_texts else None
     trained = type(program)(run.trained(program.config))
     encoder = trained.encoder(tokenizer)
-    encoder.load_state_dict(checkpoint.modules.get("ema", checkpoint.modules["encoder"]))
+    with _restoring(checkpoint):
+        _check_run(checkpoint, run, fixed_settings(program.config))
+        encoder.load_state_dict(checkpoint.modules.get("ema", checkpoint.modules["encoder"]))
     device = choose_device(program.config.train.device)
     return encoder.to(device), tokenizer, checkpoint.step
 

@@ -81,7 +81,15 @@ class Tokenizer:
                 "captions: expected a non-empty list of strings, "
                 f"got {captions!r}; pass e.g. ['red heart']"
             )
-        encodings = self._backend.encode_batch_fast(list(captions))
+        try:
+            encodings = self._backend.encode_batch_fast(list(captions))
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise ValueError(
+                f"tokenizer: expected it to encode texts, got a failure of its library ({error}); "
+                "restore its file from a backup, or use another tokenizer"
+            ) from error
         ids = torch.tensor([e.ids for e in encodings], dtype=torch.int64)  # (B, L)
         mask = torch.tensor([e.attention_mask for e in encodings], dtype=torch.int64)
         if pad_to_context:
@@ -100,7 +108,7 @@ class Tokenizer:
         """Write a `tokenizer.json` for `load_tokenizer`; `path` is the file or its folder."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        self._backend.save(str(path))
+        path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         return path
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -188,13 +196,14 @@ def load_tokenizer(path_or_hub_name: str | Path, context_length: int = 32) -> To
     if path.is_file():
         try:
             backend = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception on a malformed file
+        except BaseException as error:  # a bare Exception, or a panic, on a malformed file
+            if not (isinstance(error, Exception) or _is_panic(error)):
+                raise
             raise _load_error(path_or_hub_name, error) from error
-        return Tokenizer(
-            backend,
-            context_length=context_length,
-            pad_token=(backend.padding or {}).get("pad_token"),
-        )
+        pad_token = (backend.padding or {}).get("pad_token")
+        loaded = Tokenizer(backend, context_length=context_length, pad_token=pad_token)
+        _check_ids(loaded, path)
+        return loaded
     if path.suffix == ".json":
         raise _load_error(path_or_hub_name, FileNotFoundError("no such file"))
     return _load_with_transformers(str(path_or_hub_name), context_length)
@@ -213,7 +222,22 @@ def _load_with_transformers(name: str, context_length: int) -> Tokenizer:
     return Tokenizer(backend, context_length=context_length, pad_token=loaded.pad_token)
 
 
-def _load_error(name: str | Path, error: Exception) -> ValueError:
+def _is_panic(error: BaseException) -> bool:
+    """Return whether the library, which is written in Rust, broke off: that is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+def _check_ids(tokenizer: Tokenizer, path: Path) -> None:
+    """Raise ValueError if ids of special tokens are not of the vocabulary, or there are none."""
+    ids = tokenizer(["a text"])["input_ids"]
+    if not ids.numel() or int(ids.max()) >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{path}: expected ids below {tokenizer.vocab_size}, got {ids.flatten().tolist()}; "
+            "restore the file from a backup, or use another tokenizer"
+        )
+
+
+def _load_error(name: str | Path, error: BaseException) -> ValueError:
     reason = str(error).strip().splitlines()
     return ValueError(
         "tokenizer: expected 'train', the path of a tokenizer.json, or a hub name, "

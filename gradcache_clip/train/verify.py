@@ -96,7 +96,7 @@ def _with_trained_weights(state: TrainState, path: Path) -> str:
     try:
         state.encoder.load_state_dict(checkpoint.modules["encoder"])
         state.loss.load_state_dict(checkpoint.modules["loss"])
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise ConfigError(
             f"model: expected the towers of the run in {path}, got others, whose shapes do not "
             "match its weights; remove the overrides of model"

@@ -18,6 +18,11 @@ from torch import Tensor
 from gradcache_clip.train.checkpoint.plain_state import describe, joined_state, split_state
 
 FORMAT_VERSION = 2
+MOST_STEPS = 2**53
+
+PREFIX = "step-"
+REPLACED = ".replaced"
+"""Suffix of an existing checkpoint while another one of the same step replaces it."""
 
 _INDEX = "index.json"
 _STATE = "state.json"
@@ -98,7 +103,7 @@ def write_files(
     for path in sorted(folder.iterdir()):
         # Flushed before the index vouches for it.
         sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     index = {"format": FORMAT_VERSION, "step": step, "modules": list(modules), "files": files}
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     sync(folder / _INDEX)
@@ -144,7 +149,8 @@ def _on_cpu_apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -161,13 +167,20 @@ def looks_whole(folder: Path) -> bool:
     return True
 
 
+def step_of(folder: Path) -> int | None:
+    """Return the step that a checkpoint folder is named after; None for other names."""
+    digits = folder.name.removeprefix(PREFIX).removesuffix(REPLACED)
+    is_named = folder.name.startswith(PREFIX) and digits.isascii() and digits.isdigit()
+    return int(digits) if is_named and len(digits) < 20 else None
+
+
 def verified_index(folder: Path) -> dict[str, Any]:
     """Read the index, and check size and SHA-256 of every file."""
     index = _read_index(folder)
     _check_sizes(folder, index)
     for name, noted in index["files"].items():
         try:
-            content = _sha256(folder / name)
+            content = sha256_of(folder / name)
         except OSError as error:
             raise _damaged(folder, f"{name} cannot be read ({error})") from error
         if content != noted["sha256"]:
@@ -191,6 +204,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
         )
     if not _is_index(index):
         raise _damaged(folder, f"{_INDEX} lacks entries")
+    named = step_of(folder)
+    if named is not None and index["step"] != named:
+        raise _damaged(folder, f"{_INDEX} is of step {index['step']}")
     return index
 
 
@@ -201,6 +217,7 @@ def _is_index(index: Any) -> bool:
         wanted = {f"{name}{_WEIGHTS}" for name in (*modules, _STATE_TENSORS)} | {_STATE}
         return (
             type(index["step"]) is int
+            and 0 <= index["step"] <= MOST_STEPS
             and set(files) == wanted
             and all(_MODULE_NAME.fullmatch(name) for name in modules)
             and all(type(noted["bytes"]) is int and noted["sha256"] for noted in files.values())
@@ -241,6 +258,9 @@ def read_files(
 
 
 def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        # A pipe would be waited for.
+        raise FileNotFoundError(errno.ENOENT, "expected a file, got none", str(path))
     if path.stat().st_size > _MOST_JSON_BYTES:
         raise _damaged(path.parent, f"{path.name} has more than {_MOST_JSON_BYTES:,} bytes")
     try:

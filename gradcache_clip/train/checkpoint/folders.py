@@ -25,11 +25,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gradcache_clip.train.checkpoint.files import (
+    PREFIX,
+    REPLACED,
     DamagedCheckpointError,
     check_weights,
     is_disk_full,
     looks_whole,
     read_files,
+    step_of,
     sync,
     tensor_bytes,
     verified_index,
@@ -37,9 +40,6 @@ from gradcache_clip.train.checkpoint.files import (
 )
 from gradcache_clip.train.checkpoint.plain_state import split_state
 
-_PREFIX = "step-"
-# Suffix of an existing checkpoint while another one of the same step replaces it.
-_REPLACED = ".replaced"
 _TEMPORARY = ".tmp-step-"
 
 
@@ -103,7 +103,7 @@ def save_checkpoint(
     split_state(state, {})
     folder.mkdir(parents=True, exist_ok=True)
     _remove_temporary(folder)
-    final = folder / f"{_PREFIX}{step:08d}"
+    final = folder / f"{PREFIX}{step:08d}"
     temporary = folder / f"{_TEMPORARY}{step:08d}"
     try:
         temporary.mkdir()
@@ -189,17 +189,17 @@ def _check_numbers(step: int, keep: int) -> None:
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
     """List step and folder of each checkpoint, newest first, a replaced one after its successor."""
-    found = []
-    for path in folder.glob(f"{_PREFIX}*"):
-        digits = path.name.removeprefix(_PREFIX).removesuffix(_REPLACED)
-        if path.is_dir() and digits.isascii() and digits.isdigit():
-            found.append((int(digits), path))
+    if not folder.exists():
+        return []
+    # Unlike glob, iterdir does not take a folder that cannot be read for an empty one.
+    steps = [(step_of(path), path) for path in folder.iterdir() if path.is_dir()]
+    found = [(step, path) for step, path in steps if step is not None]
     return sorted(found, key=lambda item: (-item[0], len(item[1].name)))
 
 
 def _publish(temporary: Path, final: Path) -> None:
     """Rename a complete checkpoint; an existing one of that name is moved aside, not deleted."""
-    replaced = final.with_name(final.name + _REPLACED)
+    replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         if replaced.exists():
             shutil.rmtree(replaced)

@@ -44,13 +44,16 @@ def restore_rng(state: dict[str, Any]) -> None:
     Args:
         state: result of `capture_rng`, on the CPU.
 
+    Raises:
+        ValueError, TypeError, KeyError, RuntimeError: it is something else.
+
     Warns:
         RuntimeWarning: the state was captured with more CUDA devices than this machine has.
     """
-    torch.set_rng_state(state["torch"])
-    _restore_cuda(state["cuda"])
     _restore_numpy(state["numpy"])
     _restore_python(state["python"])
+    torch.set_rng_state(state["torch"])
+    _restore_cuda(state["cuda"])
 
 
 def _restore_cuda(states: list[torch.Tensor]) -> None:
@@ -87,6 +90,12 @@ def _capture_numpy() -> dict[str, Any]:
 def _restore_numpy(state: dict[str, Any]) -> None:
     import numpy
 
+    if not (state["key"].shape == (624,) and 0 <= state["position"] <= 624):
+        # NumPy would read past its key.
+        raise ValueError(
+            f"numpy: expected 624 words and a position among them, got {len(state['key'])} and "
+            f"{state['position']}"
+        )
     key = numpy.array(state["key"].tolist(), dtype=numpy.uint32)
     numpy.random.set_state(("MT19937", key, state["position"], state["has_gauss"], state["gauss"]))
 
@@ -97,4 +106,6 @@ def _capture_python() -> dict[str, Any]:
 
 
 def _restore_python(state: dict[str, Any]) -> None:
+    if not isinstance(state["gauss"], float | None):
+        raise ValueError(f"python: expected a number or None as gauss, got {state['gauss']!r}")
     random.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gradcache_clip.train.atomic_file import replacing
+from gradcache_clip.train.atomic_file import naming, replacing
 
 FILE_NAME = "metrics.jsonl"
+_MOST_STEPS = 2**53
 Number = int | float | Tensor
 
 
@@ -48,7 +49,7 @@ class MetricsLog:
         path = folder / FILE_NAME
         if path.exists():
             _cut_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -62,8 +63,9 @@ class MetricsLog:
             name: value if math.isfinite(value) else None
             for name, value in ({"step": step} | numbers).items()
         }
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
@@ -102,12 +104,19 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not _is_entry(row):
         raise ValueError(
-            f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}; "
-            "remove that line"
+            f"{path}, line {number}: expected a JSON object with a step and numbers, got "
+            f"{line[:60]!r}; remove that line"
         )
     return row
+
+
+def _is_entry(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    numbers = all(value is None or type(value) in (int, float) for value in row.values())
+    return numbers and 0 <= row["step"] <= _MOST_STEPS
 
 
 def _cut_after(path: Path, step: int) -> None:
