@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Integers of the tile kernels whose divisibility no machine code may depend on: one for all shapes.
+# Integers of kernels whose divisibility no machine code may depend on: one for all shapes.
 RAGGED = (
+    "gradient_plane",
     "gradient_stride",
     "first_row",
     "first_column",
@@ -22,6 +23,15 @@ RAGGED = (
     "M",
     "N",
     "positive_shift",
+    "slots_n",
+    "slots",
+    "images",
+    "texts",
+    "P",
+    "R",
+    "parts",
+    "length",
+    "running_plane",
 )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -22,11 +20,16 @@ from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     launch_config,
     launch_options,
-    panel_shape,
     tile_grid,
 )
-from gradcache_clip.kernels.panels import aligned, in_range_of_float16, product, slices
-from gradcache_clip.kernels.similarity import padded, similarity_tile, tile_position
+from gradcache_clip.kernels.panels import Panels, add_product, in_range_of_float16
+from gradcache_clip.kernels.similarity import (
+    padded,
+    similarity_tile,
+    store_tile,
+    tile_position,
+    whole,
+)
 
 
 @triton.jit(do_not_specialize=RAGGED)
@@ -65,8 +68,8 @@ def _contrast_gradient_kernel(
 ):
     """One tile of G; maxima and thresholds in units of log 2."""
     tile_m, tile_n = tile_position(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-    row_start = tl.multiple_of(first_row, 16) + tile_m * BLOCK_M
-    column_start = tl.multiple_of(first_column, 16) + tile_n * BLOCK_N
+    row_start = whole(first_row) + tile_m * BLOCK_M
+    column_start = whole(first_column) + tile_n * BLOCK_N
     tile = similarity_tile(
         q_ptr,
         k_ptr,
@@ -83,7 +86,7 @@ def _contrast_gradient_kernel(
     )
     row = row_start + tl.arange(0, BLOCK_M)
     column = column_start + tl.arange(0, BLOCK_N)
-    # Rows from M on repeat the last; vectors of columns are longer than N. The store masks both.
+    # Rows from M on repeat the last; vectors of columns are longer than N; nobody reads their G.
     row_clamped = tl.minimum(row, M - 1)
     if SELF and meets_diagonal(row_start, column_start, 0, BLOCK_M, BLOCK_N):
         tile = tl.where(row[:, None] == column[None, :], -float("inf"), tile)
@@ -97,11 +100,16 @@ def _contrast_gradient_kernel(
             row_clamped,
             column,
         )
-    by_row = up_to(tile, row_threshold_ptr, row_clamped, 1)
-    gradient = _softmax_gradient(by_row, row_max_ptr, row_dsum_ptr, row_clamped, 1)
-    if column_max_ptr is not None:
-        by_column = up_to(tile, column_threshold_ptr, column, 0)
-        gradient += _softmax_gradient(by_column, column_max_ptr, column_dsum_ptr, column, 0)
+    gradient = softmax_gradient(
+        up_to(tile, row_threshold_ptr, row_clamped, 1),
+        up_to(tile, column_threshold_ptr, column, 0),
+        row_max_ptr,
+        row_dsum_ptr,
+        column_max_ptr,
+        column_dsum_ptr,
+        row_clamped,
+        column,
+    )
     if row_labels_ptr is not None:
         positives = equal(row_labels_ptr, column_labels_ptr, row_clamped, column)
         if SELF:
@@ -119,19 +127,24 @@ def _contrast_gradient_kernel(
             dpositive = tl.load(row_dpositive_ptr + row_clamped)
             positives = positive_column[:, None] == column[None, :]
             gradient = tl.where(positives, dpositive[:, None], gradient)
-
-    gradient_stride = tl.multiple_of(gradient_stride, 8)
-    corner_ptr = gradient_ptr + (tile_m * BLOCK_M).to(tl.int64) * gradient_stride + tile_n * BLOCK_N
-    offset = tl.arange(0, BLOCK_M)[:, None] * gradient_stride + tl.arange(0, BLOCK_N)[None, :]
-    inside = (row[:, None] < first_row + rows) & (column[None, :] < first_column + columns)
-    tl.store(corner_ptr + offset, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+    store_tile(gradient_ptr, gradient_stride, gradient, tile_m, tile_n)
 
 
 @triton.jit
-def _softmax_gradient(tile, max_ptr, dsum_ptr, index, AXIS: tl.constexpr):
-    """dsum exp(S - max) along one axis."""
-    dsum = tl.expand_dims(tl.load(dsum_ptr + index), AXIS)
-    maximum = tl.expand_dims(tl.load(max_ptr + index), AXIS)
+def softmax_gradient(
+    by_row, by_column, row_max_ptr, row_dsum_ptr, column_max_ptr, column_dsum_ptr, row, column
+):
+    """dsum_i exp(S_ij - max_i), and of columns too where there are any."""
+    gradient = _one_way(by_row, row_max_ptr + row, row_dsum_ptr + row, 1)
+    if column_max_ptr is not None:
+        gradient += _one_way(by_column, column_max_ptr + column, column_dsum_ptr + column, 0)
+    return gradient
+
+
+@triton.jit
+def _one_way(tile, max_ptrs, dsum_ptrs, AXIS: tl.constexpr):
+    dsum = tl.expand_dims(tl.load(dsum_ptrs), AXIS)
+    maximum = tl.expand_dims(tl.load(max_ptrs), AXIS)
     return tl.exp2(tile - maximum) * dsum
 
 
@@ -187,9 +200,9 @@ def _two_sided(
         for panel in panels.columns_from(0):
             gradient = panels.gradient(stripe, panel)
             if rows is not None:
-                rows += product(gradient, k[panel])
+                add_product(rows, gradient, k[panel])
             if dk is not None:
-                dk[panel] += product(gradient.T, q[stripe])
+                add_product(dk[panel], gradient.T, q[stripe])
         if rows is not None and dlogit_scale is not None:
             dlogit_scale += (q[stripe] * rows).sum()
         if rows is not None and dq is not None:
@@ -210,10 +223,11 @@ def _self_contrast(
     for stripe in panels.stripes():
         for panel in panels.columns_from(stripe.start):
             gradient = panels.gradient(stripe, panel)
-            dq[stripe] += product(gradient, q[panel])
+            add_product(dq[stripe], gradient, q[panel])
             beyond = slice(max(panel.start, stripe.stop), panel.stop)
             if beyond.start < beyond.stop:
-                dq[beyond] += product(gradient[:, beyond.start - panel.start :].T, q[stripe])
+                own = gradient[:, beyond.start - panel.start :]
+                add_product(dq[beyond], own.T, q[stripe])
     # G holds dloss/dS_ij + dloss/dS_ji, and <q, G q> meets each pair twice.
     dlogit_scale = (q * dq).sum() * (panels.factor / 2) if needs_scale else None
     if not (needs_q or needs_k):
@@ -221,8 +235,8 @@ def _self_contrast(
     return dq.mul_(panels.factor * panels.logit_scale).to(q.dtype), None, dlogit_scale
 
 
-class _Panels:
-    """Cuts G into panels that fit the workspace, and computes one at a time into it."""
+class _Panels(Panels):
+    """Computes one panel of G at a time."""
 
     def __init__(
         self,
@@ -234,25 +248,15 @@ class _Panels:
         columns: Side | None,
         config: LaunchConfig,
     ) -> None:
-        self.q, self.k = padded(q, config.BLOCK_D), padded(k, config.BLOCK_D)
-        self.logit_scale, self.competition, self.config = logit_scale, competition, config
+        super().__init__(padded(q, config.BLOCK_D), padded(k, config.BLOCK_D), config)
+        self.logit_scale, self.competition = logit_scale, competition
         self.vectors = competition.vectors(config.BLOCK_N)
         self.sides, self.factor = _sides(rows, columns, competition, q.dtype, config)
-        height, width = panel_shape(config, len(k), q.element_size())
-        self.shape = min(height, len(q)), min(width, len(k))
-        self.workspace = q.new_empty(self.shape[0] * aligned(self.shape[1]))
-
-    def stripes(self) -> Iterator[slice]:
-        return slices(len(self.q), self.shape[0])
-
-    def columns_from(self, first: int) -> Iterator[slice]:
-        for part in slices(len(self.k) - first, self.shape[1]):
-            yield slice(first + part.start, first + part.stop)
+        self.workspace = self.allocated()
 
     def gradient(self, rows: slice, columns: slice) -> Tensor:
         """G of these rows and columns, over `factor`; overwritten by the next call."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        stride = aligned(width)
         with torch.cuda.device_of(self.q):
             _contrast_gradient_kernel[tile_grid(self.config, height, width)](
                 self.q,
@@ -261,7 +265,7 @@ class _Panels:
                 *self.vectors,
                 *self.sides,
                 self.workspace,
-                stride,
+                self.stride,
                 rows.start,
                 columns.start,
                 height,
@@ -272,7 +276,7 @@ class _Panels:
                 SELF=self.competition.self_contrast,
                 **launch_options(self.config),
             )
-        return self.workspace[: height * stride].view(height, stride)[:, :width]
+        return self.workspace[0, :height, :width]
 
 
 def _sides(

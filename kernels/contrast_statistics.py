@@ -25,7 +25,7 @@ from gradcache_clip.kernels.launch_config import (
     tile_grid,
 )
 from gradcache_clip.kernels.panels import slices
-from gradcache_clip.kernels.similarity import padded, similarity_tile, tile_position
+from gradcache_clip.kernels.similarity import padded, similarity_tile, tile_position, whole
 
 # Columns of a merge block share a 128-byte line; its rows are the partials read at once.
 _MERGE_WIDTH, _MERGE_DEPTH = 32, 64
@@ -65,8 +65,8 @@ def _contrast_statistics_kernel(
     """
     columns = N - first_column
     tile_m, tile_n = tile_position(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-    row_start = tl.multiple_of(first_row, 16) + tile_m * BLOCK_M
-    column_start = tl.multiple_of(first_column, 16) + tile_n * BLOCK_N
+    row_start = whole(first_row) + tile_m * BLOCK_M
+    column_start = whole(first_column) + tile_n * BLOCK_N
     row = row_start + tl.arange(0, BLOCK_M)
     column = column_start + tl.arange(0, BLOCK_N)
     row_plane = tl.cdiv(columns, BLOCK_N).to(tl.int64) * rows
@@ -166,7 +166,7 @@ def _store_nothing(part_ptr, plane, mask, SIZE: tl.constexpr, LABELLED: tl.const
         tl.store(part_ptr + 3 * plane, zero - float("inf"), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*RAGGED, "parts_ptr", "running_ptr"])
 def _merge_kernel(
     parts_ptr,
     running_ptr,

@@ -17,21 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradcache_clip.kernels.competition import RAGGED
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,
     launch_config,
     launch_options,
+    up_to_whole,
 )
-from gradcache_clip.kernels.panels import aligned, product, slices
-from gradcache_clip.kernels.similarity import padded, tile_position
+from gradcache_clip.kernels.panels import add_product, slices
+from gradcache_clip.kernels.similarity import padded, store_tile, tile_position
 
 _LONGEST_PIECE, _SHORTEST_PIECE = 128, 16
 # A gradient tile is written without products: any small shape whose rows are whole lines does.
 _WRITE_M, _WRITE_N = 16, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RAGGED)
 def _token_maxima_kernel(
     x_ptr,
     y_ptr,
@@ -106,7 +108,7 @@ def _token_maxima_kernel(
     tl.store(column_max_ptr + offset, tl.reshape(best, (PIECES_M, BLOCK_N)), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RAGGED)
 def _token_gradient_kernel(
     row_index_ptr,
     column_index_ptr,
@@ -127,8 +129,9 @@ def _token_gradient_kernel(
 ):
     """GRADIENT_SCALE times the gradient of each similarity: 0 but for the winners of a maximum."""
     tiles_n = tl.cdiv(texts * R, BLOCK_N)
-    row = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_clamped = tl.minimum(row, images * P - 1)
     column_clamped = tl.minimum(column, texts * R - 1)
     image, text = row_clamped // P, column_clamped // R
@@ -144,11 +147,7 @@ def _token_gradient_kernel(
         weight = tl.load(row_weight_ptr + row_clamped)[:, None]
         won = tl.load(row_index_ptr + token) == (column_clamped % R)[None, :]
         gradient += tl.where(won, tl.load(row_gradient_ptr + pair) * weight, 0.0)
-
-    inside = (row < images * P)[:, None] & (column < texts * R)[None, :]
-    offset = row.to(tl.int64)[:, None] * gradient_stride + column[None, :]
-    value = (gradient * GRADIENT_SCALE).to(gradient_ptr.dtype.element_ty)
-    tl.store(gradient_ptr + offset, value, mask=inside)
+    store_tile(gradient_ptr, gradient_stride, gradient * GRADIENT_SCALE, tile_m, tile_n)
 
 
 class TokenPanels:
@@ -246,9 +245,9 @@ class TokenPanels:
             weights: (I, P) and (J, R) fp32, of each token in the scores.
         """
         (I, P), (J, R) = weights[0].shape, weights[1].shape
-        stride = aligned(J * R)
-        gradient = self.x.new_empty((I * P, stride))
-        grid = (triton.cdiv(I * P, _WRITE_M) * triton.cdiv(J * R, _WRITE_N),)
+        height, width = up_to_whole(I * P, _WRITE_M), up_to_whole(J * R, _WRITE_N)
+        gradient = self.x.new_empty((height, width))
+        grid = (height // _WRITE_M * (width // _WRITE_N),)
         # Unused one way, but a pointer all the same.
         row_index, row_gradient = winners[0], dscores[0]
         with torch.cuda.device_of(self.x):
@@ -260,7 +259,7 @@ class TokenPanels:
                 weights[0],
                 weights[1],
                 gradient,
-                stride,
+                width,
                 I,
                 J,
                 P,
@@ -271,11 +270,11 @@ class TokenPanels:
                 BLOCK_N=_WRITE_N,
                 enable_fp_fusion=True,
             )
-        return gradient[:, : J * R]
+        return gradient[: I * P, : J * R]
 
     def add_product(self, out: Tensor, dsimilarity: Tensor, tokens: Tensor) -> None:
         """out += dsimilarity tokens, in fp32; (samples, tokens, D) both."""
-        out += product(dsimilarity, tokens.flatten(0, 1)).view_as(out)
+        add_product(out.view(-1, out.shape[-1]), dsimilarity, tokens.flatten(0, 1))
 
 
 def tile_config(config: LaunchConfig, *, with_index: bool) -> LaunchConfig:

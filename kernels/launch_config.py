@@ -22,6 +22,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 # G in fp16 is multiplied by this power of two: |G| <= 2 stays below 65504 and 1/B a normal number.
 FLOAT16_GRADIENT_SCALE = 2.0**14
 
+# Rows and columns of the tiles of the vendor's large products.
+_PRODUCT_TILE = 128, 256
+
 # How fp32 operands meet the matrix units: "ieee" is exact fp32 on the ordinary cores; "tf32x3"
 # splits each operand in two and runs three tf32 passes, which keeps fp32 accuracy. The second wins
 # where tf32 is more than three times as fast as fp32, which no consumer card offers. Plain "tf32"
@@ -125,16 +128,42 @@ def stripe_rows(config: LaunchConfig, N: int, *, numbers: int = 2) -> int:
     return _whole_tiles(int(config.workspace_bytes / (N * bytes_per_logit)), config.BLOCK_M)
 
 
-def panel_shape(config: LaunchConfig, N: int, itemsize: int) -> tuple[int, int]:
+def panel_shape(
+    config: LaunchConfig, N: int, itemsize: int, D: int = 1, multiprocessors: int = 0
+) -> tuple[int, int]:
     """Rows and columns of G in the backward.
 
     Full rows while they are no longer than twice the side of the square that fits, else that
-    square: it needs the fewest additions to the accumulators of both gradients.
+    square: it needs the fewest additions to the accumulators of both gradients. Its side is such
+    that the vendor's products, which are as high as it, fill the multiprocessors in whole waves.
     """
-    side = isqrt(config.workspace_bytes // itemsize)
-    columns = N if 2 * side >= N else _whole_tiles(side, config.BLOCK_N)
-    return _whole_tiles(config.workspace_bytes // (columns * itemsize), config.BLOCK_M), columns
+    numbers = config.workspace_bytes // itemsize
+    side = isqrt(numbers)
+    columns = N
+    if 2 * side < N:
+        columns = _whole_tiles(_whole_waves(side, D, multiprocessors), config.BLOCK_N)
+    rows = _whole_waves(numbers // up_to_whole(columns, config.BLOCK_N), D, multiprocessors)
+    return _whole_tiles(rows, config.BLOCK_M), columns
+
+
+def _whole_waves(rows: int, D: int, multiprocessors: int) -> int:
+    """The most rows of a product of width D that end with a wave of tiles; all if less than one."""
+    tiles = triton.cdiv(D, _PRODUCT_TILE[1])
+    waves = rows // _PRODUCT_TILE[0] * tiles // multiprocessors if multiprocessors else 0
+    return waves * multiprocessors // tiles * _PRODUCT_TILE[0] if waves else rows
 
 
 def _whole_tiles(size: int, edge: int) -> int:
     return max(1, size // edge) * edge
+
+
+def up_to_whole(size: int, edge: int) -> int:
+    """The least multiple of `edge` that is not less than `size`."""
+    return triton.cdiv(size, edge) * edge
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; 0 where it is no GPU."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -12,31 +12,31 @@ that, cost more traffic than the flops are worth on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradcache_clip.kernels.competition import meets_diagonal
+from gradcache_clip.kernels.competition import RAGGED, meets_diagonal
+from gradcache_clip.kernels.contrast_gradient import softmax_gradient
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,
     launch_config,
     launch_options,
-    panel_shape,
     tile_grid,
 )
-from gradcache_clip.kernels.panels import aligned, product, slices
+from gradcache_clip.kernels.panels import Panels, product
 from gradcache_clip.kernels.prefix_statistics import Segments, is_one_of, prefix_config
-from gradcache_clip.kernels.similarity import tile_position
+from gradcache_clip.kernels.similarity import store_tile, tile_position, whole
 
 Needs = tuple[bool, bool, bool]
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RAGGED)
 def _prefix_gradient_kernel(
     q_ptr,
     k_ptr,
@@ -70,7 +70,7 @@ def _prefix_gradient_kernel(
     row_start, column_start = first_row + tile_m * BLOCK_M, first_column + tile_n * BLOCK_N
     row = row_start + tl.arange(0, BLOCK_M)
     column = column_start + tl.arange(0, BLOCK_N)
-    # Clamped indices need fewer registers than masked loads, and the store masks the repeats.
+    # Clamped indices need fewer registers than masked loads; nobody reads G of the repeats.
     row_clamped, column_clamped = tl.minimum(row, M - 1), tl.minimum(column, N - 1)
     depth = tl.arange(0, BLOCK_D)
     q_offset = (row_clamped - row_start)[:, None] * D + depth[None, :]
@@ -88,11 +88,16 @@ def _prefix_gradient_kernel(
             own_row, own_column = prefix * M + row_clamped, prefix * N + column_clamped
             row_factor = tl.load(row_factor_ptr + own_row)
             logits = tile * row_factor[:, None] * tl.load(column_factor_ptr + own_column)[None, :]
-            gradient = _softmax_gradient(logits, row_max_ptr, row_dsum_ptr, own_row, 1)
-            if column_max_ptr is not None:
-                gradient += _softmax_gradient(
-                    logits, column_max_ptr, column_dsum_ptr, own_column, 0
-                )
+            gradient = softmax_gradient(
+                logits,
+                logits,
+                row_max_ptr,
+                row_dsum_ptr,
+                column_max_ptr,
+                column_dsum_ptr,
+                own_row,
+                own_column,
+            )
             near = meets_diagonal(row_start, column_start, positive_shift, BLOCK_M, BLOCK_N)
             near |= meets_diagonal(row_start, column_start, positive_shift - N, BLOCK_M, BLOCK_N)
             if near:
@@ -101,22 +106,9 @@ def _prefix_gradient_kernel(
                 dpositive = tl.load(row_dpositive_ptr + own_row)
                 positives = partner[:, None] == column[None, :]
                 gradient = tl.where(positives, dpositive[:, None], gradient)
-            corner_ptr = gradient_ptr + prefix * gradient_plane + tile_n * BLOCK_N
-            corner_ptr += (tile_m * BLOCK_M).to(tl.int64) * gradient_stride
-            near_row, near_column = row - row_start, column - column_start
-            offset = near_row[:, None] * gradient_stride + near_column[None, :]
-            inside = (row[:, None] < first_row + rows) & (column[None, :] < first_column + columns)
-            value = gradient.to(gradient_ptr.dtype.element_ty)
-            tl.store(corner_ptr + offset, value, mask=inside)
+            plane_ptr = gradient_ptr + prefix * whole(gradient_plane).to(tl.int64)
+            store_tile(plane_ptr, gradient_stride, gradient, tile_m, tile_n)
             prefix += 1
-
-
-@triton.jit
-def _softmax_gradient(tile, max_ptr, dsum_ptr, index, AXIS: tl.constexpr):
-    """dsum exp(S - max) along one axis."""
-    maximum = tl.expand_dims(tl.load(max_ptr + index), AXIS)
-    dsum = tl.expand_dims(tl.load(dsum_ptr + index), AXIS)
-    return tl.exp2(tile - maximum) * dsum
 
 
 def prefix_gradient(
@@ -163,7 +155,7 @@ def prefix_gradient(
     dscale = torch.zeros_like(logit_scale)
     for rows in panels.stripes():
         sums = torch.zeros(q[rows].shape, dtype=torch.float32, device=q.device)
-        for columns in panels.columns_of_stripe():
+        for columns in panels.columns_from():
             for index, gradient in enumerate(panels.gradients(rows, columns)):
                 if through_q:
                     own = product(gradient, columns_chain.unit(index, columns))
@@ -207,8 +199,8 @@ class _Chain:
         return along.sum()
 
 
-class _Panels:
-    """Cuts G into panels that fit the workspace, and computes one of each prefix at a time."""
+class _Panels(Panels):
+    """Computes one panel of G of each prefix at a time."""
 
     def __init__(
         self,
@@ -220,25 +212,16 @@ class _Panels:
         positive_shift: int,
         config: LaunchConfig,
     ) -> None:
-        self.segments, self.config = Segments(widths, config.BLOCK_D), config
-        self.q, self.k = self.segments.padded(q), self.segments.padded(k)
+        self.segments = Segments(widths, config.BLOCK_D)
+        features = self.segments.padded(q), self.segments.padded(k)
+        super().__init__(*features, config, planes=len(widths))
         self.factors, self.positive_shift = (factors[0], factors[2]), positive_shift
         self.gradient_scale, self.sides = _scaled(sides, q.dtype)
-        rows, columns = panel_shape(config, len(k), q.element_size() * len(widths))
-        self.shape = min(rows, len(q)), min(columns, len(k))
-        self.plane = self.shape[0] * aligned(self.shape[1])
-        self.workspace = q.new_empty(len(widths), self.plane)
-
-    def stripes(self) -> Iterator[slice]:
-        return slices(len(self.q), self.shape[0])
-
-    def columns_of_stripe(self) -> Iterator[slice]:
-        return slices(len(self.k), self.shape[1])
+        self.workspace = self.allocated()
 
     def gradients(self, rows: slice, columns: slice) -> list[Tensor]:
         """G of these rows and columns, times gradient_scale; overwritten by the next call."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        stride = aligned(width)
         with torch.cuda.device_of(self.q):
             _prefix_gradient_kernel[tile_grid(self.config, height, width)](
                 self.q,
@@ -246,8 +229,8 @@ class _Panels:
                 *self.factors,
                 *self.sides,
                 self.workspace,
-                self.plane,
-                stride,
+                self.workspace.stride(0),
+                self.stride,
                 rows.start,
                 columns.start,
                 height,
@@ -258,8 +241,7 @@ class _Panels:
                 ENDS=self.segments.ends,
                 **launch_options(self.config),
             )
-        planes = self.workspace[:, : height * stride].view(-1, height, stride)
-        return list(planes[:, :, :width])
+        return list(self.workspace[:, :height, :width])
 
 
 def _scaled(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradcache_clip.kernels.competition import meets_diagonal
+from gradcache_clip.kernels.competition import RAGGED, meets_diagonal
 from gradcache_clip.kernels.contrast_statistics import (
     _MERGE_DEPTH,
     _MERGE_WIDTH,
@@ -43,7 +43,7 @@ def is_one_of(position, ENDS: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RAGGED)
 def _prefix_statistics_kernel(
     q_ptr,
     k_ptr,

@@ -5,7 +5,6 @@ M rows q_i, N columns k_j, S_ij = logit_scale <q_i, k_j> + logit_bias, G_ij = M 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,10 +16,10 @@ from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     launch_config,
     launch_options,
-    panel_shape,
     tile_grid,
+    up_to_whole,
 )
-from gradcache_clip.kernels.panels import aligned, product, slices
+from gradcache_clip.kernels.panels import Panels, add_product
 from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
 from gradcache_clip.kernels.similarity import LOG2_E, padded
 
@@ -59,14 +58,16 @@ def sigmoid_loss(
     wants_q, wants_k, wants_scale, wants_bias, wants_accuracy = wanted
     dq = torch.zeros_like(q, dtype=torch.float32) if wants_q else None
     dk = torch.zeros_like(k, dtype=torch.float32) if wants_k else None
-    unscale = 1 / panels.gradient_scale
     for rows in panels.stripes():
-        for columns in panels.columns_of_stripe():
+        for columns in panels.columns_from():
             gradient = panels.compute(rows, columns)
             if dq is not None:
-                dq[rows].add_(product(gradient, k[columns]), alpha=unscale)
+                add_product(dq[rows], gradient, k[columns])
             if dk is not None:
-                dk[columns].add_(product(gradient.T, q[rows]), alpha=unscale)
+                add_product(dk[columns], gradient.T, q[rows])
+    for each in (dq, dk):
+        if each is not None and panels.gradient_scale != 1:
+            each.div_(panels.gradient_scale)
     loss, dlogit_scale, dlogit_bias = panels.totals()
     return (
         loss,
@@ -78,8 +79,8 @@ def sigmoid_loss(
     )
 
 
-class _Panels:
-    """Cuts S into panels, and computes one at a time: its sums, its largest logits and its G."""
+class _Panels(Panels):
+    """Computes one panel at a time: its sums, its largest logits and its G."""
 
     def __init__(
         self,
@@ -92,7 +93,9 @@ class _Panels:
         config: LaunchConfig,
         paired: bool = True,
     ) -> None:
-        self.q, self.k = padded(q, config.BLOCK_D), padded(k, config.BLOCK_D)
+        self.tiles = _tiles(config, compares=labels is not None and wanted[4])
+        inner = self.tiles.inner
+        super().__init__(padded(q, inner.BLOCK_D), padded(k, inner.BLOCK_D), inner)
         # Where sign <q, k> is largest the logit is, also of a negative scale.
         self.sign = torch.copysign(torch.ones_like(logit_scale), logit_scale)
         self.scale, self.bias, self.labels = logit_scale.abs(), logit_bias, labels
@@ -100,7 +103,6 @@ class _Panels:
         self.gradient_scale = FLOAT16_GRADIENT_SCALE if q.dtype == torch.float16 else 1.0
         labelled = labels is not None
         self.paired = paired and not labelled
-        self.tiles = _tiles(config, compares=labelled and self.best_wanted)
         self.switches = {
             "LABELS": labelled,
             "SUMS": any(wanted[:4]),
@@ -109,34 +111,26 @@ class _Panels:
             "PARTS": self.tiles.parts,
             "GRADIENT_SCALE": self.gradient_scale,
         }
-        rows, columns = panel_shape(self.tiles.inner, len(k), q.element_size())
-        self.shape = min(rows, len(q)), min(columns, len(k))
         self._allocate(*self.shape)
 
     def _allocate(self, rows: int, columns: int) -> None:
-        panels = [(r, c) for r in self.stripes() for c in self.columns_of_stripe()]
+        panels = [(r, c) for r in self.stripes() for c in self.columns_from()]
         self.sums = self.scale.new_zeros(3, sum(self._slots(*panel) for panel in panels))
         self.slots_done = 0
         # What is not wanted is neither read nor written: any pointer will do.
         self.workspace = self.row_best = self.column_best = self.scale
         if self.gradient_wanted:
-            self.workspace = self.q.new_empty(rows * aligned(columns))
+            self.workspace = self.allocated()
         if self.best_wanted:
             tiles_m, slots_n = self.tiles.count(rows, columns)
             self.row_best = self.scale.new_empty(2 * slots_n * rows)
             self.column_best = self.scale.new_empty(2 * tiles_m * columns)
             self.best = [self.scale.new_full((2, len(x)), -torch.inf) for x in (self.q, self.k)]
 
-    def stripes(self) -> Iterator[slice]:
-        return slices(len(self.q), self.shape[0])
-
-    def columns_of_stripe(self) -> Iterator[slice]:
-        return slices(len(self.k), self.shape[1])
-
     def _slots(self, rows: slice, columns: slice) -> int:
         tiles_m, slots_n = self.tiles.count(rows.stop - rows.start, columns.stop - columns.start)
         # Every panel starts at an aligned address, or Triton would compile for both cases.
-        return aligned(tiles_m * slots_n)
+        return up_to_whole(tiles_m * slots_n, 16)
 
     def compute(self, rows: slice, columns: slice) -> Tensor:
         """G of these rows and columns, times gradient_scale; overwritten by the next call."""
@@ -152,8 +146,7 @@ class _Panels:
             _raise(self.best[1][:, columns], column_best.view(2, tiles_m, width))
         if not self.gradient_wanted:
             return self.workspace
-        stride = aligned(width)
-        return self.workspace[: height * stride].view(height, stride)[:, :width]
+        return self.workspace[0, :height, :width]
 
     def _launch(self, rows: slice, columns: slice, height: int, width: int) -> None:
         for edge in (False, True):
@@ -173,7 +166,7 @@ class _Panels:
                     self.workspace,
                     self.row_best,
                     self.column_best,
-                    aligned(width),
+                    self.stride,
                     rows.start,
                     columns.start,
                     height,

@@ -7,7 +7,14 @@ elsewhere, and G_ij = -z sigmoid(-z S) is M dloss/dS_ij.
 import triton
 import triton.language as tl
 
-from gradcache_clip.kernels.similarity import LOG2_E, similarity_tile, tile_position
+from gradcache_clip.kernels.competition import RAGGED
+from gradcache_clip.kernels.similarity import (
+    LOG2_E,
+    similarity_tile,
+    store_tile,
+    tile_position,
+    whole,
+)
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 
@@ -117,7 +124,7 @@ def _sums_and_gradient(
     return tl.sum(loss), tl.sum(gradient), tl.sum(sigmoid * similarity), gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RAGGED)
 def sigmoid_kernel(
     q_ptr,
     k_ptr,
@@ -175,8 +182,8 @@ def sigmoid_kernel(
             return
     else:
         tile_m, tile_n = tile_position(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-    row_start = first_row + tile_m * BLOCK_M
-    column_start = first_column + tile_n * BLOCK_N
+    row_start = whole(first_row) + tile_m * BLOCK_M
+    column_start = whole(first_column) + tile_n * BLOCK_N
     edge = _is_edge(
         row_start, column_start, row_end, column_end, positive_shift, BLOCK_M, BLOCK_N, LABELS
     )
@@ -235,11 +242,4 @@ def sigmoid_kernel(
         tl.store(sums_ptr + slots, gradient_sum)
         tl.store(sums_ptr + 2 * slots, scale_sum)
     if GRADIENT:
-        corner_ptr = gradient_ptr + (tile_m * BLOCK_M).to(tl.int64) * gradient_stride
-        offset = tl.arange(0, BLOCK_M)[:, None] * gradient_stride
-        offset += tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        value = (gradient * GRADIENT_SCALE).to(gradient_ptr.dtype.element_ty)
-        if EDGE:
-            tl.store(corner_ptr + offset, value, mask=inside)
-        else:
-            tl.store(corner_ptr + offset, value)
+        store_tile(gradient_ptr, gradient_stride, gradient * GRADIENT_SCALE, tile_m, tile_n)

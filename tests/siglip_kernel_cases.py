@@ -48,18 +48,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Tiles of 32 x 64 and a workspace for several panels; counts panels and products."""
     monkeypatch.setattr(kernels, "launch_config", lambda features: tiles(32, 64, 8192))
     count: Counter[str] = Counter()
-    compute, product = kernels._Panels.compute, kernels.product
+    compute, add_product = kernels._Panels.compute, kernels.add_product
 
     def counted_panel(*arguments: Any) -> Tensor:
         count["panels"] += 1
         return compute(*arguments)
 
-    def counted_product(*arguments: Any) -> Tensor:
+    def counted_product(*arguments: Any) -> None:
         count["products"] += 1
-        return product(*arguments)
+        add_product(*arguments)
 
     monkeypatch.setattr(kernels._Panels, "compute", counted_panel)
-    monkeypatch.setattr(kernels, "product", counted_product)
+    monkeypatch.setattr(kernels, "add_product", counted_product)
     return count
 
 
