@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
+from PIL import Image
+from pyarrow import parquet
 from tiny_shards import picture
 
 from gradcache_clip.cli import main
+from gradcache_clip.train.config_errors import ConfigError
+from gradcache_clip.train.data import TextRows, text_batches, text_rows
+from gradcache_clip.train.data.broken import BrokenReport
+from gradcache_clip.train.data.decode import BrokenSample, decode_image
 from gradcache_clip.train.sources.shards import read_manifest
 from gradcache_clip.train.tokenizer import train_tokenizer
 
@@ -67,3 +80,144 @@ def test_tables_end_in_one_line(
 def test_one_word_without_end_costs_no_time() -> None:
     """Merging would take the square of its length."""
     assert train_tokenizer(["a red heart", "x" * 5_000_000], vocab_size=300).vocab_size <= 300
+
+
+PAIR = ("anchor", "positive")
+ROW = b'{"anchor": "q", "positive": "d"}\n'
+
+
+def test_long_texts_are_counted_by_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    long = {"anchor": "q", "positive": "d" * 2**16 + "d"}
+    path.write_bytes(ROW + json.dumps(long).encode() + b"\n" + ROW)
+    first, second, third = map(TextRows(path, PAIR).read, range(3))
+    assert first == third == ("q", "d")
+    assert second == BrokenReport("positive too long", str(path), "line 2")
+
+
+def test_a_line_without_end_is_one_broken_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, name in ((text_batches, "_CHUNK_BYTES"), (text_batches, "MAX_LINE_BYTES")):
+        monkeypatch.setattr(place, name, 2**12)
+    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 2**12)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(ROW + b"x" * 2**22 + b"\n" + ROW)
+    tracemalloc.start()
+    lengths = [len(line) for part in batches(path) for line in part["text"].to_pylist()]
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert len(lengths) == 3 and 2**12 < lengths[1] < 2**14
+    found = [*map(TextRows(path, PAIR).read, range(3))]
+    assert found == [("q", "d"), BrokenReport("line too long", str(path), "line 2"), ("q", "d")]
+
+
+def batches(path: Path) -> Iterator[Any]:
+    return text_batches.batches_of(path.suffix, [str(path)])
+
+
+def test_a_few_bytes_do_not_become_gigabytes(tmp_path: Path) -> None:
+    """Half a million equal texts of 256 KiB, 130 GB, in a file of some KB."""
+    text = pyarrow.array(["x" * 2**18])
+    column = pyarrow.DictionaryArray.from_arrays(np.zeros(500_000, np.int32), text)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"anchor": column, "positive": column}), path)
+    assert path.stat().st_size < 2**20
+    before = pyarrow.total_allocated_bytes()
+    with pytest.raises(ValueError, match=r"rows of more than 100 times the bytes of .*a\.parquet"):
+        for _ in batches(path):
+            assert pyarrow.total_allocated_bytes() - before < 2**28
+    with pytest.raises(
+        ConfigError, match=r"a\.parquet: expected \.parquet files .* got ValueError"
+    ):
+        TextRows(path, PAIR)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow"])
+def test_compressed_tables_are_not_unpacked(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"anchor,positive\n" + b"q,d\n" * 10**6))
+    if name == "a.jsonl":
+        rows = TextRows(tmp_path, PAIR)
+        reasons = {rows.read(number).reason for number in range(len(rows))}
+        assert len(rows) < 1000 and reasons <= {"bad json", "bad utf-8"}
+        return
+    with pytest.raises(ConfigError, match=f"expected \\.{name[2:]} files"):
+        TextRows(tmp_path, PAIR)
+
+
+def test_an_arrow_file_leads_nowhere_but_into_itself(tmp_path: Path) -> None:
+    table = pyarrow.table({"anchor": ["a", "b"], "positive": ["a", "b"]})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    ends, forged = np.array([[0, 1, 2], [0, 2**30, 2]], np.int32)
+    assert content.count(ends.tobytes()) == 2
+    (tmp_path / "a.arrow").write_bytes(content.replace(ends.tobytes(), forged.tobytes()))
+    with pytest.raises(ConfigError, match=r"a\.arrow: expected \.arrow files .* ArrowInvalid"):
+        TextRows(tmp_path, PAIR)
+
+
+def test_one_bad_record_stops_no_other(tmp_path: Path) -> None:
+    """Names and captions that are no UTF-8, in a folder, a table and COCO's format."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in (b"a", b"b", b"caf\xe9", b"latin"):
+        stem = folder / os.fsdecode(name)
+        stem.with_suffix(".png").write_bytes(picture(len(name)))
+        stem.with_suffix(".txt").write_bytes(b"caption of " + name[:3])
+    (folder / "latin.txt").write_bytes(b"\xe9")
+    listed = [
+        {"id": 1, "file_name": "a.png"},
+        {"id": 2, "file_name": "b.png"},
+        {"id": 3, "file_name": "\ud800.png"},
+    ]
+    captions = ["a", "\ud800", "c"]
+    notes = [{"image_id": n, "caption": text} for n, text in enumerate(captions, 1)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": listed, "annotations": notes}))
+    table = [
+        {"image": f"images/{name}", "caption": text}
+        for name, text in (("a.png", "a"), ("b.png", "\ud800"), ("\ud800.png", "c"))
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in table))
+    share = ("--validation-share", "0")
+    skipped = {}
+    for kind, *places in (
+        ("folder", folder),
+        ("csv", tmp_path / "t.jsonl"),
+        ("coco", tmp_path / "c.json", folder),
+    ):
+        out = tmp_path / f"out-{kind}"
+        assert main(["data", kind, *map(str, places), str(out), *share]) == 0
+        manifest = read_manifest(out / "train")
+        skipped[kind] = (manifest.samples, *sorted(manifest.skipped))
+    assert skipped == {
+        "folder": (3, "bad utf-8"),
+        "csv": (1, "bad utf-8", "missing image"),
+        "coco": (1, "bad utf-8", "missing image"),
+    }
+
+
+def test_manifests_of_nonsense_are_refused(tmp_path: Path) -> None:
+    assert main(["data", "csv", str(rows(tmp_path)), str(tmp_path / "out")]) == 0
+    path = tmp_path / "out" / "train" / "manifest.json"
+    for name, value in (("samples", "many"), ("samples", -5), ("skipped", {"x": None})):
+        fields = json.loads(path.read_text())
+        fields["shards"][0]["samples"] = 1
+        if name == "samples":
+            fields["shards"][0][name] = value
+        fields[name] = value
+        path.write_text(json.dumps(fields))
+        with pytest.raises(
+            ValueError, match=r"manifest\.json: expected a manif.* a count that"
+        ):
+            read_manifest(path.parent)
+
+
+def test_a_jpeg_of_endless_scans_is_a_broken_sample() -> None:
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    decode_image(data[:-2] + scan * 20 + data[-2:])
+    with pytest.raises(BrokenSample, match="too many scans"):
+        decode_image(data[:-2] + scan * 200 + data[-2:])

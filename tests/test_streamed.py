@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
 import json
+import lzma
+import tarfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_shards import good, loader, options, same, take, write, write_tar, zipped
+from tiny_shards import good, loader, options, picture, same, take, write, write_tar, zipped
 
-from gradcache_clip.train.data import ImageCaptionLoader, join_states, read_all, read_captions
-from gradcache_clip.train.data.streamed import Turns
+from gradcache_clip.train.data import (
+    ImageCaptionLoader,
+    join_states,
+    read_all,
+    read_captions,
+    streamed,
+    tar_samples,
+)
+from gradcache_clip.train.data.broken import BrokenReport
+from gradcache_clip.train.data.shard_index import IndexedShards
+from gradcache_clip.train.data.shard_urls import Shard
+from gradcache_clip.train.data.streamed import Turns, read_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -192,3 +208,89 @@ def test_draws_are_those_of_the_sample(folder: Path) -> None:
     assert all(
         same(a, b) for a, b in zip(take(loader(folder, 10, **changes), 4), batches, strict=True)
     )
+
+
+def zeros(count: int) -> bytes:
+    """A tar file of members that nobody wants, of 1 MiB each."""
+    header = tarfile.TarInfo("a.bin")
+    header.size = 2**20
+    return (header.tobuf() + bytes(2**20)) * count
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_bomb_is_unpacked_a_little_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Any
+) -> None:
+    """Each file in turn, and no more than is allowed to lie between two samples."""
+    monkeypatch.setattr(tar_samples, "MAX_PASSED_BYTES", 8 * 2**20)
+    whole = write_tar(tmp_path / "a.tar", good("a") | good("b")).read_bytes()
+    samples = whole[: 8 * 512]
+    (tmp_path / "a.tar").write_bytes(pack(samples + zeros(40) + whole))
+    tracemalloc.start()
+    first, second = read_shard(Shard(str(tmp_path / "a.tar")), ())
+    # The window of xz alone has 8 MiB.
+    assert tracemalloc.get_traced_memory()[1] < 12 * 2**20
+    tracemalloc.stop()
+    assert isinstance(first, dict) and first["__key__"] == "a"
+    assert isinstance(second, BrokenReport)
+    # What the rest may have belonged to is lost with it.
+    assert (second.reason, second.key) == ("too many bytes without a sample", "b")
+    # Some other members are no matter.
+    (tmp_path / "b.tar").write_bytes(pack(samples + zeros(4) + whole))
+    found = [*read_shard(Shard(str(tmp_path / "b.tar")), ())]
+    assert [each["__key__"] for each in found if isinstance(each, dict)] == ["a", "b", "a", "b"]
+
+
+def test_compressed_files_in_a_row_are_one(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a.tar", good("a") | good("b")).read_bytes()
+    parts = whole[:1000], whole[1000:]
+    (tmp_path / "a.tar").write_bytes(b"".join(map(gzip.compress, parts)))
+    assert [sample.key for sample in read_all(tmp_path, options=options())] == ["a", "b"]
+
+
+def test_other_compression_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"\x28\xb5\x2f\xfd noise")
+    write_tar(tmp_path / "b.tar", good("b"))
+    read = read_all(tmp_path, options=options(max_broken_share=0.4))
+    with pytest.raises(ValueError, match=r"'unsupported compression': 1\}; the first: .*a\.tar"):
+        list(read)
+
+
+def test_the_buffer_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(30):
+        members |= good(f"k{i}") | {f"k{i}.json": b" " * 10_000 + b"{}"}
+    path = write_tar(tmp_path / "a.tar.gz", members, "w:gz")
+    held = []
+    leaving = streamed._Buffer._leaving
+
+    def noted(self: Any) -> Any:
+        held.append(self._bytes)
+        return leaving(self)
+
+    monkeypatch.setattr(streamed._Buffer, "_leaving", noted)
+    monkeypatch.setattr(streamed, "MAX_BUFFER_BYTES", 50_000)
+    batches = take(loader(path, 10, shuffle_buffer=1000), 3)
+    assert sorted(keys(batches)) == sorted(f"k{i}" for i in range(30))
+    assert keys(batches) != [f"k{i}" for i in range(30)]
+    assert 40_000 < max(held) < 70_000
+
+
+def test_large_samples_take_no_other_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_samples, "MAX_MEMBER_BYTES", 3000)
+    monkeypatch.setattr(tar_samples, "MAX_TEXT_BYTES", 2000)
+    large = {"b.png": picture(), "b.txt": b"x" * 2001}
+    several = {f"c.{kind}": b"x" * 1500 for kind in ("txt", "json", "png")}
+    path = write_tar(tmp_path / "a.tar", good("a") | large | several | good("d"))
+    for read in (read_shard(Shard(str(path)), ()), samples_and_reports(path)):
+        found = [*read]
+        assert [each["__key__"] for each in found if isinstance(each, dict)] == ["a", "d"]
+        reports = {each.reason: each.key for each in found if isinstance(each, BrokenReport)}
+        assert reports == {"member too large": "b", "sample too large": "c"}
+
+
+def samples_and_reports(path: Path) -> list[Any]:
+    samples = IndexedShards([Shard(str(path))])
+    return [*map(samples.read, range(len(samples))), *samples.lost]

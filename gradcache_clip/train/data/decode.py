@@ -24,8 +24,13 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 TEXT_EXTENSIONS = ("txt", "json", "cls")
 MAX_PIXELS = 64 * 2**20
 MAX_MEMBER_BYTES = 128 * 2**20
+MAX_TEXT_BYTES = 16 * 2**20
+"""Of a text or JSON file, which takes many times its size when it is parsed."""
 MAX_CAPTION_CHARACTERS = 2**16
+MAX_SCANS = 100
+"""Of a progressive JPEG, each of which passes over the whole image."""
 
+_JPEG_SCAN = b"\xff\xda"
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _ASPECT_RANGE = (3 / 4, 4 / 3)
 
@@ -139,6 +144,8 @@ def decode_image(data: bytes, *, smallest_side: int | None = None) -> Image.Imag
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenSample("image too large")
+            if image.format in ("JPEG", "MPO") and data.count(_JPEG_SCAN) > MAX_SCANS:
+                raise BrokenSample("too many scans")
             if smallest_side:
                 image.draft("RGB", (smallest_side, smallest_side))
             return _over_white(ImageOps.exif_transpose(image))

@@ -21,6 +21,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 # Inside a URL these can end a quoted word of a shell command; RFC 3986 allows none of them.
 _UNSAFE = re.compile(r"[\s'\"\\`$;|<>{}^\x00-\x1f\x7f]")
 _GLOB = re.compile(r"[*?\[]")
+_SHOWN = 200
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 
 
@@ -69,8 +70,9 @@ def find_shards(source: str | Path, *, allow_url_schemes: Sequence[str] = ()) ->
     ]
     if missing:
         raise FileNotFoundError(
-            f"{source}: expected {len(shards)} shards, got {len(shards) - len(missing)}: "
-            f"{len(missing)} missing, the first is {missing[0]}; make or copy them again"
+            f"{str(source)[:_SHOWN]}: expected {len(shards)} shards, got "
+            f"{len(shards) - len(missing)}: {len(missing)} missing, the first is "
+            f"{missing[0][:_SHOWN]}; make or copy them again"
         )
     return tuple(shards)
 
@@ -91,12 +93,13 @@ def check_url(url: str, allowed: Collection[str]) -> None:
     if scheme not in allowed:
         runs = " (it runs a command on this machine)" if scheme not in ("http", "https") else ""
         raise ValueError(
-            f"allow_url_schemes: expected {scheme!r} in it to open {url!r}, got {list(allowed)}; "
+            f"allow_url_schemes: expected {scheme!r} in it to open {url[:_SHOWN]!r}, got "
+            f"{list(allowed)}; "
             f"use local files, or allow {scheme!r} on the command line if you trust it{runs}"
         )
     if scheme != "pipe" and (bad := _UNSAFE.search(url)):
         raise ValueError(
-            f"source: expected a plain URL, got {url!r} with {bad[0]!r}; percent-encode it"
+            f"source: expected a plain URL, got {url[:_SHOWN]!r} with {bad[0]!r}; percent-encode it"
         )
 
 
@@ -111,7 +114,8 @@ def _expand(source: str) -> list[str]:
     # webdataset asserts that the variables of "${NAME}" are set.
     except (AssertionError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"source: expected a path, glob or brace pattern, got {source[:200]!r} ({error})"
+            f"source: expected a path, glob or brace pattern, got {source[:_SHOWN]!r} "
+            f"({str(error)[:_SHOWN]}); correct the pattern"
         ) from error
 
 
@@ -153,7 +157,7 @@ def _local_shards(path: str) -> list[Shard]:
         found = _matches(path)
         if not found:
             raise FileNotFoundError(
-                f"source: expected shards to match {path[:200]!r}, got none; check the pattern"
+                f"source: expected shards to match {path[:_SHOWN]!r}, got none; check the pattern"
             )
         return [Shard(name) for name in found]
     return [Shard(path)]

@@ -13,11 +13,14 @@ from operator import attrgetter
 from typing import IO, Any
 
 from gradcache_clip.train.data.broken import BrokenReport
-from gradcache_clip.train.data.decode import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, TEXT_EXTENSIONS
+from gradcache_clip.train.data.decode import (
+    IMAGE_EXTENSIONS,
+    MAX_MEMBER_BYTES,
+    MAX_TEXT_BYTES,
+    TEXT_EXTENSIONS,
+)
 from gradcache_clip.train.data.tar_headers import BoundedHeader
 
-MAX_TEXT_BYTES = 16 * 2**20
-"""Of a text or JSON member, which takes many times its size when it is parsed."""
 MAX_PASSED_BYTES = 2**30
 """Bytes of a stream from one sample to the next."""
 WANTED = IMAGE_EXTENSIONS + TEXT_EXTENSIONS

@@ -76,8 +76,14 @@ def table_of(files: Sequence[Path]) -> Any:
     try:
         with _bars_on_terminals_alone():
             return _mapped(names) if kind == ".arrow" else _copied(kind, names)
-    except (DatasetGenerationError, pyarrow.ArrowException, ValueError, LookupError) as error:
+    except (
+        *(DatasetGenerationError, pyarrow.ArrowException),
+        *(OSError, ValueError, LookupError, TypeError),
+    ) as error:
         reason = error.__cause__ or error
+        if isinstance(reason, OSError) and reason.errno:
+            # Of the disk or the file system.
+            raise reason from None
         raise ConfigError(
             f"{files[0]}: expected {kind} files with the same columns in each, got "
             f"{type(reason).__name__}: {_one_line(reason)}; repair the file, or write it anew"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradcache_clip.train.data.decode import IMAGE_EXTENSIONS
+from gradcache_clip.train.data.decode import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, BrokenSample
 from gradcache_clip.train.sources.images import (
     CaptionedFile,
     fingerprint,
@@ -96,10 +96,20 @@ def _read(image: Path, folder: Path) -> _FolderImage:
     if suffix in _UNSUPPORTED:
         return _FolderImage(CaptionedFile(image, name, ()), f"unsupported format {suffix}")
     try:
-        lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
+        lines = _lines(text) if text.is_file() else []
     except UnicodeDecodeError:
         return _FolderImage(CaptionedFile(image, name, ()), "bad utf-8")
+    except OSError:
+        return _FolderImage(CaptionedFile(image, name, ()), "unreadable caption")
+    except BrokenSample as error:
+        return _FolderImage(CaptionedFile(image, name, ()), str(error))
     return _FolderImage(CaptionedFile(image, name, stripped(lines)))
+
+
+def _lines(text: Path) -> list[str]:
+    if text.stat().st_size > MAX_TEXT_BYTES:
+        raise BrokenSample("caption too long")
+    return text.read_text(encoding="utf-8-sig").splitlines()
 
 
 def _load(image: _FolderImage, split: str) -> Sample:

@@ -40,7 +40,8 @@ class CaptionedFile:
         if self.group_name:
             return self.group_name
         words = " ".join(self.captions[0].casefold().split()) if self.captions else self.name
-        return hashlib.sha256(words.encode()).hexdigest()[:16]
+        # Half a surrogate pair has a group too: its sample is left out later, and stops no other.
+        return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def load_file(file: CaptionedFile, split: str) -> Sample:
@@ -100,4 +101,6 @@ def stripped(captions: Sequence[str]) -> tuple[str, ...]:
 def _key(name: str) -> str:
     """A key that shows the file's name and differs where two names differ."""
     readable = re.sub(r"[^A-Za-z0-9-]+", "_", name).strip("_")[-60:]
-    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:10]}".lstrip("-_")
+    # Names of files need not be UTF-8.
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{readable}-{digest[:10]}".lstrip("-_")

@@ -17,6 +17,8 @@ EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 
+_MOST_MANIFEST_BYTES = 2**28
+
 _KEY = re.compile(r"[\w-]+", re.ASCII)
 _SHARD_NAME = re.compile(r"[\w.-]+\.tar", re.ASCII)
 
@@ -180,22 +182,35 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the manifest of a folder of shards, got no file")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields.pop("format") != MANIFEST_FORMAT:
-            raise ValueError("another format")
-        shards = tuple(ShardEntry(**shard) for shard in fields.pop("shards"))
-        manifest = Manifest(shards=shards, **fields)
+        manifest = _parsed_manifest(path)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: expected a manifest of format {MANIFEST_FORMAT}, got {error!r}; "
-            "make the shards again"
+            f"{path}: expected a manifest of format {MANIFEST_FORMAT}, got an error "
+            f"({type(error).__name__}: {str(error)[:200]}); make the shards again"
         ) from error
-    for shard in shards:
+    for shard in manifest.shards:
         # A manifest may come with downloaded shards: it must not lead to other files.
         if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
             raise ValueError(
                 f"{path}: expected file names such as shard-000000.tar, got {shard.name!r}"
             )
+    return manifest
+
+
+def _parsed_manifest(path: Path) -> Manifest:
+    if path.stat().st_size > _MOST_MANIFEST_BYTES:
+        raise ValueError(f"more than {_MOST_MANIFEST_BYTES:,} bytes")
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.pop("format") != MANIFEST_FORMAT:
+        raise ValueError("another format")
+    shards = tuple(ShardEntry(**shard) for shard in fields.pop("shards"))
+    manifest = Manifest(shards=shards, **fields)
+    counts = [manifest.samples, *manifest.skipped.values()]
+    counts += [count for shard in shards for count in (shard.samples, shard.bytes)]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("a count that is no integer of 0 or more")
+    if not isinstance(manifest.settings, dict):
+        raise ValueError("settings that are no object")
     return manifest
 
 
