@@ -39,6 +39,7 @@ def _seeded() -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     """How far cached gradients are from those of the one-shot step."""
+    _write_fuzz(terminalreporter)
     settings = _recorded(terminalreporter, WORST_ERROR)
     if not settings:
         return
@@ -47,6 +48,13 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     for setting, parameter, error in settings:
         terminalreporter.write_line(f"{setting:<{width}}  {error:.1e}  {parameter}")
     _write_parameters(terminalreporter, _recorded(terminalreporter, EACH_PARAMETER))
+
+
+def _write_fuzz(terminalreporter: TerminalReporter) -> None:
+    for lines in _recorded(terminalreporter, "fuzz"):
+        terminalreporter.section("hostile files")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 def _recorded(terminalreporter: TerminalReporter, wanted: str) -> list:
