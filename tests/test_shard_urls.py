@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_shards import good, loader, options, picture, take, write, write_tar
 
-from gradcache_clip.train.data import ImageCaptionLoader, read_all
+from gradcache_clip.train.data import ImageCaptionLoader, read_all, read_captions, shard_files
 from gradcache_clip.train.data.shard_urls import check_url, find_shards
 
 
@@ -105,8 +105,21 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Serves one shard, and redirects."""
 
     data = b""
+    over = threading.Event()
 
     def do_GET(self) -> None:
+        if self.path in ("/none.tar", "/silent.tar"):
+            if self.path == "/none.tar":
+                self.send_error(404)
+            else:
+                self.over.wait(5)
+            return
+        if self.path in ("/empty.tar", "/slow.tar"):
+            self.send_response(200)
+            self.end_headers()
+            while self.path == "/slow.tar" and not self.over.wait(0.05):
+                self.wfile.write(b"x")
+            return
         if self.path == "/a.tar":
             self.send_response(200)
             self.end_headers()
@@ -123,10 +136,12 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(folder: Path) -> Iterator[str]:
     Server.data = (folder / "shard-000000.tar").read_bytes()
-    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    Server.over.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
+    Server.over.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -143,6 +158,48 @@ def test_http_is_read_when_named_and_leads_nowhere_else(
             list(read_all(f"{server}/{target}", options=allowed))
     with pytest.raises(OSError, match="302"):
         list(read_all(f"{server}/file:///etc/hostname", options=allowed))
+
+
+def test_servers_that_fail_are_named(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(shard_files, "HTTP_TIMEOUT_S", 0.3)
+    for name, error in (("none", "HTTP Error 404"), ("silent", "timed out")):
+        url = f"{server}/{name}.tar"
+        with pytest.raises(OSError, match=f"{url}: expected a shard, got .*{error}.*; check the"):
+            list(read_captions(url, allow_url_schemes=("http",)))
+    with pytest.raises(OSError, match="nowhere.invalid/a.tar: expected a shard, got"):
+        list(read_captions("http://nowhere.invalid/a.tar", allow_url_schemes=("http",)))
+    for name in ("empty", "slow"):
+        url, said = (
+            f"{server}/{name}.tar",
+            r"got none but broken samples \(\{'truncated tar': 1\}\)",
+        )
+        with pytest.raises(ValueError, match=f"{url}: expected samples with captions, {said}"):
+            list(read_captions(url, allow_url_schemes=("http",)))
+        with pytest.raises(
+            ValueError, match=r"got 1 of 1 \(\{'truncated tar': 1\}; the first: .*http"
+        ):
+            list(read_all(url, options=options(allow_url_schemes=("http",))))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("a-{0..999999999}.tar", "at most 1,048,576 shards, got braces for 1,000,000,000"),
+        ("a-{0..9999}-{0..9999}.tar", "got braces for 100,000,000"),
+        ("a" + "{a,b}" * 30, "got braces for 1,073,741,824"),
+        ("a{0..1" + "0" * 5000 + "}.tar", "digits"),
+        ("{" * 50_000 + "a,b" + "}" * 50_000, "more than 16 braces"),
+        ("{{a,b}.tar", "Unbalanced braces"),
+        ("*/" * 5000, "expected shards to match"),
+        ("[" * 5000, "expected"),
+        ("a" * 5000 + ".tar", "1 missing"),
+    ],
+)
+def test_patterns_of_nonsense_end_at_once(source: str, said: str) -> None:
+    with pytest.raises((ValueError, OSError), match=said) as raised:
+        find_shards(source)
+    assert len(str(raised.value)) < 1000
 
 
 class Bomb:

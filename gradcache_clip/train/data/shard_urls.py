@@ -21,7 +21,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 # Inside a URL these can end a quoted word of a shell command; RFC 3986 allows none of them.
 _UNSAFE = re.compile(r"[\s'\"\\`$;|<>{}^\x00-\x1f\x7f]")
 _GLOB = re.compile(r"[*?\[]")
-_SHOWN = 200
+_SHOWN, _MAX_NESTED = 200, 16
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 
 
@@ -132,6 +132,8 @@ def _most_shards(pattern: str) -> int:
     for character in pattern:
         if character == "{":
             open_braces.append(1)
+            if len(open_braces) > _MAX_NESTED:
+                raise ValueError(f"more than {_MAX_NESTED} braces in each other")
         elif character == ",":
             open_braces[-1] += 1
         elif character == "}" and len(open_braces) > 1:
@@ -151,7 +153,7 @@ def local_path(url: str) -> str:
 
 
 def _local_shards(path: str) -> list[Shard]:
-    if Path(path).is_dir():
+    if _exists(path) and Path(path).is_dir():
         return _folder_shards(Path(path))
     if _GLOB.search(path) and not _exists(path):
         found = _matches(path)

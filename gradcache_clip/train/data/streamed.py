@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import itertools
 import random
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from gradcache_clip.train.data.pieces import Piece
 from gradcache_clip.train.data.samples import Decoder, DrawnSample, LoaderOptions
 from gradcache_clip.train.data.shard_files import open_shard
 from gradcache_clip.train.data.shard_urls import Shard
-from gradcache_clip.train.data.tar_samples import RawSample, tar_samples
+from gradcache_clip.train.data.tar_samples import CUT, RawSample, tar_samples
 from gradcache_clip.train.data.tar_stream import decompressing
 from gradcache_clip.train.data.workers import TIMEOUT_S, pieces_of_workers
 
@@ -34,7 +35,12 @@ def read_shard(shard: Shard, allowed: Sequence[str]) -> Iterator[RawSample | Bro
         ValueError, OSError: see `open_shard`.
     """
     with open_shard(shard.url, allowed) as file:
-        if (stream := decompressing(file)) is None:
+        try:
+            stream = decompressing(file)
+        except (OSError, http.client.HTTPException):
+            yield BrokenReport(CUT, shard.url, "", shard.samples or 1)
+            return
+        if stream is None:
             yield BrokenReport("unsupported compression", shard.url, "", shard.samples or 1)
             return
         tar = cast("IO[bytes]", stream)

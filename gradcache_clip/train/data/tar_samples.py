@@ -26,9 +26,9 @@ MAX_PASSED_BYTES = 2**30
 WANTED = IMAGE_EXTENSIONS + TEXT_EXTENSIONS
 DUPLICATE = "duplicate member"
 """The one reason that loses no sample: the first of the members is read."""
-_CUT, _PASSED = "truncated tar", "too many bytes without a sample"
+CUT, _PASSED = "truncated tar", "too many bytes without a sample"
 _MAX_SHOWN = 200
-ENDINGS = (_CUT, _PASSED)
+ENDINGS = (CUT, _PASSED)
 """Reasons after which nothing more is read of a shard."""
 
 RawSample = dict[str, Any]
@@ -171,7 +171,7 @@ class _Scan:
                     if (found := self._wanted(archive, member)) is not None:
                         yield found
         except _READ_ERRORS:
-            self._ending = _CUT
+            self._ending = CUT
 
     def _wanted(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> _Member | None:
         from webdataset.tariterators import base_plus_ext
