@@ -31,6 +31,7 @@ MAX_SCANS = 100
 """Of a progressive JPEG, each of which passes over the whole image."""
 
 _JPEG_SCAN = b"\xff\xda"
+_STRIP_ROWS = 1024
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _ASPECT_RANGE = (3 / 4, 4 / 3)
 
@@ -148,7 +149,8 @@ def decode_image(data: bytes, *, smallest_side: int | None = None) -> Image.Imag
                 raise BrokenSample("too many scans")
             if smallest_side:
                 image.draft("RGB", (smallest_side, smallest_side))
-            return _over_white(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _over_white(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BrokenSample("image too large") from error
     except BrokenSample:
@@ -163,10 +165,20 @@ def _over_white(image: Image.Image) -> Image.Image:
         # PIL clips 16-bit grey at 255 instead of scaling it.
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
+        return _composed_over_white(image)
     return image.convert("RGB")
+
+
+def _composed_over_white(image: Image.Image) -> Image.Image:
+    """In strips, because several copies of a large image would take more than a gigabyte."""
+    width, height = image.size
+    result = Image.new("RGB", image.size)
+    for top in range(0, height, _STRIP_ROWS):
+        box = (0, top, width, min(top + _STRIP_ROWS, height))
+        strip = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+    return result
 
 
 def image_bytes(members: Mapping[str, Any]) -> bytes:

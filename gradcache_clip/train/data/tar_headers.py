@@ -68,12 +68,12 @@ class BoundedHeader(tarfile.TarInfo):
                 raise tarfile.ReadError(f"expected 0 bytes or more, got {self.size}")
             archive.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
         if any(name.startswith(b"GNU.sparse.") for name in records):
-            self.sparse = []
+            self.sparse = b""
 
     def _proc_sparse(self, archive: Any) -> BoundedHeader:
         """Read over a sparse header: such members are not used."""
         _, is_extended, _ = self._sparse_structs  # type: ignore[attr-defined]
-        self.sparse, blocks = [], 0
+        self.sparse, blocks = b"", 0
         while is_extended:
             blocks += 1
             if blocks > MAX_HEADERS:

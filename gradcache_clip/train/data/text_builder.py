@@ -12,14 +12,14 @@ from gradcache_clip.train.data.text_batches import batches_of
 
 
 @dataclass
-class TextConfig(datasets.BuilderConfig):  # type: ignore[misc]
+class TextConfig(datasets.BuilderConfig):
     """What a copy depends on, beside its files."""
 
     version: Any = "1.0.0"
     kind: str = ""
 
 
-class TextBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
+class TextBuilder(datasets.ArrowBasedBuilder):
     """Copies rows as they are: no file is unpacked, downloaded or run."""
 
     BUILDER_CONFIG_CLASS = TextConfig
