@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.cache.batch_tree import tensors_in
+from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.tower import Tower
+from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 
@@ -74,13 +76,23 @@ def _refuse_input_gradients(strategy: LocalStrategy, towers: Sequence[Tower]) ->
             )
 
 
-def check_leaves(tower: Tower, leaves: Iterable[Tensor], strategy: LocalStrategy) -> None:
+def check_leaves(
+    tower: Tower, chunk: Chunk, leaves: Iterable[Tensor], strategy: LocalStrategy
+) -> None:
     """Refuse parameters that a strategy does not know of, and so would not reduce."""
     if not (strategy.talks and strategy.reduces):
         return
     known = {id(leaf) for module in tower.modules for leaf in strategy.leaves(module)}
-    for leaf in leaves:
-        if id(leaf) not in known:
+    hidden = [leaf for leaf in leaves if id(leaf) not in known]
+    looks = bool(hidden)
+    if strategy.collective_forward:
+        looks = strategy.anywhere(looks, tower.features[0].device)
+    if not looks:
+        return
+    # What a forward makes, such as embeddings that peft lets ask for gradients, is new each time.
+    again = {id(leaf) for leaf in leaves_behind(tower.again(chunk, tower.bare_module))}
+    for leaf in hidden:
+        if id(leaf) in again:
             raise ValueError(
                 f"{tower.name}: expected parameters that a module has registered, got a tensor of "
                 f"shape {tuple(leaf.shape)} that only a function or attribute holds, and whose "

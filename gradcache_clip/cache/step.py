@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
@@ -128,12 +128,14 @@ class CachedStep:
             device = tower.features[0].device
             tower.trainable = self.strategy.anywhere(bool(tower.trainable), device)
         check_finite(self.towers, self.strategy)
-        # Before rows: two chunks of one row, side by side, may keep more padding.
-        if self._plan.check_rows and not self._trims_checked:
-            self._trims_checked = check_trims(self.towers, self.strategy)
-        if self._plan.check_rows and not self._rows_checked:
-            self._rows_checked = check_rows(self.towers, self.strategy)
+        if self._plan.check_rows:
+            # Before rows: two chunks of one row, side by side, may keep more padding.
+            self._trims_checked |= check_trims(self._not_in(self._trims_checked), self.strategy)
+            self._rows_checked |= check_rows(self._not_in(self._rows_checked), self.strategy)
         self._device_types = device_types(self.towers)
+
+    def _not_in(self, checked: Set[str]) -> list[Tower]:
+        return [tower for tower in self.towers if tower.name not in checked]
 
     def _backward_of_loss(self, loss_kwargs: Mapping[str, Any]) -> Any:
         """Fill every tower's `gradients`, and `.grad` of the loss's own parameters."""
@@ -195,7 +197,7 @@ class CachedStep:
             for tower, chunk in turn.group:
                 features = self._features(tower, chunk, check)
                 if looks and tower.name not in self._looked_behind:
-                    self._look_behind(tower, features)
+                    self._look_behind(tower, chunk, features)
                 for feature, gradient in zip(features, tower.gradients, strict=True):
                     if gradient is not None and feature.requires_grad:
                         reached.append(feature)
@@ -215,11 +217,11 @@ class CachedStep:
             check.compare(tower, chunk, features)
         return features
 
-    def _look_behind(self, tower: Tower, features: Sequence[Tensor]) -> None:
+    def _look_behind(self, tower: Tower, chunk: Chunk, features: Sequence[Tensor]) -> None:
         """Find leaves that no module has registered; refuse them, or set their gradients aside."""
         leaves = list(leaves_behind(features))
         if not self._history.stepped:
-            check_leaves(tower, leaves, self.strategy)
+            check_leaves(tower, chunk, leaves, self.strategy)
             self._hooks.check_leaves(tower, leaves)
         if self._snapshot is not None:
             self._snapshot.set_aside(leaves)

@@ -190,10 +190,14 @@ class Tower:
 
     def replay(self, chunk: Chunk) -> list[Tensor]:
         """Run a chunk again, with its graph and with the random numbers of its embed."""
+        return self.again(chunk, self.module)
+
+    def again(self, chunk: Chunk, module: nn.Module) -> list[Tensor]:
+        """Run a chunk with the random numbers of its embed."""
         if chunk.random_state is not None:
             chunk.random_state.restore()
         # Its embed has told that its features can be cached.
-        return self._forward(self.module, chunk)
+        return self._forward(module, chunk)
 
     def cached(self, chunk: Chunk) -> list[Tensor]:
         return [feature[chunk.rows] for feature in self.features]
