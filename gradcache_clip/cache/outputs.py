@@ -11,7 +11,10 @@ from torch import Tensor
 from gradcache_clip.cache.batch_errors import hint_at_lists
 from gradcache_clip.cache.rounding import wide
 
-_MODEL_OUTPUT_FIELDS = ("image_embeds", "text_embeds", "sentence_embedding", "pooler_output")
+_MODEL_OUTPUT_FIELDS = (
+    *("image_embeds", "text_embeds", "audio_embeds"),
+    *("sentence_embedding", "pooler_output"),
+)
 
 _REMEDY = (
     "give get_features a function that returns one row a sample, and pass inputs as tensors or "
