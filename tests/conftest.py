@@ -13,6 +13,7 @@ from _pytest.terminal import TerminalReporter
 
 WORST_ERROR = "worst_relative_error"
 EACH_PARAMETER = "relative_error_of_each_parameter"
+ENCODER_ERROR = "worst_relative_error_of_an_encoder"
 SHOWN = 8
 
 
@@ -39,6 +40,7 @@ def _seeded() -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     """How far cached gradients are from those of the one-shot step."""
+    _write_encoders(terminalreporter)
     _write_fuzz(terminalreporter)
     settings = _recorded(terminalreporter, WORST_ERROR)
     if not settings:
@@ -55,6 +57,21 @@ def _write_fuzz(terminalreporter: TerminalReporter) -> None:
         terminalreporter.section("hostile files")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+def _write_encoders(terminalreporter: TerminalReporter) -> None:
+    """A row per encoder, a column per strategy."""
+    recorded = _recorded(terminalreporter, ENCODER_ERROR)
+    if not recorded:
+        return
+    terminalreporter.section("encoders: worst relative error of a gradient, by strategy")
+    errors = {(name, strategy): f"{error:.1e}" for name, strategy, error in recorded}
+    names, strategies = (dict.fromkeys(each[i] for each in recorded) for i in (0, 1))
+    width = max(map(len, names))
+    terminalreporter.write_line(" " * width + "".join(f"{each:>11}" for each in strategies))
+    for name in names:
+        row = "".join(f"{errors.get((name, each), '-'):>11}" for each in strategies)
+        terminalreporter.write_line(f"{name:<{width}}{row}")
 
 
 def _recorded(terminalreporter: TerminalReporter, wanted: str) -> list:

@@ -1,11 +1,29 @@
-"""LoRA around tiny models of transformers, checkpointed."""
+"""A tiny decoder, LoRA around it, texts for it, and a loss of their features."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from gradcache_clip import InfoNCELoss
+
+LENGTH = 8
+contrast = InfoNCELoss(init_logit_scale=5.0).requires_grad_(False)
+
+
+def info_nce(model: Any, *features: Tensor) -> Any:
+    return contrast(*features)
+
+
+def texts(rows: int, side: str) -> dict[str, Tensor]:
+    mask = (torch.arange(LENGTH) < torch.randint(1, LENGTH, (rows, 1))).long()
+    mask = mask.flip(1) if side == "left" else mask
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    ids = torch.randint(1, 50, mask.shape) * mask
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 def decoder(**options: Any) -> nn.Module:

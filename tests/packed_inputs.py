@@ -161,3 +161,49 @@ def graph_library() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("torch_geometric")
+
+
+class PackedModernBert(nn.Module):
+    """Attends within sequences, by a mask from `cu_seq_lens_q` for lack of flash attention."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int
+    ) -> Tensor:
+        lengths = cu_seq_lens_q.diff()
+        assert max_length_q == lengths.max() and input_ids.shape[1] == cu_seq_lens_q[-1]
+        row = torch.arange(len(lengths)).repeat_interleave(lengths)
+        same = row[:, None] == row
+        near = (
+            position_ids[0, :, None] - position_ids[0]
+        ).abs() <= self.model.config.sliding_window
+        masks = {"full_attention": same[None, None], "sliding_attention": (same & near)[None, None]}
+        output = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=masks)
+        hidden = output.last_hidden_state[0]
+        return hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, row, hidden)
+
+
+def packed(lengths: Sequence[int], *, bounds: bool) -> dict[str, Any]:
+    """What `DataCollatorWithFlattening` makes of sequences."""
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    batch = {"input_ids": torch.randint(1, 100, positions.shape), "position_ids": positions}
+    if not bounds:
+        return batch
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    return {**batch, "cu_seq_lens_q": ends, "max_length_q": max(lengths)}
+
+
+class Molecules(nn.Module):
+    def __init__(self, pyg: Any) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([pyg.nn.GCNConv(4, 8), pyg.nn.GATConv(8, 5)])
+        self.pool = pyg.nn.global_mean_pool
+
+    def forward(self, graphs: Any) -> Tensor:
+        hidden = graphs.x
+        for conv in self.convs:
+            hidden = conv(hidden, graphs.edge_index).relu()
+        return self.pool(hidden, graphs.batch)

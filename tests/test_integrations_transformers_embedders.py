@@ -12,37 +12,16 @@ from typing import Any
 import pytest
 import torch
 from auxiliary_models import WEIGHT, WithRouter
-from lora_models import decoder, with_lora
+from lora_models import LENGTH, contrast, decoder, info_nce, texts, with_lora
 from one_shot import gradient_errors, twins, worst
 from packed_inputs import compute_in_double, vision_batch, vision_models
-from tiny_trainer import STEPS, Retriever, first_gradients, trainer
+from tiny_trainer import BATCHES, STEPS, Retriever, first_gradients, trainer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradcache_clip import ByLength, InfoNCELoss, PackedPatches, PackedTokens
+from gradcache_clip import ByLength, PackedPatches, PackedTokens
 from gradcache_clip.integrations.pooling import entries_of_batch, pool
 from gradcache_clip.integrations.transformers import GradCacheTrainer
-
-LENGTH = 8
-contrast = InfoNCELoss(init_logit_scale=5.0).requires_grad_(False)
-
-
-def info_nce(model: Any, *features: Tensor) -> Any:
-    return contrast(*features)
-
-
-def one_of_each(rows: list[Any]) -> dict[str, Any]:
-    """A collator of data sets whose rows are whole batches."""
-    (batch,) = rows
-    return batch
-
-
-BATCHES = {
-    "per_device_train_batch_size": 1,
-    "data_collator": one_of_each,
-    "remove_unused_columns": False,
-    "chunk_size": 2,
-}
 
 
 def embed_row_by_row(pooling: str, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -53,14 +32,6 @@ def embed_row_by_row(pooling: str, hidden: Tensor, mask: Tensor) -> Tensor:
         "mean": lambda row: row.mean(0),
     }
     return torch.stack([choose[pooling](row) for row in kept])
-
-
-def texts(rows: int, side: str) -> dict[str, Tensor]:
-    mask = (torch.arange(LENGTH) < torch.randint(1, LENGTH, (rows, 1))).long()
-    mask = mask.flip(1) if side == "left" else mask
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    ids = torch.randint(1, 50, mask.shape) * mask
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

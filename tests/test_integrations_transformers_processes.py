@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lora_models import contrast, decoder, info_nce, texts, with_lora
+from packed_inputs import compute_in_double
 from strategy_processes import result_of, run_cases
-from tiny_trainer import BATCH, STEPS, FirstGradients, clip, pairs, trainer
+from tiny_trainer import BATCH, BATCHES, STEPS, FirstGradients, clip, pairs, trainer
 
 from gradcache_clip.distributed import strategy_all_reduce
 from gradcache_clip.integrations.transformers import GradCacheTrainer
@@ -51,6 +53,30 @@ def on_each_rank(folder: Path, accumulated: int) -> dict[str, Any]:
     }
 
 
+def embedder_on_each_rank(folder: Path) -> dict[str, Any]:
+    """A batch of its own on each rank, in fp64; a checkpointed LoRA makes leaves in its forward."""
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
+    seen = FirstGradients()
+    with pytest.MonkeyPatch.context() as patch:
+        run = embedder(patch)
+        more = {**BATCHES, "max_grad_norm": 0.0, "ddp_backend": "gloo", "callbacks": [seen]}
+        more |= {"pooling": "last", "loss": info_nce}
+        trainer(GradCacheTrainer, run, folder, two_batches() * STEPS, **more).train()
+    return {name: gradient.tolist() for name, gradient in seen.gradients.items()}
+
+
+def embedder(patch: pytest.MonkeyPatch) -> torch.nn.Module:
+    torch.manual_seed(5)
+    model = with_lora(decoder()).double()
+    compute_in_double(model, patch)
+    return model
+
+
+def two_batches() -> list[dict[str, Any]]:
+    torch.manual_seed(6)
+    return [{"query": texts(6, "left"), "document": texts(6, "left")} for _ in range(2)]
+
+
 def count_reductions() -> list[int]:
     """Numbers of parameters in each bucket that is reduced from here on."""
     counted, average = [], strategy_all_reduce._average
@@ -69,7 +95,9 @@ def test_two_processes_equal_one(tmp_path: Path):
     cases = {
         f"accumulated-{n}": functools.partial(on_each_rank, tmp_path / "out", n) for n in (1, 2)
     }
+    cases["embedder"] = functools.partial(embedder_on_each_rank, tmp_path / "out")
     results = run_cases(cases, 2, tmp_path)
+    assert_same_embedder(result_of(results, "embedder"))
     for accumulated in (1, 2):
         found = result_of(results, f"accumulated-{accumulated}")
         assert (found["kind"], found["reductions"]) == ("MULTI_CPU", STEPS)
@@ -89,3 +117,18 @@ def test_two_processes_equal_one(tmp_path: Path):
             got = torch.tensor(found["weights"][name], dtype=expected.dtype)
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-6, msg=name)
         assert math.isclose(found["eval_loss"], alone.evaluate()["eval_loss"], rel_tol=1e-5)
+
+
+def assert_same_embedder(gradients: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        truth = embedder(patch)
+        sides = [
+            torch.cat([truth(**batch[side]).last_hidden_state[:, -1] for batch in two_batches()])
+            for side in ("query", "document")
+        ]
+        contrast(*sides).loss.backward()
+    expected = {name: p.grad for name, p in truth.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        got = torch.tensor(gradients[name], dtype=torch.float64)
+        torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-14, msg=name)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conftest import WORST_ERROR
 from one_shot import gradient_errors, twins, worst
-from packed_cases import packed_cases
-from packed_inputs import LastToken, compute_in_double, graph_library, vision_batch, vision_models
-from strategy_processes import run_cases
+from packed_inputs import (
+    LastToken,
+    PackedModernBert,
+    compute_in_double,
+    packed,
+    vision_batch,
+    vision_models,
+)
 from torch import Tensor, nn
 
 from gradcache_clip import ByLength, GradCache, PackedPatches, PackedTokens
@@ -20,6 +25,9 @@ from gradcache_clip.cache.trunk import call_encoder
 pytestmark = pytest.mark.encoders
 
 Record = Callable[[str, Any], None]
+
+
+LENGTHS = 5, 1, 9, 3, 3, 7, 2
 
 
 def dot_product(x: Tensor, y: Tensor) -> Tensor:
@@ -64,42 +72,6 @@ def test_vision_language_sorted_and_trimmed(record_property, monkeypatch):
     options = {"rows": PackedPatches(), "sort_by_length": [ByLength(), None]}
     name = "Qwen2.5-VL, sorted by length"
     assert_exact(name, encoder, vision_batch(), 7, record_property, **options)
-
-
-class PackedModernBert(nn.Module):
-    """Attends within sequences, by a mask from `cu_seq_lens_q` for lack of flash attention."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int
-    ) -> Tensor:
-        lengths = cu_seq_lens_q.diff()
-        assert max_length_q == lengths.max() and input_ids.shape[1] == cu_seq_lens_q[-1]
-        row = torch.arange(len(lengths)).repeat_interleave(lengths)
-        same = row[:, None] == row
-        near = (
-            position_ids[0, :, None] - position_ids[0]
-        ).abs() <= self.model.config.sliding_window
-        masks = {"full_attention": same[None, None], "sliding_attention": (same & near)[None, None]}
-        output = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=masks)
-        hidden = output.last_hidden_state[0]
-        return hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, row, hidden)
-
-
-def packed(lengths: Sequence[int], *, bounds: bool) -> dict[str, Any]:
-    """What `DataCollatorWithFlattening` makes of sequences."""
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    batch = {"input_ids": torch.randint(1, 100, positions.shape), "position_ids": positions}
-    if not bounds:
-        return batch
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    return {**batch, "cu_seq_lens_q": ends, "max_length_q": max(lengths)}
-
-
-LENGTHS = 5, 1, 9, 3, 3, 7, 2
 
 
 @pytest.mark.parametrize("sorting", [None, [ByLength(), None]])
@@ -162,31 +134,6 @@ def test_jagged(sorting, record_property):
     assert_exact(name, JaggedMean(), jagged, 7, record_property, sort_by_length=sorting)
 
 
-class Molecules(nn.Module):
-    def __init__(self, pyg: Any) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList([pyg.nn.GCNConv(4, 8), pyg.nn.GATConv(8, 5)])
-        self.pool = pyg.nn.global_mean_pool
-
-    def forward(self, graphs: Any) -> Tensor:
-        hidden = graphs.x
-        for conv in self.convs:
-            hidden = conv(hidden, graphs.edge_index).relu()
-        return self.pool(hidden, graphs.batch)
-
-
-def test_graphs(record_property):
-    pyg = graph_library()
-    graphs = [
-        pyg.data.Data(
-            x=torch.randn(nodes, 4).double(), edge_index=torch.randint(nodes, (2, 3 * nodes))
-        )
-        for nodes in LENGTHS
-    ]
-    batch = pyg.data.Batch.from_data_list(graphs)
-    assert_exact("GCN and GAT on a Batch", Molecules(pyg), batch, 7, record_property)
-
-
 @pytest.mark.parametrize("last", [False, True])
 def test_embedding_bag(last, record_property):
     bags = nn.EmbeddingBag(50, 8, mode="sum", include_last_offset=last)
@@ -196,14 +143,3 @@ def test_embedding_bag(last, record_property):
     name = "EmbeddingBag" + (", last offset included" if last else "")
     rows = PackedTokens(include_last_offset=last)
     assert_exact(name, bags, given, 5, record_property, rows=rows)
-
-
-@pytest.mark.distributed
-def test_vision_language_on_two_processes(tmp_path, record_property):
-    """One rank without images, and chunks without them on both."""
-    results = run_cases(packed_cases(), 2, tmp_path)
-    assert results.pop("failure") is None, results
-    for name, result in results.items():
-        record_property(WORST_ERROR, (f"{name} on 2", result["parameter"], result["error"]))
-        assert result["error"] < 1e-10, (name, result)
-    assert results.keys() == packed_cases().keys()

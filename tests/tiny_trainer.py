@@ -152,3 +152,17 @@ class Retriever(nn.Module):
 
     def forward(self, query: Tensor, document: Tensor) -> None:
         raise AssertionError("only its parts are called")
+
+
+def one_of_each(rows: list[Any]) -> dict[str, Any]:
+    """A collator of data sets whose rows are whole batches."""
+    (batch,) = rows
+    return batch
+
+
+BATCHES = {
+    "per_device_train_batch_size": 1,
+    "data_collator": one_of_each,
+    "remove_unused_columns": False,
+    "chunk_size": 2,
+}
