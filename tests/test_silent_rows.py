@@ -447,3 +447,16 @@ class Centred(nn.Linear):
     def forward(self, rows):
         features = super().forward(rows)
         return features - features.mean(0)
+
+
+def test_each_input_is_checked_once_also_beside_one_of_a_single_chunk():
+    """The rows of the second may meet in any later step, whose first input is known by then."""
+    calls: list[int] = []
+    encoders = [nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)]
+    encoders[0].register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    cache = GradCache(encoders, ClipLoss(), chunk_size=[CHUNK, ROWS])
+    cache(*(each.float() for each in batch()))
+    assert len(calls) == 2 * CHUNKS + 2
+    calls.clear()
+    cache(*(each.float() for each in batch()))
+    assert len(calls) == 2 * CHUNKS

@@ -24,14 +24,15 @@ from gradcache_clip.cache.trace import eager, watch
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 
-def check_rows(towers: Sequence[Tower], strategy: LocalStrategy) -> bool:
+def check_rows(towers: Sequence[Tower], strategy: LocalStrategy) -> frozenset[str]:
     """Compare the first chunk of each tower, as it was embedded, with its two halves.
 
     Towers that draw random numbers or normalise by their chunk cannot be compared; the latter have
     a warning of their own. Random state, buffers and running statistics are left as they were.
 
     Returns:
-        False where a tower has a single chunk, whose rows may well meet: ask again in a later step.
+        Names of the towers that need not be asked again in a later step. Of those with a single
+        chunk rows may well meet.
 
     Raises:
         ValueError: a row's features change with the rows beside it; on every rank.
@@ -40,7 +41,7 @@ def check_rows(towers: Sequence[Tower], strategy: LocalStrategy) -> bool:
     for tower in several:
         if _comparable(tower, strategy):
             _check(tower, strategy)
-    return len(several) == len(towers)
+    return frozenset(tower.name for tower in several)
 
 
 def _single_chunk(tower: Tower, strategy: LocalStrategy) -> bool:

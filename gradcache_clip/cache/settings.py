@@ -62,8 +62,9 @@ class History:
     """What earlier steps of a cache have shown, so that it is checked once."""
 
     stepped: bool = False
-    rows_checked: bool = False
-    trims_checked: bool = False
+    rows_checked: frozenset[str] = frozenset()
+    """Names of the towers of which this was checked."""
+    trims_checked: frozenset[str] = frozenset()
     warned_of_batch_norm: bool = False
     broken_off: bool = False
     """Whether the last step ended in an error that left a part of its gradients in `.grad`."""

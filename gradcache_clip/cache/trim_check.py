@@ -32,21 +32,21 @@ class _Trimmed(NamedTuple):
     width: int
 
 
-def check_trims(towers: Sequence[Tower], strategy: LocalStrategy) -> bool:
+def check_trims(towers: Sequence[Tower], strategy: LocalStrategy) -> frozenset[str]:
     """Embed the row of each tower that loses most columns, with and without them.
 
     Modules are in eval mode meanwhile, for dropout draws other numbers for other shapes. Random
     state, buffers and running statistics are left as they were.
 
     Returns:
-        False where a tower has a mask, but no row was trimmed: ask again in a later step.
+        Names of the towers that need not be asked again in a later step. Of others with a mask no
+        row was trimmed.
 
     Raises:
         PaddingCountsError: features depend on padding; on every rank.
     """
-    masked = [tower for tower in towers if tower.chunks[0].columns is not None]
-    checked = [_check(tower, strategy) for tower in masked]
-    return all(checked)
+    checked = (t for t in towers if t.chunks[0].columns is None or _check(t, strategy))
+    return frozenset(tower.name for tower in checked)
 
 
 def _check(tower: Tower, strategy: LocalStrategy) -> bool:

@@ -54,7 +54,8 @@ class Trial:
     ) -> None:
         check_plain_backward(cache.strategy, "verify", "verify the encoders before wrapping them")
         # Mismatches are reported, with their reasons.
-        self._plan = replace(with_small_chunks(cache.plan, inputs), replay_check="off")
+        looks = {"replay_check": "off", "check_rows": False}
+        self._plan = replace(with_small_chunks(cache.plan, inputs), **looks)
         self._inputs, self._loss_kwargs = inputs, loss_kwargs
         self.strategy = cache.strategy
         self.gradient_hooks = cache.settings.gradient_hooks
@@ -73,8 +74,7 @@ class Trial:
 
     def _prepared(self) -> CachedStep:
         # The looks of a first step would raise what a verification reports.
-        history = History(stepped=True, rows_checked=True, trims_checked=True)
-        return prepare(self._plan, self._inputs, history)
+        return prepare(self._plan, self._inputs, History(stepped=True))
 
     def whole(self) -> Cut:
         """All rows of an input at once."""
