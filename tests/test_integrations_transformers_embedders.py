@@ -93,7 +93,12 @@ class Routed(nn.Module):
 
 def routed_loss(model: nn.Module, *sides: dict[str, Tensor]) -> dict[str, Tensor]:
     out = contrast(*(side["embedding"] for side in sides))
-    return {"total": out.loss + 1, "hits": out.accuracy, "scores": out.loss.expand(3)}
+    return {
+        "total": out.loss + 1,
+        "hits": out.accuracy,
+        "scores": out.loss.expand(3),
+        "rows": len(sides[0]["embedding"]),
+    }
 
 
 def test_losses_of_encoders_and_a_dict_of_parts(tmp_path: Path):
@@ -115,7 +120,7 @@ def test_losses_of_encoders_and_a_dict_of_parts(tmp_path: Path):
     assert before == pytest.approx(total) and logged["loss"] == pytest.approx(total)
     assert logged["hits"] == pytest.approx(parts["hits"].item())
     assert logged["auxiliary_router"] == pytest.approx(router.item())
-    assert "scores" not in logged and "total" not in logged
+    assert logged["rows"] == 6 and "scores" not in logged and "total" not in logged
     fresh = twins(truth)[1][0]
     first_gradients(GradCacheTrainer, fresh, tmp_path, [batch], **BATCHES, **more)
     (parts["total"] + WEIGHT * router).backward()

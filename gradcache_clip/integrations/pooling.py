@@ -1,4 +1,4 @@
-"""One vector per row from the hidden states of a model. B rows, L tokens, D feature width."""
+"""Pool hidden states to one vector per row. B rows, L tokens, D feature width."""
 
 from __future__ import annotations
 

@@ -246,14 +246,15 @@ class _Contrasted(NamedTuple):
 
 def _parts_of(output: Any, loss_key: str) -> dict[str, Tensor]:
     """Collect the numbers beside the loss: of a dict all, of an object its `accuracy`."""
-    given = (
+    named = (
         output if isinstance(output, Mapping) else {"accuracy": getattr(output, "accuracy", None)}
     )
-    parts = {
-        name: part
-        for name, part in given.items()
-        if name != loss_key and isinstance(part, Tensor) and part.numel() == 1
+    numbers = {
+        name: torch.as_tensor(part)
+        for name, part in named.items()
+        if name != loss_key and isinstance(part, (Tensor, int, float))
     }
+    parts = {n: x.detach().float().reshape(()) for n, x in numbers.items() if x.numel() == 1}
     check_parts(parts)
     return parts
 
