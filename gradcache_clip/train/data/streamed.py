@@ -188,17 +188,19 @@ class _PieceStream(IterableDataset[Piece | Exception]):
             yield piece
 
     def _read(self, turns: Iterator[int], buffer: _Buffer) -> Iterator[Item]:
-        empty = 0
+        empty, broken = 0, ""
         for turn in turns:
             buffer.begin(turn)
             empty += 1
             for sample in read_shard(self._shard_of(turn), self._options.allow_url_schemes):
-                if not isinstance(sample, BrokenReport):
+                if isinstance(sample, BrokenReport):
+                    broken = f" but broken ones ({sample})"
+                else:
                     empty = 0
                 yield turn, sample
             if empty == len(self._shards):
                 raise ValueError(
-                    f"source: expected samples in {empty} shards, got none; the first is "
+                    f"source: expected samples in {empty} shards, got none{broken}; the first is "
                     f"{self._shards[0].url}"
                 )
 
