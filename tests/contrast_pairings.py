@@ -42,7 +42,8 @@ def pairing(rules: str, M: int, N: int, device: str) -> Pairing:
         vectors[4], vectors[5] = (2 * torch.randn(n, device=device) for n in (M, N))
     both_ways = "rows" not in has and not self_contrast
     shift = N // 2 if self_contrast else min(3, N - 1) * ("shift" in has)
-    return Pairing(*vectors, shift, both_ways, self_contrast)
+    last = {"both_ways": both_ways, "self_contrast": self_contrast}
+    return Pairing(*vectors, positive_shift=shift, **last)
 
 
 def outcome(rules: Pairing, impl: str, inputs: Inputs) -> list[Tensor]:

@@ -18,6 +18,9 @@ from gradcache_clip import (
     SigLipLoss,
     SupConLoss,
 )
+from gradcache_clip.losses import InBatchDistillationLoss, ScoreDistillationLoss
+from gradcache_clip.losses.retrieval import RetrievalLoss
+from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS
 
 ROWS, WIDTH = 6, 16
 
@@ -99,6 +102,59 @@ class _LabelPair(nn.Module):
         return self.loss(**features, labels=(image_labels, text_labels))
 
 
+def _ruled(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Queries with two hard negatives each, and a number for each input of another model."""
+    given = _retrieval(ROWS, 2, ids=ROWS)(world, generator)
+    seeds = torch.randint(99, (world * ROWS, 4), generator=generator)
+    return given | {"groups": _integers(world, generator, ROWS, 2), "seeds": seeds}
+
+
+def _numbered_pairs(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+    given = _ruled(world, generator)
+    return {name: each for name, each in given.items() if name != "hard_negatives"}
+
+
+class _Ruled(nn.Module):
+    """A retrieval loss with constants that are made of integers: a bias, weights and a guide."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.loss = RetrievalLoss(guide_margin=-0.2, **options)
+
+    def forward(self, seeds: Tensor, **given: Tensor) -> Any:
+        angles = seeds.to(given["queries"].dtype)
+        guides = torch.stack((angles.cos(), angles.sin()), -1)
+        return self.loss(
+            **given,
+            column_bias=angles[:, 1:].sin(),
+            row_weights=2 + angles[:, 0].cos(),
+            guide=(guides[:, 0], guides[:, 1], guides[:, 2:]),
+        )
+
+
+class _Taught(nn.Module):
+    """A distillation from a teacher whose features, or scores, are made of integers."""
+
+    def __init__(self, build: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.loss = build(**options)
+
+    def forward(self, seeds: Tensor, groups: Tensor, ids: Tensor, **given: Tensor) -> Any:
+        angles = seeds.to(given["queries"].dtype)
+        if isinstance(self.loss, ScoreDistillationLoss):
+            return self.loss(**given, scores=angles[:, 1:].sin())
+        unit = torch.stack((angles.cos(), angles.sin()), -1)
+        return self.loss(**given, teacher_queries=unit[:, 0], teacher_documents=unit[:, 1])
+
+
+def _in_batch(**options: Any) -> nn.Module:
+    return _Taught(InBatchDistillationLoss, teacher_scale=4.0, symmetric=True, **options)
+
+
+def _scored(**options: Any) -> nn.Module:
+    return _Taught(ScoreDistillationLoss, **options)
+
+
 def _tokens(world: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {
         "image_tokens": _features(world, generator, ROWS, 4),
@@ -126,6 +182,10 @@ def _with(build: Callable[..., nn.Module], **options: Any) -> Callable[..., nn.M
     return lambda **more: build(init_logit_scale=30.0, **options, **more)
 
 
+def _harder(**options: Any) -> Callable[..., nn.Module]:
+    return _with(RetrievalLoss, hardness_strength=3.0, **options)
+
+
 _CLIP, _NCE = _with(ClipLoss), _with(InfoNCELoss)
 _BOTH_WAYS = _with(InfoNCELoss, symmetric=True)
 
@@ -149,6 +209,21 @@ CASES = [
     ),
     Case("info_nce debiased", _with(InfoNCELoss, tau_plus=0.1, symmetric=True), _retrieval()),
     Case("info_nce debiased own", _with(InfoNCELoss, tau_plus=0.1), _retrieval(ROWS, 2)),
+    Case("retrieval", _with(RetrievalLoss, directions=DIRECTIONS), _retrieval(ROWS, 2)),
+    Case("retrieval ids", _with(RetrievalLoss, directions=DIRECTIONS), _retrieval(ids=ROWS)),
+    Case(
+        "retrieval harder",
+        _harder(directions=DIRECTIONS[:2], hardness_mode="in_batch_negatives"),
+        _retrieval(ROWS, 2),
+    ),
+    Case("retrieval rules", _with(_Ruled, directions=DIRECTIONS), _ruled),
+    Case(
+        "retrieval own",
+        _harder(hardness_mode="all_negatives", in_batch_negatives=False),
+        _retrieval(ROWS, 3),
+    ),
+    Case("distillation in the batch", _with(_in_batch), _numbered_pairs),
+    Case("distillation of scores", _with(_scored), _ruled),
     Case("nt_xent", _with(NTXentLoss), _views),
     Case("nt_xent debiased", _with(NTXentLoss, tau_plus=0.1), _views),
     Case("sup_con", _with(SupConLoss), _classes),
@@ -171,6 +246,11 @@ CASES = [
     Case(
         "matryoshka info_nce margin",
         _matryoshka(_with(InfoNCELoss, false_negative_margin=0.0)),
+        _retrieval(ROWS, 2),
+    ),
+    Case(
+        "matryoshka retrieval",
+        _matryoshka(_harder(directions=DIRECTIONS, hardness_mode="hard_negatives")),
         _retrieval(ROWS, 2),
     ),
     Case("matryoshka nt_xent", _matryoshka(_with(NTXentLoss)), _views),

@@ -32,6 +32,13 @@ PAIRINGS = {
     "ids and thresholds": {"ids", "thresholds"},
     "labels": {"labels"},
     "labels and ids": {"labels", "ids"},
+    "groups": {"groups"},
+    "shift, groups and ids": {"shift", "groups", "ids"},
+    "labels and groups": {"labels", "groups"},
+    "bias": {"bias"},
+    "labels and bias": {"labels", "bias"},
+    "guide": {"guide"},
+    "all but labels": {"ids", "thresholds", "groups", "bias", "guide"},
 }
 SELF_PAIRINGS = {
     "two views": {"shift"},
@@ -52,17 +59,38 @@ def make(
         *_split(labels, M),
         *_split(ids, M),
         *thresholds,
+        **_further(rules, M, N),
         positive_shift=2 * N // 3 if "shift" in rules else 0,
         both_ways=both_ways,
     )
     return unit(M, D), unit(N, D), pairing
 
 
+def _further(rules: set[str] | dict[str, Any], M: int, N: int) -> dict[str, Tensor]:
+    """Groups, biases and guides of rows and columns."""
+    double = {"dtype": torch.float64}
+    found: dict[str, Tensor] = {}
+    if "groups" in rules:
+        # Pair i is of one group.
+        groups = torch.randint(0, 3, (max(M, N),))
+        found |= {"row_groups": groups[:M], "column_groups": groups[:N]}
+    if "bias" in rules:
+        found |= {"row_bias": torch.randn(M, **double), "column_bias": torch.randn(N, **double)}
+    if "guide" in rules:
+        found |= {"row_guide": torch.randn(4, M, **double)}
+        found |= {"column_guide": torch.randn(4, N, **double)}
+        found |= {"row_guide_threshold": torch.rand(M, **double)}
+        found |= {"column_guide_threshold": torch.rand(N, **double)}
+    return found
+
+
 def make_self(rules: set[str], B: int, D: int) -> tuple[Tensor, Pairing]:
     labels = torch.randint(0, B // 2 + 1, (2 * B,)) if "labels" in rules else None
     ids = torch.randint(0, B // 2 + 1, (2 * B,)) if "ids" in rules else None
     shift = B if "shift" in rules else 0
-    return unit(2 * B, D), Pairing(labels, labels, ids, ids, None, None, shift, False, True)
+    return unit(2 * B, D), Pairing(
+        labels, labels, ids, ids, positive_shift=shift, both_ways=False, self_contrast=True
+    )
 
 
 def _split(numbers: Tensor | None, M: int) -> tuple[Tensor | None, Tensor | None]:

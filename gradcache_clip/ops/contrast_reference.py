@@ -12,13 +12,18 @@ def contrast_reference(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairi
     """Compute them by plain autograd over the full logits, in at least fp32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = logit_scale.to(dtype) * (q.to(dtype) @ k.to(dtype).T)
+    if pairing.row_bias is not None:
+        logits = logits + pairing.row_bias[:, None]
+    if pairing.column_bias is not None:
+        logits = logits + pairing.column_bias
     positives, competes = _masks(pairing, len(q), len(k), q.device)
-    rows = _side(logits, positives, competes, pairing.row_labels, pairing.row_threshold)
+    of_rows, of_columns = _guided(pairing, competes)
+    rows = _side(logits, positives, of_rows, pairing.row_labels, pairing.row_threshold)
     empty = logits.new_empty(0)
     columns = (empty, empty, empty, empty)
     if pairing.both_ways:
         columns = _side(
-            logits.T, positives.T, competes.T, pairing.column_labels, pairing.column_threshold
+            logits.T, positives.T, of_columns.T, pairing.column_labels, pairing.column_threshold
         )
         if pairing.column_labels is None:
             columns = (empty, *columns[1:])
@@ -31,15 +36,32 @@ def _masks(
     """Return masks of positives and of competitors, positives among them; both M x N."""
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)[None, :]
-    positives = column == (row + pairing.positive_shift) % columns
+    partner = row + pairing.positive_shift
+    positives = (column == partner) | (column == partner - columns)
     if pairing.row_labels is not None and pairing.column_labels is not None:
         positives = pairing.row_labels[:, None] == pairing.column_labels[None, :]
     competes = torch.ones_like(positives)
     if pairing.row_ids is not None and pairing.column_ids is not None:
         competes = positives | (pairing.row_ids[:, None] != pairing.column_ids[None, :])
+    if pairing.row_groups is not None and pairing.column_groups is not None:
+        same_group = pairing.row_groups[:, None] == pairing.column_groups[None, :]
+        competes = competes & (positives | same_group)
     if pairing.self_contrast:
         positives, competes = positives & (row != column), competes & (row != column)
     return positives, competes
+
+
+def _guided(pairing: Pairing, competes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return who competes for rows, and for columns, by the thresholds of both."""
+    if pairing.row_guide is None or pairing.column_guide is None:
+        return competes, competes
+    guide = pairing.row_guide.T @ pairing.column_guide
+    rows = columns = competes
+    if pairing.row_guide_threshold is not None:
+        rows = competes & (guide <= pairing.row_guide_threshold[:, None])
+    if pairing.column_guide_threshold is not None:
+        columns = competes & (guide <= pairing.column_guide_threshold)
+    return rows, columns
 
 
 def _side(

@@ -63,7 +63,8 @@ def _competition(pairing: Pairing) -> Competition:
 
     integers = (None if each is None else each.to(torch.int64).contiguous() for each in pairing[:4])
     thresholds = (None if each is None else each * LOG2_E for each in pairing[4:6])
-    return Competition(*integers, *thresholds, *pairing[6:])
+    flags = pairing.positive_shift, pairing.both_ways, pairing.self_contrast
+    return Competition(*integers, *thresholds, *flags)
 
 
 def _in_nats(planes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -26,14 +26,32 @@ class TileMasks:
         pairing = self.pairing
         if pairing.row_ids is not None and pairing.column_ids is not None:
             mask = self._equal("ids", pairing.row_ids, pairing.column_ids, stripe, panel)
-            # Positives compete even where ids are equal.
-            if self.labelled:
-                mask &= ~self.positives(stripe, panel)
-            else:
-                self._fill_positives(mask, stripe, panel)
-            tile.masked_fill_(mask, value)
+            self._leave_out(mask, tile, stripe, panel, value)
+        if pairing.row_groups is not None and pairing.column_groups is not None:
+            same = self._equal("ids", pairing.row_groups, pairing.column_groups, stripe, panel)
+            self._leave_out(same.logical_not_(), tile, stripe, panel, value)
         if pairing.self_contrast:
             diagonal(tile, stripe, panel)[0].fill_(value)
+
+    def add_bias(self, tile: Tensor, stripe: slice, panel: slice) -> None:
+        """Add the constants of rows and columns to the logits of a tile."""
+        if self.pairing.row_bias is not None:
+            tile.add_(self.pairing.row_bias[stripe, None])
+        if self.pairing.column_bias is not None:
+            tile.add_(self.pairing.column_bias[panel])
+
+    def above_guide(self, stripe: slice, panel: slice, dim: int) -> Tensor | None:
+        """Mask the logits whose guide is above the threshold of its row (1) or its column (0)."""
+        pairing = self.pairing
+        limit, where = pairing.row_guide_threshold, stripe
+        if dim == 0:
+            limit, where = pairing.column_guide_threshold, panel
+        if limit is None or pairing.row_guide is None or pairing.column_guide is None:
+            return None
+        left, right = pairing.row_guide[:, stripe], pairing.column_guide[:, panel]
+        guide = torch.mm(left.T, right, out=self.tiles.buffer("guide", stripe, panel, left.dtype))
+        mask = self.tiles.buffer("guided", stripe, panel, torch.bool)
+        return torch.gt(guide, limit[where].unsqueeze(dim), out=mask)
 
     def positives(self, stripe: slice, panel: slice) -> Tensor:
         """With labels: mask equal ones, but not the row itself in a self-contrast."""
@@ -59,9 +77,15 @@ class TileMasks:
             if self.pairing.self_contrast:
                 entries.add_(dpositive[partners])
 
-    def _fill_positives(self, mask: Tensor, stripe: slice, panel: slice) -> None:
-        for entries, _, _ in self._diagonals(mask, stripe, panel):
+    def _leave_out(
+        self, mask: Tensor, tile: Tensor, stripe: slice, panel: slice, value: float
+    ) -> None:
+        """Write `value` where the mask is True, but for positives, which always compete."""
+        if self.labelled:
+            mask &= ~self.positives(stripe, panel)
+        for entries, _, _ in () if self.labelled else self._diagonals(mask, stripe, panel):
             entries.fill_(False)
+        tile.masked_fill_(mask, value)
 
     def _diagonals(
         self, tile: Tensor, stripe: slice, panel: slice

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from torch import Tensor
 
@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+# Of the fields of `Pairing`: those that are vectors, rows and columns in turn, and the first kinds.
+_VECTORS: Final = 14
+_BASIC: Final = 6
+
+
 class Pairing(NamedTuple):
     """The rules of a contrast, applied inside each tile; no M x N mask exists.
 
     Without labels the only positive of row i is column (i + positive_shift) mod N. With labels
     every column of an equal label is one. All other columns are negatives, except those that leave
-    the competition: equal ids, logits above a threshold, and the row itself in a self-contrast.
+    the competition: equal ids, other groups, logits or guides above a threshold, and the row itself
+    in a self-contrast.
     """
 
     row_labels: Int[Tensor, " m"] | None = None
@@ -30,6 +36,19 @@ class Pairing(NamedTuple):
     row_threshold: Float[Tensor, " m"] | None = None
     """Logits above it are no negatives of their row; only without labels."""
     column_threshold: Float[Tensor, " n"] | None = None
+    row_groups: Int[Tensor, " m"] | None = None
+    column_groups: Int[Tensor, " n"] | None = None
+    """Only rows and columns of one group compete."""
+    row_bias: Float[Tensor, " m"] | None = None
+    column_bias: Float[Tensor, " n"] | None = None
+    """Added to the logits; constants."""
+    row_guide: Float[Tensor, "g m"] | None = None
+    column_guide: Float[Tensor, "g n"] | None = None
+    """Features of another model, one column for each row of q and of k."""
+    row_guide_threshold: Float[Tensor, " m"] | None = None
+    """Columns whose guide has a larger product with the row's are no negatives of the row; only
+    without labels."""
+    column_guide_threshold: Float[Tensor, " n"] | None = None
     positive_shift: int = 0
     """Beyond all columns, as `without_positives` sets it, no row has a positive."""
     both_ways: bool = True
@@ -38,8 +57,8 @@ class Pairing(NamedTuple):
     """k is q: S is symmetric, its diagonal is left out, and one gradient serves both sides."""
 
     def packed(self) -> tuple[list[Tensor | None], list[int]]:
-        """Return the six vectors and the three numbers, as an op of torch.library takes them."""
-        vectors: list[Any] = list(self[:6])
+        """Return the vectors and the three numbers, as an op of torch.library takes them."""
+        vectors: list[Any] = list(self[:_VECTORS])
         return vectors, [self.positive_shift, int(self.both_ways), int(self.self_contrast)]
 
     @staticmethod
@@ -54,9 +73,9 @@ class Pairing(NamedTuple):
         places = rows, columns
         vectors: list[Any] = [
             None if vector is None else vector[..., places[index % 2]]
-            for index, vector in enumerate(self[:6])
+            for index, vector in enumerate(self[:_VECTORS])
         ]
-        rules: list[Any] = [*vectors, *self[6:]]
+        rules: list[Any] = [*vectors, *self[_VECTORS:]]
         return Pairing(*rules)
 
     def of_prefixes(self, count: int) -> list[Pairing]:
@@ -72,7 +91,7 @@ class Pairing(NamedTuple):
 
     def transposed(self) -> Pairing:
         """Swap rows and columns."""
-        rules: list[Any] = [*(self[index ^ 1] for index in range(6)), *self[6:]]
+        rules: list[Any] = [*(self[index ^ 1] for index in range(_VECTORS)), *self[_VECTORS:]]
         return Pairing(*rules)
 
     def with_columns(self, order: Int[Tensor, " n"] | None) -> Pairing:
@@ -81,14 +100,19 @@ class Pairing(NamedTuple):
             return self
         rules: list[Any] = [
             vector[..., order] if vector is not None and index % 2 == 1 else vector
-            for index, vector in enumerate(self[:6])
+            for index, vector in enumerate(self[:_VECTORS])
         ]
-        rules += self[6:]
+        rules += self[_VECTORS:]
         return Pairing(*rules)
 
     def without_positives(self, M: int, N: int) -> Pairing:
         """Return the rules of M rows and N columns without a pair, unless labels make one."""
         return self._replace(positive_shift=2 * (M + N), self_contrast=False)
+
+    @property
+    def basic(self) -> bool:
+        """Whether labels, ids and thresholds of logits are all the rules that there are."""
+        return all(vector is None for vector in self[_BASIC:_VECTORS])
 
 
 class Statistics(NamedTuple):

@@ -61,6 +61,11 @@ def columns_of(statistics: Statistics) -> Direction:
     return Direction(positive, peak, total, peak, hardest_negative)
 
 
+def log_sum_exp(direction: Direction) -> Float[Tensor, " m"]:
+    """Return the logarithm of what is summed of each row; -inf where there is nothing."""
+    return direction.peak + _log(direction.total)
+
+
 def negative_lse_minus_positive(direction: Direction) -> Float[Tensor, " m"]:
     """Return N - p of each row; -inf where there are no negatives."""
     return (direction.peak - direction.positive) + _log(direction.total)

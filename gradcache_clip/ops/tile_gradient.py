@@ -24,13 +24,16 @@ class TileGradient:
     def tile(self, stripe: slice, panel: slice) -> Tensor:
         """Return G of these rows and columns; the next call overwrites it."""
         tile, scratch = self.tiles.logits(stripe, panel), self._scratch(stripe, panel)
+        self.masks.add_bias(tile, stripe, panel)
         # dsum_i exp(S - max_i) + dsum_j exp(S - max_j), in two buffers; columns first, because the
         # rows overwrite S.
         if self.columns is not None:
             threshold = self.pairing.column_threshold
             _softmax(tile, panel, 0, self.columns, threshold, out=scratch)
+            self._drop_guided(scratch, stripe, panel, 0)
             scratch.mul_(self.columns.dsum[panel])
         _softmax(tile, stripe, 1, self.rows, self.pairing.row_threshold, out=tile)
+        self._drop_guided(tile, stripe, panel, 1)
         dsum = self.rows.dsum[stripe, None]
         if self.columns is None:
             tile.mul_(dsum)
@@ -39,6 +42,11 @@ class TileGradient:
         self.masks.exclude(tile, stripe, panel, 0.0)
         self._add_positives(tile, stripe, panel)
         return tile
+
+    def _drop_guided(self, weights: Tensor, stripe: slice, panel: slice, dim: int) -> None:
+        above = self.masks.above_guide(stripe, panel, dim)
+        if above is not None:
+            weights.masked_fill_(above, 0)
 
     def _add_positives(self, tile: Tensor, stripe: slice, panel: slice) -> None:
         if not self.masks.labelled:

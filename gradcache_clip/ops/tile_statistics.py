@@ -45,13 +45,15 @@ class TileStatistics:
         """Compute the tile of these rows and columns, and add it to the statistics."""
         tile = self.tiles.logits(stripe, panel)
         sides = self._sides(stripe, panel)
+        self.masks.add_bias(tile, stripe, panel)
         self.masks.exclude(tile, stripe, panel, -torch.inf)
         if not self.masks.labelled:
             self.masks.take_positives(tile, stripe, panel, self.positive)
         for side, where, dim, threshold in sides:
             scratch = self.tiles.buffer("scratch", stripe, panel)
             limit = None if threshold is None else threshold[where].unsqueeze(dim)
-            side.fold(_up_to(limit, tile, scratch), where, dim, scratch)
+            above = self.masks.above_guide(stripe, panel, dim)
+            side.fold(_up_to(limit, above, tile, scratch), where, dim, scratch)
         if self.masks.labelled:
             self._fold_labelled(tile, stripe, panel, sides)
 
@@ -83,11 +85,14 @@ class TileStatistics:
         return Statistics(*row, columns.positive, columns.max, columns.sum, columns.hardest)
 
 
-def _up_to(limit: Tensor | None, tile: Tensor, scratch: Tensor) -> Tensor:
-    """Return the tile with -inf above the limit."""
-    if limit is None:
+def _up_to(limit: Tensor | None, above: Tensor | None, tile: Tensor, scratch: Tensor) -> Tensor:
+    """Return the tile with -inf above the limit, and where `above` says so."""
+    if limit is not None:
+        beyond = tile > limit
+        above = beyond if above is None else beyond.logical_or_(above)
+    if above is None:
         return tile
-    return torch.where(tile > limit, tile.new_full((), -torch.inf), tile, out=scratch)
+    return torch.where(above, tile.new_full((), -torch.inf), tile, out=scratch)
 
 
 class RunningSoftmax:

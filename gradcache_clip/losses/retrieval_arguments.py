@@ -1,0 +1,179 @@
+"""Checks what a `RetrievalLoss` is given, and gathers what it must know of all ranks.
+
+b queries on this rank, B on all, K hard negatives of each query, D width, G width of a guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradcache_clip.distributed.collectives import check_same_everywhere
+from gradcache_clip.distributed.exchange import Ranks
+from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS, RowRules
+from gradcache_clip.ops.arguments import (
+    check_floating,
+    check_integers,
+    check_pairs,
+    check_same_device,
+)
+from gradcache_clip.ops.groups import dense_groups
+
+PARTITION_MODES = "joint", "per_direction"
+HARDNESS_MODES = "in_batch_negatives", "hard_negatives", "all_negatives"
+Guide = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+class RowArguments(NamedTuple):
+    """What may be said of each query beside its features."""
+
+    negatives_per_query: int | None
+    ids: Tensor | None
+    groups: Tensor | None
+    column_bias: Tensor | None
+    guide: Guide | None
+    row_weights: Tensor | None
+
+
+def check_options(
+    directions: Sequence[str], partition_mode: str, hardness_mode: str | None, strength: float
+) -> None:
+    if not set(directions) <= set(DIRECTIONS) or "query_to_doc" not in directions:
+        raise ValueError(
+            f"directions: expected query_to_doc, and any of {', '.join(DIRECTIONS[1:])}, got "
+            f"{list(directions)}"
+        )
+    if partition_mode not in PARTITION_MODES:
+        raise ValueError(
+            f"partition_mode: expected {' or '.join(PARTITION_MODES)}, got {partition_mode!r}"
+        )
+    without = sorted(set(directions) & {"query_to_query", "doc_to_doc"})
+    if partition_mode == "per_direction" and without:
+        raise ValueError(
+            f'partition_mode: expected "joint" with {" and ".join(without)}, got "per_direction"; '
+            "a softmax without the positive would reward any drift of its negatives"
+        )
+    if hardness_mode not in (None, *HARDNESS_MODES):
+        names = ", ".join(HARDNESS_MODES)
+        raise ValueError(f"hardness_mode: expected None or one of {names}, got {hardness_mode!r}")
+    if strength < 0 or (strength > 0 and hardness_mode is None):
+        raise ValueError(
+            f"hardness_strength: expected 0 or more, and 0 without a hardness_mode, got {strength}"
+        )
+
+
+def negatives_of(
+    queries: Tensor, documents: Tensor, hard_negatives: Tensor | None, per_query: int | None
+) -> Tensor | None:
+    """Check all features; return the hard negatives as (b, K, D)."""
+    check_pairs(("queries", "documents"), queries, documents)
+    if hard_negatives is None:
+        if per_query is not None:
+            raise ValueError(
+                f"negatives_per_query: expected None without hard_negatives, got {per_query}"
+            )
+        return None
+    check_floating("hard_negatives", hard_negatives)
+    check_same_device(("queries", "hard_negatives"), queries, hard_negatives)
+    (b, D), shape = queries.shape, tuple(hard_negatives.shape)
+    if per_query is not None and per_query > 0 and shape == (b * per_query, D):
+        return hard_negatives.unflatten(0, (b, per_query))
+    if per_query is not None or len(shape) != 3 or shape != (b, shape[1], D) or shape[1] == 0:
+        raise ValueError(
+            f"hard_negatives: expected ({b}, K, {D}), or ({b} * K, {D}) query by query with "
+            f"negatives_per_query=K, got {shape} with negatives_per_query={per_query}; negatives "
+            "that belong to no query, such as those of a queue, go to InfoNCELoss"
+        )
+    return hard_negatives
+
+
+def check_rows(
+    group: dist.ProcessGroup | None, queries: Tensor, negatives: Tensor | None, given: RowArguments
+) -> None:
+    """Raise unless all of it fits the queries, here and on every other rank."""
+    b, K = len(queries), 0 if negatives is None else negatives.shape[1]
+    for name in ("ids", "groups"):
+        values = getattr(given, name)
+        if values is not None:
+            check_integers(name, values, (b,), queries.device)
+    if given.row_weights is not None:
+        _check_constant("row_weights", given.row_weights, ((b,),), queries)
+    if given.column_bias is not None:
+        shapes = ((b,), (b, 1)) if K == 0 else ((b, 1 + K),)
+        _check_constant("column_bias", given.column_bias, shapes, queries)
+    guides = given.guide or ()
+    if given.guide is not None:
+        _check_guide(guides, queries, K)
+    check_same_everywhere(
+        group,
+        queries=queries,
+        negatives=negatives,
+        ids=given.ids,
+        groups=given.groups,
+        column_bias=given.column_bias,
+        row_weights=given.row_weights,
+        guide=guides[0] if guides else None,
+    )
+
+
+def _check_constant(
+    name: str, values: Tensor, shapes: Sequence[tuple[int, ...]], queries: Tensor
+) -> None:
+    check_floating(name, values)
+    if tuple(values.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(
+            f"{name}: expected shape {expected}, got {tuple(values.shape)}; one number for each "
+            + ("query" if name == "row_weights" else "document, then for each of its negatives")
+        )
+    check_same_device(("queries", name), queries, values)
+    if values.requires_grad:
+        raise ValueError(
+            f"{name}: expected constants, got a tensor that requires a gradient; pass "
+            f"{name}.detach()"
+        )
+
+
+def _check_guide(guides: Sequence[Tensor], queries: Tensor, K: int) -> None:
+    b = len(queries)
+    parts = ("queries", "documents", "hard negatives")[: 2 + (K > 0)]
+    if len(guides) != len(parts):
+        raise ValueError(
+            f"guide: expected features of {', '.join(parts)} by the guide, got {len(guides)} "
+            "tensors; pass one for each input"
+        )
+    G = guides[0].shape[-1]
+    for part, each in zip(parts, guides, strict=True):
+        shape = (b, K, G) if part == "hard negatives" else (b, G)
+        check_floating("guide", each)
+        if tuple(each.shape) != shape or each.requires_grad:
+            raise ValueError(
+                f"guide: expected constant {part} of shape {shape}, got {tuple(each.shape)}"
+                f"{', which require a gradient' if each.requires_grad else ''}; embed the batch "
+                "with the guide under torch.no_grad(), normalised"
+            )
+        check_same_device(("queries", "guide"), queries, each)
+
+
+def rules_of(
+    ranks: Ranks, given: RowArguments, dtype: torch.dtype, margin: float, *, relative: bool
+) -> RowRules:
+    """Gather what all ranks say of their queries."""
+    joined = ranks.joined
+    ids = None if given.ids is None else dense_groups(joined(given.ids))
+    groups = None if given.groups is None else joined(given.groups)
+    bias = None
+    if given.column_bias is not None:
+        bias = joined(given.column_bias.to(dtype).view(len(given.column_bias), -1).T)
+    if given.guide is None:
+        return RowRules(ids, groups, bias)
+    queries, documents, *negatives = (each.to(dtype) for each in given.guide)
+    own = [each.permute(1, 2, 0) for each in negatives]
+    guide = joined(torch.cat((torch.stack((queries.T, documents.T)), *own)))
+    pairs = torch.linalg.vecdot(guide[0], guide[1], dim=0)
+    threshold = pairs * (1 - margin) if relative else pairs - margin
+    return RowRules(ids, groups, bias, guide, threshold)
