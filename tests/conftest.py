@@ -11,10 +11,15 @@ import pytest
 import torch
 from _pytest.terminal import TerminalReporter
 
+FAULTS = "faults"
 WORST_ERROR = "worst_relative_error"
 EACH_PARAMETER = "relative_error_of_each_parameter"
 ENCODER_ERROR = "worst_relative_error_of_an_encoder"
 SHOWN = 8
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", type=int, default=0, help="faults to inject, over all kinds")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,7 +44,8 @@ def _seeded() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
-    """How far cached gradients are from those of the one-shot step."""
+    """What came of faults, and how far cached gradients are from those of the one-shot step."""
+    _write_faults(terminalreporter)
     _write_encoders(terminalreporter)
     _write_fuzz(terminalreporter)
     settings = _recorded(terminalreporter, WORST_ERROR)
@@ -50,6 +56,21 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     for setting, parameter, error in settings:
         terminalreporter.write_line(f"{setting:<{width}}  {error:.1e}  {parameter}")
     _write_parameters(terminalreporter, _recorded(terminalreporter, EACH_PARAMETER))
+
+
+def _write_faults(terminalreporter: TerminalReporter) -> None:
+    kinds: dict[str, list[int]] = {}
+    for kind, *counts in _recorded(terminalreporter, FAULTS):
+        kinds[kind] = [sum(pair) for pair in zip(kinds.get(kind, [0, 0, 0]), counts, strict=True)]
+    if not kinds:
+        return
+    rows = [("", "injected", "survived", "resumed exactly")]
+    rows += [(kind, *map(str, counts)) for kind, counts in kinds.items()]
+    totals = [sum(counts) for counts in zip(*kinds.values(), strict=True)]
+    rows.append(("all", *map(str, totals)))
+    terminalreporter.section("faults")
+    for kind, *cells in rows:
+        terminalreporter.write_line(f"{kind:<30}" + "".join(f"{cell:>17}" for cell in cells))
 
 
 def _write_fuzz(terminalreporter: TerminalReporter) -> None:

@@ -14,6 +14,18 @@ from gradcache_clip.train.config_errors import ConfigError
 
 LOCK_NAME = ".lock"
 
+_held: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """A process that was forked must not hold what the one that trains holds, and outlive it."""
+    for file in _held:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
@@ -36,7 +48,11 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
         file.flush()
-        yield
+        _held.add(file)
+        try:
+            yield
+        finally:
+            _held.discard(file)
         file.truncate(0)
 
 

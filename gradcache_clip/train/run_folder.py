@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradcache_clip.train.atomic_file import replacing
+from gradcache_clip.train.atomic_file import is_temporary, replacing
 from gradcache_clip.train.backbones import arguments_of
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.config_errors import ConfigError, field_of
@@ -59,13 +59,24 @@ class RunFolder:
 
     def holds_only_a_failed_start(self) -> bool:
         """Return whether all files here are those of a run that never took a step."""
-        names = {path.name for path in self.path.iterdir()}
-        try:
-            load_config(self.config)
-        except ConfigError:
+        names = {path.name for path in self.path.iterdir() if not is_temporary(path)}
+        if self.config.exists():
+            try:
+                load_config(self.config)
+            except ConfigError:
+                return False
+        elif LOCK_NAME not in names or self.has_begun():
             return False
         ours = {path.name for path in (self.config, self.tokenizer, self.text_model, self.summary)}
         return names <= {*ours, FILE_NAME, LOCK_NAME, "tensorboard"}
+
+    def check_is_there(self) -> None:
+        """Raise FileNotFoundError if the folder of a run that has begun is gone."""
+        if not self.config.is_file():
+            raise FileNotFoundError(
+                f"{self.path}: expected the folder of this run, got none any more; its log is "
+                "lost: bring the folder back and resume, or start a new run"
+            )
 
     def begin(self, config: Config, tokenizer: Tokenizer | None, encoder: Any = None) -> None:
         """Create the folder and write the configuration; a resumed run keeps its tokenizer.
@@ -178,12 +189,13 @@ def check_run(config: Config) -> RunFolder:
     if not run.path.exists() or {path.name for path in run.path.iterdir()} <= {LOCK_NAME}:
         return run
     run.check_entries()
-    if not run.config.is_file() or not (run.has_begun() or run.holds_only_a_failed_start()):
+    begun = run.config.is_file() and run.has_begun()
+    if not (begun or run.holds_only_a_failed_start()):
         raise ConfigError(
             f"train.output: expected a new folder, got {run.path}, which holds other files; "
             "choose another folder"
         )
-    if not run.has_begun():
+    if not begun:
         return run
     if not config.train.resume:
         raise ConfigError(

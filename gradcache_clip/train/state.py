@@ -98,6 +98,7 @@ class TrainState:
         generators = self.peers.gather_to_rank0(capture_rng())
         self.on_save()
         if self.peers.is_first:
+            self.run.check_is_there()
             state = {**state, "loader": join_states(loaders), "rng": generators}
             state["run"] = {"settings": self.settings, "tokenizer": self.tokenizer_digest}
             modules = self._modules(weights)

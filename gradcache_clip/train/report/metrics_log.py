@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gradcache_clip.train.atomic_file import naming, replacing
+from gradcache_clip.train.report.event_file import EventFile
 
 FILE_NAME = "metrics.jsonl"
 _MOST_STEPS = 2**53
@@ -50,11 +51,9 @@ class MetricsLog:
         if path.exists():
             _cut_after(path, resume_step)
         self._path, self._file = path, path.open("a", encoding="utf-8")
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
+        self._events = (
+            EventFile(folder / "tensorboard", step=resume_step + 1) if tensorboard else None
+        )
 
     def write(self, step: int, values: Mapping[str, Number]) -> None:
         """Log `values`, numbers or 0-dim tensors, under `step`."""
@@ -66,14 +65,13 @@ class MetricsLog:
         with naming(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
-        if self._writer is not None:
-            for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
+        if self._events is not None:
+            self._events.add(step, numbers)
 
     def close(self) -> None:
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
 
     def __enter__(self) -> MetricsLog:
         return self
