@@ -133,6 +133,15 @@ def test_a_few_bytes_do_not_become_gigabytes(tmp_path: Path) -> None:
         TextRows(path, PAIR)
 
 
+def test_a_text_of_parquet_that_is_no_utf8_is_one_broken_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"anchor": ["one", "two"], "positive": ["d", "d"]})
+    parquet.write_table(table, path, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"two", b"\xfftw"))
+    found = [*map(TextRows(path, PAIR).read, range(2))]
+    assert found == [("one", "d"), BrokenReport("bad utf-8", str(path), "row 2")]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow"])
 def test_compressed_tables_are_not_unpacked(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(b"anchor,positive\n" + b"q,d\n" * 10**6))
@@ -207,9 +216,7 @@ def test_manifests_of_nonsense_are_refused(tmp_path: Path) -> None:
             fields["shards"][0][name] = value
         fields[name] = value
         path.write_text(json.dumps(fields))
-        with pytest.raises(
-            ValueError, match=r"manifest\.json: expected a manif.* a count that"
-        ):
+        with pytest.raises(ValueError, match=r"manifest\.json: expected a manif.* a count that"):
             read_manifest(path.parent)
 
 

@@ -96,7 +96,10 @@ class TextRows:
         row = int(self._numbers[number])
         if self._is_lines:
             return _parsed(self._columns["text"][row].as_py().encode(BYTES))
-        return {name: self._columns[name][row].as_py() for name in self.fields}
+        try:
+            return {name: self._columns[name][row].as_py() for name in self.fields}
+        except UnicodeDecodeError as error:
+            raise BrokenSample("bad utf-8") from error
 
     def _place_of(self, number: int) -> tuple[str, str]:
         """File and line, for a report."""
