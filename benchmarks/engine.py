@@ -337,7 +337,7 @@ def section(results: Path) -> str:
 
 
 def _workload_table(results: Path, workload: str) -> str:
-    """The engine beside other ways, titled contestants first."""
+    """A step beside other engines, titled contestants first."""
     found, titles = read_json(results / _FILE)[workload], _TITLES[workload]
     contestants = found["contestants"]
     names = [*(name for name in titles if name in contestants)]

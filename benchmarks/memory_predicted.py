@@ -157,7 +157,8 @@ def _predict(options: argparse.Namespace) -> list[Predicted]:
     asked = [(card, place) for card in options.cards for place in ("device", "host")]
     rows: list[Predicted] = []
     for card, place in track(asked, "planning", console=Console(stderr=True), transient=True):
-        found = gradcache_clip.plan(options.image, options.text, card, replace(given, inputs=place))
+        planned = replace(given, batch_device=place)
+        found = gradcache_clip.plan(options.image, options.text, card, planned)
         rows += _rows_of(found, options.largest)
     batches = sorted({row.batch_size for row in rows})
     return [*rows, *_losses(batches, given.feature_dim)]
@@ -168,7 +169,7 @@ def _rows_of(found: Plan, largest: int) -> Iterator[Predicted]:
     names = {
         planned: name
         for name, (planned, inputs, _) in METHODS.items()
-        if inputs == found.options.inputs
+        if inputs == found.options.batch_device
     }
     for method in found.methods:
         if method.name not in names or method.largest_batch is None:

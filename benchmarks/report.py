@@ -315,7 +315,7 @@ def _of_suite(body: Callable[[Path], str]) -> Callable[[Path], str]:
 SECTIONS = (
     Section("Memory of a training step", "memory", memory_vs_batch.section, "memory_vs_batch.png"),
     Section("Memory on named GPUs", "predicted", memory_predicted.section, "memory_predicted.png"),
-    Section("The engine beside other ways", "engine", engine.section, "engine_budget.png"),
+    Section("A training step beside other engines", "engine", engine.section, "engine_budget.png"),
     Section("The losses, on the CPU in fp32", "loss", loss_figures.section("cpu", "fp32")),
     Section(
         "The losses, on a GPU", "gpu", _of_suite(gpu_losses.page), files=_suite(gpu_losses.FILE)

@@ -103,7 +103,7 @@ def test_caching_holds_the_largest_batch(planned):
 
 
 def test_the_largest_batch_fits_and_the_next_does_not(traced):
-    capacity, options = 2**30, dataclasses.replace(_SMALL, inputs="host")
+    capacity, options = 2**30, dataclasses.replace(_SMALL, batch_device="host")
     methods = methods_of(traced, options, capacity)
     largest = {method.name: method.largest_batch for method in methods}["gradient caching"]
     for rows, fits in ((largest, True), (largest + largest // 50, False)):

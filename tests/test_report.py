@@ -264,7 +264,7 @@ def rows_of_a_run(steps: int, candidates: int) -> list[dict[str, Any]]:
 
 
 class TestCurves:
-    def test_says_the_finding_and_shows_each_level_of_guessing(
+    def test_says_the_finding_and_shows_each_level_of_chance(
         self, figures_saved: list[Any]
     ) -> None:
         runs = [
@@ -312,10 +312,10 @@ class TestCurves:
     def test_a_loss_that_is_no_softmax_has_a_level_of_its_own(
         self, figures_saved: list[Any]
     ) -> None:
-        draw_curves([RunCurve("a", rows_of_a_run(9, 64), 64, guess=5.15)], "c.png")
+        draw_curves([RunCurve("a", rows_of_a_run(9, 64), 64, chance=5.15)], "c.png")
         loss = figures_saved[0].axes[0]
         assert 5.15 in {float(line.get_ydata()[0]) for line in loss.lines}
-        assert "dotted: guessing, 5.15" in {text.get_text() for text in loss.texts}
+        assert "dotted: chance, 5.15" in {text.get_text() for text in loss.texts}
 
     def test_gaps_and_one_point_and_no_evaluation(self, tmp_path: Path) -> None:
         rows = [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}, {"step": 3, "loss": math.nan}]

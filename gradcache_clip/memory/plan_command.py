@@ -52,7 +52,8 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, help="bf16")
     parser.add_argument("--optimizer", choices=list(OPTIMIZER_STATES), help="adamw")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage (0)")
-    parser.add_argument("--inputs", choices=("device", "host"), help="where the batch is stored")
+    places = "device", "host"
+    parser.add_argument("--batch-device", choices=places, help="where the batch is stored")
     for name in ("checkpointing", "ema"):
         parser.add_argument(_flag(name), action="store_const", const=True)
     parser.add_argument("--memory-budget", metavar="SIZE", help="for kept graphs: 8GB, auto")

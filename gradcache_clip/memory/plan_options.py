@@ -45,7 +45,7 @@ class PlanOptions:
     """Memory for graphs kept from the embed: bytes, an amount such as "8GB", or "auto"."""
     ema: bool = False
     """Keep a moving average of the weights."""
-    inputs: str = "device"
+    batch_device: str = "device"
     """Where the batch is stored: on the "device" or on the "host"."""
     context_bytes: int = 512 * 2**20
     """Memory used outside of the allocator: CUDA context, library code, driver."""
@@ -69,7 +69,8 @@ class PlanOptions:
         for name in ("image_trainable", "text_trainable"):
             share = getattr(self, name)
             _check(name, share, "a share from 0 to 1", 0 <= share <= 1)
-        _check("inputs", self.inputs, "device or host", self.inputs in ("device", "host"))
+        place = self.batch_device
+        _check("batch_device", place, "device or host", place in ("device", "host"))
         _check("context_bytes", self.context_bytes, "0 or more", self.context_bytes >= 0)
         if self.batch_size % self.world_size:
             _check(

@@ -77,7 +77,7 @@ def _memory_rows(plan: Plan) -> Iterator[tuple[str, int, str]]:
     buckets = options.world_size > 1 and options.zero == 0
     yield "gradients", plan.gradient_bytes, "DDP's buckets take the same again" * buckets
     yield "optimizer states", plan.optimizer_bytes, "and the averaged weights" * options.ema
-    yield "inputs", plan.input_bytes, stored.get(options.inputs, "two chunks at a time")
+    yield "inputs", plan.input_bytes, stored.get(options.batch_device, "two chunks at a time")
     yield "features", plan.feature_bytes, "of the whole batch, with gradients"
     yield "loss workspace", plan.loss_bytes, "while the loss runs"
     yield "one chunk's graph, image", plan.image_graph_bytes, "kept for its backward"
@@ -117,8 +117,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     chunk = f"{plan.largest_chunk:,}" if plan.largest_chunk else "none: not even a chunk of one"
     yield f"Largest chunk with which batch {plan.options.batch_size:,} fits: {chunk}."
     share = f"{100 * plan.recomputed_share:.0f} %"
-    if not plan.fits and plan.options.inputs == "device":
-        yield f"Inputs take {gib(plan.input_bytes)} of it: --inputs host copies chunk by chunk."
+    if not plan.fits and plan.options.batch_device == "device":
+        yield f"Inputs take {gib(plan.input_bytes)} of it: --batch-device host copies by chunks."
     yield f"A step is {plan.flops / 1e12:,.1f} Tflop on each card, {share} of it for the replay."
     if plan.least_step_ms is None:
         what = plan.options.precision if plan.card.tflops else "any precision"

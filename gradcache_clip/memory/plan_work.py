@@ -113,7 +113,7 @@ def work_of(
         shares=_shares(options),
         world_size=options.world_size,
         reserved_bytes=_reserved(encoder, options, card, trained),
-        inputs_on_device=options.inputs == "device",
+        inputs_on_device=options.batch_device == "device",
     )
 
 

@@ -111,7 +111,7 @@ def options_of(config: PairsConfig) -> PlanOptions:
         chunk_size=train.chunk_size,
         precision=train.precision,
         ema=train.ema_decay > 0,
-        inputs=train.batch_device,
+        batch_device=train.batch_device,
         zero=DEFAULT_STAGE if zero < 0 else zero,
         image_size=config.data.image_size,
         context_length=config.data.context_length,

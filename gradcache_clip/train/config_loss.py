@@ -53,7 +53,7 @@ class LossConfig(Section):
         }
 
     def chance_loss(self, candidates: int) -> float | None:
-        """Return the loss of guessing among `candidates`; None if it is log(candidates)."""
+        """Return the loss of chance among `candidates`; None if it is log(candidates)."""
         return None
 
 

@@ -133,7 +133,7 @@ class Program(ABC, Generic[Settings]):
 
     @property
     def chance_loss(self) -> float | None:
-        """Loss of guessing; None if it is log(candidates)."""
+        """Loss of chance, that of equal logits; None if it is log(candidates)."""
         chance_loss: float | None = self.config.loss.chance_loss(self.candidates)
         return chance_loss
 

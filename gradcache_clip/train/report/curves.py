@@ -40,13 +40,13 @@ class RunCurve:
     candidates: int
     """Candidates that each sample is compared with in training: the batch, or the chunk under
     plain accumulation."""
-    guess: float | None = None
-    """Loss of guessing; None for log(candidates), that of a softmax."""
+    chance: float | None = None
+    """Loss of chance; None for log(candidates), that of a softmax."""
 
     @property
-    def guessed_loss(self) -> float:
-        """Loss of guessing."""
-        return math.log(self.candidates) if self.guess is None else self.guess
+    def chance_loss(self) -> float:
+        """Loss of equal logits."""
+        return math.log(self.candidates) if self.chance is None else self.chance
 
 
 class _Panel(NamedTuple):
@@ -92,8 +92,8 @@ _STYLES = ("-", "--", "-.", ":")
 def draw_curves(runs: Sequence[RunCurve], path: str | Path) -> Path:
     """Draw three panels over the optimizer steps, the first run in blue.
 
-    The loss of guessing grows with the number of candidates, so losses over different numbers
-    cannot be compared; dotted lines show guessing for each. The held-out panel shows the same task
+    The loss of chance grows with the number of candidates, so losses over different numbers
+    cannot be compared; dotted lines show chance for each. The held-out panel shows the same task
     for all runs: recall@1, or classification accuracy.
 
     Args:
@@ -113,11 +113,11 @@ def draw_curves(runs: Sequence[RunCurve], path: str | Path) -> Path:
     with settings():
         figure = new_figure(1320, 470)
         loss, accuracy, held_out = figure.subplots(1, 3, width_ratios=(4, 4, 5))
-        _draw_training(loss, runs, "loss", lambda run: run.guessed_loss)
-        _label(loss, "Training loss", f"dotted: guessing, {_guesses(runs)}", "loss (nats)", runs)
+        _draw_training(loss, runs, "loss", lambda run: run.chance_loss)
+        _label(loss, "Training loss", f"dotted: chance, {_chances(runs)}", "loss (nats)", runs)
         _draw_training(accuracy, runs, "accuracy", lambda run: 100 / run.candidates, scale=100)
         widths = " or ".join(dict.fromkeys(f"{run.candidates:,}" for run in runs))
-        about = f"the one right of {widths}; dotted: guessing"
+        about = f"the one right of {widths}; dotted: chance"
         _label(accuracy, "In-batch accuracy", about, "right answers in the batch (%)", runs)
         accuracy.legend(loc="best", edgecolor="none", fontsize=9)
         write_head(figure, _draw_held_out(held_out, runs))
@@ -128,7 +128,7 @@ def _draw_training(
     axes: Axes,
     runs: Sequence[RunCurve],
     name: str,
-    guess: Callable[[RunCurve], float],
+    chance: Callable[[RunCurve], float],
     *,
     scale: float = 1,
 ) -> None:
@@ -138,7 +138,7 @@ def _draw_training(
             axes.plot(steps, values, color=color, lw=0.8, alpha=0.25)
             values = _smoothed(values)
         _draw_line(axes, steps, values, color=color, label=_name(run))
-        axes.axhline(guess(run), color=color, lw=1.3, ls=_DOTTED)
+        axes.axhline(chance(run), color=color, lw=1.3, ls=_DOTTED)
 
 
 def _draw_held_out(axes: Axes, runs: Sequence[RunCurve]) -> str:
@@ -155,7 +155,7 @@ def _draw_held_out(axes: Axes, runs: Sequence[RunCurve]) -> str:
     for name in panel.chances:
         for level in _points(runs[0], name, scale=100)[1][-1:]:
             axes.axhline(level, color=PALE, lw=1.3, ls=_DOTTED)
-    about = "the same task for every run; dotted: guessing"
+    about = "the same task for every run; dotted: chance"
     _label(axes, panel.title, about, panel.ylabel, runs)
     if not findings:
         axes.text(0.5, 0.5, "no held-out evaluation in the log", transform=axes.transAxes,
@@ -208,11 +208,11 @@ def _name(run: RunCurve) -> str:
     return short(run.name, 60).lstrip("_")
 
 
-def _guesses(runs: Sequence[RunCurve]) -> str:
+def _chances(runs: Sequence[RunCurve]) -> str:
     levels = (
-        f"log {run.candidates:,} = {run.guessed_loss:.2f}"
-        if run.guess is None
-        else f"{run.guess:.2f}"
+        f"log {run.candidates:,} = {run.chance_loss:.2f}"
+        if run.chance is None
+        else f"{run.chance:.2f}"
         for run in runs
     )
     return ", ".join(dict.fromkeys(levels))

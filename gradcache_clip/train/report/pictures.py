@@ -78,7 +78,7 @@ def draw_similarity(pairs: HeldOut, path: str | Path, *, of: str = "Held-out pai
             f"{of}: each image (row) with each caption (column); right pairs lie on the diagonal, "
             "similar pairs side by side"
         )
-        write_head(figure, f"{title} (guessing: 1)", legend)
+        write_head(figure, f"{title} (chance: 1)", legend)
         return save_figure(figure, path)
 
 
