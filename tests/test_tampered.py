@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from test_checkpoint import make_index_agree
 from tiny_run import make_data, overrides
 from torch import Tensor
 
@@ -111,6 +114,8 @@ ALTERED: dict[str, tuple[Callable[[Any, Any], None], str]] = {
     "steps below 0": (moment("step", lambda m: -m), "number of steps"),
     "steps that are NaN": (moment("step", lambda m: m * torch.nan), "number of steps"),
     "text as a moment": (moment("exp_avg", lambda m: "x"), "a tensor or a number"),
+    "one number as a moment": (moment("exp_avg", lambda m: m.sum()), "shape"),
+    "a bare number as a moment": (moment("exp_avg_sq", lambda m: 1.0), "a tensor or a number"),
     "no square": (without("optimizer", MOMENTS, "exp_avg_sq"), "exp_avg_sq"),
     "no moments of one": (without("optimizer", MOMENTS), MOMENTS),
     "no optimizer": (without("optimizer"), "optimizer"),
@@ -186,6 +191,189 @@ def test_an_altered_file_ends_in_one_line(
     assert name in line or message in line
 
 
+NEWEST = "checkpoints/step-00000002"
+
+
+def rewritten(name: str, *path: str | int, to: Any) -> Callable[[Path], None]:
+    """Change one value in a JSON file; a state's size and digest then agree."""
+
+    def change(run: Path) -> None:
+        found = json.loads((run / name).read_text())
+        place = found
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = to
+        (run / name).write_text(json.dumps(found))
+        if name == f"{NEWEST}/state.json":
+            make_index_agree(run / NEWEST, "state.json")
+
+    return change
+
+
+def replaced(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def change(run: Path) -> None:
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+        make(run / name)
+
+    return change
+
+
+def in_state(*path: str | int, to: Any) -> Callable[[Path], None]:
+    return rewritten(f"{NEWEST}/state.json", *path, to=to)
+
+
+def in_tokenizer(*path: str, to: Any) -> Callable[[Path], None]:
+    return rewritten("tokenizer.json", *path, to=to)
+
+
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+NUMPY = ("rng", 0, "numpy")
+DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "negative position": (in_state("loader", "position", "step", to=-1), "expected counts"),
+    "text as position": (in_state("loader", "position", "step", to="x"), "expected counts"),
+    "half a step": (in_state("loader", "position", "step", to=1.5), "expected counts"),
+    "text as a count": (in_state("loader", "tally", "seen", to="x"), "expected counts"),
+    "reasons as counts": (in_state("loader", "tally", "broken", to={"a": "b"}), "expected counts"),
+    "no generators": (in_state("rng", to=[]), "generators of each rank"),
+    "beyond the generator": (in_state(*NUMPY, "position", to=10**6), "624 words and a position"),
+    "text as a draw": (in_state("rng", 0, "python", "gauss", to="x"), "a number or None as gauss"),
+    "no moments": (in_state("optimizer", to=[]), "moments of every parameter"),
+    "another rate": (
+        in_state("run", "settings", "optimizer.learning_rate", to=1.0),
+        "expected optimizer.learning_rate=1.0, got 0.001",
+    ),
+    "a number as summary": (rewritten("summary.json", "skipped", to=3), "got 3 for skipped"),
+    "text as a rate": (rewritten("summary.json", "pairs_per_s", to="x"), "got 'x' for pairs_per_s"),
+    "a folder as summary": (replaced("summary.json", Path.mkdir), "another kind of entry"),
+    "a pipe as log": (replaced("metrics.jsonl", os.mkfifo), "another kind of entry"),
+    "text as a loss": (
+        lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "loss": "x"}\n') and None,
+        "a step and numbers",
+    ),
+    "a file as checkpoints": (replaced("checkpoints", Path.touch), "another kind of entry"),
+    "a number as settings": (
+        lambda run: (run / "config.yaml").write_text("5") and None,
+        "config.yaml: expected YAML, got an error",
+    ),
+    "a panic": (in_tokenizer("normalizer", to=PRECOMPILED), "tokenizer.json' (Precompiled: Error"),
+    "a panic in texts": (
+        in_tokenizer("post_processor", "special_tokens", to={}),
+        "expected it to encode texts",
+    ),
+    "no ids": (in_tokenizer("post_processor", "single", to=[]), "expected ids below"),
+    "ids of no word": (
+        in_tokenizer("post_processor", "special_tokens", "[CLS]", "ids", to=[10**9]),
+        "expected ids below",
+    ),
+    "other words": (in_tokenizer("decoder", to=None), "tokenizer.json: expected the one of this"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*RUST_BACKTRACE.*")
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damage_of_a_run_ends_in_one_line(data: Path, run: Path, capsys: Any, kind: str) -> None:
+    damage, message = DAMAGED[kind]
+    damage(run)
+    config = run.parent / "empty.yaml"
+    config.write_text("{}")
+    assert main(["train", str(config), *settings(data, run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("entry", [Path.mkdir, os.mkfifo, Path.touch])
+@pytest.mark.parametrize("name", ["index.json", "state.json"])
+def test_a_checkpoint_of_other_entries_is_passed_over(
+    trained: Path, tmp_path: Path, name: str, entry: Callable[[Path], Any]
+) -> None:
+    checkpoints = Path(shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints"))
+    older = checkpoints / "step-00000001"
+    shutil.copytree(checkpoints / "step-00000002", older)
+    rewritten("index.json", "step", to=1)(older)
+    replaced(name, entry)(checkpoints / "step-00000002")
+    with pytest.warns(RuntimeWarning, match="step-00000002: damaged checkpoint"):
+        found = load_latest(checkpoints)
+    assert found is not None and found.step == 1
+
+
+def test_a_checkpoint_is_of_the_step_that_its_folder_says(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    rewritten("index.json", "step", to=9)(tmp_path / NEWEST)
+    with pytest.raises(CheckpointError, match="index.json is of step 9"):
+        load_latest(tmp_path / "checkpoints")
+
+
+def test_evaluation_refuses_weights_of_another_shape(run: Path, capsys: Any) -> None:
+    alter(run, setting(torch.ones(3), "modules", "ema", MOMENTS))
+    assert main(["evaluate", str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{NEWEST}: expected the state of this run" in line
+
+
+PLACES: dict[str, tuple[str, str]] = {
+    "in a file": ("file/run", "file/run: expected a file or folder that can be used, got 'Not a d"),
+    "a file": ("file", "train.output: expected a folder, got the file "),
+    "nowhere": ("link", "train.output: expected a folder, got the symbolic link to nowhere "),
+    "a long name": ("x" * 300, "got 'File name too long'"),
+    "read-only": ("none/run", "got 'Permission denied'"),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_places_where_no_run_can_be(data: Path, capsys: Any, kind: str) -> None:
+    name, message = PLACES[kind]
+    # Where everybody may enter: the superuser becomes nobody, whom a read-only folder refuses.
+    with tempfile.TemporaryDirectory() as place:
+        folder, user = Path(place), os.geteuid()
+        folder.chmod(0o755)
+        shutil.copytree(data, folder / "data")
+        for path in folder.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        (folder / "file").touch()
+        (folder / "link").symlink_to(folder / "missing")
+        (folder / "none").mkdir(mode=0o555)
+        (folder / "empty.yaml").write_text("{}")
+        arguments = [str(folder / "empty.yaml"), *overrides(folder / "data", folder / name)]
+        os.seteuid(65534) if user == 0 else None
+        try:
+            assert main(["train", *arguments]) == 2
+        finally:
+            os.seteuid(user)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and "[Errno" not in line
+
+
+def test_names_from_strangers_do_not_steer_a_terminal(capsys: Any) -> None:
+    assert main(["evaluate", "run\x1b[2J\0"]) == 2
+    error = capsys.readouterr().err
+    assert "run\\x1b[2J\\x00" in error and "\x1b" not in error
+
+
+def test_memory_that_is_not_there_is_said(data: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty.yaml").write_text("{}")
+    with mock.patch.object(
+        torch.nn.Module, "to", side_effect=RuntimeError("can't allocate memory")
+    ):
+        assert main(["train", str(tmp_path / "empty.yaml"), *overrides(data, tmp_path / "r")]) == 2
+    assert "memory: expected a chunk to fit" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_becomes_another_error_is_an_interrupt(capsys: Any) -> None:
+    """transformers makes ModuleNotFoundError of an interrupt while it imports a model."""
+
+    def importing(*_: Any, **__: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError("Could not import module 'BertModel'") from None
+
+    with mock.patch("gradcache_clip.train.evaluate.evaluate_run", importing):
+        assert main(["evaluate", "run"]) == 130
+    assert capsys.readouterr().err == "gradcache-clip: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def written(run: Path, text: str) -> None:
     """Add to the configuration of a run."""
     config = (run / "config.yaml").read_text()
@@ -215,7 +403,9 @@ def test_the_command_line_allows_what_a_file_cannot(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("data: {allow_url_schemes: [https, pipe]}")
     for more in ([], ["data.allow_url_schemes=[https]"]):
-        with pytest.raises(ConfigError, match=r"command line alone, got \['https', 'pipe'\] in .*y"):
+        with pytest.raises(
+            ConfigError, match=r"command line alone, got \['https', 'pipe'\] in .*y"
+        ):
             load_config(file, more)
     file.write_text("data: {allow_url_schemes: []}")
     allowed = load_config(file, ["data.allow_url_schemes=[https]"])
@@ -320,3 +510,17 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         process.wait()
     with locked(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("summary.json", 2**26), ("tokenizer.json", 2**28), ("metrics.jsonl", 2**30)]
+)
+def test_files_beyond_their_bound_are_not_read(
+    data: Path, run: Path, capsys: Any, name: str, size: int
+) -> None:
+    # Sparse: it takes no disk.
+    os.truncate(run / name, size + 1)
+    (run.parent / "empty.yaml").write_text("{}")
+    assert main(["train", str(run.parent / "empty.yaml"), *settings(data, run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name}" in line and f"{size:,} bytes" in line

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ BEAT_S = 0.5
 
 SILENT_S = 3.0
 """A process whose heartbeat stops for this long while others wait for it counts as dead."""
+
+ANSWER_S = 10.0
+"""A rendezvous store that does not answer for this long counts as gone."""
 
 GRACE_S = 15.0
 """A process stuck in a collective ends itself this long after a failure elsewhere."""
@@ -170,16 +174,25 @@ class FailureChannel:
         self._ask(lambda store: store.set(key, value))
 
     def _ask(self, question: Callable[[dist.Store], Answer]) -> Answer | None:
-        """Query the store; None once it is gone with the process that held it."""
+        """Query the store; None once it is gone with the process or the network that held it."""
         store = self._store
         if store is None:
             return None
-        try:
-            return question(store)
-        except RuntimeError:
+        answers: list[Answer] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(question(store))
+
+        # Behind a cut cable the store's socket waits for minutes, whatever its own timeout is.
+        thread = threading.Thread(target=ask, name="question", daemon=True)
+        thread.start()
+        thread.join(ANSWER_S)
+        if not answers:
             # Never ask again: torch logs every failed attempt.
             self._store = None
             return None
+        return answers[0]
 
 
 Handler = Callable[[int, FrameType | None], Any] | int | None

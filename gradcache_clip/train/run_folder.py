@@ -18,6 +18,8 @@ from gradcache_clip.train.folder_lock import LOCK_NAME
 from gradcache_clip.train.report.metrics_log import FILE_NAME, read_log
 from gradcache_clip.train.tokenizer import Tokenizer, load_tokenizer
 
+_MOST_JSON_BYTES = 64 * 2**20
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -160,6 +162,11 @@ class RunFolder:
 
 
 def _read_json(path: Path) -> Any:
+    if path.stat().st_size > _MOST_JSON_BYTES:
+        raise ConfigError(
+            f"{path}: expected at most {_MOST_JSON_BYTES:,} bytes, got {path.stat().st_size:,}; "
+            "restore the folder from a backup"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

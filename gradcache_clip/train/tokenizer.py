@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PAD, CLS, SEP = "[PAD]", "[CLS]", "[SEP]"
 _LONGEST_TEXT = 10_000
+_MOST_BYTES = 2**28
 _SPECIAL_TOKENS = (PAD, CLS, SEP)
 _SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
 _PAD_NAMES = (PAD, "<pad>", "<|pad|>", "<|endoftext|>")
@@ -194,6 +195,8 @@ def load_tokenizer(path_or_hub_name: str | Path, context_length: int = 32) -> To
 
     path = Path(path_or_hub_name)
     if path.is_file():
+        if path.stat().st_size > _MOST_BYTES:
+            raise _load_error(path, ValueError(f"more than {_MOST_BYTES:,} bytes"))
         try:
             backend = FastTokenizer.from_file(str(path))
         except BaseException as error:  # a bare Exception, or a panic, on a malformed file

@@ -15,6 +15,7 @@ from gradcache_clip.train.report.event_file import EventFile
 
 FILE_NAME = "metrics.jsonl"
 _MOST_STEPS = 2**53
+_MOST_BYTES = 2**30
 Number = int | float | Tensor
 
 
@@ -92,6 +93,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(
+            f"{path}: expected at most {_MOST_BYTES:,} bytes, got {path.stat().st_size:,}; move it "
+            "away to go on with a new log"
+        )
     lines = path.read_bytes().split(b"\n")
     # Text after the last line break was never completed, whether or not it parses.
     return [_row(path, number, line) for number, line in enumerate(lines[:-1], start=1)]
