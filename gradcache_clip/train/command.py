@@ -159,11 +159,12 @@ def _explained(error: BaseException) -> str:
 
 
 def _of_system(error: OSError) -> str:
-    if ": expected " in error.strerror:
-        return _printable(error.strerror)
+    words = error.strerror or ""
+    if ": expected " in words:
+        return _printable(words)
     name = "files" if error.filename is None else _printable(str(error.filename))
     return (
-        f"{name}: expected a file or folder that can be used, got {error.strerror!r}; check the "
+        f"{name}: expected a file or folder that can be used, got {words!r}; check the "
         "path, its permissions and the disk"
     )
 

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import psutil
@@ -71,7 +71,7 @@ class _Watched:
 
     def __init__(self, loader: DataLoader[Any], timeout_s: float) -> None:
         handler = _on_sigchld(signal.SIG_DFL)
-        self._iterator: Any = iter(loader)
+        self._iterator = cast("Any", iter(loader))
         _on_sigchld(handler)
         self._workers = self._iterator._workers
         self._timeout_s = timeout_s
