@@ -116,9 +116,10 @@ def batches(path: Path) -> Iterator[Any]:
     return text_batches.batches_of(path.suffix, [str(path)])
 
 
-def test_a_few_bytes_do_not_become_gigabytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["string", "large_string", "large_binary"])
+def test_a_few_bytes_do_not_become_gigabytes(tmp_path: Path, kind: str) -> None:
     """Half a million equal texts of 256 KiB, 130 GB, in a file of some KB."""
-    text = pyarrow.array(["x" * 2**18])
+    text = pyarrow.array(["x" * 2**18], getattr(pyarrow, kind)())
     column = pyarrow.DictionaryArray.from_arrays(np.zeros(500_000, np.int32), text)
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"anchor": column, "positive": column}), path)

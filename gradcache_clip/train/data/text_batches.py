@@ -88,16 +88,20 @@ def _whole_rows(reader: Any, fields: int) -> Iterator[list[Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
-    """A few bytes may stand for many equal texts, which are counted before they are unpacked."""
+    """A few bytes may stand for many equal texts, which are counted before they are unpacked.
+
+    Columns of lists and structs are left out.
+    """
     import pyarrow
     from pyarrow import parquet, types
 
     with parquet.ParquetFile(path) as file:
-        schema = file.schema_arrow.remove_metadata()
-    texts = [field.name for field in schema if types.is_string(field.type)]
+        fields = [field for field in file.schema_arrow if not types.is_nested(field.type)]
+    schema = pyarrow.schema([(field.name, _plain(field.type)) for field in fields])
+    texts = [name for name, kind in zip(schema.names, schema.types, strict=True) if _is_bytes(kind)]
     left = MAX_GROWN_BYTES + MAX_GROWTH * path.stat().st_size
     with parquet.ParquetFile(path, read_dictionary=texts) as file:
-        for batch in file.iter_batches(_ROWS, use_threads=False):
+        for batch in file.iter_batches(_ROWS, columns=schema.names, use_threads=False):
             size = sum(map(_unpacked_bytes, batch.columns))
             left -= size
             if left < 0:
@@ -105,6 +109,25 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
             step = max(1, batch.num_rows * _SLICE_BYTES // max(_SLICE_BYTES, size))
             for start in range(0, batch.num_rows, step):
                 yield pyarrow.Table.from_batches([batch.slice(start, step)]).cast(schema)
+
+
+def _plain(kind: Any) -> Any:
+    """One type for texts of all kinds, and one for bytes."""
+    import pyarrow
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_large_string(kind) or types.is_string_view(kind):
+        return pyarrow.string()
+    if types.is_large_binary(kind) or types.is_binary_view(kind):
+        return pyarrow.binary()
+    return kind
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow
+
+    return kind in (pyarrow.string(), pyarrow.binary())
 
 
 def _unpacked_bytes(column: Any) -> int:
