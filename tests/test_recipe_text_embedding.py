@@ -19,7 +19,9 @@ from tiny_run import logged
 from torch import Tensor
 from trainer_step import assert_step_equals, trainer_of
 
+from gradcache_clip import RetrievalLoss
 from gradcache_clip.cli import main
+from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS
 from gradcache_clip.train import run as training
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
@@ -74,6 +76,32 @@ def test_the_step_is_the_formula(data, tmp_path, count, positives, widths):
     output = assert_step_equals(trainer, formula)
     assert repeated[0] > 0, "else nothing would be ignored"
     assert 0 <= output.accuracy <= 1
+
+
+@pytest.mark.parametrize("count", [2, 4], ids=["pairs", "two negatives"])
+def test_the_retrieval_loss_is_that_of_the_library(data, tmp_path, count):
+    more = [f"data.text_fields=[{','.join(names(count))}]", "loss.name=retrieval"]
+    more += ["loss.directions=[query_to_doc,doc_to_query,query_to_query,doc_to_doc]"]
+    more += ["loss.hardness_mode=all_negatives", "loss.hardness_strength=3"]
+    more += ["loss.positives=ignore", "loss.matryoshka=[]"]
+    settings = shortened(data, tmp_path / "run", *SMALL, *more)
+    trainer = trainer_of(recipe("text_embedding"), settings, tmp_path / "run")
+
+    def formula(*arguments) -> Tensor:
+        *features, loss, texts = arguments
+        b, ids = len(features[0]), {text: number for number, text in enumerate(texts)}
+        numbers = torch.tensor([ids[text] for text in texts[:b]])
+        assert len(numbers.unique()) < b
+        own = [each.unflatten(0, (b, count - 2)) for each in features[2:]]
+        whole = RetrievalLoss(
+            directions=DIRECTIONS,
+            hardness_mode="all_negatives",
+            hardness_strength=3.0,
+            impl="reference",
+        ).to(features[0].dtype)
+        return whole(*features[:2], *own, logit_scale=loss.logit_scale.detach(), ids=numbers).loss
+
+    assert_step_equals(trainer, formula)
 
 
 def test_chunks_by_rows_or_tokens_are_the_same_step(data, tmp_path):
@@ -160,8 +188,9 @@ def test_two_processes_are_one(data, tmp_path, engine):
     [
         ("data.text_fields=[a]", "data.text_fields: expected two or more different names"),
         ("data.text_fields=[a,a]", "data.text_fields: expected two or more different names"),
-        ("loss.name=clip", "loss.name: expected one of info_nce, got 'clip'"),
+        ("loss.name=clip", "loss.name: expected one of info_nce, retrieval, got 'clip'"),
         ("loss.positives=group", "loss.positives: expected one of pair, ignore, got 'group'"),
+        ("loss.directions=[query_to_doc]", "loss.directions: no such key with loss.name=info_nce"),
         ("loss.label_smoothing=0.1", "loss.label_smoothing: no such key"),
         ("program=views", "data.text_fields: no such key"),
         ("data.random_crop=0.5", "data.random_crop: no such key"),

@@ -15,6 +15,7 @@ from gradcache_clip.losses import (
     LateInteractionLoss,
     MatryoshkaLoss,
     NTXentLoss,
+    RetrievalLoss,
     SigLipLoss,
 )
 from gradcache_clip.train.config import Config
@@ -155,12 +156,59 @@ class InfoNCEConfig(PrefixLossConfig):
         return InfoNCELoss(**options)
 
 
+class RetrievalLossConfig(PrefixLossConfig):
+    """Softmax of each query over chosen competitors: further directions, hardness weights."""
+
+    name: Literal["retrieval"] = "retrieval"
+    """This loss."""
+
+    positives: Literal["pair", "ignore"] = "pair"
+    """How to treat the queries of equal documents: `pair`, as negatives of each other, with all
+    their candidates; `ignore`, as neither."""
+
+    directions: list[Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]] = (
+        Field(["query_to_doc"])
+    )
+    """Similarities in the denominator."""
+
+    partition_mode: Literal["joint", "per_direction"] = "joint"
+    """One softmax over all directions, or the mean of one for each."""
+
+    hardness_mode: Literal["none", "in_batch_negatives", "hard_negatives", "all_negatives"] = "none"
+    """Whose logits grow by `hardness_strength` times their similarity."""
+
+    hardness_strength: float = Field(0.0, ge=0)
+    """How much harder negatives weigh; 9 in LLaVE."""
+
+    def build(self, **options: Any) -> nn.Module:
+        mode: Any = None if self.hardness_mode == "none" else self.hardness_mode
+        return RetrievalLoss(
+            directions=self.directions,
+            partition_mode=self.partition_mode,
+            hardness_mode=mode,
+            hardness_strength=self.hardness_strength,
+            **options,
+        )
+
+    @model_validator(mode="after")
+    def _check_directions(self) -> RetrievalLossConfig:
+        try:
+            self.build()
+        except ValueError as error:
+            raise ConfigError(f"loss.{error}") from None
+        return self
+
+
 PairLoss = Annotated[
     Annotated[ClipConfig, Tag("clip")]
     | Annotated[SigLipConfig, Tag("siglip")]
     | Annotated[LateInteractionConfig, Tag("late_interaction")]
     | Annotated[MoCoConfig, Tag("moco")],
     discriminated_by("name", "clip"),
+]
+TextLoss = Annotated[
+    Annotated[InfoNCEConfig, Tag("info_nce")] | Annotated[RetrievalLossConfig, Tag("retrieval")],
+    discriminated_by("name", "info_nce"),
 ]
 ViewLoss = Annotated[
     Annotated[NTXentConfig, Tag("nt_xent")] | Annotated[MoCoConfig, Tag("moco")],

@@ -27,14 +27,14 @@ class TextBatch:
 
     @property
     def texts(self) -> list[list[str]]:
-        """Queries, documents and, with K > 0, all K * B negatives: those of the first field first.
+        """Queries, documents and, with K > 0, all B * K negatives, query by query.
 
         Example:
             >>> TextBatch([("q", "d", "n"), ("r", "e", "m")]).texts
             [['q', 'r'], ['d', 'e'], ['n', 'm']]
         """
         queries, documents, *negatives = ([*column] for column in zip(*self.rows, strict=True))
-        joined = [text for column in negatives for text in column]
+        joined = [text for row in zip(*negatives, strict=True) for text in row]
         return [queries, documents, joined] if joined else [queries, documents]
 
     @property

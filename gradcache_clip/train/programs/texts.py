@@ -14,7 +14,7 @@ from torch import nn
 from gradcache_clip.train.config import Config, RetrievalConfig, TextTrainConfig
 from gradcache_clip.train.config_data import TextData
 from gradcache_clip.train.config_errors import ConfigError
-from gradcache_clip.train.config_loss import InfoNCEConfig, build_loss, check_widths
+from gradcache_clip.train.config_loss import InfoNCEConfig, TextLoss, build_loss, check_widths
 from gradcache_clip.train.config_model import TextTowerConfig
 from gradcache_clip.train.config_section import expect
 from gradcache_clip.train.data import (
@@ -42,7 +42,7 @@ class TextsConfig(Config):
     """Lines of texts."""
     model: TextTowerConfig = TextTowerConfig()
     """The text tower; its width is the feature width."""
-    loss: InfoNCEConfig = InfoNCEConfig()
+    loss: TextLoss = InfoNCEConfig()
     """The training objective."""
     train: TextTrainConfig = TextTrainConfig()
     """The loop."""
@@ -111,9 +111,15 @@ class Texts(Program[TextsConfig]):
 
     def inputs(self, batch: TextBatch, tokenizer: Tokenizer | None, device: torch.device) -> Step:
         inputs = tuple(self._tokens(column, tokenizer, device) for column in batch.texts)
-        if self.config.loss.positives == "pair":
-            return inputs, {}
-        return inputs, {"ids": group_ids(batch.groups).to(device, non_blocking=True)}
+        given: dict[str, Any] = {}
+        of_queries = self.config.loss.name == "retrieval"
+        if of_queries and len(batch.texts) > 2:
+            given["negatives_per_query"] = len(batch.texts[2]) // len(batch.texts[0])
+        if self.config.loss.positives == "ignore":
+            # Those of the documents come first, then those of hard negatives.
+            groups = batch.groups[: len(batch.texts[0])] if of_queries else batch.groups
+            given["ids"] = group_ids(groups).to(device, non_blocking=True)
+        return inputs, given
 
     @property
     def candidates(self) -> int:
