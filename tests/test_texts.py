@@ -331,5 +331,5 @@ def test_many_files_need_few_handles(tmp_path):
 def test_columns_of_a_batch():
     batch = TextBatch([("q", "d", "n", "m"), ("r", "e", "o", "p")])
     assert batch.texts == [["q", "r"], ["d", "e"], ["n", "m", "o", "p"]]
-    assert batch.groups == ["d", "e", "n", "o", "m", "p"]
+    assert batch.groups == ["d", "e", "n", "m", "o", "p"]
     assert TextBatch([("q", "d")]).texts == [["q"], ["d"]]
