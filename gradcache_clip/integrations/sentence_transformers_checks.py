@@ -174,7 +174,7 @@ def check_wrapper(model: nn.Module, inputs: int) -> None:
     if inputs > 1 and model.find_unused_parameters:
         raise ValueError(
             "ddp_find_unused_parameters: expected False for columns that are embedded separately, "
-            "because they are tokenized differently or padded on the left, got True; pass "
+            "because they are tokenized differently, padded on the left or packed, got True; pass "
             "ddp_find_unused_parameters=False, which handles unused parameters as well"
         )
 

@@ -25,7 +25,7 @@ _TOKENS = {
 # Unpadded texts, and those of a StaticEmbedding.
 _BOUNDS = "cu_seq_lens_q", "offsets"
 _PATCHES = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
-_COUNTS = {"images_per_row": "num_images_per_sample", "videos_per_row": "num_videos_per_sample"}
+_IMAGES, _VIDEOS = "num_images_per_sample", "num_videos_per_sample"
 # Models without grids, such as LLaVA and Gemma 3, take one entry per image of any row ...
 _PER_IMAGE = "pixel_values", "image_position_ids", "image_sizes"
 # ... unless their processor pads the images of each row.
@@ -45,18 +45,18 @@ def _rows_of(features: Features) -> Any:
         return PackedTokens()(features)
     if not features.keys().isdisjoint(_PATCHES):
         return _patches(features)
-    counts = features.get(_COUNTS["images_per_row"])
+    counts = features.get(_IMAGES)
     if counts is None or not _has_one_per_image(features, counts):
         return features
     return Ragged(features, {key: counts for key in _PER_IMAGE if key in features})
 
 
 def _patches(features: Features) -> Any:
-    names = {kind: key for kind, key in _COUNTS.items() if key in features}
     # PackedPatches takes its counts out of the batch, but a model may ask for them.
-    copies = {f"{key} of each row": features[key] for key in names.values()}
-    columns = {kind: f"{key} of each row" for kind, key in names.items()}
-    return PackedPatches(**columns)({**features, **copies})
+    copies = {key: f"{key} of each row" for key in (_IMAGES, _VIDEOS) if key in features}
+    counted = {copy: features[key] for key, copy in copies.items()}
+    divide = PackedPatches(images_per_row=copies.get(_IMAGES), videos_per_row=copies.get(_VIDEOS))
+    return divide({**features, **counted})
 
 
 def _has_one_per_image(features: Features, counts: Tensor) -> bool:

@@ -53,9 +53,9 @@ class Trial:
         self, cache: GradCache, inputs: tuple[Any, ...], loss_kwargs: Mapping[str, Any]
     ) -> None:
         check_plain_backward(cache.strategy, "verify", "verify the encoders before wrapping them")
-        # Mismatches are reported, with their reasons.
-        looks = {"replay_check": "off", "check_rows": False}
-        self._plan = replace(with_small_chunks(cache.plan, inputs), **looks)
+        # Mismatches, and what a first step would raise, are reported with their reasons.
+        plan = with_small_chunks(cache.plan, inputs)
+        self._plan = replace(plan, replay_check="off", check_rows=False)
         self._inputs, self._loss_kwargs = inputs, loss_kwargs
         self.strategy = cache.strategy
         self.gradient_hooks = cache.settings.gradient_hooks
@@ -73,7 +73,6 @@ class Trial:
         return build_towers(self._plan, self._inputs)
 
     def _prepared(self) -> CachedStep:
-        # The looks of a first step would raise what a verification reports.
         return prepare(self._plan, self._inputs, History(stepped=True))
 
     def whole(self) -> Cut:
