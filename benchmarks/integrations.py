@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -70,6 +70,9 @@ class Row:
     peak_growth_bytes: int
     """Measured on the drop-in."""
     their_peak_growth_bytes: int
+    shapes: int = 0
+    """Distinct shapes of chunks in a step of the drop-in, where chunks have any."""
+    their_shapes: int = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,6 +134,9 @@ def measure_times(arguments: dict[str, Any]) -> dict[str, Any]:
     gradients = [(a.grad, b.grad) for a, b in pairs if b.grad is not None]
     error = distance(*zip(*gradients, strict=True))
     steps = [from_zero(run.step, run.leaves) for run in (ours, theirs)]
+    for run in (ours, theirs):
+        # Those of the checks of a first step.
+        run.shapes.clear()
     rounds = interleaved_times_ms(steps, arguments["rounds"], arguments["seconds"])
     return {
         "loss_error": abs(loss - their_loss) / abs(their_loss),
@@ -138,18 +144,23 @@ def measure_times(arguments: dict[str, Any]) -> dict[str, Any]:
         "time_ratio": median(their / our for our, their in rounds),
         "step_ms": median(our for our, _ in rounds),
         "rounds": len(rounds),
+        "shapes": len(ours.shapes),
+        "their_shapes": len(theirs.shapes),
     }
 
 
 # The drop-ins beside the libraries themselves
 
 
-class Run(NamedTuple):
+@dataclass
+class Run:
     """One side of a case."""
 
     step: Callable[[], float]
     """Adds to `.grad` of the leaves; returns the loss."""
     leaves: Sequence[Tensor]
+    shapes: set[torch.Size] = field(default_factory=set)
+    """Of token ids that the model was given, added by its steps."""
 
 
 class Case(NamedTuple):
@@ -224,6 +235,55 @@ def _sentences(side: str, pairs: int, folder: Path) -> Run:
         return _backward(loss([dict(given) for given in work.inputs], torch.empty(0)))
 
     return Run(step, list(model.parameters()))
+
+
+class _LastToken(nn.Module):
+    """A Qwen3 as sentence-transformers calls it, and the shapes of token ids that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import Qwen3Config, Qwen3Model
+
+        torch.manual_seed(0)
+        size = {"hidden_size": 192, "intermediate_size": 512, "head_dim": 32, "use_cache": False}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}
+        self.decoder = Qwen3Model(Qwen3Config(vocab_size=10000, **size, **heads))
+        self.shapes: set[torch.Size] = set()
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.shapes.add(features["input_ids"].shape)
+        given = {name: features[name] for name in ("input_ids", "attention_mask")}
+        return {"sentence_embedding": self.decoder(**given).last_hidden_state[:, -1]}
+
+
+def _left_padded(rows: int, median_length: int, longest: int) -> dict[str, Tensor]:
+    """Token ids whose lengths are log-normal, as those of texts are."""
+    lengths = (torch.randn(rows).mul(0.8).exp() * median_length).long().clamp(3, longest)
+    mask = (torch.arange(longest) >= longest - lengths[:, None])[:, longest - lengths.max() :]
+    return {
+        "input_ids": torch.randint(1, 10000, mask.shape) * mask,
+        "attention_mask": mask.long(),
+    }
+
+
+def _decoder(side: str, pairs: int, folder: Path) -> Run:
+    """Short queries and longer documents, padded on the left, chunks of 2,048 tokens."""
+    options: dict[str, Any] = {"mini_batch_num_tokens": 2048}
+    if side == OURS:
+        from gradcache_clip.integrations import sentence_transformers as library
+
+        options["pad_to_multiple_of"] = 64
+    else:
+        from sentence_transformers.sentence_transformer import losses as library
+    last_token = _LastToken()
+    model = nn.Sequential(last_token)
+    columns = [_left_padded(pairs, 10, 64), _left_padded(pairs, 60, 384)]
+    loss = library.CachedMultipleNegativesRankingLoss(model, **options)
+
+    def step() -> float:
+        return _backward(loss([dict(given) for given in columns], torch.empty(0)))
+
+    return Run(step, list(model.parameters()), last_token.shapes)
 
 
 def _pairs_of_models(pairs: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -315,6 +375,13 @@ CASES = {
         128,
         _sentences,
     ),
+    "decoder": Case(
+        "sentence_transformers.CachedMultipleNegativesRankingLoss",
+        "its own: texts padded on the left, 2,048 tokens a chunk",
+        256,
+        64,
+        _decoder,
+    ),
     "trainer": Case("transformers.GradCacheTrainer", "transformers' Trainer", 256, 32, _trainer),
     "lightning": Case("lightning.cached_step", "Lightning's own step", 256, 32, _lightning),
 }
@@ -347,7 +414,7 @@ def quoted(results: Path, library: str = "") -> str:
 def _line(row: Row) -> list[str]:
     return [
         f"`{row.drop_in.split('.', 1)[1]}`",
-        row.beside,
+        row.beside + f"; {row.shapes} shapes, there {row.their_shapes}" * bool(row.shapes),
         f"{row.pairs:,}",
         power(row.loss_error),
         power(row.gradient_error),
