@@ -358,15 +358,22 @@ def test_memory_that_is_not_there_is_said(data: Path, tmp_path: Path, capsys: An
     assert "memory: expected a chunk to fit" in capsys.readouterr().err
 
 
-def test_an_interrupt_that_becomes_another_error_is_an_interrupt(capsys: Any) -> None:
-    """transformers makes ModuleNotFoundError of an interrupt while it imports a model."""
+class PanicException(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize("other", [ModuleNotFoundError("BertModel"), PanicException("datetime")])
+def test_an_interrupt_that_becomes_another_error_is_an_interrupt(
+    capsys: Any, other: BaseException
+) -> None:
+    """transformers and pydantic raise these when they are interrupted while they are imported."""
 
     def importing(*_: Any, **__: Any) -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
         except KeyboardInterrupt:
-            raise ModuleNotFoundError("Could not import module 'BertModel'") from None
+            raise other from None
 
     with mock.patch("gradcache_clip.train.evaluate.evaluate_run", importing):
         assert main(["evaluate", "run"]) == 130

@@ -75,11 +75,9 @@ def run_command(arguments: argparse.Namespace, *, name: str) -> int:
     with _noting_interrupts() as interrupts:
         try:
             return run(arguments)
-        except KeyboardInterrupt:
-            interrupts.append(signal.SIGINT)
-        except Exception as error:
-            # Some libraries make another error of an interrupt.
-            if not interrupts:
+        except BaseException as error:
+            # Some libraries make another error of an interrupt, or a panic.
+            if not (interrupts or isinstance(error, KeyboardInterrupt)):
                 return _said(error, arguments, name)
     print(f"{name}: interrupted", file=sys.stderr)
     return INTERRUPTED
@@ -106,7 +104,7 @@ def _noting_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _said(error: Exception, arguments: argparse.Namespace, name: str) -> int:
+def _said(error: BaseException, arguments: argparse.Namespace, name: str) -> int:
     """Print an expected error in a line; raise any other."""
     if getattr(arguments, "traceback", False) or not _is_expected(error):
         raise error
@@ -115,7 +113,7 @@ def _said(error: Exception, arguments: argparse.Namespace, name: str) -> int:
     return 2
 
 
-def _is_expected(error: Exception) -> bool:
+def _is_expected(error: BaseException) -> bool:
     from gradcache_clip.cache import ReplayMismatchError
 
     if isinstance(error, ModuleNotFoundError):
