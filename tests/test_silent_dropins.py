@@ -218,7 +218,7 @@ def step(folder: Path, model: nn.Module | None = None, **more: Any) -> nn.Module
 @pytest.mark.parametrize(
     ("tower", "message"),
     [
-        ("bert", r'pass pooling="last" for a causal model, pooling="mean" or "cls" for a BERT, or let'),
+        ("bert", 'pass pooling="last" for a causal model, pooling="mean" or "cls" for a BERT, or'),
         ("tokens", "let the encoder that towers returns return one row a sample"),
         ("nothing", "got NoneType; let the encoder that towers returns return them"),
     ],
