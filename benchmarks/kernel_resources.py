@@ -2,7 +2,8 @@
 
     python benchmarks/kernel_resources.py [--architecture 90 ...] [--dtype ...] [--variant ...]
 
-Prints, for each architecture, dtype, variant and kernel of the softmax family: registers a thread,
+Of the softmax family: statistics by one exponential, their second launch for flagged tiles,
+maxima, gradient. Prints, for each architecture, dtype and variant: registers a thread,
 bytes spilled, shared memory a block and its limit, the matrix instructions found, and how many
 blocks fit a multiprocessor. `--results FOLDER` writes kernel_resources.csv there; `--json` prints
 one list and no table.
@@ -31,13 +32,15 @@ from rich.table import Table
 from triton.runtime import JITFunction
 
 from gradcache_clip.kernels.contrast_gradient import _contrast_gradient_kernel
-from gradcache_clip.kernels.contrast_statistics import _contrast_statistics_kernel, _merge_kernel
+from gradcache_clip.kernels.contrast_statistics import contrast_statistics_kernel
 from gradcache_clip.kernels.launch_config import (
     ARCHITECTURES,
     LaunchConfig,
     launch_options,
+    second_launch,
     table_entry,
 )
+from gradcache_clip.kernels.statistics_parts import FLAGS_PER_PROGRAM, merge_kernel
 
 REGISTERS_OF_MULTIPROCESSOR = 65536
 
@@ -73,7 +76,8 @@ class Case:
     @property
     def config(self) -> LaunchConfig:
         dtype = getattr(torch, self.dtype)
-        return table_entry(self.architecture, dtype, plain=self.variant == "plain")
+        entry = table_entry(self.architecture, dtype, plain=self.variant == "plain")
+        return second_launch(entry) if self.kernel == "second" else entry
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,11 @@ class Resources:
 
 
 KERNELS: dict[str, JITFunction] = {
-    "statistics": _contrast_statistics_kernel,
+    "statistics": contrast_statistics_kernel,
+    "maxima": contrast_statistics_kernel,
+    "second": contrast_statistics_kernel,
     "gradient": _contrast_gradient_kernel,
-    "merge": _merge_kernel,
+    "merge": merge_kernel,
 }
 DTYPES = ("bfloat16", "float16", "float32")
 # The rules that the public losses combine: plain is CLIP, rows is InfoNCE, self is NT-Xent.
@@ -116,7 +122,8 @@ def cases(architecture: int, dtypes: list[str], variants: list[str]) -> list[Cas
         Case(architecture, dtype, variant, kernel)
         for dtype in dtypes
         for variant in variants
-        for kernel in ("statistics", "gradient")
+        for kernel in ("statistics", "second", "maxima", "gradient")
+        if "labels" not in VARIANTS[variant] or kernel in ("maxima", "gradient")
     ]
     merges = [each for each in ("plain", "labels") if each in variants]
     return [*tiles, *(Case(architecture, "float32", each, "merge") for each in merges)]
@@ -149,7 +156,12 @@ def _values(case: Case) -> dict[str, Any]:
     if case.kernel == "merge":
         return {"LABELLED": "labels" in rules, "WIDTH": 32, "DEPTH": 64}
     absent = {name: None for name in names if _is_absent(name, rules)}
-    return {**launch_options(case.config), "SELF": "self" in rules, **absent}
+    values = {**launch_options(case.config), "SELF": "self" in rules, **absent}
+    if case.kernel == "maxima":
+        values["flags_ptr"] = None
+    if case.kernel != "gradient":
+        values["GROUP"] = FLAGS_PER_PROGRAM if case.kernel == "second" else 1
+    return values
 
 
 def _is_absent(name: str, rules: set[str]) -> bool:
@@ -166,6 +178,8 @@ def _argument_type(name: str, dtype: torch.dtype) -> str:
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     if name in ("q_ptr", "k_ptr", "gradient_ptr"):
         return f"*{short}"
+    if name == "flags_ptr":
+        return "*i32"
     if name.endswith(("labels_ptr", "ids_ptr")):
         return "*i64"
     return "*fp32" if name.endswith("_ptr") else "i32"

@@ -43,7 +43,8 @@ def compile_kernel(
         architecture: compute capability times ten.
         values: compile-time arguments of the kernel; what is none of its arguments is an option
             of the compiler.
-        type_of: Triton's type of each other argument, by name. Pointers and D are aligned to 16.
+        type_of: Triton's type of each other argument, by name. What Triton may specialise is
+            divisible by 16.
     """
     names = kernel.arg_names
     constants = {name: value for name, value in values.items() if name in names}
@@ -52,7 +53,7 @@ def compile_kernel(
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if name not in constants and (name.endswith("_ptr") or name == "D")
+        if name not in constants and not kernel.params[index].do_not_specialize
     }
     by_index = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, by_index, aligned)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Integers of kernels whose divisibility no machine code may depend on: one for all shapes.
+# Arguments whose divisibility no machine code may depend on: one for all shapes and addresses.
 RAGGED = (
     "gradient_plane",
     "gradient_stride",
@@ -32,6 +32,17 @@ RAGGED = (
     "parts",
     "length",
     "running_plane",
+    # Of the caller, who may hand over a slice.
+    "logit_scale_ptr",
+    "logit_bias_ptr",
+    "row_labels_ptr",
+    "row_ids_ptr",
+    "row_label_ptr",
+    "column_label_ptr",
+    "row_gradient_ptr",
+    "column_gradient_ptr",
+    "row_weight_ptr",
+    "column_weight_ptr",
 )
 
 

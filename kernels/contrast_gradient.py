@@ -67,7 +67,7 @@ def _contrast_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """One tile of G; maxima and thresholds in units of log 2."""
-    tile_m, tile_n = tile_position(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_position(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     row_start = whole(first_row) + tile_m * BLOCK_M
     column_start = whole(first_column) + tile_n * BLOCK_N
     tile = similarity_tile(

@@ -9,7 +9,6 @@ sample, often one, afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from math import isqrt
 
 import torch
@@ -24,9 +23,10 @@ from gradcache_clip.kernels.launch_config import (
     launch_config,
     launch_options,
     up_to_whole,
+    without_bound,
 )
 from gradcache_clip.kernels.panels import add_product, slices
-from gradcache_clip.kernels.similarity import padded, store_tile, tile_position
+from gradcache_clip.kernels.similarity import padded, products, store_tile, tile_position
 
 _LONGEST_PIECE, _SHORTEST_PIECE = 128, 16
 # A gradient tile is written without products: any small shape whose rows are whole lines does.
@@ -61,7 +61,12 @@ def _token_maxima_kernel(
     PIECES_N: tl.constexpr = BLOCK_N // BLOCK_R
     pieces_p, pieces_r = tl.cdiv(P, BLOCK_P), tl.cdiv(R, BLOCK_R)
     tile_m, tile_n = tile_position(
-        images * pieces_p * BLOCK_P, texts * pieces_r * BLOCK_R, BLOCK_M, BLOCK_N, GROUP_M
+        tl.program_id(0),
+        images * pieces_p * BLOCK_P,
+        texts * pieces_r * BLOCK_R,
+        BLOCK_M,
+        BLOCK_N,
+        GROUP_M,
     )
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -74,11 +79,7 @@ def _token_maxima_kernel(
     depth = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + x_row.to(tl.int64)[:, None] * D + depth[None, :]
     y_ptrs = y_ptr + y_row.to(tl.int64)[None, :] * D + depth[:, None]
-    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(0, D, BLOCK_D):
-        tile = tl.dot(tl.load(x_ptrs), tl.load(y_ptrs), tile, input_precision=PRECISION)
-        x_ptrs += BLOCK_D
-        y_ptrs += BLOCK_D
+    tile = products(x_ptrs, y_ptrs, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
     tile = tl.reshape(tile, (PIECES_M, BLOCK_P, PIECES_N, BLOCK_R))
     row_inside = (p < P) & (row_piece < images * pieces_p)
     column_inside = (r < R) & (column_piece < texts * pieces_r)
@@ -160,7 +161,7 @@ class TokenPanels:
     """
 
     def __init__(self, x: Tensor, y: Tensor, *, both_ways: bool) -> None:
-        self.config = config = launch_config(x)
+        self.config = config = without_bound(launch_config(x))
         self.both_ways = both_ways
         self.x, self.y = (padded(side.flatten(0, 1), config.BLOCK_D) for side in (x, y))
         (self.images, self.P, _), (self.texts, self.R, _) = x.shape, y.shape
@@ -207,8 +208,7 @@ class TokenPanels:
     ) -> None:
         I, J = stripe.stop - stripe.start, panel.stop - panel.start
         pieces_p, pieces_r = self._pieces()
-        with_index = index[1].numel() > 0
-        config = tile_config(self.config, with_index=with_index)
+        with_index, config = index[1].numel() > 0, self.config
         tiles_m = triton.cdiv(I * pieces_p * self.block_p, config.BLOCK_M)
         tiles_n = triton.cdiv(J * pieces_r * self.block_r, config.BLOCK_N)
         with torch.cuda.device_of(self.x):
@@ -275,13 +275,6 @@ class TokenPanels:
     def add_product(self, out: Tensor, dsimilarity: Tensor, tokens: Tensor) -> None:
         """out += dsimilarity tokens, in fp32; (samples, tokens, D) both."""
         add_product(out.view(-1, out.shape[-1]), dsimilarity, tokens.flatten(0, 1))
-
-
-def tile_config(config: LaunchConfig, *, with_index: bool) -> LaunchConfig:
-    """Launch parameters of the maxima; winners take registers that 16 warps do not have."""
-    if with_index and config.num_warps > 8:
-        return replace(config, BLOCK_M=config.BLOCK_M // 2, num_warps=config.num_warps // 2)
-    return config
 
 
 def piece_length(tokens: int, longest: int) -> int:

@@ -8,7 +8,7 @@ memory and blocks a multiprocessor; kernels/README.md gives the reasons).
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class LaunchConfig:
     """Steps of the main loop whose loads are in flight."""
     precision: Float32Precision = "ieee"
     """How fp32 operands are multiplied; without effect on 16-bit operands."""
+    max_registers: int | None = None
+    """Bound of registers a thread, for a second block on the multiprocessor."""
     GROUP_M: int = 8
     """Tile rows that walk over the columns together, so that these stay in the L2 cache."""
     workspace_bytes: int = 128 * 2**20
@@ -62,7 +64,7 @@ _TABLE: dict[tuple[int, int], LaunchConfig] = {
     (80, 16): LaunchConfig(128, 128, 64, 8, 3, workspace_bytes=_LARGE),
     (86, 16): _CONSUMER_16,
     (89, 16): _CONSUMER_16,
-    (90, 16): LaunchConfig(256, 128, 64, 16, 3, workspace_bytes=_LARGE),
+    (90, 16): LaunchConfig(128, 128, 64, 8, 3, max_registers=128, workspace_bytes=_LARGE),
     (100, 16): LaunchConfig(128, 128, 64, 8, 3, workspace_bytes=_LARGE),
     (120, 16): _CONSUMER_16,
     (80, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", workspace_bytes=_LARGE),
@@ -91,17 +93,43 @@ def table_entry(architecture: int, dtype: torch.dtype, *, plain: bool = True) ->
     return _TABLE[key] if plain else _NOT_PLAIN.get(key, _TABLE[key])
 
 
+def prefix_entry(architecture: int, dtype: torch.dtype, *, gradient: bool) -> LaunchConfig:
+    """Smaller than the usual tile: beside a tile of S the products that go on stay in registers."""
+    entry = replace(table_entry(architecture, dtype), max_registers=None)
+    if dtype == torch.float32:
+        return replace(entry, BLOCK_M=64, BLOCK_N=64, BLOCK_D=16)
+    if not 90 <= architecture < 100:
+        return replace(entry, BLOCK_M=128, BLOCK_N=64, BLOCK_D=32)
+    # Products m64n128: narrower ones wait for shared memory.
+    if gradient:
+        return replace(entry, BLOCK_M=128, BLOCK_N=128, BLOCK_D=32)
+    return replace(entry, BLOCK_M=64, BLOCK_N=128, BLOCK_D=32, num_warps=4)
+
+
+def prefix_config(features: Tensor, *, gradient: bool) -> LaunchConfig:
+    """`prefix_entry` for features on their device."""
+    if INTERPRETED:
+        return _INTERPRETER
+    return prefix_entry(_capability(features), features.dtype, gradient=gradient)
+
+
+def _capability(features: Tensor) -> int:
+    major, minor = torch.cuda.get_device_capability(features.device)
+    return 10 * major + minor
+
+
 def launch_config(features: Tensor, *, plain: bool = True) -> LaunchConfig:
     """The configuration for features on their device, and for a contrast that is plain or not."""
     if INTERPRETED:
         return _INTERPRETER
-    major, minor = torch.cuda.get_device_capability(features.device)
-    return table_entry(10 * major + minor, features.dtype, plain=plain)
+    return table_entry(_capability(features), features.dtype, plain=plain)
 
 
 def launch_options(config: LaunchConfig) -> dict[str, Any]:
     """Keyword arguments of a launch of either tile kernel."""
+    bound = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     return {
+        **bound,
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_D": config.BLOCK_D,
@@ -112,6 +140,16 @@ def launch_options(config: LaunchConfig) -> dict[str, Any]:
         # Triton 3.9 warns, and later versions change the default, when this is left open.
         "enable_fp_fusion": True,
     }
+
+
+def second_launch(config: LaunchConfig) -> LaunchConfig:
+    """For tiles that are computed again, which are few: registers count for more than time."""
+    return replace(config, BLOCK_D=max(16, config.BLOCK_D // 2), max_registers=None)
+
+
+def without_bound(config: LaunchConfig) -> LaunchConfig:
+    """As many registers as the compiler wants."""
+    return replace(config, max_registers=None)
 
 
 def tile_grid(config: LaunchConfig, rows: int, columns: int) -> tuple[int]:

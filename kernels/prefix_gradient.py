@@ -24,13 +24,13 @@ from gradcache_clip.kernels.contrast_gradient import softmax_gradient
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,
-    launch_config,
     launch_options,
+    prefix_config,
     tile_grid,
 )
 from gradcache_clip.kernels.panels import Panels, product
-from gradcache_clip.kernels.prefix_statistics import Segments, is_one_of, prefix_config
-from gradcache_clip.kernels.similarity import store_tile, tile_position, whole
+from gradcache_clip.kernels.prefix_statistics import Segments
+from gradcache_clip.kernels.similarity import store_tile, tile_pointers, tile_position, whole
 
 Needs = tuple[bool, bool, bool]
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
@@ -57,8 +57,8 @@ def _prefix_gradient_kernel(
     M,
     N,
     D,
+    ends_ptr,
     positive_shift,
-    ENDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,25 +66,23 @@ def _prefix_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """One tile of G of each prefix; factors and maxima in units of log 2."""
-    tile_m, tile_n = tile_position(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_position(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     row_start, column_start = first_row + tile_m * BLOCK_M, first_column + tile_n * BLOCK_N
     row = row_start + tl.arange(0, BLOCK_M)
     column = column_start + tl.arange(0, BLOCK_N)
     # Clamped indices need fewer registers than masked loads; nobody reads G of the repeats.
     row_clamped, column_clamped = tl.minimum(row, M - 1), tl.minimum(column, N - 1)
-    depth = tl.arange(0, BLOCK_D)
-    q_offset = (row_clamped - row_start)[:, None] * D + depth[None, :]
-    k_offset = (column_clamped - column_start)[None, :] * D + depth[:, None]
-    q_ptrs = q_ptr + row_start.to(tl.int64) * D + q_offset
-    k_ptrs = k_ptr + column_start.to(tl.int64) * D + k_offset
+    q_ptrs, k_ptrs = tile_pointers(
+        q_ptr, k_ptr, row_start, column_start, M, N, D, BLOCK_M, BLOCK_N, BLOCK_D
+    )
     tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     prefix = 0
-    # Up to D, which the compiler does not know: it would unroll short loops, epilogues and all.
+    end = tl.load(ends_ptr)
     for start in range(0, D, BLOCK_D):
         tile = tl.dot(tl.load(q_ptrs), tl.load(k_ptrs), tile, input_precision=PRECISION)
         q_ptrs += BLOCK_D
         k_ptrs += BLOCK_D
-        if is_one_of(start + BLOCK_D, ENDS):
+        if start + BLOCK_D == end:
             own_row, own_column = prefix * M + row_clamped, prefix * N + column_clamped
             row_factor = tl.load(row_factor_ptr + own_row)
             logits = tile * row_factor[:, None] * tl.load(column_factor_ptr + own_column)[None, :]
@@ -109,6 +107,7 @@ def _prefix_gradient_kernel(
             plane_ptr = gradient_ptr + prefix * whole(gradient_plane).to(tl.int64)
             store_tile(plane_ptr, gradient_stride, gradient, tile_m, tile_n)
             prefix += 1
+            end = tl.load(ends_ptr + prefix)
 
 
 def prefix_gradient(
@@ -144,7 +143,7 @@ def prefix_gradient(
         dq, dk in the dtype of q, dlogit_scale in fp32; None where not needed.
     """
     needs_q, needs_k, needs_scale = needs
-    config = config or prefix_config(launch_config(q), q.dtype)
+    config = config or prefix_config(q, gradient=True)
     panels = _Panels(q, k, factors, sides, widths, positive_shift, config)
     rows_chain = _Chain(q, factors[1], widths, largest_inverse_norm)
     columns_chain = _Chain(k, factors[2], widths, largest_inverse_norm)
@@ -237,8 +236,8 @@ class _Panels(Panels):
                 width,
                 len(self.q),
                 *self.k.shape,
+                self.segments.ends_on(self.q.device),
                 self.positive_shift,
-                ENDS=self.segments.ends,
                 **launch_options(self.config),
             )
         return list(self.workspace[:, :height, :width])

@@ -7,7 +7,7 @@ first entries of both; the factors a and b hold the inverse norms of the prefixe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -16,31 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gradcache_clip.kernels.competition import RAGGED, meets_diagonal
-from gradcache_clip.kernels.contrast_statistics import (
-    _MERGE_DEPTH,
-    _MERGE_WIDTH,
-    _merge_kernel,
-    _store_statistics,
-)
 from gradcache_clip.kernels.launch_config import (
-    INTERPRETED,
     LaunchConfig,
-    launch_config,
     launch_options,
+    prefix_config,
     stripe_rows,
     tile_grid,
 )
 from gradcache_clip.kernels.panels import slices
-from gradcache_clip.kernels.similarity import padded, tile_position
-
-
-@triton.jit
-def is_one_of(position, ENDS: tl.constexpr):
-    """Whether a prefix ends at this position along D."""
-    found = position == ENDS[0]
-    for prefix in tl.static_range(1, len(ENDS)):
-        found |= position == ENDS[prefix]
-    return found
+from gradcache_clip.kernels.similarity import padded, tile_pointers, tile_position
+from gradcache_clip.kernels.statistics_parts import Running, store_exact
 
 
 @triton.jit(do_not_specialize=RAGGED)
@@ -57,8 +42,8 @@ def _prefix_statistics_kernel(
     M,
     N,
     D,
+    ends_ptr,
     positive_shift,
-    ENDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -68,9 +53,9 @@ def _prefix_statistics_kernel(
     """One tile: for each prefix, partials of its rows and of its columns.
 
     One loop over D with the epilogue in a branch: loads go on meanwhile, and fewer registers are
-    needed than by a loop for each prefix.
+    needed than by a loop for each prefix, which spills.
     """
-    tile_m, tile_n = tile_position(rows, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_position(tl.program_id(0), rows, N, BLOCK_M, BLOCK_N, GROUP_M)
     row_start, column_start = first_row + tile_m * BLOCK_M, tile_n * BLOCK_N
     row = row_start + tl.arange(0, BLOCK_M)
     column = column_start + tl.arange(0, BLOCK_N)
@@ -81,19 +66,17 @@ def _prefix_statistics_kernel(
     if column_parts_ptr is not None:
         column_plane = tl.cdiv(rows, BLOCK_M).to(tl.int64) * N
         column_part_ptr = column_parts_ptr + tile_m.to(tl.int64) * N + column
-    depth = tl.arange(0, BLOCK_D)
-    q_offset = (row_clamped - row_start)[:, None] * D + depth[None, :]
-    k_offset = (column_clamped - column_start)[None, :] * D + depth[:, None]
-    q_ptrs = q_ptr + row_start.to(tl.int64) * D + q_offset
-    k_ptrs = k_ptr + column_start.to(tl.int64) * D + k_offset
+    q_ptrs, k_ptrs = tile_pointers(
+        q_ptr, k_ptr, row_start, column_start, M, N, D, BLOCK_M, BLOCK_N, BLOCK_D
+    )
     tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     prefix = 0
-    # Up to D, which the compiler does not know: it would unroll short loops, epilogues and all.
+    end = tl.load(ends_ptr)
     for start in range(0, D, BLOCK_D):
         tile = tl.dot(tl.load(q_ptrs), tl.load(k_ptrs), tile, input_precision=PRECISION)
         q_ptrs += BLOCK_D
         k_ptrs += BLOCK_D
-        if is_one_of(start + BLOCK_D, ENDS):
+        if start + BLOCK_D == end:
             row_factor = tl.load(row_factor_ptr + prefix * M + row_clamped)
             column_factor = tl.load(column_factor_ptr + prefix * N + column_clamped)
             logits = tile * row_factor[:, None] * column_factor[None, :]
@@ -111,20 +94,18 @@ def _prefix_statistics_kernel(
                 outside = (row[:, None] >= M) | (column[None, :] >= N)
                 logits = tl.where(outside, -float("inf"), logits)
             part_ptr = row_part_ptr + 2 * prefix * row_plane
-            _store_statistics(part_ptr, row_plane, logits, None, row < M, 1)
+            store_exact(part_ptr, row_plane, logits, None, row < M, 1)
             if column_parts_ptr is not None:
                 part_ptr = column_part_ptr + 2 * prefix * column_plane
-                _store_statistics(part_ptr, column_plane, logits, None, column < N, 0)
+                store_exact(part_ptr, column_plane, logits, None, column < N, 0)
             prefix += 1
+            end = tl.load(ends_ptr + prefix)
 
 
-def prefix_config(config: LaunchConfig, dtype: torch.dtype) -> LaunchConfig:
-    """Half the usual tile: beside a tile of S the products that go on stay in registers."""
-    if INTERPRETED:
-        return config
-    if dtype == torch.float32:
-        return replace(config, BLOCK_M=64, BLOCK_N=64, BLOCK_D=16, num_warps=8)
-    return replace(config, BLOCK_M=128, BLOCK_N=64, BLOCK_D=32, num_warps=8)
+@cache
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    # Kept, because a copy from the host waits for the device.
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 class Segments:
@@ -135,6 +116,10 @@ class Segments:
         lengths = (triton.cdiv(b - a, BLOCK_D) * BLOCK_D for a, b in self.bounds)
         self.ends = tuple(accumulate(lengths))
         """Where each prefix ends in padded features."""
+
+    def ends_on(self, device: torch.device) -> Tensor:
+        """The ends on the device, and one beyond all."""
+        return _on_device((*self.ends, -1), device)
 
     def padded(self, features: Tensor) -> Tensor:
         """One copy, or none where every segment is whole already."""
@@ -171,15 +156,17 @@ def prefix_statistics(
         Positive logits (P, M); maximum over the negatives and sum of exp(S - maximum) over them of
         each row (P, 2, M) and of each column (P, 2, N) or None. Logits in units of log 2.
     """
-    config = config or prefix_config(launch_config(q), q.dtype)
+    config = config or prefix_config(q, gradient=False)
     segments, P = Segments(widths, config.BLOCK_D), len(widths)
     q, k = segments.padded(q), segments.padded(k)
     (M, D), N = q.shape, len(k)
     stripe = min(stripe_rows(config, N * P), M)
     tiles_m, tiles_n = triton.cdiv(stripe, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     positive = torch.empty_like(row_factor)
-    rows = _Running(row_factor, tiles_n * stripe)
-    columns = _Running(column_factor, tiles_m * N) if both_ways else None
+    rows = Running.empty(row_factor, P, M, tiles_n * stripe, labelled=False)
+    columns = None
+    if both_ways:
+        columns = Running.empty(column_factor, P, N, tiles_m * N, labelled=False)
     with torch.cuda.device_of(q):
         for where in slices(M, stripe):
             size = where.stop - where.start
@@ -196,36 +183,11 @@ def prefix_statistics(
                 M,
                 N,
                 D,
+                segments.ends_on(q.device),
                 positive_shift,
-                ENDS=segments.ends,
                 **launch_options(config),
             )
             rows.merge(where, tiles_n)
             if columns is not None:
                 columns.merge(slice(0, N), triton.cdiv(size, config.BLOCK_M))
-    return positive, rows.running, None if columns is None else columns.running
-
-
-class _Running:
-    """Maximum and sum of exp of each row or column of each prefix, and partials to add."""
-
-    def __init__(self, factor: Tensor, parts: int) -> None:
-        P, size = factor.shape
-        self.running = factor.new_zeros(P, 2, size)
-        self.running[:, 0] = -torch.inf
-        self.parts = factor.new_empty(2 * P * parts)
-
-    def merge(self, where: slice, parts: int) -> None:
-        length = where.stop - where.start
-        for prefix, running in enumerate(self.running):
-            _merge_kernel[(triton.cdiv(length, _MERGE_WIDTH),)](
-                self.parts[2 * prefix * parts * length :],
-                running[:, where],
-                parts,
-                length,
-                running.shape[1],
-                LABELLED=False,
-                WIDTH=_MERGE_WIDTH,
-                DEPTH=_MERGE_DEPTH,
-                enable_fp_fusion=True,
-            )
+    return positive, rows.planes, None if columns is None else columns.planes

@@ -18,6 +18,7 @@ from gradcache_clip.kernels.launch_config import (
     launch_options,
     tile_grid,
     up_to_whole,
+    without_bound,
 )
 from gradcache_clip.kernels.panels import Panels, add_product
 from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
@@ -226,9 +227,7 @@ class _Tiles:
 
 def _tiles(config: LaunchConfig, *, compares: bool) -> _Tiles:
     """The table's tiles, less where masks or sums need the registers."""
-    if config.num_warps > 8:
-        # More warps leave fewer registers a thread; two of these fit in place of one.
-        config = replace(config, BLOCK_M=config.BLOCK_M // 2, num_warps=config.num_warps // 2)
+    config = without_bound(config)
     if compares:
         return _Tiles(replace(config, BLOCK_N=config.BLOCK_N // 2), parts=1)
     return _Tiles(config, parts=2)

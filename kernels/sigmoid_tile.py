@@ -181,7 +181,7 @@ def sigmoid_kernel(
         if not exists:
             return
     else:
-        tile_m, tile_n = tile_position(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+        tile_m, tile_n = tile_position(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     row_start = whole(first_row) + tile_m * BLOCK_M
     column_start = whole(first_column) + tile_n * BLOCK_N
     edge = _is_edge(

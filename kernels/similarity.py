@@ -44,16 +44,56 @@ def store_tile(gradient_ptr, gradient_stride, tile, tile_m, tile_n):
 
 @triton.jit
 def tile_position(
-    rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+    index, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
 ):
-    """Tile row and tile column of this program; GROUP_M tile rows share their columns in the L2."""
+    """Tile row and column of a number; GROUP_M tile rows in turn share their columns in the L2."""
     tiles_m = tl.cdiv(rows, BLOCK_M)
     programs_in_group = GROUP_M * tl.cdiv(columns, BLOCK_N)
-    index = tl.program_id(0)
     first_m = (index // programs_in_group) * GROUP_M
     group_m = tl.minimum(tiles_m - first_m, GROUP_M)
     within = index % programs_in_group
     return first_m + within % group_m, within // group_m
+
+
+@triton.jit
+def tile_pointers(
+    q_ptr,
+    k_ptr,
+    first_row,
+    first_column,
+    M,
+    N,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """First features of rows and of columns; rows from M, columns from N on repeat the last."""
+    row = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_row)
+    column = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_column)
+    depth = tl.arange(0, BLOCK_D)
+    q_ptrs = q_ptr + first_row.to(tl.int64) * D + (row[:, None] * D + depth[None, :])
+    k_ptrs = k_ptr + first_column.to(tl.int64) * D + (column[None, :] * D + depth[:, None])
+    return q_ptrs, k_ptrs
+
+
+@triton.jit
+def products(
+    q_ptrs,
+    k_ptrs,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The main loop: <q_i, k_j> of all D features."""
+    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(0, D, BLOCK_D):
+        tile = tl.dot(tl.load(q_ptrs), tl.load(k_ptrs), tile, input_precision=PRECISION)
+        q_ptrs += BLOCK_D
+        k_ptrs += BLOCK_D
+    return tile
 
 
 @triton.jit
@@ -71,15 +111,9 @@ def similarity_tile(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S in units of log 2 (exp2 gives exp(S)); rows from M, columns from N on repeat the last."""
-    row = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_row)
-    column = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_column)
-    depth = tl.arange(0, BLOCK_D)
-    q_ptrs = q_ptr + first_row.to(tl.int64) * D + (row[:, None] * D + depth[None, :])
-    k_ptrs = k_ptr + first_column.to(tl.int64) * D + (column[None, :] * D + depth[:, None])
-    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(0, D, BLOCK_D):
-        tile = tl.dot(tl.load(q_ptrs), tl.load(k_ptrs), tile, input_precision=PRECISION)
-        q_ptrs += BLOCK_D
-        k_ptrs += BLOCK_D
+    """S in units of log 2 (exp2 gives exp(S))."""
+    q_ptrs, k_ptrs = tile_pointers(
+        q_ptr, k_ptr, first_row, first_column, M, N, D, BLOCK_M, BLOCK_N, BLOCK_D
+    )
+    tile = products(q_ptrs, k_ptrs, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
     return tile * (tl.load(logit_scale_ptr) * LOG2_E)

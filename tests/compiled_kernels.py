@@ -24,13 +24,13 @@ from gradcache_clip.kernels import late_interaction, sigmoid
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     launch_options,
+    prefix_entry,
     table_entry,
+    without_bound,
 )
 from gradcache_clip.kernels.prefix_gradient import _prefix_gradient_kernel
 from gradcache_clip.kernels.prefix_statistics import (
-    Segments,
     _prefix_statistics_kernel,
-    prefix_config,
 )
 from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
 
@@ -40,7 +40,6 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TWO = ("bfloat16", "float32")
 # Least shared memory, and least registers a thread; kernel_resources.py prints all.
 COSTLIEST = ["labels", "labels, ids", "ids, thresholds"]
-WIDTHS = (32, 64), (64, 128, 256, 512, 768, 1024)
 # Pieces of image and of text tokens, with winners, and sizes of one, which Triton makes constants.
 PIECES = {
     "bfloat16": [
@@ -62,10 +61,10 @@ def contrast(architecture: int, dtypes: list[str], variants: list[str]) -> Itera
 
 def prefix(architecture: int) -> Iterator[Used]:
     kernels = _prefix_statistics_kernel, _prefix_gradient_kernel
-    for kernel, dtype, widths in product(kernels, TWO, WIDTHS):
-        of_dtype = getattr(torch, dtype)
-        config = prefix_config(table_entry(architecture, of_dtype), of_dtype)
-        values = launch_options(config) | {"ENDS": Segments(widths, config.BLOCK_D).ends}
+    for kernel, dtype in product(kernels, TWO):
+        gradient = kernel is _prefix_gradient_kernel
+        config = prefix_entry(architecture, getattr(torch, dtype), gradient=gradient)
+        values = launch_options(config)
         yield _used("prefix", dtype, _compiled(kernel, architecture, dtype, values))
 
 
@@ -99,10 +98,9 @@ def _siglip_variants() -> Iterator[tuple[str, dict[str, bool], dict[str, int]]]:
 
 def tokens(architecture: int) -> Iterator[Used]:
     for dtype, pieces in PIECES.items():
-        config = table_entry(architecture, getattr(torch, dtype))
+        config = without_bound(table_entry(architecture, getattr(torch, dtype)))
         for block_p, block_r, with_index, single in pieces:
-            tile = late_interaction.tile_config(config, with_index=with_index)
-            values = launch_options(tile) | {"BOTH_WAYS": True, "WITH_INDEX": with_index}
+            values = launch_options(config) | {"BOTH_WAYS": True, "WITH_INDEX": with_index}
             values["BLOCK_P"] = late_interaction.piece_length(block_p, config.BLOCK_M)
             values["BLOCK_R"] = late_interaction.piece_length(block_r, config.BLOCK_N)
             values |= _one_token() if single else {}
@@ -127,6 +125,8 @@ def _compiled(kernel: Any, architecture: int, dtype: str, values: dict[str, Any]
             return f"*{SHORT[dtype]}"
         if name.endswith(("label_ptr", "index_ptr")):
             return "*i64" if name.endswith("label_ptr") else "*i32"
+        if name == "ends_ptr":
+            return "*i32"
         return "*fp32" if name.endswith("_ptr") else "i32"
 
     return compile_kernel(kernel, architecture, values, type_of)

@@ -94,15 +94,36 @@ def clip_loss_with_accuracy(
         >>> print(f"{result.loss:.4f} {result.image_to_text_accuracy:.1f}")
         2.3408 0.0
     """
-    scale = _checked_scale(image_features, text_features, logit_scale, labels, ids, label_smoothing)
-    statistics = contrast_statistics(
-        "clip_loss", image_features, text_features, scale, Pairing(labels, labels, ids, ids), impl
+    return _clip(
+        image_features,
+        text_features,
+        logit_scale,
+        labels=labels,
+        ids=ids,
+        label_smoothing=label_smoothing,
+        impl=impl,
+        maxima=True,
     )
-    targets = ClipTargets(labels, ids, label_smoothing)
-    return clip_result(statistics, targets, image_features, text_features, scale)
 
 
-clip_loss = loss_alone(clip_loss_with_accuracy)
+def _clip(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    labels: Tensor | None = None,
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    impl: str = "auto",
+    maxima: bool,
+) -> ContrastiveOutput:
+    scale = _checked_scale(q, k, logit_scale, labels, ids, label_smoothing)
+    pairing = Pairing(labels, labels, ids, ids, maxima=maxima)
+    statistics = contrast_statistics("clip_loss", q, k, scale, pairing, impl)
+    return clip_result(statistics, ClipTargets(labels, ids, label_smoothing), q, k, scale)
+
+
+clip_loss = loss_alone(clip_loss_with_accuracy, _clip)
 """The loss of `clip_loss_with_accuracy` alone, with the same arguments."""
 
 

@@ -182,7 +182,7 @@ class ContrastPasses(NamedTuple):
 def _unpack(
     vectors: Sequence[Tensor | None], numbers: Sequence[int], impl: str
 ) -> tuple[ContrastPasses, Pairing]:
-    return ContrastPasses(impl, numbers[3:]), Pairing.unpacked(vectors, numbers[:3])
+    return ContrastPasses(impl, numbers[4:]), Pairing.unpacked(vectors, numbers[:4])
 
 
 _statistics, _gradient = register("contrast", _unpack)

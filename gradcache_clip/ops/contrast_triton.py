@@ -25,7 +25,11 @@ def statistics_triton(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairin
     from gradcache_clip.kernels.contrast_statistics import contrast_statistics
 
     q, k = _contiguous(q, k, pairing)
-    positive, rows, columns = contrast_statistics(q, k, logit_scale, _competition(pairing))
+    positive, rows, columns = contrast_statistics(
+        q, k, logit_scale, _competition(pairing), maxima=pairing.maxima
+    )
+    if not pairing.maxima:
+        rows, columns = (each if each is None else near_the_sum(each) for each in (rows, columns))
     row_side = _in_nats(rows)
     if len(positive):
         row_side = (positive * _LOG_2, *row_side[1:])
@@ -71,6 +75,17 @@ def _in_nats(planes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Convert to positive, max, sum and hardest_negative; what is missing is empty."""
     positive, hardest_negative = planes[2:] * _LOG_2 if len(planes) == 4 else planes.new_empty(2, 0)
     return positive.clone(), *softmax_in_nats(*planes[:2]), hardest_negative.clone()
+
+
+def near_the_sum(planes: Tensor) -> Tensor:
+    """Move references by whole numbers so that sums are from 1/2 to 1, and none overflows.
+
+    Gradients of the sums are then of one size, as those of fp16 need to be.
+    """
+    if len(planes) == 4:
+        return planes
+    total, exponent = torch.frexp(planes[1])
+    return torch.stack((planes[0] + exponent, total))
 
 
 def softmax_in_nats(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

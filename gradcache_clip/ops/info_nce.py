@@ -98,19 +98,52 @@ def info_nce_loss_with_accuracy(
         0.3408 1.0
     """
     rules = RetrievalRules(ids, false_negative_margin, symmetric, tau_plus)
+    features = queries, documents, hard_negatives
+    return _info_nce(*features, logit_scale, rules, impl, maxima=True)
+
+
+def _alone(
+    queries: Tensor,
+    documents: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    hard_negatives: Tensor | None = None,
+    ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    symmetric: bool = False,
+    tau_plus: float = 0.0,
+    impl: str = "auto",
+    maxima: bool,
+) -> RetrievalOutput:
+    rules = RetrievalRules(ids, false_negative_margin, symmetric, tau_plus)
+    features = queries, documents, hard_negatives
+    return _info_nce(*features, logit_scale, rules, impl, maxima=maxima)
+
+
+def _info_nce(
+    queries: Tensor,
+    documents: Tensor,
+    hard_negatives: Tensor | None,
+    logit_scale: float | Tensor,
+    rules: RetrievalRules,
+    impl: str,
+    *,
+    maxima: bool,
+) -> RetrievalOutput:
     columns, own = retrieval_columns(queries, documents, hard_negatives, rules)
     dtype = torch.promote_types(queries.dtype, columns.dtype)
     scale = scalar_tensor("logit_scale", logit_scale, queries.device, dtype)
     cosine = None
-    if false_negative_margin is not None:
+    if rules.false_negative_margin is not None:
         cosine = pair_products(queries, documents, scale.dtype)
     pairing = retrieval_pairing(cosine, len(queries), len(columns), scale, rules)
+    pairing = pairing._replace(maxima=maxima)
     statistics = contrast_statistics("info_nce_loss", queries, columns, scale, pairing, impl)
     own_logits = None if own is None else own_negative_logits(queries, own, scale)
     return info_nce_result(statistics, own_logits, len(columns), scale, rules)
 
 
-info_nce_loss = loss_alone(info_nce_loss_with_accuracy)
+info_nce_loss = loss_alone(info_nce_loss_with_accuracy, _alone)
 """The loss of `info_nce_loss_with_accuracy` alone, with the same arguments."""
 
 

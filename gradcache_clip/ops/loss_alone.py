@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from typing import ParamSpec, Protocol
 
@@ -17,12 +17,18 @@ class _HasLoss(Protocol):
     def loss(self) -> Tensor: ...
 
 
-def loss_alone(with_accuracy: Callable[_P, _HasLoss]) -> Callable[_P, Tensor]:
-    """Return a function of the same arguments that returns the loss alone."""
+def loss_alone(
+    with_accuracy: Callable[_P, _HasLoss], body: Callable[..., _HasLoss] | None = None
+) -> Callable[_P, Tensor]:
+    """Return a function of the same arguments that returns the loss alone.
+
+    A `body` takes these arguments and `maxima`, whether it is to find what accuracies need.
+    """
+    compute = with_accuracy if body is None else partial(body, maxima=False)
 
     @wraps(with_accuracy)
     def loss(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-        return with_accuracy(*args, **kwargs).loss
+        return compute(*args, **kwargs).loss
 
     name = with_accuracy.__name__
     loss.__name__ = loss.__qualname__ = name.removesuffix("_with_accuracy")

@@ -55,17 +55,19 @@ class Pairing(NamedTuple):
     """Whether rows compete for each column as well."""
     self_contrast: bool = False
     """k is q: S is symmetric, its diagonal is left out, and one gradient serves both sides."""
+    maxima: bool = True
+    """Whether row_max and column_max must be maxima, as accuracies need, or may be near them."""
 
     def packed(self) -> tuple[list[Tensor | None], list[int]]:
-        """Return the vectors and the three numbers, as an op of torch.library takes them."""
+        """Return the vectors and the four numbers, as an op of torch.library takes them."""
         vectors: list[Any] = list(self[:_VECTORS])
-        return vectors, [self.positive_shift, int(self.both_ways), int(self.self_contrast)]
+        return vectors, [int(number) for number in self[_VECTORS:]]
 
     @staticmethod
     def unpacked(vectors: Sequence[Tensor | None], numbers: Sequence[int]) -> Pairing:
         """Invert `packed`."""
-        shift, both_ways, self_contrast = numbers
-        options: list[Any] = [*vectors, shift, bool(both_ways), bool(self_contrast)]
+        shift, *flags = numbers
+        options: list[Any] = [*vectors, shift, *(bool(flag) for flag in flags)]
         return Pairing(*options)
 
     def of_block(self, rows: slice, columns: slice) -> Pairing:

@@ -15,6 +15,7 @@ widest. That takes a buffer of one tile for each prefix.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -216,4 +217,6 @@ def _along(sums: Tensor, factor: Tensor, where: slice) -> Tensor:
     factor = factor[:, where]
     # A clamped norm is a constant: it adds nothing.
     free = factor < 1 / SMALLEST_NORM
-    return (sums[:, where] * factor.square()).where(free, 0).flip(0).cumsum(0).flip(0)
+    weights = list((sums[:, where] * factor.square()).where(free, 0))
+    # On CUDA a float cumsum is not deterministic, and prefixes are few.
+    return torch.stack(list(accumulate(reversed(weights)))[::-1])

@@ -80,17 +80,29 @@ def nt_xent_loss_with_accuracy(
         >>> print(f"{result.loss:.4f} {result.accuracy:.1f}")
         0.5944 1.0
     """
+    arguments = features_a, features_b, logit_scale
+    return _nt_xent(*arguments, tau_plus=tau_plus, impl=impl, maxima=True)
+
+
+def _nt_xent(
+    features_a: Tensor,
+    features_b: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    tau_plus: float = 0.0,
+    impl: str = "auto",
+    maxima: bool,
+) -> SelfContrastOutput:
     check_pairs(("features_a", "features_b"), features_a, features_b)
     check_share("tau_plus", tau_plus)
     features = torch.cat((features_a, features_b))
     scale = scalar_tensor("logit_scale", logit_scale, features.device, features.dtype)
-    statistics = contrast_statistics(
-        "nt_xent_loss", features, features, scale, views_pairing(len(features_a)), impl
-    )
+    pairing = views_pairing(len(features_a))._replace(maxima=maxima)
+    statistics = contrast_statistics("nt_xent_loss", features, features, scale, pairing, impl)
     return nt_xent_result(statistics, scale, tau_plus)
 
 
-nt_xent_loss = loss_alone(nt_xent_loss_with_accuracy)
+nt_xent_loss = loss_alone(nt_xent_loss_with_accuracy, _nt_xent)
 """The loss of `nt_xent_loss_with_accuracy` alone, with the same arguments."""
 
 

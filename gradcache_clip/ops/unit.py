@@ -6,6 +6,7 @@ P prefixes of widths d_1 < ... < d_P; prefix p of a row is its first d_p entries
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,5 +41,7 @@ def inverse_norms(
 ) -> Float[Tensor, "p n"]:
     """Return 1 / L2 norm of each prefix of each row, at most 1 / SMALLEST_NORM."""
     parts = [features[:, segment].to(dtype) for segment in segments(widths)]
-    squares = torch.stack([torch.linalg.vecdot(part, part) for part in parts])
-    return squares.cumsum(0).sqrt().clamp_min(SMALLEST_NORM).reciprocal()
+    squares = [torch.linalg.vecdot(part, part) for part in parts]
+    # On CUDA a float cumsum is not deterministic, and prefixes are few.
+    norms = torch.stack(list(accumulate(squares))).sqrt()
+    return norms.clamp_min(SMALLEST_NORM).reciprocal()
