@@ -19,6 +19,7 @@ B, K, D = 6, 3, 8
 SCALE = 7.0
 HARDNESS = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 SETS = (DIRECTIONS[:1], DIRECTIONS[:2], DIRECTIONS[:3], DIRECTIONS)
+ALONE = {"negatives_in_doc_to_doc": False}
 WAYS = [*((each, "joint") for each in SETS), (DIRECTIONS[:2], "per_direction")]
 
 
@@ -53,6 +54,7 @@ def whole(
     hardness_strength: float = 0.0,
     in_batch_negatives: bool = True,
     share_hard_negatives: bool = True,
+    negatives_in_doc_to_doc: bool = True,
     guide_margin: float = 0.0,
     relative_guide_margin: bool = False,
     ids: Tensor | None = None,
@@ -84,7 +86,7 @@ def whole(
         gq, gd = guide[:2]
         gc = torch.cat((gd, *(each.flatten(0, 1) for each in guide[2:])))
         similar = (gq * gd).sum(1, keepdim=True)
-        limit = similar * (1 - guide_margin) if relative_guide_margin else similar - guide_margin
+        limit = similar - guide_margin * (similar.abs() if relative_guide_margin else 1.0)
 
     cosine, strength = q @ candidates.T, torch.zeros(B, len(owner), dtype=q.dtype)
     if hardness_mode in ("in_batch_negatives", "all_negatives"):
@@ -104,7 +106,8 @@ def whole(
     out = (of_same_id | of_other_group)[:, :B] | (gq @ gq.T > limit)
     parts["query_to_query"] = (scale * q @ q.T).masked_fill(out, -torch.inf)
     out = of_same_id | of_other_group | (gd @ gc.T > limit)
-    out |= ~(torch.full_like(out, share_hard_negatives) | is_document)
+    shared = share_hard_negatives and negatives_in_doc_to_doc
+    out |= ~(torch.full_like(out, shared) | is_document)
     parts["doc_to_doc"] = (scale * d @ candidates.T + biases).masked_fill(out, -torch.inf)
 
     z = [parts[name].logsumexp(1) for name in directions]
@@ -145,10 +148,22 @@ def test_each_rule_alone(name: str, K: int) -> None:
     compare(features(K), "tiled", {name: further(K)[name]}, options)
     relative = {**options, "relative_guide_margin": True}
     compare(features(K), "tiled", {name: further(K)[name]}, relative)
+    compare(features(K), "tiled", {name: further(K)[name]}, {**options, **ALONE})
     # What is said of the rows must matter.
     inner = RetrievalLoss(init_logit_scale=SCALE, **options).double()
     with_rule = inner(*features(K), **{name: further(K)[name]}).loss
     assert abs(with_rule - inner(*features(K)).loss) > 1e-3
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_copies_of_a_document_are_negatives_whatever_the_rounding(impl: str) -> None:
+    """The guide's similarity of a copy is that of the pair, which it does not exceed."""
+    generator = torch.Generator().manual_seed(2)
+    rows = normalize(torch.randn(64, 384, generator=generator), dim=1)
+    queries, documents = rows, normalize(rows.roll(1, 1), dim=1)[:1].expand(64, -1)
+    loss = RetrievalLoss(init_logit_scale=1.0, impl=impl)
+    got = loss(queries, documents, guide=(queries, documents.contiguous())).loss
+    torch.testing.assert_close(got, torch.tensor(64.0).log())
 
 
 @pytest.mark.parametrize("mode", HARDNESS)

@@ -66,9 +66,10 @@ class RetrievalLoss(ScaledLoss):
         hardness_strength: 0 or more; 9 in LLaVE.
         in_batch_negatives: False lets the own hard negatives of a query alone compete.
         share_hard_negatives: whether they compete for the other queries, too.
+        negatives_in_doc_to_doc: whether shared ones stand in "doc_to_doc", too.
         guide_margin: with a guide, candidates whose similarity exceeds that of the pair less this
             margin are no negatives. Solatorio 2024, "GISTEmbed".
-        relative_guide_margin: whether the margin is a share of the pair's similarity.
+        relative_guide_margin: whether the margin is a share of the pair's absolute similarity.
         **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`,
             `impl="auto"`, `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
@@ -93,6 +94,7 @@ class RetrievalLoss(ScaledLoss):
         hardness_strength: float = 0.0,
         in_batch_negatives: bool = True,
         share_hard_negatives: bool = True,
+        negatives_in_doc_to_doc: bool = True,
         guide_margin: float = 0.0,
         relative_guide_margin: bool = False,
         **options: Unpack[ScaleOptions],
@@ -111,6 +113,7 @@ class RetrievalLoss(ScaledLoss):
         self.in_batch_negatives = in_batch_negatives
         self.guide_margin, self.relative_guide_margin = guide_margin, relative_guide_margin
         self.share_hard_negatives = share_hard_negatives and in_batch_negatives
+        self.negatives_in_doc_to_doc = negatives_in_doc_to_doc
 
     def forward(
         self,
@@ -202,6 +205,7 @@ class RetrievalLoss(ScaledLoss):
             self.share_hard_negatives,
             self.in_batch_negatives,
             widths or (),
+            self.negatives_in_doc_to_doc,
         )
         weights = further.row_weights
         weights = None if weights is None else self.ranks.joined(weights)

@@ -175,5 +175,6 @@ def rules_of(
     own = [each.permute(1, 2, 0) for each in negatives]
     guide = joined(torch.cat((torch.stack((queries.T, documents.T)), *own)))
     pairs = torch.linalg.vecdot(guide[0], guide[1], dim=0)
-    threshold = pairs * (1 - margin) if relative else pairs - margin
-    return RowRules(ids, groups, bias, guide, threshold)
+    threshold = pairs - margin * (pairs.abs() if relative else 1.0)
+    # Copies of a document tie with it: the rounding of a tile must not choose among them.
+    return RowRules(ids, groups, bias, guide, threshold + 16 * torch.finfo(dtype).eps)

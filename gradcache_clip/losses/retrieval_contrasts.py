@@ -74,6 +74,7 @@ class RetrievalContrasts:
     Attributes:
         negatives: (b, K, D).
         shared: whether the negatives of a query compete for the others, too.
+        negatives_in_doc_to_doc: whether shared negatives also compete with the documents.
         widths: of prefixes; () for all features.
     """
 
@@ -89,6 +90,7 @@ class RetrievalContrasts:
     shared: bool
     in_batch: bool
     widths: Sequence[int]
+    negatives_in_doc_to_doc: bool = True
 
     def compared(self) -> list[Compared]:
         """Compute all of it for all features, or for each prefix."""
@@ -178,7 +180,7 @@ class RetrievalContrasts:
 
     def _doc_to_doc(self) -> list[Competitors]:
         """All documents of other queries."""
-        if self.negatives is None or not self.shared:
+        if self.negatives is None or not (self.shared and self.negatives_in_doc_to_doc):
             return self._among(self.documents, self._of_documents())
         columns = self._of_columns(owned=True)
         rules = self._pairing(self._of_documents(owned=True), columns)
