@@ -14,6 +14,8 @@ from gradcache_clip import (
     InfoNCELoss,
     LateInteractionLoss,
     MatryoshkaLoss,
+    MaxSimDistillationLoss,
+    MaxSimLoss,
     NTXentLoss,
     SigLipLoss,
     SupConLoss,
@@ -174,6 +176,52 @@ def _masked_tokens(world: int, generator: torch.Generator) -> dict[str, Tensor]:
     return tokens | masks
 
 
+def _searched(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Token queries and documents, two hard negatives of each query, and integers for masks."""
+    numbers = torch.randint(99, (world * ROWS, 5), generator=generator)
+    return {
+        "query_tokens": _features(world, generator, ROWS, 3),
+        "document_tokens": _features(world, generator, ROWS, 5),
+        "hard_negatives": _features(world, generator, ROWS, 2, 4),
+        "numbers": numbers,
+    }
+
+
+class _Searched(nn.Module):
+    """A MaxSim loss with masks or, packed, lengths; ranks then hold tokens of different numbers."""
+
+    def __init__(self, of: Callable[..., nn.Module], form: str, **options: Any) -> None:
+        super().__init__()
+        self.loss, self.form = of(**options), form
+
+    def forward(self, numbers: Tensor, **given: Tensor) -> Any:
+        kept = {
+            "query_mask": _kept(numbers, 3),
+            "document_mask": _kept(numbers.flip(1), 5),
+            "hard_negative_mask": _kept(numbers.roll(2, 1), 4)[:, None].expand(-1, 2, -1),
+        }
+        if self.form == "packed":
+            names = zip(kept, given, strict=True)
+            given = {name: given[name][kept[mask]] for mask, name in names}
+            kept = {n.replace("mask", "lengths"): mask.sum(-1) for n, mask in kept.items()}
+        if self.form == "counts":
+            kept["query_counts"] = ~kept["query_mask"] | (numbers[:, :3] < 50)
+            kept["query_counts"][:, 0] = True
+        if isinstance(self.loss, MaxSimDistillationLoss):
+            kept["scores"] = numbers[:, :3].to(next(iter(given.values())).dtype).sin()
+        return self.loss(**given, **kept)
+
+
+def _kept(numbers: Tensor, tokens: int) -> Tensor:
+    """Some tokens of each sample, the second always."""
+    mask = numbers[:, :tokens] < 60
+    return mask.index_fill(1, torch.tensor(1), True)
+
+
+def _max_sim(form: str, **options: Any) -> Callable[..., nn.Module]:
+    return _with(_Searched, of=MaxSimLoss, form=form, **options)
+
+
 def _matryoshka(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return lambda **options: MatryoshkaLoss(build(**options), dims=[5, WIDTH])
 
@@ -235,6 +283,24 @@ CASES = [
     Case("late_interaction masks", _with(LateInteractionLoss), _masked_tokens),
     Case("late_interaction one way", _with(LateInteractionLoss, one_way=True), _masked_tokens),
     Case("late_interaction sum", _with(LateInteractionLoss, token_reduction="sum"), _tokens),
+    Case("max_sim masks", _max_sim("masks"), _searched),
+    Case("max_sim own", _max_sim("masks", share_hard_negatives=False), _searched),
+    Case(
+        "max_sim counts",
+        _max_sim("counts", symmetric=True, token_reduction="mean"),
+        _searched,
+    ),
+    Case("max_sim packed", _max_sim("packed", symmetric=True), _searched),
+    Case(
+        "max_sim packed own",
+        _max_sim("packed", share_hard_negatives=False, token_reduction="mean"),
+        _searched,
+    ),
+    Case(
+        "distillation of max_sim",
+        _with(_Searched, of=MaxSimDistillationLoss, form="packed", token_reduction="mean"),
+        _searched,
+    ),
     Case("matryoshka clip", _matryoshka(_CLIP), _pairs()),
     Case("matryoshka clip labels", _matryoshka(_CLIP), _pairs(labels=5)),
     Case(

@@ -46,7 +46,7 @@ FEW = [
     BY_NAME[name]
     for name in (
         *("clip", "clip labels", "info_nce shared both ways", "nt_xent", "siglip"),
-        *("siglip captions", "late_interaction masks", "matryoshka clip"),
+        *("siglip captions", "late_interaction masks", "max_sim packed", "matryoshka clip"),
     )
 ]
 
@@ -262,7 +262,7 @@ def in_four() -> Checks:
 
 def interpreted() -> Checks:
     """Gathered from three, the first rank's block of columns is that of two others."""
-    names = "clip", "nt_xent", "siglip", "siglip captions", "late_interaction masks"
+    names = "clip", "nt_xent", "siglip", "siglip captions", "late_interaction masks", "max_sim own"
     cases = [BY_NAME[name] for name in names]
     yield from exact(cases, "triton", exchanges=["gather"], dtype=torch.float32, tolerance=1e-5)
 

@@ -135,7 +135,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.tiles += func.overloadpacket is torch.ops.aten.mm
+        self.tiles += func is torch.ops.aten.mm.out
         self.winners += func.overloadpacket is torch.ops.aten.ne
         self.sums += "embedding_bag" in str(func)
         for each in result if isinstance(result, (tuple, list)) else [result]:

@@ -9,6 +9,8 @@ from gradcache_clip.losses.distillation import (
 from gradcache_clip.losses.info_nce import InfoNCELoss
 from gradcache_clip.losses.late_interaction import LateInteractionLoss
 from gradcache_clip.losses.matryoshka import MatryoshkaLoss
+from gradcache_clip.losses.max_sim import MaxSimLoss
+from gradcache_clip.losses.max_sim_distillation import MaxSimDistillationLoss
 from gradcache_clip.losses.moco import MoCoLoss
 from gradcache_clip.losses.queue import FeatureQueue
 from gradcache_clip.losses.retrieval import RetrievalLoss
@@ -27,6 +29,8 @@ __all__ = [
     "InfoNCELoss",
     "LateInteractionLoss",
     "MatryoshkaLoss",
+    "MaxSimDistillationLoss",
+    "MaxSimLoss",
     "MoCoLoss",
     "MoCoOutput",
     "NTXentLoss",

@@ -53,6 +53,11 @@ def mean_loss(positive: Tensor, directions: Sequence[Competitors]) -> Float[Tens
     return torch.stack(losses).mean(0)
 
 
+def accuracy(positive: Tensor, against: Competitors) -> Float[Tensor, ""]:
+    """Return the share of queries whose positive is above all negatives; a tie is wrong."""
+    return (positive.detach() > against.hardest).to(positive.dtype).mean()
+
+
 def with_gradient_times(features: Tensor, factor: Tensor) -> Tensor:
     """Return the features, whose gradient will be multiplied by a 0-dim factor."""
     return _GradientTimes.apply(features, factor)

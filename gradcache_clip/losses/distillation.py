@@ -26,6 +26,7 @@ from gradcache_clip.ops.pairing import Pairing
 from gradcache_clip.ops.softmax import columns_of, log_sum_exp, rows_of
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from typing_extensions import Unpack
 
 Objective = Literal["kl", "margin_mse"]
@@ -76,8 +77,7 @@ class ScoreDistillationLoss(ScaledLoss):
         **options: Unpack[ScaleOptions],
     ) -> None:
         super().__init__(**options)
-        if objective not in _OBJECTIVES:
-            raise ValueError(f"objective: expected kl or margin_mse, got {objective!r}")
+        check_objective(objective)
         self.objective = objective
         self.teacher_scale = teacher_scale
 
@@ -108,7 +108,7 @@ class ScoreDistillationLoss(ScaledLoss):
         negatives = negatives_of(queries, documents, hard_negatives, negatives_per_query)
         if negatives is None:
             raise ValueError("hard_negatives: expected some, got None; scores compare candidates")
-        _check_scores(scores, queries, 1 + negatives.shape[1])
+        check_scores(scores, ("queries", queries), (len(queries), 1 + negatives.shape[1]))
         check_same_everywhere(self.group, queries=queries, negatives=negatives, scores=scores)
         queries, documents, negatives = self._prepared(None, queries, documents, negatives)
         scale = self._scale_for(logit_scale, queries, documents, negatives)
@@ -116,15 +116,7 @@ class ScoreDistillationLoss(ScaledLoss):
         logits = own_negative_logits(queries, candidates, with_summed_gradient(scale, self.group))
         student = gather_rows(logits, self.group)
         teacher = self.ranks.joined(scores.to(scale.dtype).T).T * self.teacher_scale
-        agreement = (student.argmax(1) == teacher.argmax(1)).to(scale.dtype).mean()
-        return DistillationOutput(self._loss(student, teacher), agreement)
-
-    def _loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        if self.objective == "margin_mse":
-            margins = [each[:, :1] - each[:, 1:] for each in (student, teacher)]
-            return (margins[0] - margins[1]).square().mean()
-        logs = student.log_softmax(1), teacher.log_softmax(1)
-        return kl_div(*logs, log_target=True, reduction="batchmean")
+        return score_distillation(self.objective, student, teacher)
 
 
 class InBatchDistillationLoss(ScaledLoss):
@@ -242,16 +234,33 @@ class InBatchDistillationLoss(ScaledLoss):
         return (logs.exp() * (student - logs)).sum(1)
 
 
-def _check_scores(scores: Tensor, queries: Tensor, candidates: int) -> None:
+def score_distillation(
+    objective: Objective, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]
+) -> DistillationOutput:
+    """Match the logits of all queries with their own candidates, of which the first is right."""
+    agreement = (student.argmax(1) == teacher.argmax(1)).to(student.dtype).mean()
+    if objective == "margin_mse":
+        margins = [each[:, :1] - each[:, 1:] for each in (student, teacher)]
+        return DistillationOutput((margins[0] - margins[1]).square().mean(), agreement)
+    logs = student.log_softmax(1), teacher.log_softmax(1)
+    return DistillationOutput(kl_div(*logs, log_target=True, reduction="batchmean"), agreement)
+
+
+def check_objective(objective: str) -> None:
+    if objective not in _OBJECTIVES:
+        raise ValueError(f"objective: expected kl or margin_mse, got {objective!r}")
+
+
+def check_scores(scores: Tensor, beside: tuple[str, Tensor], shape: tuple[int, int]) -> None:
+    """Raise unless they are constants, one for each candidate, on the device of the features."""
     check_floating("scores", scores)
-    shape = len(queries), candidates
     if tuple(scores.shape) != shape or scores.requires_grad:
         raise ValueError(
             f"scores: expected constants of shape {shape}, got {tuple(scores.shape)}"
             f"{' that require a gradient' if scores.requires_grad else ''}; one for the document "
             "and for each hard negative of a query"
         )
-    check_same_device(("queries", "scores"), queries, scores)
+    check_same_device((beside[0], "scores"), beside[1], scores)
 
 
 def _check_teacher(teacher_queries: Tensor, teacher_documents: Tensor, queries: Tensor) -> None:

@@ -5,16 +5,15 @@ B: pairs of the whole batch, b: of this rank, P and R: image and text tokens, D:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere, gather_rows
 from gradcache_clip.distributed.exchange import Ranks
 from gradcache_clip.losses.distributed_contrast import DistributedContrast
+from gradcache_clip.losses.padded_tokens import PaddedTokens, as_long_everywhere, of_all_ranks
 from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.ops.implementations import Impl, refuse_transforms, resolve_impl
 from gradcache_clip.ops.late_interaction import (
@@ -97,9 +96,9 @@ class LateInteractionLoss(ScaledLoss):
             ValueError: shapes that do not fit together, or the whole batch is a single pair.
         """
         images, texts = self._checked(
-            _Side(image_tokens, image_mask), _Side(text_tokens, text_mask)
+            PaddedTokens(image_tokens, image_mask), PaddedTokens(text_tokens, text_mask)
         )
-        image_mask, text_mask = (_of_all_ranks(side.mask, self.ranks) for side in (images, texts))
+        image_mask, text_mask = (of_all_ranks(side.mask, self.ranks) for side in (images, texts))
         return distributed_late_interaction(
             self._unit(images.tokens),
             self._unit(texts.tokens),
@@ -109,12 +108,12 @@ class LateInteractionLoss(ScaledLoss):
             self.ranks,
         )
 
-    def _checked(self, images: _Side, texts: _Side) -> list[_Side]:
+    def _checked(self, images: PaddedTokens, texts: PaddedTokens) -> list[PaddedTokens]:
         """Check both sides; pad each to its greatest length on any rank."""
         check_tokens(images.tokens, texts.tokens)
         check_mask("image_mask", images.mask, images.tokens)
         check_mask("text_mask", texts.mask, texts.tokens)
-        images, texts = _as_long_everywhere((images, texts), self.ranks)
+        images, texts = as_long_everywhere((images, texts), self.ranks)
         check_same_everywhere(self.group, image_tokens=images.tokens, text_tokens=texts.tokens)
         check_has_negatives(len(images.tokens) * self.ranks.size)
         return [images, texts]
@@ -162,38 +161,3 @@ def distributed_late_interaction(
     contrast = DistributedContrast("late_interaction_loss", TokenPasses(resolved), rules, ranks)
     statistics = contrast.differentiable(images.to(dtype), texts.to(dtype), logit_scale)
     return late_interaction_result(statistics, one_way=rules.one_way)
-
-
-class _Side(NamedTuple):
-    """Tokens of this rank, and their mask."""
-
-    tokens: Tensor
-    mask: Tensor | None
-
-    def padded(self, length: int, *, masked: bool) -> _Side:
-        """Pad to `length` tokens, with a mask where any rank needs one."""
-        (tokens, mask), missing = self, length - self.tokens.shape[1]
-        if masked and mask is None:
-            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        if missing == 0:
-            return _Side(tokens, mask)
-        return _Side(
-            F.pad(tokens, (0, 0, 0, missing)), None if mask is None else F.pad(mask, (0, missing))
-        )
-
-
-def _as_long_everywhere(sides: Sequence[_Side], ranks: Ranks) -> list[_Side]:
-    """Pad both sides to the length of the longest on any rank."""
-    if ranks.size == 1:
-        return list(sides)
-    mine = [[side.tokens.shape[1], side.mask is not None] for side in sides]
-    theirs = ranks.joined(torch.tensor(mine, device=sides[0].tokens.device)[..., None])
-    padded = []
-    for side, (lengths, masks) in zip(sides, theirs.tolist(), strict=True):
-        masked = any(masks) or min(lengths) != max(lengths)
-        padded.append(side.padded(max(lengths), masked=masked))
-    return padded
-
-
-def _of_all_ranks(mask: Tensor | None, ranks: Ranks) -> Tensor | None:
-    return None if mask is None else ranks.joined(mask.T).T

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from gradcache_clip.losses.competitors import Competitors, joint_loss, mean_loss
+from gradcache_clip.losses.competitors import accuracy, joint_loss, mean_loss
 from gradcache_clip.losses.retrieval_arguments import (
     Guide,
     RowArguments,
@@ -226,9 +226,5 @@ class RetrievalLoss(ScaledLoss):
         if weights is not None:
             loss = (losses * weights).sum() / weights.sum()
         back = directions.get("doc_to_query")
-        forth = _accuracy(positive, directions["query_to_doc"])
-        return RetrievalOutput(loss, forth, None if back is None else _accuracy(positive, back))
-
-
-def _accuracy(positive: Tensor, against: Competitors) -> Tensor:
-    return (positive.detach() > against.hardest).to(positive.dtype).mean()
+        forth = accuracy(positive, directions["query_to_doc"])
+        return RetrievalOutput(loss, forth, None if back is None else accuracy(positive, back))

@@ -20,7 +20,10 @@ from gradcache_clip.ops.implementations import (
 )
 from gradcache_clip.ops.late_interaction_op import TokenRules, token_statistics
 from gradcache_clip.ops.late_interaction_passes import TokenReduction
-from gradcache_clip.ops.late_interaction_reference import late_interaction_reference
+from gradcache_clip.ops.late_interaction_reference import (
+    DenseTokens,
+    token_statistics_reference,
+)
 from gradcache_clip.ops.loss_alone import loss_alone
 from gradcache_clip.ops.pairing import Statistics
 from gradcache_clip.ops.results import ContrastiveOutput
@@ -119,9 +122,15 @@ def late_interaction_loss_with_accuracy(
     resolved = resolve_impl(impl, image_tokens.device, dtype)
     images, texts = image_tokens.to(dtype), text_tokens.to(dtype)
     if resolved == "reference":
-        options = image_mask, text_mask, one_way, token_reduction
+        pairs = (images, image_mask), (texts, text_mask)
         with autocast_disabled(images.device):
-            return ContrastiveOutput(*late_interaction_reference(images, texts, scale, *options))
+            dense_images, dense_texts = (
+                DenseTokens.of(tokens, mask, mask, token_reduction, scale.dtype)
+                for tokens, mask in pairs
+            )
+            sides = dense_images, dense_texts
+            found = token_statistics_reference(*sides, scale, one_way=one_way)
+            return late_interaction_result(found, one_way=one_way)
     refuse_transforms("late_interaction_loss", images, texts, scale)
     rules = TokenRules(image_mask, text_mask, one_way, token_reduction)
     statistics = token_statistics(images, texts, scale, rules, resolved)

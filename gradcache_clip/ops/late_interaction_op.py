@@ -5,7 +5,7 @@ B pairs, P image tokens, R text tokens, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,10 @@ from gradcache_clip.ops.late_interaction_passes import (
     masked_tokens,
     statistics,
 )
-from gradcache_clip.ops.late_interaction_tiled import TorchTiles
+from gradcache_clip.ops.late_interaction_tiled import PackedTokens, TorchTiles
 from gradcache_clip.ops.late_interaction_triton import TritonTiles
 from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
 from gradcache_clip.ops.statistics_op import register
-
-_TILES: dict[str, Callable[..., TokenTiles]] = {"tiled": TorchTiles, "triton": TritonTiles}
 
 
 class TokenRules(NamedTuple):
@@ -42,23 +40,34 @@ class TokenRules(NamedTuple):
     both_ways: bool = True
     """Images and texts both have statistics, also where only one side has a loss."""
     self_contrast: bool = False
+    image_spans: Tensor | None = None
+    """(3, B) integers, for both sides or none. The tokens (B, L, D) lie one after the other; those
+    of an image start at the first number, may be found up to the second and count up to the third,
+    where the mask says so. Only "tiled" knows them."""
+    text_spans: Tensor | None = None
 
     def packed(self) -> tuple[list[Tensor | None], list[int]]:
         """Return masks and numbers of paired images and texts, as an op of torch.library takes."""
         numbers = [int(self.one_way), int(self.token_reduction == "mean")]
-        return [self.image_mask, self.text_mask], numbers
+        return [self.image_mask, self.text_mask, self.image_spans, self.text_spans], numbers
 
     @staticmethod
     def unpacked(masks: Sequence[Tensor | None], numbers: Sequence[int]) -> TokenRules:
         """Invert `packed`."""
-        image_mask, text_mask = masks
-        return TokenRules(image_mask, text_mask, bool(numbers[0]), "mean" if numbers[1] else "sum")
+        image_mask, text_mask, image_spans, text_spans = masks
+        rules = TokenRules(image_mask, text_mask, bool(numbers[0]), "mean" if numbers[1] else "sum")
+        return rules._replace(image_spans=image_spans, text_spans=text_spans)
 
     def of_block(self, images: slice, texts: slice) -> TokenRules:
         """Keep these images and texts."""
         masks = zip((self.image_mask, self.text_mask), (images, texts), strict=True)
         of_images, of_texts = (None if mask is None else mask[where] for mask, where in masks)
-        return self._replace(image_mask=of_images, text_mask=of_texts)
+        block = self._replace(image_mask=of_images, text_mask=of_texts)
+        if self.image_spans is None or self.text_spans is None:
+            return block
+        spans = self.image_spans[:, images], self.text_spans[:, texts]
+        from_start = [each - each[0, 0] for each in spans]
+        return block._replace(image_spans=from_start[0], text_spans=from_start[1])
 
     def without_positives(self, images: int, texts: int) -> TokenRules:
         """Return the rules of images and texts of which no two are a pair."""
@@ -101,17 +110,26 @@ class TokenPasses(NamedTuple):
             return dtexts, dimages, dlogit_scale
         with autocast_disabled(rows.device):
             tiles = self.tiles(rows, columns, logit_scale.dtype, rules)
-            return gradient(tiles, logit_scale, (row_side, column_side), needs, paired=rules.paired)
+            sides, paired = (row_side, column_side), rules.paired
+            drows, dcolumns, dscale = gradient(tiles, logit_scale, sides, needs, paired=paired)
+        drows = None if drows is None else drows.view(rows.shape)
+        return drows, None if dcolumns is None else dcolumns.view(columns.shape), dscale
 
     def tiles(
         self, images: Tensor, texts: Tensor, dtype: torch.dtype, rules: TokenRules
     ) -> TokenTiles:
         """Return the tiles of these tokens, with scores in `dtype`."""
-        sides = (
-            masked_tokens(tokens, mask, rules.token_reduction, dtype)
-            for tokens, mask in zip((images, texts), rules[:2], strict=True)
-        )
-        return _TILES[self.impl](*sides, one_way=rules.one_way)
+        given = (images, rules.image_mask), (texts, rules.text_mask)
+        options, one_way = (rules.token_reduction, dtype), rules.one_way
+        if rules.image_spans is not None and rules.text_spans is not None:
+            spans = rules.image_spans, rules.text_spans
+            pairs = zip(given, spans, strict=True)
+            packed = (PackedTokens.spanned(*side, each, *options) for side, each in pairs)
+            return TorchTiles(*packed, one_way=one_way)
+        dense = [masked_tokens(*side, *options) for side in given]
+        if self.impl == "triton":
+            return TritonTiles(*dense, one_way=one_way)
+        return TorchTiles(*map(PackedTokens.padded, dense), one_way=one_way)
 
     def shapes(self, images: int, texts: int, rules: TokenRules) -> list[tuple[int, ...]]:
         """Return the shapes of the fields of `Statistics`."""
@@ -128,9 +146,13 @@ _statistics, _gradient = register("late_interaction", _unpack)
 
 
 def token_statistics(
-    images: Tensor, texts: Tensor, logit_scale: Tensor, rules: TokenRules, impl: str
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    rules: TokenRules,
+    impl: str,
+    loss: str = "late_interaction_loss",
 ) -> Statistics:
     """Compute the statistics of images and texts, differentiable in all but the rules."""
     masks, numbers = rules.packed()
-    loss = "late_interaction_loss"
     return Statistics(*_statistics(images, texts, logit_scale, masks, numbers, impl, loss))

@@ -1,7 +1,8 @@
 """Late interaction: the forward and the backward over tiles, whoever computes the tiles.
 
 B images and texts, P image tokens, R text tokens, D feature width; I images of a stripe, J texts of
-a panel. There may be more images than texts, or fewer, where image i and text i are no pair.
+a panel. Images beyond the texts are in no pair: hard negatives. Where image i and text i are no
+pair either, there may be fewer images than texts, too.
 
 A tile holds the similarities of all tokens of I images with all tokens of J texts, and is
 overwritten by the next one. Of it remain I x J scores in each direction, which are folded into row
@@ -28,6 +29,8 @@ from gradcache_clip.ops.tiles import diagonal
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+    from gradcache_clip.ops.late_interaction_tiled import PackedTokens
+
 TokenReduction = Literal["mean", "sum"]
 
 
@@ -39,6 +42,14 @@ class Tokens(NamedTuple):
     weight: Float[Tensor, "b t"]
     """Of a token in the mean or sum over its sample; 0 for invalid ones."""
     mask: Bool[Tensor, "b t"] | None
+
+    @property
+    def samples(self) -> int:
+        return len(self.values)
+
+    def at(self, samples: slice) -> slice:
+        """Return which of the values are theirs."""
+        return samples
 
 
 class Maxima(NamedTuple):
@@ -54,8 +65,12 @@ class Maxima(NamedTuple):
 class TokenTiles(Protocol):
     """Tiles of one implementation."""
 
-    images: Tokens
-    texts: Tokens
+    @property
+    def images(self) -> Tokens | PackedTokens: ...
+
+    @property
+    def texts(self) -> Tokens | PackedTokens: ...
+
     one_way: bool
     gradient_scale: float
     """`add_gradients` adds the gradient times this factor."""
@@ -103,9 +118,10 @@ def _unmasked(dtokens: Tensor, mask: Tensor | None) -> Tensor:
     # Invalid tokens are copies of the first valid one, which gets their gradients.
     copies = (~mask & mask.any(1, keepdim=True)).to(dtokens.dtype)
     sample, first = torch.arange(len(mask), device=mask.device), _first(mask)
-    given = torch.bmm(copies[:, None], dtokens)[:, 0]
-    dtokens.masked_fill_(~mask[:, :, None], 0)
-    dtokens[sample, first] = dtokens[sample, first] + given
+    padded = dtokens.view(*mask.shape, -1)
+    given = torch.bmm(copies[:, None], padded)[:, 0]
+    padded.masked_fill_(~mask[:, :, None], 0)
+    padded[sample, first] = padded[sample, first] + given
     return dtokens
 
 
@@ -116,18 +132,18 @@ def statistics(tiles: TokenTiles, logit_scale: Tensor, *, paired: bool = True) -
     otherwise all pairs are negatives, and the positive logits are zeros. One way the statistics of
     images use the scores of texts that look for them.
     """
-    sizes = len(tiles.images.values), len(tiles.texts.values)
+    sizes = tiles.images.samples, tiles.texts.samples
     sides = [RunningSoftmax(logit_scale, size) for size in sizes]
     positives = [logit_scale.new_zeros(size) for size in sizes]
     for stripe in tiles.stripes():
         rows, columns = _stripe_scores(tiles, stripe, logit_scale)
-        places = (stripe, 1), (slice(0, len(tiles.texts.values)), 0)
+        places = (stripe, 1), (slice(0, tiles.texts.samples), 0)
         both = columns if rows is None else rows, columns
         for side, positive, scores, place in zip(sides, positives, both, places, strict=True):
             logits = scores * logit_scale
             if paired:
                 pairs = logits.diagonal(stripe.start)
-                positive[stripe] = pairs
+                positive[stripe.start : stripe.start + len(pairs)] = pairs
                 pairs.fill_(-torch.inf)
             side.fold(logits, *place, scratch=logits)
     # With one positive per sample the hardest negative is the maximum; ops return no aliases.
@@ -140,7 +156,7 @@ def statistics(tiles: TokenTiles, logit_scale: Tensor, *, paired: bool = True) -
 
 def _stripe_scores(tiles: TokenTiles, stripe: slice, like: Tensor) -> tuple[Tensor | None, Tensor]:
     """Compute the scores of a stripe of images with all texts, in both directions."""
-    shape = stripe.stop - stripe.start, len(tiles.texts.values)
+    shape = stripe.stop - stripe.start, tiles.texts.samples
     rows, columns = None if tiles.one_way else like.new_empty(shape), like.new_empty(shape)
     for panel in tiles.panels():
         maxima = tiles.maxima(stripe, panel, winners=False)
@@ -161,23 +177,24 @@ def gradient(
     """Run the backward from the gradients of both sides' statistics."""
     needs_images, needs_texts, needs_scale = needs
     images, texts, dtype = tiles.images, tiles.texts, logit_scale.dtype
-    dimages = torch.empty_like(images.values) if needs_images else None
+    dimages = torch.zeros_like(images.values) if needs_images else None
     dtexts = torch.zeros_like(texts.values, dtype=dtype) if needs_texts else None
     dlogit_scale = torch.zeros_like(logit_scale)
     sides, factor = _in_units(sides)
     unscale = factor * logit_scale / tiles.gradient_scale
     for stripe in tiles.stripes():
-        rows = torch.zeros_like(images.values[stripe], dtype=dtype) if needs_images else None
+        own = images.at(stripe)
+        rows = torch.zeros_like(images.values[own], dtype=dtype) if needs_images else None
         for panel in tiles.panels():
             maxima = tiles.maxima(stripe, panel, winners=needs_images or needs_texts)
             scores = _Scores(maxima, (stripe, panel), logit_scale)
             dscores = scores.gradient(sides, dlogit_scale, paired=paired)
             if needs_images or needs_texts:
-                columns = None if dtexts is None else dtexts[panel]
+                columns = None if dtexts is None else dtexts[texts.at(panel)]
                 tiles.add_gradients((stripe, panel), maxima, dscores, (rows, columns))
         if dimages is not None and rows is not None:
             mask = None if images.mask is None else images.mask[stripe]
-            dimages[stripe] = _unmasked(rows, mask).mul_(unscale)
+            dimages[own] = _unmasked(rows, mask).mul_(unscale)
     if dtexts is not None:
         dtexts = _unmasked(dtexts, texts.mask).mul_(unscale).to(texts.values.dtype)
     return dimages, dtexts, dlogit_scale.mul_(factor) if needs_scale else None
@@ -222,8 +239,8 @@ class _Scores(NamedTuple):
         if paired:
             entries, pairs = diagonal(found, *self.pair)
             entries.copy_(side.dpositive[pairs])
-        # These sum to zero over a sample, so subtracting one score from all changes nothing but
-        # rounding: the largest negative.
-        largest = (peak / self.logit_scale).nan_to_num()
+        # These sum to zero over a sample and what else competes, so subtracting one score from all
+        # changes nothing but rounding: the largest negative.
+        largest = (peak / self.logit_scale).nan_to_num(0, 0, 0)
         dlogit_scale += (found * (scores - largest)).sum()
         return found

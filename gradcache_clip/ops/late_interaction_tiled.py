@@ -1,6 +1,7 @@
 """Late interaction in plain PyTorch, on any device: tiles from matrix products.
 
-P image tokens, R text tokens, D feature width; I images and J texts of a tile.
+P image tokens, R text tokens, D feature width; I images and J texts of a tile. Samples may have any
+number of tokens, which lie one after the other: no tile holds padding.
 
 The gradient of a tile has one entry for each maximum: a list of (image token, text token, weight)
 is sorted, and each token sums its partners in that order, 4 I J (P + R) D flops. Two dense products
@@ -11,16 +12,120 @@ took twice as long.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from gradcache_clip.ops.late_interaction_passes import Maxima, Tokens
-from gradcache_clip.ops.tiles import slices
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 # Tokens along the image side of a tile, and all its similarities: 4 MB in fp32.
 _SIDE, _ELEMENTS = 1024, 2**20
+
+
+class Span(NamedTuple):
+    """Where the tokens of a sample are."""
+
+    start: int
+    found: int
+    """End of those that may be found; all may count."""
+    stop: int
+
+
+class PackedTokens(NamedTuple):
+    """One side, prepared for tiles."""
+
+    values: Float[Tensor, "t d"]
+    weight: Float[Tensor, " t"]
+    sample: Int[Tensor, " t"]
+    spans: list[Span]
+    length: int
+    """Of every sample; 0 if they differ."""
+    mask: Bool[Tensor, "s p"] | None
+
+    @staticmethod
+    def padded(tokens: Tokens) -> PackedTokens:
+        """Take samples of one length."""
+        (samples, length), device = tokens.weight.shape, tokens.weight.device
+        number = torch.arange(samples, device=device).repeat_interleave(length)
+        spans = [Span(i * length, (i + 1) * length, (i + 1) * length) for i in range(samples)]
+        flat = tokens.values.flatten(0, 1), tokens.weight.flatten()
+        return PackedTokens(*flat, number, spans, length, tokens.mask)
+
+    @staticmethod
+    def spanned(
+        tokens: Float[Tensor, "s l d"],
+        counts: Bool[Tensor, "s l"] | None,
+        spans: Int[Tensor, "3 s"],
+        token_reduction: str,
+        dtype: torch.dtype,
+    ) -> PackedTokens:
+        """Take samples of any length; all their tokens count without `counts`."""
+        values, found = tokens.flatten(0, 1), [Span(*each) for each in spans.T.tolist()]
+        number = torch.arange(len(values), device=values.device)
+        sample = torch.searchsorted(spans[0].contiguous(), number, right=True) - 1
+        weight = (number < spans[2][sample]).to(dtype)
+        if counts is not None:
+            weight = weight * counts.flatten()
+        if token_reduction == "mean":
+            total = weight.new_zeros(len(found)).index_add(0, sample, weight)
+            weight = weight / total.clamp_min(1)[sample]
+        length = found[0].stop
+        same = all(each == (i * length, *[(i + 1) * length] * 2) for i, each in enumerate(found))
+        return PackedTokens(values, weight, sample, found, length if same else 0, None)
+
+    @property
+    def samples(self) -> int:
+        return len(self.spans)
+
+    def at(self, samples: slice) -> slice:
+        """Return which of the values are theirs."""
+        return slice(self.spans[samples.start].start, self.spans[samples.stop - 1].stop)
+
+    def rows(self, samples: slice) -> Tensor:
+        """Return their tokens in the dtype of the similarities."""
+        return self.values[self.at(samples)].to(self.weight.dtype)
+
+    def cut(self, samples: slice, tokens: int) -> Iterator[slice]:
+        """Cut samples into runs of at most so many tokens, or of one sample."""
+        first = samples.start
+        for number in range(first + 1, samples.stop):
+            span, start = self.spans[number], self.spans[first].start
+            # Between the samples of two ranks there may be a gap.
+            if span.stop - start > tokens or span.start > self.spans[number - 1].stop:
+                yield slice(first, number)
+                first = number
+        yield slice(first, samples.stop)
+
+    def blocks(self, samples: slice) -> Iterator[tuple[slice, slice]]:
+        """Yield samples of one length, and their rows, counted from the first of all."""
+        first, many = self.spans[samples.start].start, samples.stop - samples.start
+        if self.length:
+            yield slice(0, many), slice(0, many * self.length)
+            return
+        for number, span in enumerate(self.spans[samples]):
+            yield slice(number, number + 1), slice(span.start - first, span.found - first)
+
+    def total(self, best: Float[Tensor, "o t"], samples: slice) -> Float[Tensor, "o s"]:
+        """Return the weighted sum, or mean, over the tokens of each sample."""
+        tokens = self.at(samples)
+        weighted = best * self.weight[tokens]
+        if self.length:
+            return weighted.unflatten(1, (-1, self.length)).sum(2)
+        number = torch.arange(samples.start, samples.stop, device=best.device)
+        return weighted @ (self.sample[tokens, None] == number).to(best.dtype)
+
+    def spread(self, dscores: Float[Tensor, "o s"], samples: slice) -> Float[Tensor, "o t"]:
+        """Return the gradient of what `total` adds up."""
+        tokens = self.at(samples)
+        if self.length:
+            weight = self.weight[tokens].unflatten(0, (-1, self.length))
+            return (dscores[:, :, None] * weight).flatten(1)
+        return dscores[:, self.sample[tokens] - samples.start] * self.weight[tokens]
 
 
 class TorchTiles:
@@ -28,46 +133,38 @@ class TorchTiles:
 
     gradient_scale = 1.0
 
-    def __init__(self, images: Tokens, texts: Tokens, *, one_way: bool) -> None:
+    def __init__(self, images: PackedTokens, texts: PackedTokens, *, one_way: bool) -> None:
         self.images, self.texts, self.one_way = images, texts, one_way
-        (I, P), (J, R) = images.weight.shape, texts.weight.shape
-        self._rows = min(I, max(1, _SIDE // P))
-        self._columns = min(J, max(1, _ELEMENTS // (self._rows * P * R)))
+        own = (images.at(stripe) for stripe in self.stripes())
+        self._columns = _ELEMENTS // max(tokens.stop - tokens.start for tokens in own)
         self._buffers: dict[str, Tensor] = {}
 
     def stripes(self) -> Iterator[slice]:
-        return slices(0, len(self.images.weight), self._rows)
+        return self.images.cut(slice(0, self.images.samples), _SIDE)
 
     def panels(self) -> Iterator[slice]:
-        return slices(0, len(self.texts.weight), self._columns)
+        return self.texts.cut(slice(0, self.texts.samples), self._columns)
+
+    def pairs(self) -> Iterator[tuple[slice, slice]]:
+        """Yield each text and, as many as fit a tile, the images that are its own."""
+        each = self.images.samples // self.texts.samples
+        for text in range(self.texts.samples):
+            for own in self.images.cut(slice(text * each, (text + 1) * each), _SIDE):
+                yield own, slice(text, text + 1)
 
     def maxima(self, stripe: slice, panel: slice, *, winners: bool) -> Maxima:
-        image_weight, text_weight = self.images.weight[stripe], self.texts.weight[panel]
-        shape = *image_weight.shape, *text_weight.shape
-        tile = self._buffer("similarity", shape)
-        images, texts = self._rows_of(self.images, stripe), self._rows_of(self.texts, panel)
-        torch.mm(images, texts.T, out=tile.view(len(images), len(texts)))
-        best_image = tile.amax(1)
-        text_to_image = (best_image * text_weight).sum(2)
-        image_token = self._winners(tile, best_image, 1) if winners else None
+        rows, columns = self.images.rows(stripe), self.texts.rows(panel)
+        shape = len(rows), len(columns)
+        tile = torch.mm(rows, columns.T, out=self._buffer("similarity", *shape))
+        scratch = self._buffer("scratch", *shape) if winners else None
+        best_image, image_token = _best(tile, scratch, self.images, stripe)
+        text_to_image = self.texts.total(best_image, panel)
         if self.one_way:
             return Maxima(None, text_to_image, None, image_token)
-        best_text = tile.amax(3)
-        image_to_text = (best_text * image_weight[:, :, None]).sum(1)
-        text_token = self._winners(tile, best_text, 3) if winners else None
+        turned = None if scratch is None else scratch.T
+        best_text, text_token = _best(tile.T, turned, self.texts, panel)
+        image_to_text = self.images.total(best_text, stripe).T
         return Maxima(image_to_text, text_to_image, text_token, image_token)
-
-    def _winners(self, tile: Tensor, best: Tensor, dim: int) -> Tensor:
-        """Return the first index of each maximum, several times as fast as torch.max does."""
-        size = tile.shape[dim]
-        index = torch.arange(size, dtype=tile.dtype, device=tile.device)
-        index = index.view(size, *[1] * (3 - dim))
-        # index + size where an entry is below its maximum; the least is the first winner.
-        scratch = self._buffer("scratch", tile.shape)
-        torch.ne(tile, best.unsqueeze(dim), out=scratch)
-        torch.add(index, scratch, alpha=size, out=scratch)
-        # NaN equals nothing: any token may win, the gradient is NaN all the same.
-        return scratch.amin(dim).to(torch.int32).clamp_max_(size - 1)
 
     def add_gradients(
         self,
@@ -76,13 +173,12 @@ class TorchTiles:
         dscores: tuple[Tensor | None, Tensor],
         dtokens: tuple[Tensor | None, Tensor | None],
     ) -> None:
-        entries = self._entries(pair, maxima, dscores)
+        image, text, weight = self._entries(pair, maxima, dscores)
         dimages, dtexts = dtokens
         if dimages is not None:
-            _add_sums(dimages, *entries, self._rows_of(self.texts, pair[1]))
+            _add_sums(dimages, image, text, weight, self.texts.rows(pair[1]))
         if dtexts is not None:
-            text, image, weight = entries[1], entries[0], entries[2]
-            _add_sums(dtexts, text, image, weight, self._rows_of(self.images, pair[0]))
+            _add_sums(dtexts, text, image, weight, self.images.rows(pair[0]))
 
     def _entries(
         self,
@@ -91,39 +187,59 @@ class TorchTiles:
         dscores: tuple[Tensor | None, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (image token, text token, weight) of each maximum, numbered within the tile."""
-        image_weight, text_weight = self.images.weight[pair[0]], self.texts.weight[pair[1]]
-        (I, P), (J, R) = image_weight.shape, text_weight.shape
+        (stripe, panel), (row, column), won = pair, dscores, maxima.best_image_token
+        assert won is not None
         image, text = (
-            torch.arange(size, dtype=torch.int32, device=image_weight.device).view(shape)
-            for size, shape in ((I * P, (I, P, 1)), (J * R, (1, J, R)))
+            torch.arange(where.stop - where.start, dtype=won.dtype, device=won.device)
+            for where in (self.images.at(stripe), self.texts.at(panel))
         )
-        row, column = dscores
-        assert maxima.best_image_token is not None
-        found = [(image[:, :1] + maxima.best_image_token, text, text_weight * column[:, :, None])]
-        if row is not None and maxima.best_text_token is not None:
-            best = text[:, :, 0] + maxima.best_text_token
-            found.append((image, best, image_weight[:, :, None] * row[:, None]))
-        flat = [[x.flatten() for x in torch.broadcast_tensors(*entry)] for entry in found]
+        found = [(won, text.expand_as(won), self.texts.spread(column, panel))]
+        if row is not None and (won := maxima.best_text_token) is not None:
+            found.append((image.expand_as(won), won, self.images.spread(row.T, stripe)))
+        flat = [[each.flatten() for each in entry] for entry in found]
         image, text, weight = (torch.cat(each) for each in zip(*flat, strict=True))
         return image, text, weight
 
-    def _rows_of(self, side: Tokens, where: slice) -> Tensor:
-        """Return the tokens of these samples, one per row, in the dtype of the similarities."""
-        return side.values[where].flatten(0, 1).to(side.weight.dtype)
+    def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
+        if name not in self._buffers or self._buffers[name].numel() < rows * columns:
+            self._buffers[name] = self.images.weight.new_empty(rows * columns)
+        return self._buffers[name][: rows * columns].view(rows, columns)
 
-    def _buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        I, P, J, R = shape
-        if name not in self._buffers:
-            size = self._rows * P * self._columns * R
-            self._buffers[name] = self.images.weight.new_empty(size)
-        return self._buffers[name][: I * P * J * R].view(shape)
+
+def _best(
+    tile: Float[Tensor, "t o"], scratch: Tensor | None, side: PackedTokens, samples: slice
+) -> tuple[Float[Tensor, "s o"], Int[Tensor, "s o"] | None]:
+    """Return the maxima over the tokens of each sample and, with scratch, the rows that won."""
+    shape = samples.stop - samples.start, tile.shape[1]
+    best, token = tile.new_empty(shape), None
+    if scratch is not None:
+        token = tile.new_empty(shape, dtype=torch.int32)
+    for own, rows in side.blocks(samples):
+        many = own.stop - own.start
+        block = tile[rows].unflatten(0, (many, -1))
+        torch.amax(block, 1, out=best[own])
+        if scratch is not None and token is not None:
+            winner = _winners(block, best[own], scratch[rows].unflatten(0, (many, -1)))
+            first = torch.arange(many, dtype=token.dtype, device=token.device)[:, None]
+            token[own] = winner + (first * block.shape[1] + rows.start)
+    return best, token
+
+
+def _winners(block: Tensor, best: Tensor, scratch: Tensor) -> Tensor:
+    """Return the first index of each maximum, several times as fast as torch.max does."""
+    size = block.shape[1]
+    index = torch.arange(size, dtype=block.dtype, device=block.device)[:, None]
+    # index + size where an entry is below its maximum; the least is the first winner.
+    torch.ne(block, best.unsqueeze(1), out=scratch)
+    torch.add(index, scratch, alpha=size, out=scratch)
+    # NaN equals nothing: any token may win, the gradient is NaN all the same.
+    return scratch.amin(1).to(torch.int32).clamp_max_(size - 1)
 
 
 def _add_sums(out: Tensor, to: Tensor, source: Tensor, weight: Tensor, tokens: Tensor) -> None:
     """out[to] += weight * tokens[source], in the order of entries: deterministic."""
-    rows = out.flatten(0, 1)
     to, order = to.sort(stable=True)
-    first = torch.arange(len(rows), dtype=to.dtype, device=to.device)
+    first = torch.arange(len(out), dtype=to.dtype, device=to.device)
     offsets = torch.searchsorted(to, first, out_int32=True)
     source, weight = source[order], weight[order]
-    rows += embedding_bag(source, tokens, offsets, per_sample_weights=weight, mode="sum")
+    out += embedding_bag(source, tokens, offsets, per_sample_weights=weight, mode="sum")

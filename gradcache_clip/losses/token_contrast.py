@@ -1,0 +1,206 @@
+"""Late interaction of tokens that are spread over ranks: statistics, and scores of own candidates.
+
+b queries on this rank, s documents and hard negatives, S on all ranks, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradcache_clip.distributed.collectives import (
+    check_same_everywhere,
+    gather_rows,
+    with_summed_gradient,
+)
+from gradcache_clip.distributed.exchange import Ranks
+from gradcache_clip.losses.distributed_contrast import DistributedContrast
+from gradcache_clip.losses.own_token_scores import own_token_scores, own_token_scores_reference
+from gradcache_clip.losses.padded_tokens import PaddedTokens, as_long_everywhere, of_all_ranks
+from gradcache_clip.losses.token_batch import TokenBatch
+from gradcache_clip.ops.implementations import autocast_disabled, refuse_transforms
+from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules, token_statistics
+from gradcache_clip.ops.late_interaction_reference import (
+    DenseTokens,
+    token_statistics_reference,
+)
+from gradcache_clip.ops.pairing import Statistics
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+_LOSS = "max_sim_loss"
+
+
+def packed_statistics(
+    documents: TokenBatch,
+    queries: TokenBatch,
+    logit_scale: Tensor,
+    rules: TokenRules,
+    ranks: Ranks,
+) -> Statistics:
+    """Compute the statistics of B queries and their documents in tiles, without padding."""
+    images, texts = _Spread.over(ranks, documents), _Spread.over(ranks, queries)
+    check_same_everywhere(
+        ranks.group,
+        document_tokens=images.tokens,
+        query_tokens=texts.tokens,
+        document_counts=images.counts,
+        query_counts=texts.counts,
+    )
+    rules = rules._replace(
+        image_mask=of_all_ranks(images.counts, ranks),
+        text_mask=of_all_ranks(texts.counts, ranks),
+        image_spans=images.spans,
+        text_spans=texts.spans,
+    )
+    return _over_ranks(images.tokens, texts.tokens, logit_scale, rules, "tiled", ranks)
+
+
+def dense_statistics(
+    documents: Sequence[PaddedTokens],
+    queries: PaddedTokens,
+    logit_scale: Tensor,
+    rules: TokenRules,
+    impl: str,
+    ranks: Ranks,
+) -> Statistics:
+    """Compute the same from padded tokens: documents, then hard negatives."""
+    longest = max(each.tokens.shape[1] for each in documents)
+    masked = any(each.mask is not None or each.tokens.shape[1] < longest for each in documents)
+    padded = [each.padded(longest, masked=masked) for each in documents]
+    masks = [each.mask for each in padded if each.mask is not None]
+    joined = PaddedTokens(
+        torch.cat([each.tokens for each in padded]), torch.cat(masks) if masks else None
+    )
+    images, texts = as_long_everywhere((joined, queries), ranks)
+    check_same_everywhere(ranks.group, document_tokens=images.tokens, query_tokens=texts.tokens)
+    image_mask, text_mask = (of_all_ranks(each.mask, ranks) for each in (images, texts))
+    rules = rules._replace(image_mask=image_mask, text_mask=text_mask)
+    return _over_ranks(images.tokens, texts.tokens, logit_scale, rules, impl, ranks)
+
+
+def reference_statistics(
+    documents: TokenBatch,
+    queries: TokenBatch,
+    logit_scale: Tensor,
+    rules: TokenRules,
+    ranks: Ranks,
+) -> Statistics:
+    """Compute the same from the similarities of all tokens of all ranks."""
+    b = len(queries.lengths)
+    images, texts = (
+        _gathered(_padded(each, rules, logit_scale.dtype, ranks), ranks)
+        for each in (documents, queries)
+    )
+    images = DenseTokens(*(_documents_first(each, b, ranks) for each in images))
+    with autocast_disabled(logit_scale.device):
+        found = token_statistics_reference(images, texts, logit_scale, one_way=rules.one_way)
+    return _with_rows(found, [each[: b * ranks.size] for each in found[:4]])
+
+
+def own_logits(
+    queries: TokenBatch,
+    candidates: TokenBatch,
+    logit_scale: Tensor,
+    rules: TokenRules,
+    impl: str,
+    ranks: Ranks,
+    hardest: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B c"]:
+    """Compute the logits of all ranks' queries with C candidates of their own, query by query.
+
+    `hardest` are the largest logits of what else competes with them in tiles, whose gradient of the
+    scale counts from there.
+    """
+    if impl == "reference":
+        sides = (_padded(each, rules, logit_scale.dtype, None) for each in (queries, candidates))
+        with autocast_disabled(logit_scale.device):
+            scores = own_token_scores_reference(*sides)
+    else:
+        rules = rules._replace(
+            text_mask=queries.counts, image_spans=candidates.spans, text_spans=queries.spans
+        )
+        dtype = torch.promote_types(queries.values.dtype, candidates.values.dtype)
+        scores = own_token_scores(queries.values.to(dtype), candidates.values.to(dtype), rules)
+    # Each rank scales the scores of its own queries alone.
+    scale, zero = with_summed_gradient(logit_scale, ranks.group), 0.0
+    if hardest is not None and impl != "reference":
+        own = hardest[ranks.own(len(scores)), None]
+        zero = (own / logit_scale).detach().nan_to_num(0, 0, 0)
+    logits = scale.detach() * scores + (scale - scale.detach()) * (scores.detach() - zero)
+    return gather_rows(logits, ranks.group)
+
+
+def _over_ranks(
+    images: Tensor, texts: Tensor, logit_scale: Tensor, rules: TokenRules, impl: str, ranks: Ranks
+) -> Statistics:
+    dtype = torch.promote_types(images.dtype, texts.dtype)
+    given = images.to(dtype), texts.to(dtype), logit_scale
+    refuse_transforms(_LOSS, *given)
+    if ranks.size == 1:
+        found = token_statistics(*given, rules, impl, _LOSS)
+    else:
+        found = DistributedContrast(_LOSS, TokenPasses(impl), rules, ranks).differentiable(*given)
+    rows = [each.view(ranks.size, -1)[:, : len(texts)].flatten() for each in found[:4]]
+    return _with_rows(found, rows)
+
+
+def _with_rows(statistics: Statistics, rows: list[Tensor]) -> Statistics:
+    """Keep of the rows those of documents, in the order of queries."""
+    fields = [*rows, *statistics[4:]]
+    return Statistics(*fields)
+
+
+class _Spread(NamedTuple):
+    """Tokens of this rank in a shape that all ranks share, and the spans of all."""
+
+    tokens: Float[Tensor, "s l d"]
+    """The tokens one after the other; unused ones at the end."""
+    counts: Bool[Tensor, "s l"] | None
+    spans: Int[Tensor, "3 S"]
+
+    @staticmethod
+    def over(ranks: Ranks, batch: TokenBatch) -> _Spread:
+        values, counts, samples = batch.values, batch.counts, len(batch.lengths)
+        most = int(ranks.maximum(torch.tensor(len(values), device=values.device)))
+        length = -(-most // samples)
+        if missing := samples * length - len(values):
+            values = F.pad(values, (0, 0, 0, missing))
+            counts = None if counts is None else F.pad(counts, (0, missing))
+        return _Spread(
+            values.view(samples, length, -1),
+            None if counts is None else counts.view(samples, length),
+            ranks.joined(batch.spans + ranks.rank * samples * length),
+        )
+
+
+def _padded(
+    batch: TokenBatch, rules: TokenRules, dtype: torch.dtype, ranks: Ranks | None
+) -> DenseTokens:
+    """Pad the tokens to one length, with ranks to that of the longest sample on any."""
+    longest = batch.lengths.max()
+    place = torch.arange(
+        int(longest if ranks is None else ranks.maximum(longest)), device=longest.device
+    )
+    start, found, stop = (each[:, None] for each in batch.spans)
+    index = (start + place).clamp_max(len(batch.values) - 1)
+    counts = start + place < stop
+    if batch.counts is not None:
+        counts = counts & batch.counts[index]
+    masks = start + place < found, counts
+    return DenseTokens.of(batch.values[index], *masks, rules.token_reduction, dtype)
+
+
+def _gathered(side: DenseTokens, ranks: Ranks) -> DenseTokens:
+    return DenseTokens(*(gather_rows(each, ranks.group) for each in side))
+
+
+def _documents_first(values: Tensor, b: int, ranks: Ranks) -> Tensor:
+    """Move the hard negatives of all ranks behind the documents of all."""
+    by_rank = values.unflatten(0, (ranks.size, -1))
+    return torch.cat((by_rank[:, :b].flatten(0, 1), by_rank[:, b:].flatten(0, 1)))
