@@ -1,6 +1,8 @@
 """What the kernels use of each GPU architecture, read from compiled machine code without a GPU.
 
     python benchmarks/kernel_resources.py [--architecture 90 ...] [--dtype ...] [--variant ...]
+    python benchmarks/kernel_resources.py --predict     # times by the model of cycle_model.py
+    python benchmarks/kernel_resources.py --check       # 1 if something spills or a mark is missed
 
 Of the softmax family: statistics by one exponential, their second launch for flagged tiles,
 maxima, gradient. Prints, for each architecture, dtype and variant: registers a thread,
@@ -15,6 +17,7 @@ import argparse
 import csv
 import json
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,7 +27,8 @@ from typing import Any
 
 import torch
 import triton
-from machine_code import compile_kernel
+from machine_code import MachineCode, compile_kernel
+from predicted import Kernel, Prediction, markdown, missed_marks, predictions
 from results import provenance
 from rich.console import Console
 from rich.progress import track
@@ -40,9 +44,12 @@ from gradcache_clip.kernels.launch_config import (
     second_launch,
     table_entry,
 )
+from gradcache_clip.kernels.sigmoid import _tiles as sigmoid_tiles
+from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
 from gradcache_clip.kernels.statistics_parts import FLAGS_PER_PROGRAM, merge_kernel
 
 REGISTERS_OF_MULTIPROCESSOR = 65536
+PREDICTED = (80, 89, 90, 120)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     shared_limit_bytes: int
+    narrow_stores: int
+    """Stores of two bytes a thread."""
     matrix_instructions: list[str]
     blocks_per_multiprocessor: int
 
@@ -131,22 +140,24 @@ def cases(architecture: int, dtypes: list[str], variants: list[str]) -> list[Cas
 
 def measure(case: Case) -> Resources:
     """Compile one kernel for its architecture and read the machine code."""
-    dtype = getattr(torch, case.dtype)
-    used = compile_kernel(
-        KERNELS[case.kernel],
-        case.architecture,
-        _values(case),
-        lambda name: _argument_type(name, dtype),
-    )
-    limits = LIMITS[case.architecture]
+    used = machine_code(case)
     return Resources(
         case=case,
         registers=used.registers,
         spilled_bytes=used.spilled_bytes,
         shared_bytes=used.shared_bytes,
-        shared_limit_bytes=limits.block_kib * 1024,
+        shared_limit_bytes=LIMITS[case.architecture].block_kib * 1024,
+        narrow_stores=used.narrow_stores,
         matrix_instructions=used.matrix_instructions,
-        blocks_per_multiprocessor=_blocks(limits, used.registers, used.shared_bytes, used.threads),
+        blocks_per_multiprocessor=blocks(case.architecture, used),
+    )
+
+
+def machine_code(case: Case) -> MachineCode:
+    dtype = getattr(torch, case.dtype)
+    kernel, values = KERNELS[case.kernel], _values(case)
+    return compile_kernel(
+        kernel, case.architecture, values, lambda name: _argument_type(name, dtype)
     )
 
 
@@ -180,16 +191,46 @@ def _argument_type(name: str, dtype: torch.dtype) -> str:
         return f"*{short}"
     if name == "flags_ptr":
         return "*i32"
-    if name.endswith(("labels_ptr", "ids_ptr")):
+    if name.endswith(("label_ptr", "labels_ptr", "ids_ptr")):
         return "*i64"
     return "*fp32" if name.endswith("_ptr") else "i32"
 
 
-def _blocks(limits: Limits, registers: int, shared_bytes: int, threads: int) -> int:
+def blocks(architecture: int, used: MachineCode) -> int:
     """Blocks resident on a multiprocessor; each reserves 1 KiB of shared memory for the system."""
-    by_registers = REGISTERS_OF_MULTIPROCESSOR // (-(-registers // 8) * 8 * threads)
-    by_shared = limits.multiprocessor_kib * 1024 // (shared_bytes + 1024)
-    return min(by_registers, by_shared, limits.threads // threads)
+    limits, registers = LIMITS[architecture], -(-used.registers // 8) * 8
+    by_registers = REGISTERS_OF_MULTIPROCESSOR // (registers * used.threads)
+    by_shared = limits.multiprocessor_kib * 1024 // (used.shared_bytes + 1024)
+    return min(by_registers, by_shared, limits.threads // used.threads)
+
+
+def predicted_kernel(architecture: int, name: str) -> Kernel:
+    """A tile kernel of the CLIP loss or of the sigmoid loss in bf16."""
+    if name == "sigmoid":
+        tiles = sigmoid_tiles(table_entry(architecture, torch.bfloat16), compares=False)
+        used, config = _sigmoid_code(architecture, tiles.inner, tiles.parts), tiles.inner
+    else:
+        case = Case(architecture, "bfloat16", "plain", name)
+        used, config = machine_code(case), case.config
+    return Kernel(config, used, blocks(architecture, used))
+
+
+def _sigmoid_code(architecture: int, config: LaunchConfig, parts: int) -> MachineCode:
+    switches = {"LABELS": False, "EDGE": False, "SUMS": True, "GRADIENT": True, "BEST": False}
+    values = launch_options(config) | switches | {"PARTS": parts, "GRADIENT_SCALE": 1.0}
+    return compile_kernel(
+        sigmoid_kernel, architecture, values, lambda name: _argument_type(name, torch.bfloat16)
+    )
+
+
+def predict(pool: ProcessPoolExecutor, console: Console) -> list[Prediction]:
+    """Compile what the predictions need, and print them as a table of Markdown."""
+    names = [(sm, name) for sm in PREDICTED for name in ("statistics", "gradient", "sigmoid")]
+    compiled = dict(zip(names, pool.map(predicted_kernel, *zip(*names, strict=True)), strict=True))
+    found = list(predictions(compiled))
+    for line in markdown(found):
+        console.print(line, soft_wrap=True)
+    return found
 
 
 def _table(measured: list[Resources]) -> Table:
@@ -215,7 +256,7 @@ def _row(each: Resources) -> Iterator[str]:
     yield str(each.blocks_per_multiprocessor)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
@@ -224,6 +265,10 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON list, no table")
+    parser.add_argument("--predict", action="store_true", help="print predicted times alone")
+    parser.add_argument(
+        "--check", action="store_true", help="1 for a spill, a 2-byte store or a missed mark"
+    )
     parser.add_argument("--results", type=Path, help="folder for kernel_resources.csv (none)")
     options = parser.parse_args()
     todo = [
@@ -232,14 +277,28 @@ def main() -> None:
         for case in cases(architecture, options.dtype, options.variant)
     ]
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        if options.predict:
+            return bool(missed_marks(predict(pool, Console())))
         if options.json:
             print(json.dumps([asdict(each) for each in pool.map(measure, todo)]))
-            return
+            return 0
         measured = list(track(pool.map(measure, todo), "compiling", total=len(todo)))
-    Console(width=140).print(_table(measured))
+        Console(width=140).print(_table(measured))
+        wrong = []
+        if options.check:
+            wrong = [*_defects(measured), *missed_marks(predict(pool, Console()))]
+    for text in wrong:
+        Console(stderr=True).print(text, style="red")
     if options.results:
         options.results.mkdir(parents=True, exist_ok=True)
         print(_write(measured, options.results / "kernel_resources.csv"))
+    return bool(wrong)
+
+
+def _defects(measured: list[Resources]) -> Iterator[str]:
+    for each in measured:
+        if each.spilled_bytes or each.narrow_stores:
+            yield f"{each.case}: {each.spilled_bytes} B spilled, {each.narrow_stores} 2-byte stores"
 
 
 def _write(measured: list[Resources], path: Path) -> Path:
@@ -260,4 +319,4 @@ def _flat(each: Resources) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
 _MATRIX_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 
 
@@ -28,6 +29,14 @@ class MachineCode:
     shared_bytes: int
     matrix_instructions: list[str]
     threads: int
+    loop: list[tuple[str, str]]
+    """Opcode and operands of the main loop, the innermost one that multiplies."""
+    rest: list[tuple[str, str]]
+
+    @property
+    def narrow_stores(self) -> int:
+        """Stores of two bytes a thread."""
+        return sum(op.startswith("STG") and "U16" in op for op, _ in (*self.loop, *self.rest))
 
 
 def compile_kernel(
@@ -67,6 +76,7 @@ def _read(compiled: Any) -> MachineCode:
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
         instructions = _cuobjdump("-sass", file.name)
+    loop, rest = _loop_and_rest(instructions)
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return MachineCode(
         registers=used["REG"],
@@ -74,7 +84,25 @@ def _read(compiled: Any) -> MachineCode:
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=sorted(set(_MATRIX_INSTRUCTION.findall(instructions))),
         threads=32 * compiled.metadata.num_warps,
+        loop=loop,
+        rest=rest,
     )
+
+
+def _loop_and_rest(listing: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Split the instructions at the shortest backward branch around a multiplication."""
+    lines = [(int(at, 16), op, rest.strip()) for at, op, rest in _INSTRUCTION.findall(listing)]
+    lines = [line for line in lines if line[1] != "NOP"]
+    loops = []
+    for at, op, operands in lines:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if op.startswith("BRA") and target and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    multiplies = [at for at, op, _ in lines if _MATRIX_INSTRUCTION.match(op) or op == "FFMA"]
+    loops = [(a, b) for a, b in loops if any(a <= at <= b for at in multiplies)]
+    first, last = min(loops, key=lambda each: each[1] - each[0], default=(-1, -1))
+    inside = [(op, operands) for at, op, operands in lines if first <= at <= last]
+    return inside, [(op, operands) for at, op, operands in lines if not first <= at <= last]
 
 
 def _cuobjdump(option: str, path: str) -> str:

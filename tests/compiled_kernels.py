@@ -133,7 +133,13 @@ def _compiled(kernel: Any, architecture: int, dtype: str, values: dict[str, Any]
 
 
 def _used(family: str, dtype: str, machine: MachineCode) -> Used:
-    return {"family": family, "dtype": dtype, "multiplies": True, **asdict(machine)}
+    return {"family": family, "dtype": dtype, "multiplies": True, **_without_code(machine)}
+
+
+def _without_code(machine: MachineCode) -> Used:
+    listings = {"loop", "rest"}
+    used = {name: x for name, x in vars(machine).items() if name not in listings}
+    return used | {"narrow_stores": machine.narrow_stores}
 
 
 if __name__ == "__main__":

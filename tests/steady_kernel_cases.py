@@ -1,0 +1,63 @@
+"""Tiles of sm_90 that are not ragged: B = 2,048, D = 512, against the reference in fp64.
+
+test_kernels.py runs this file in the interpreter, and on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from clip_inputs import ROUNDED_LOGIT, loss_and_gradients, random_inputs
+from torch import Tensor
+
+from gradcache_clip import ClipLoss
+from gradcache_clip.kernels import (
+    contrast_gradient,
+    contrast_statistics,
+    prefix_gradient,
+    prefix_statistics,
+    sigmoid,
+)
+from gradcache_clip.kernels.launch_config import INTERPRETED, prefix_entry, table_entry
+from gradcache_clip.ops import clip_loss, clip_loss_with_accuracy, siglip_loss
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+B, D = 2048, 512
+
+
+@pytest.fixture(autouse=True)
+def _sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        entry = table_entry(90, torch.float16)
+        for module in (contrast_gradient, contrast_statistics, sigmoid):
+            monkeypatch.setattr(module, "launch_config", lambda features, plain=True: entry)
+        of_prefixes = partial(prefix_entry, 90, torch.float16)
+        for module in (prefix_gradient, prefix_statistics):
+            monkeypatch.setattr(module, "prefix_config", lambda _, **way: of_prefixes(**way))
+
+
+def clip_with_maxima(q: Tensor, k: Tensor, scale: Tensor, impl: str) -> Tensor:
+    return clip_loss_with_accuracy(q, k, scale, impl=impl).loss
+
+
+def sigmoid_loss(q: Tensor, k: Tensor, scale: Tensor, impl: str) -> Tensor:
+    return siglip_loss(q, k, scale, -5.0, impl=impl)
+
+
+def prefixes(q: Tensor, k: Tensor, scale: Tensor, impl: str) -> Tensor:
+    each = ClipLoss(impl=impl).prefixes([128, 512], q, k, scale)
+    return torch.stack([one.loss for one in each]).sum()
+
+
+@pytest.mark.parametrize("loss", [clip_loss, clip_with_maxima, sigmoid_loss, prefixes])
+def test_whole_tiles(loss: Callable[..., Tensor]) -> None:
+    inputs = random_inputs(B, D, torch.float16, device=DEVICE)
+    got = loss_and_gradients(partial(loss, impl="triton"), inputs)
+    expected = loss_and_gradients(partial(loss, impl="reference"), inputs.to(torch.float64))
+    tolerance = 8 * torch.finfo(torch.float16).eps + ROUNDED_LOGIT
+    for value, want in zip(got, expected, strict=True):
+        scale = want.abs().max().clamp_min(1e-3)
+        assert ((value.double() - want).abs().max() / scale).item() < tolerance
