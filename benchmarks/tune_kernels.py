@@ -47,13 +47,16 @@ class Tuned:
 
 
 def candidates(entry: LaunchConfig) -> Iterator[LaunchConfig]:
-    """The entry, then all that differ from it in one of tile, depth, warps, stages or group."""
+    """The entry, then all that differ from it in one thing; and 256 rows with twice the warps."""
     yield entry
     changes = [{"BLOCK_M": m, "BLOCK_N": n} for m, n in _TILES]
     changes += [{"BLOCK_D": depth} for depth in _DEPTHS]
     changes += [{"num_warps": warps} for warps in _WARPS]
     changes += [{"num_stages": stages} for stages in _STAGES]
     changes += [{"GROUP_M": group} for group in (4, 16)]
+    changes += [{"max_registers": bound} for bound in (None, 128, 168)]
+    changes += [{"workspace_bytes": mib * 2**20} for mib in (64, 128, 256, 512)]
+    changes += [{"BLOCK_M": 256, "num_warps": 16, "max_registers": None}]
     seen = {entry}
     for change in changes:
         neighbour = replace(entry, **change)
@@ -95,7 +98,8 @@ def _median_ms(step: Callable[[], object], repeats: int = 5) -> float:
 def _name(config: LaunchConfig) -> str:
     tile = f"{config.BLOCK_M} x {config.BLOCK_N} x {config.BLOCK_D}"
     shape = f"{config.num_warps} warps, {config.num_stages} stages, group {config.GROUP_M}"
-    return f"{tile}, {shape}"
+    bounds = f"{config.max_registers or 'any'} registers, {config.workspace_bytes >> 20} MiB"
+    return f"{tile}, {shape}, {bounds}"
 
 
 def show(rows: Sequence[Tuned], console: Console) -> None:
