@@ -265,7 +265,7 @@ def main() -> int:
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON list, no table")
-    parser.add_argument("--predict", action="store_true", help="print predicted times alone")
+    parser.add_argument("--predict", action="store_true", help="predicted times alone")
     parser.add_argument(
         "--check", action="store_true", help="1 for a spill, a 2-byte store or a missed mark"
     )
@@ -278,7 +278,11 @@ def main() -> int:
     ]
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
         if options.predict:
-            return bool(missed_marks(predict(pool, Console())))
+            found = predict(pool, Console())
+            if options.results:
+                path = options.results / "kernel_predictions.csv"
+                print(_write([asdict(each) for each in found], path))
+            return bool(missed_marks(found))
         if options.json:
             print(json.dumps([asdict(each) for each in pool.map(measure, todo)]))
             return 0
@@ -290,8 +294,7 @@ def main() -> int:
     for text in wrong:
         Console(stderr=True).print(text, style="red")
     if options.results:
-        options.results.mkdir(parents=True, exist_ok=True)
-        print(_write(measured, options.results / "kernel_resources.csv"))
+        print(_write([_flat(x) for x in measured], options.results / "kernel_resources.csv"))
     return bool(wrong)
 
 
@@ -301,10 +304,11 @@ def _defects(measured: list[Resources]) -> Iterator[str]:
             yield f"{each.case}: {each.spilled_bytes} B spilled, {each.narrow_stores} 2-byte stores"
 
 
-def _write(measured: list[Resources], path: Path) -> Path:
-    """One line a kernel, with where it comes from."""
+def _write(lines: list[dict[str, Any]], path: Path) -> Path:
+    """One line a kernel or prediction, with where it comes from."""
     origin = {"triton": triton.__version__, **provenance()}
-    rows = [{**_flat(each), **origin} for each in measured]
+    rows = [{**each, **origin} for each in lines]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
