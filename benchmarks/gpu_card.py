@@ -28,6 +28,7 @@ class Card:
 
     Attributes:
         impl: implementation of the losses that is measured.
+        architecture: 80 for compute capability 8.0.
         small: whether sizes shrink to what a CPU does in seconds.
     """
 
@@ -38,6 +39,7 @@ class Card:
         self.device = torch.device("cuda", 0)
         self.properties = torch.cuda.get_device_properties(self.device)
         self.name: str = self.properties.name
+        self.architecture: int = 10 * self.properties.major + self.properties.minor
         self.memory_bytes: int = self.properties.total_memory
         # Twice the L2: whatever a step finds there is gone.
         self._flush = torch.empty(2 * self.properties.L2_cache_size, dtype=torch.uint8).to(
@@ -108,7 +110,7 @@ class StandIn(Card):
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self.name = "stand-in: CPU"
+        self.name, self.architecture = "stand-in: CPU", 80
         self.memory_bytes = 2**30
         self._flush = torch.empty(2**20, dtype=torch.uint8)
 
@@ -159,6 +161,8 @@ def section(
     file: str,
     points: Callable[[Card, Path], Iterable[Point]],
     arguments: Sequence[str] | None,
+    *,
+    may_fail: bool = False,
 ) -> int:
     """Measure the points of a section until its seconds are up; the exit status of its command.
 
@@ -167,13 +171,14 @@ def section(
     Args:
         file: name of the CSV in the folder of results.
         points: from the card and the folder of results.
+        may_fail: whether the section has done its work if one of them was measured.
     """
     options = _options(doc, arguments)
     if not (options.stand_in or torch.cuda.is_available()):
         print(f"{file}: expected an NVIDIA GPU, got none that this torch can see")
         return 2
     card = StandIn() if options.stand_in else Card()
-    end, failures = time.monotonic() + options.seconds, 0
+    end, statuses = time.monotonic() + options.seconds, list[str]()
     options.results.mkdir(parents=True, exist_ok=True)
     for number, point in enumerate(points(card, options.results), 1):
         if time.monotonic() > end:
@@ -184,8 +189,9 @@ def section(
         row = measured(point, card)
         append_row(row, options.results / file, card.origin())
         print(_line(row), flush=True)
-        failures += row.status not in (MEASURED, OUT_OF_MEMORY)
-    return int(failures > 0)
+        statuses.append(row.status)
+    enough = any if may_fail else all
+    return int(not enough(status in (MEASURED, OUT_OF_MEMORY) for status in statuses))
 
 
 def measured(point: Point, card: Card) -> Any:

@@ -1,158 +1,193 @@
-"""The launch table beside other tiles, warps and stages, on the GPU that is here.
+"""The launch table beside other tiles, warps, stages, registers and workspaces, on the GPU here.
 
-    python benchmarks/tune_kernels.py                       # bf16, batch 32,768, width 512
-    python benchmarks/tune_kernels.py --dtype fp32 --seconds 300
+    python benchmarks/tune_kernels.py
+    python benchmarks/tune_kernels.py --seconds 600
 
-Times the CLIP loss forward, and forward with backward, for the table's entry and its neighbours,
-until the seconds are up. Quotes 2 B^2 D flops for the forward and 8 B^2 D for both. Writes
-tune_kernels.csv into benchmarks/results (or --results); the table is kernels/launch_config.py.
+Forward and backward in bf16 at a batch of 32,768: the CLIP loss at D = 512, 768 and 1,024, the
+sigmoid loss at 768 and prefixes at 512. The table's entry is first, then what differs from it in
+one choice, then in two of them. Every configuration is compiled by another process before it is
+timed; one that does not compile says so. Quotes 8 B^2 D operations, 6 for the sigmoid loss.
+
+Writes tune_kernels.csv into benchmarks/results (or --results). The table is
+kernels/launch_config.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
+import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from importlib import import_module
+from itertools import combinations, product, zip_longest
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
-from results import provenance
-from rich.console import Console
-from rich.table import Table
+from gpu_card import Card, Point, section, unit_rows
 
-from gradcache_clip.kernels import launch_config as table
-from gradcache_clip.kernels.launch_config import LaunchConfig
-from gradcache_clip.ops import clip_loss
+from gradcache_clip import ClipLoss, MatryoshkaLoss, SigLipLoss
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_TILES = ((128, 128), (256, 128), (128, 256), (64, 128), (128, 64), (64, 64))
-_DEPTHS = (32, 64, 128)
-_WARPS = (4, 8, 16)
-_STAGES = (2, 3, 4)
+if TYPE_CHECKING:
+    from gradcache_clip.kernels.launch_config import LaunchConfig
+
+FILE = "tune_kernels.csv"
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "tile": ((128, 128), (256, 128), (128, 256), (64, 128), (128, 64)),
+    "BLOCK_D": (32, 64, 128),
+    "num_warps": (4, 8, 16),
+    "num_stages": (2, 3, 4),
+    "max_registers": (None, 128, 168),
+    "GROUP_M": (4, 8, 16),
+    "workspace_bytes": (64 * 2**20, 256 * 2**20, 2**30),
+}
+_MOST_PROCESSES = 8
+_COMPILED_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Work:
+    """A loss whose kernels are tuned.
+
+    Attributes:
+        kernels: modules whose function `finder` says how they are launched.
+        operations: of one pair and number of a feature.
+    """
+
+    name: str
+    width: int
+    build: Callable[..., torch.nn.Module]
+    kernels: tuple[str, ...]
+    finder: str = "launch_config"
+    operations: int = 8
+
+
+def _prefixes(width: int, **options: Any) -> torch.nn.Module:
+    return MatryoshkaLoss(ClipLoss(**options), [width // 4, width // 2, width])
+
+
+_CONTRAST = "contrast_statistics", "contrast_gradient"
+_PREFIX = "prefix_statistics", "prefix_gradient"
+WORKS = (
+    Work("clip", 512, ClipLoss, _CONTRAST),
+    Work("clip", 768, ClipLoss, _CONTRAST),
+    Work("siglip", 768, SigLipLoss, ("sigmoid",), operations=6),
+    Work("clip", 1024, ClipLoss, _CONTRAST),
+    Work("prefixes", 512, partial(_prefixes, 512), _PREFIX, "prefix_config"),
+)
 
 
 @dataclass(frozen=True)
 class Tuned:
     """One configuration and how fast it is."""
 
+    loss: str
+    width: int
     config: str
-    forward_ms: float = 0.0
-    both_ms: float = 0.0
-    forward_tflop_per_s: float = 0.0
-    both_tflop_per_s: float = 0.0
-    failure: str = ""
+    from_table: bool
+    status: str = ""
+    milliseconds: float = 0.0
+    tflop_per_s: float = 0.0
 
 
 def candidates(entry: LaunchConfig) -> Iterator[LaunchConfig]:
-    """The entry, then all that differ from it in one thing; and 256 rows with twice the warps."""
-    yield entry
-    changes = [{"BLOCK_M": m, "BLOCK_N": n} for m, n in _TILES]
-    changes += [{"BLOCK_D": depth} for depth in _DEPTHS]
-    changes += [{"num_warps": warps} for warps in _WARPS]
-    changes += [{"num_stages": stages} for stages in _STAGES]
-    changes += [{"GROUP_M": group} for group in (4, 16)]
-    changes += [{"max_registers": bound} for bound in (None, 128, 168)]
-    changes += [{"workspace_bytes": mib * 2**20} for mib in (64, 128, 256, 512)]
-    changes += [{"BLOCK_M": 256, "num_warps": 16, "max_registers": None}]
+    """The entry, then all that differ from it in one choice, then in two."""
     seen = {entry}
-    for change in changes:
-        neighbour = replace(entry, **change)
-        if neighbour not in seen:
-            seen.add(neighbour)
-            yield neighbour
+    yield entry
+    for count in (1, 2):
+        for names in combinations(_CHOICES, count):
+            for values in product(*(_CHOICES[name] for name in names)):
+                changed = _changed(entry, dict(zip(names, values, strict=True)))
+                if changed not in seen:
+                    seen.add(changed)
+                    yield changed
 
 
-def measure(config: LaunchConfig, key: tuple[int, int], q: torch.Tensor, k: torch.Tensor) -> Tuned:
-    """Times with this configuration in the table's place."""
-    usual, table._TABLE[key] = table._TABLE[key], config
-    name, (B, D) = _name(config), q.shape
-    try:
-        with torch.no_grad():
-            forward = _median_ms(lambda: clip_loss(q, k, 50.0, impl="triton"))
-        both = _median_ms(lambda: torch.autograd.grad(clip_loss(q, k, 50.0, impl="triton"), (q, k)))
-    except Exception as error:  # Out of resources, or what a compiler says: the next one may run.
-        return Tuned(name, failure=f"{type(error).__name__}: {error}".splitlines()[0][:80])
-    finally:
-        table._TABLE[key] = usual
-    flops = B * B * D / 1e9
-    return Tuned(name, forward, both, 2 * flops / forward, 8 * flops / both)
+def _changed(entry: LaunchConfig, change: dict[str, Any]) -> LaunchConfig:
+    if tile := change.pop("tile", None):
+        change |= {"BLOCK_M": tile[0], "BLOCK_N": tile[1]}
+    return replace(entry, **change)
 
 
-def _median_ms(step: Callable[[], object], repeats: int = 5) -> float:
-    step()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+def points(card: Card, results: Path) -> Iterator[Point]:
+    """The entry of every loss, then further configurations of all of them in turn."""
+    rows = 256 if card.small else 32768
+    planned = [
+        (number, config, place == 0)
+        for place, each in enumerate(zip_longest(*map(partial(_of, card), WORKS)))
+        for number, config in enumerate(each)
+        if config is not None
+    ]
+    if card.small:
+        planned = planned[: 2 * len(WORKS)]
+    processes = max(1, min(_MOST_PROCESSES, (os.cpu_count() or 1) // 2))
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        compiled = [pool.submit(_compile, type(card), each[0], each[1]) for each in planned]
+        for (number, config, from_table), ready in zip(planned, compiled, strict=True):
+            work = WORKS[number]
+            head = Tuned(work.name, work.width, _name(config), from_table)
+            yield Point(head, partial(_measure, card, work, config, rows, ready.result))
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _of(card: Card, work: Work) -> Iterator[LaunchConfig]:
+    from gradcache_clip.kernels.launch_config import prefix_entry, table_entry
+
+    dtype = torch.bfloat16
+    if work.finder == "prefix_config":
+        return candidates(prefix_entry(card.architecture, dtype, gradient=True))
+    return candidates(table_entry(card.architecture, dtype))
+
+
+_card = cache(lambda kind: kind())
+
+
+def _compile(kind: type[Card], number: int, config: LaunchConfig) -> None:
+    """Take one small step, in a process of the pool: its kernels are then on the disk."""
+    card = _card(kind)
+    _with(config, WORKS[number], _step(card, WORKS[number], _COMPILED_ROWS))
+
+
+def _measure(
+    card: Card, work: Work, config: LaunchConfig, rows: int, compiled: Callable[[], None]
+) -> dict[str, float]:
+    compiled()
+    step = _step(card, work, rows)
+    milliseconds = _with(config, work, lambda: card.time_ms(step, rounds=3))
+    operations = work.operations * rows**2 * work.width
+    return {"milliseconds": milliseconds, "tflop_per_s": operations / milliseconds / 1e9}
+
+
+def _step(card: Card, work: Work, rows: int) -> Callable[[], object]:
+    loss = work.build(impl=card.impl).to(card.device)
+    features = [unit_rows(card, rows, work.width, torch.bfloat16) for _ in range(2)]
+    return lambda: torch.autograd.grad(loss(*features).loss, features)
+
+
+def _with(config: LaunchConfig, work: Work, call: Callable[[], Any]) -> Any:
+    """Call with this configuration in the place of the table's."""
+    with ExitStack() as stack:
+        for name in work.kernels:
+            module = import_module(f"gradcache_clip.kernels.{name}")
+            stack.enter_context(patch.object(module, work.finder, lambda *_, **__: config))
+        return call()
 
 
 def _name(config: LaunchConfig) -> str:
-    tile = f"{config.BLOCK_M} x {config.BLOCK_N} x {config.BLOCK_D}"
-    shape = f"{config.num_warps} warps, {config.num_stages} stages, group {config.GROUP_M}"
-    bounds = f"{config.max_registers or 'any'} registers, {config.workspace_bytes >> 20} MiB"
-    return f"{tile}, {shape}, {bounds}"
-
-
-def show(rows: Sequence[Tuned], console: Console) -> None:
-    """Fastest first; the entry of the table is marked."""
-    shown = Table("tile", "forward ms", "TFLOP/s", "with backward ms", "TFLOP/s", "")
-    order = sorted(rows, key=lambda row: row.both_ms or float("inf"))
-    for row in order:
-        numbers = (row.forward_ms, row.forward_tflop_per_s, row.both_ms, row.both_tflop_per_s)
-        remark = row.failure or ("table" if row is rows[0] else "")
-        shown.add_row(row.config, *(f"{n:.2f}" if n else "" for n in numbers), remark)
-    console.print(shown)
+    values = asdict(config)
+    tile = " x ".join(str(values.pop(edge)) for edge in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
+    del values["precision"]
+    return ", ".join([tile, *(f"{name} {value}" for name, value in values.items())])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure until the time is up; 2 if there is no GPU."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dtype", choices=_DTYPES, default="bf16")
-    parser.add_argument("--batch", type=int, default=32768, help="pairs (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=512, help="features (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=100.0, help="(default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    options, console = parser.parse_args(arguments), Console(width=120)
-    if not torch.cuda.is_available():
-        console.print("tune_kernels: expected an NVIDIA GPU, got none that this torch can see")
-        return 2
-    major, minor = torch.cuda.get_device_capability()
-    known = max(each for each in table.ARCHITECTURES if each <= 10 * major + minor)
-    key = known, 32 if options.dtype == "fp32" else 16
-    shape = options.batch, options.width
-    q, k = (_unit(shape, _DTYPES[options.dtype]) for _ in range(2))
-    start, rows = time.monotonic(), []
-    for config in candidates(table._TABLE[key]):
-        if rows and time.monotonic() - start > options.seconds:
-            break
-        rows.append(measure(config, key, q, k))
-        console.print(rows[-1])
-    options.results.mkdir(parents=True, exist_ok=True)
-    with (options.results / "tune_kernels.csv").open("w", newline="") as file:
-        where = {"gpu": torch.cuda.get_device_name(), "dtype": options.dtype}
-        where |= {"batch": options.batch, "width": options.width}
-        origin = provenance()
-        writer = csv.DictWriter(file, [*where, *asdict(rows[0]), *origin])
-        writer.writeheader()
-        writer.writerows({**where, **asdict(row), **origin} for row in rows)
-    show(rows, console)
-    return 0
-
-
-def _unit(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    features = torch.nn.functional.normalize(torch.randn(shape, device="cuda"), dim=1)
-    return features.to(dtype).requires_grad_()
+    """Measure until the time is up; 1 if nothing could be, 2 if there is no GPU."""
+    return section(__doc__, FILE, points, arguments, may_fail=True)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,14 @@ import gpu_plan
 import gpu_suite
 import pytest
 import torch
+import tune_kernels
 from plain_gpu_machine import absent_modules, hide_others
 from rich.console import Console
 
+from gradcache_clip.kernels.launch_config import LaunchConfig
+
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("gpu_smoke.csv", "gpu_losses.csv", "gpu_engine.csv", "gpu_plan.csv")
+FILES = ("gpu_smoke.csv", "gpu_losses.csv", "gpu_engine.csv", "gpu_plan.csv", "tune_kernels.csv")
 
 
 def test_all_sections_fit_in_eight_minutes() -> None:
@@ -138,6 +141,18 @@ def test_the_page_shows_rates_and_what_did_not_fit(tmp_path: Path) -> None:
     assert "| ours | 2, 600, 3 MiB |" in page and "| plain loss | out of memory |" in page
 
 
+def test_candidates_start_with_the_entry_and_differ_from_it_in_one_choice_then_in_two() -> None:
+    entry = LaunchConfig(128, 128, 64, 8, 3)
+    first, *others = tune_kernels.candidates(entry)
+    assert first == entry and len(others) == len(set(others)) > 100
+    counts = []
+    for other in others:
+        names = ("BLOCK_D", "num_warps", "num_stages", "max_registers", "GROUP_M")
+        changed = sum(getattr(other, n) != getattr(entry, n) for n in (*names, "workspace_bytes"))
+        counts.append(changed + ((other.BLOCK_M, other.BLOCK_N) != (entry.BLOCK_M, entry.BLOCK_N)))
+    assert counts == sorted(counts) and {*counts} == {1, 2}
+
+
 def lines(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -172,10 +187,14 @@ def test_every_section_runs_with_the_packages_of_a_plain_machine(
 def test_a_failure_in_each_section_loses_that_point_only(tmp_path: Path) -> None:
     assert gpu_suite.main(["--stand-in", "failing", "--results", str(tmp_path)]) == 1
     record = json.loads((tmp_path / "gpu" / "gpu_suite.json").read_text())
-    assert all(each["outcome"].startswith("exit") for each in record["sections"])
+    # Tuning has done its work where some configuration ran.
+    outcomes = {each["name"]: each["outcome"] for each in record["sections"]}
+    assert outcomes.pop("tune") == "passed"
+    assert all(outcome.startswith("exit") for outcome in outcomes.values()), outcomes
     for name in FILES:
         first, second, *others = lines(tmp_path / "gpu" / name)
         assert first["status"] == "measured" and "asked to fail here" in second["status"]
         assert others and all(row["status"] == "measured" for row in others), name
-        log = (tmp_path / "gpu" / "logs" / name[4:]).with_suffix(".log").read_text()
+        section = "tune" if name.startswith("tune") else name[4:-4]
+        log = (tmp_path / "gpu" / "logs" / f"{section}.log").read_text()
         assert "Traceback" in log
