@@ -174,12 +174,20 @@ def test_what_it_refuses(folder: Path) -> None:
     build = partial(CachedMultipleNegativesRankingLoss, model)
     with pytest.raises(ValueError, match="similarity_fct: expected .*cos_sim, got dot_score"):
         build(similarity_fct=dot_score)
-    with pytest.raises(ValueError, match=r"directions: .* got \('query_to_doc', 'doc_to_query'\)"):
-        build(directions=("query_to_doc", "doc_to_query"))
-    with pytest.raises(ValueError, match="directions: expected .*use sentence-transformers' own"):
-        build(directions=("query_to_doc", "query_to_query"))
+    with pytest.raises(ValueError, match="directions: expected query_to_doc, and any of"):
+        build(directions=("query_to_query",))
     with pytest.raises(ValueError, match="partition_mode: expected .* got 'both'"):
         build(partition_mode="both")
+    with pytest.raises(ValueError, match='partition_mode: expected "joint" with query_to_query'):
+        build(directions=("query_to_doc", "query_to_query"), partition_mode="per_direction")
+    with pytest.raises(ValueError, match="hardness_mode: expected None or one of"):
+        build(hardness_mode="hard")
+    with pytest.raises(ValueError, match="hardness_strength: expected 0 or more"):
+        build(hardness_mode="all_negatives", hardness_strength=-1.0)
+    with pytest.warns(UserWarning, match="hardness_strength: expected more than 0 with"):
+        build(hardness_mode="all_negatives")
+    with pytest.raises(TypeError, match="replay_chek: expected a keyword of the library's loss or"):
+        build(replay_chek="off")
     with pytest.raises(ValueError, match="scale: expected a number above zero, got 0.0"):
         build(scale=0.0)
     with pytest.raises(ValueError, match="matryoshka_weights: expected None without"):
@@ -192,5 +200,7 @@ def test_what_it_refuses(folder: Path) -> None:
         build()(tokenized(model)[:1])
     with pytest.raises(ValueError, match="one process per GPU, got DataParallel"):
         wrapped(build(), nn.DataParallel(model))(tokenized(model))
-    with pytest.raises(TypeError, match="by itself.*matryoshka_dims= here"):
-        theirs.MatryoshkaLoss(model, build(), [32, 16])
+    with pytest.raises(TypeError, match="one MatryoshkaLoss around it, with n_dims_per_step=-1"):
+        theirs.MatryoshkaLoss(model, build(), [32, 16], n_dims_per_step=1)
+    with pytest.raises(TypeError, match=r"with matryoshka_dims=\[32\]; pass matryoshka_dims alone"):
+        theirs.MatryoshkaLoss(model, build(matryoshka_dims=[32]), [32, 16])

@@ -110,7 +110,7 @@ def test_the_model_card_names_the_loss(folder: Path, tmp_path: Path) -> None:
     assert "CachedMultipleNegativesRankingLoss" in card and "gao2021scaling" in card
     assert '"mini_batch_size": 4' in card
     wanted = set(theirs.CachedMultipleNegativesRankingLoss(trainer.model).get_config_dict())
-    assert wanted - set(loss.get_config_dict()) == {"hardness_mode", "hardness_strength"}
+    assert wanted <= set(loss.get_config_dict())
 
 
 @pytest.mark.slow

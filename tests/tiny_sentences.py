@@ -58,6 +58,13 @@ def tiny_model(folder: Path, *, dropout: float = 0.0, padding_side: str = "right
     return SentenceTransformer(modules=[transformer, pooling], device="cpu")
 
 
+def tiny_guide(folder: Path, *, vocab_size: int = 400, dropout: float = 0.0) -> Any:
+    """Another model, with the tokens of `tiny_model` if the vocabulary has the same size."""
+    if not (folder / "guide" / "config.json").exists():
+        _save(folder / "guide", vocab_size=vocab_size, seed=8)
+    return tiny_model(folder / "guide", dropout=dropout)
+
+
 def tokenized(model: Any, count: int = 2, rows: int = 11) -> list[dict[str, Tensor]]:
     return [model.preprocess(texts) for texts in columns(rows, count).values()]
 
@@ -83,10 +90,10 @@ def wrapped(loss: Any, model: nn.Module) -> Any:
     return loss
 
 
-def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(folder: Path, vocab_size: int = 400) -> PreTrainedTokenizerFast:
     """Train a tokenizer, which is also saved."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer([_TEXT], vocab_size=400, context_length=64)
+    tokenizer = train_tokenizer([_TEXT], vocab_size=vocab_size, context_length=64)
     fast = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer.save(folder)), pad_token=PAD, cls_token=CLS, sep_token=SEP
     )
@@ -94,9 +101,9 @@ def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _save(folder: Path) -> None:
-    tokenizer = tiny_tokenizer(folder)
-    torch.manual_seed(7)
+def _save(folder: Path, *, vocab_size: int = 400, seed: int = 7) -> None:
+    tokenizer = tiny_tokenizer(folder, vocab_size)
+    torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

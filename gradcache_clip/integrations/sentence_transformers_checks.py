@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
-from sentence_transformers.util import cos_sim
+from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,8 +18,10 @@ from gradcache_clip.distributed import world_size
 from gradcache_clip.distributed.wrappers import innermost, wrapper_in
 from gradcache_clip.integrations.arguments import check_flag, check_positive, check_positive_int
 
-_ONE_WAY = {"query_to_doc"}
-BOTH_WAYS = {"query_to_doc", "doc_to_query"}
+_OPTIONS = (
+    *("matryoshka_dims", "matryoshka_weights", "pad_to_multiple_of"),
+    *("memory_budget", "replay_check"),
+)
 
 _WRAPPERS = {
     "FSDPModule": "FSDP, which frees parameters between the embed and the replay",
@@ -34,50 +38,56 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_numbers(
-    scale: Any, mini_batch_size: Any, mini_batch_num_tokens: Any, flags: Mapping[str, Any]
-) -> None:
+def check_scale(scale: Any) -> None:
     check_positive("scale", scale, "such as 20.0; to learn it from there pass learnable_scale=True")
-    check_positive_int("mini_batch_size", mini_batch_size, "take the largest that fits, such as 32")
-    if mini_batch_num_tokens is not None:
-        remedy = "such as 16384, or leave it out to cut by mini_batch_size"
-        check_positive_int("mini_batch_num_tokens", mini_batch_num_tokens, remedy)
+
+
+def check_temperature(name: str, temperature: Any) -> None:
+    check_positive(name, temperature, "such as 0.05, which is a scale of 20")
+
+
+def check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         check_flag(name, value)
 
 
-def check_multiple(pad_to_multiple_of: Any) -> None:
+def check_chunking(rows: Any, tokens: Any, options: Mapping[str, Any]) -> None:
+    """Raise for sizes and keywords that no chunk can have."""
+    check_positive_int("mini_batch_size", rows, "take the largest that fits, such as 32")
+    if tokens is not None:
+        remedy = "such as 16384, or leave it out to cut by mini_batch_size"
+        check_positive_int("mini_batch_num_tokens", tokens, remedy)
+    if unknown := sorted(set(options) - set(_OPTIONS)):
+        raise TypeError(
+            f"{unknown[0]}: expected a keyword of the library's loss or one of "
+            f"{', '.join(_OPTIONS)}, got another; correct its name"
+        )
     remedy = "such as 64, or leave it out to trim chunks to their longest row"
-    check_positive_int("pad_to_multiple_of", pad_to_multiple_of, remedy)
+    check_positive_int("pad_to_multiple_of", options.get("pad_to_multiple_of", 1), remedy)
+    checked_budget(options.get("memory_budget"))
+    one_of("replay_check", options.get("replay_check", "error"), ("error", "warn", "off"))
 
 
-def check_engine_options(memory_budget: Any, replay_check: Any) -> None:
-    checked_budget(memory_budget)
-    one_of("replay_check", replay_check, ("error", "warn", "off"))
-
-
-def check_directions(
-    similarity_fct: Callable[..., Any], directions: Sequence[str], partition_mode: str
-) -> None:
-    if similarity_fct is not cos_sim:
+def check_similarity(similarity_fct: Any, *known: Callable[..., Any]) -> None:
+    if similarity_fct not in known:
         name = getattr(similarity_fct, "__name__", type(similarity_fct).__name__)
+        names = " or ".join(each.__name__ for each in known)
         raise ValueError(
-            f"similarity_fct: expected sentence_transformers.util.cos_sim, got {name}; leave it "
+            f"similarity_fct: expected sentence_transformers.util.{names}, got {name}; leave it "
             "out, and use sentence-transformers' own loss for another similarity"
         )
-    if partition_mode not in ("joint", "per_direction"):
-        raise ValueError(
-            f"partition_mode: expected 'joint' or 'per_direction', got {partition_mode!r}; leave "
-            "it out for one direction"
-        )
-    given = set(directions) if isinstance(directions, (list, tuple, set, frozenset)) else None
-    both = given == BOTH_WAYS and partition_mode == "per_direction"
-    if given != _ONE_WAY and not both:
-        raise ValueError(
-            "directions: expected ('query_to_doc',), or ('query_to_doc', 'doc_to_query') with "
-            f"partition_mode='per_direction', got {directions!r} with {partition_mode!r}; "
-            "use sentence-transformers' own loss for others"
-        )
+
+
+def check_margin(strategy: Any, margin: Any) -> None:
+    one_of("margin_strategy", strategy, ("absolute", "relative"))
+    if isinstance(margin, bool) or not isinstance(margin, Real) or not math.isfinite(margin):
+        raise ValueError(f"margin: expected a finite number, got {margin!r}; such as 0.05")
+
+
+def check_in_batch(weight: Any, scale: Any) -> None:
+    check_positive("in_batch_scale", scale, "such as 20.0")
+    if weight != 0:
+        check_positive("in_batch_weight", weight, "or 0 for scores alone")
 
 
 def check_widths(
@@ -112,15 +122,27 @@ def check_widths(
         )
 
 
-def check_columns(columns: Sequence[Mapping[str, Any]]) -> None:
-    if len(columns) < 2:
-        raise ValueError(
-            f"sentence_features: expected at least 2 columns, anchors and positives, got "
-            f"{len(columns)}; give the dataset a column of positives"
+def check_matryoshka_loss(replaced: Any, dims: Any, name: str) -> None:
+    """Raise TypeError unless it comes from one `MatryoshkaLoss`, with all widths."""
+    several = isinstance(replaced, CachedLossDecorator) and replaced.n_dims_per_step < 1
+    if not several or dims is not None:
+        raise TypeError(
+            f"{name}: expected one MatryoshkaLoss around it, with n_dims_per_step=-1, or "
+            f"matryoshka_dims, got {type(replaced).__name__} with matryoshka_dims={dims}; pass "
+            "matryoshka_dims alone"
         )
 
 
-def check_not_wrapped_in_a_loss(model: nn.Module) -> None:
+def check_columns(columns: Sequence[Mapping[str, Any]], least: int) -> None:
+    if len(columns) < least:
+        *some, last = ("anchors", "positives", "negatives")[:least]
+        raise ValueError(
+            f"sentence_features: expected at least {least} columns, {', '.join(some)} and {last}, "
+            f"got {len(columns)}; give the dataset a column of {last}"
+        )
+
+
+def check_not_wrapped_in_a_loss(model: nn.Module, name: str) -> None:
     """Raise TypeError if another loss has temporarily replaced the model's forward.
 
     The trainer's backward replays the chunks after that loss has restored the forward.
@@ -129,9 +151,9 @@ def check_not_wrapped_in_a_loss(model: nn.Module) -> None:
         replaced = type(vars(part).get("forward"))
         if replaced.__module__.startswith("sentence_transformers.") and "losses" in str(replaced):
             raise TypeError(
-                "CachedMultipleNegativesRankingLoss: expected to be used by itself, got a loss "
-                "around it that changes the model during its forward, such as AdaptiveLayerLoss; "
-                "wrap sentence-transformers' MultipleNegativesRankingLoss instead"
+                f"{name}: expected to be used by itself, got a loss around it that changes the "
+                "model during its forward, such as AdaptiveLayerLoss; wrap a loss of "
+                "sentence-transformers that does not cache instead"
             )
 
 
