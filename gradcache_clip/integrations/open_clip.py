@@ -1,6 +1,6 @@
 """Replacements for open_clip's losses that need little memory, and its models in `GradCache`.
 
-b: pairs of this rank, D: width, W: world size. Does not import open_clip.
+b: pairs of this rank, D: width. Does not import open_clip.
 """
 
 from __future__ import annotations
@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradcache_clip import losses
-from gradcache_clip.distributed import world_size as processes
 from gradcache_clip.distributed.exchange import Exchange
 from gradcache_clip.integrations.arguments import check_positive_int
+from gradcache_clip.integrations.open_clip_base import (
+    OpenClipLoss,
+    SoftmaxLoss,
+    check_scalars,
+    scaled,
+)
+from gradcache_clip.integrations.open_clip_two_losses import CoCaLoss, DistillClipLoss
 from gradcache_clip.losses import ContrastiveOutput
 
-_EXCHANGES: dict[str | None, Exchange] = {
-    None: "ring",
+__all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "OpenClipTowers", "SigLipLoss"]
+
+_EXCHANGES: dict[str, Exchange] = {
     "bidir": "ring",
     "shift": "ring",
     "reduce": "gather",
@@ -27,86 +32,7 @@ _EXCHANGES: dict[str | None, Exchange] = {
 }
 
 
-class _OpenClipLoss(nn.Module):
-    """One of our losses with open_clip's signature: normalised features, and the model's scale."""
-
-    def __init__(
-        self, loss: losses.ClipLoss | losses.SigLipLoss, rank: int, world_size: int
-    ) -> None:
-        super().__init__()
-        check_positive_int("world_size", world_size, "pass torch.distributed.get_world_size()")
-        if not isinstance(rank, int) or not 0 <= rank < world_size:
-            raise ValueError(
-                f"rank: expected an integer from 0 to world_size - 1 = {world_size - 1}, got "
-                f"{rank!r}; pass torch.distributed.get_rank()"
-            )
-        # In a list, so that its unused scale is not a parameter of this module.
-        self._loss = [loss]
-        self.rank, self.world_size = rank, world_size
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Compute the loss over the pairs of all ranks, the same on each; rows i form a pair.
-
-        Args:
-            image_features: (b, D), L2-normalised by the model, with equal b on every rank.
-            text_features: (b, D), L2-normalised by the model.
-            logit_scale: the model's multiplier of the cosines, already exponentiated.
-            logit_bias: the model's bias, added to all logits, or None.
-            output_dict: return {"contrastive_loss": loss} instead of the loss.
-
-        Raises:
-            ValueError: shapes that do not match, a rank or world size other than the loss was
-                built for, or, on several processes, features from a `GradCache`.
-            TypeError: a scale or bias that is not a tensor.
-        """
-        self._check_ranks()
-        _check_from_a_model(image_features=image_features, text_features=text_features)
-        # DDP averages over W ranks where the sum is needed; open_clip's gather also multiplies.
-        images = _ScaleGradient.apply(image_features, processes())
-        texts = _ScaleGradient.apply(text_features, processes())
-        loss = self.of_all_ranks(images, texts, logit_scale, logit_bias).loss
-        return {"contrastive_loss": loss} if output_dict else loss
-
-    def of_all_ranks(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-    ) -> ContrastiveOutput:
-        """Compute loss and in-batch accuracies, with gradients for a strategy of `GradCache`.
-
-        On several ranks, feature gradients are smaller than those of `forward` by the factor W.
-        """
-        self._check_ranks()
-        _check_tensors(logit_scale=logit_scale, logit_bias=logit_bias)
-        bias = image_features.new_zeros(()) if logit_bias is None else logit_bias
-        output: ContrastiveOutput = self._loss[0](
-            image_features, text_features, logit_scale, bias.reshape(())
-        )
-        return output
-
-    def _check_ranks(self) -> None:
-        if self.world_size != processes():
-            raise ValueError(
-                f"world_size: expected {processes()}, the processes that share the batch, got "
-                f"{self.world_size}; pass world_size=torch.distributed.get_world_size()"
-            )
-        if processes() > 1 and self.rank != dist.get_rank():
-            raise ValueError(
-                f"rank: expected {dist.get_rank()}, the rank of this process, got {self.rank}; "
-                "pass rank=torch.distributed.get_rank()"
-            )
-
-
-class ClipLoss(_OpenClipLoss):
+class ClipLoss(SoftmaxLoss):
     """Replaces `open_clip.loss.ClipLoss`: same loss and gradients, without a B x B matrix.
 
     On several processes the loss covers all pairs and is equal on every rank. Gradients are those
@@ -114,8 +40,8 @@ class ClipLoss(_OpenClipLoss):
     for the scale. Memory beyond features and gradients: O(B) and one tile.
 
     Args:
-        local_loss: ignored. With it, open_clip computes the loss of a rank's own rows; here each
-            rank always computes its share, and the loss covers all.
+        local_loss: changes `get_logits` alone. With it, open_clip computes the loss of a rank's own
+            rows; here each rank always computes its share, and the loss covers all.
         gather_with_grad: ignored; gradients always reach the rank that they belong to.
         cache_labels: ignored; there are no labels.
         rank: number of this process.
@@ -137,26 +63,33 @@ class ClipLoss(_OpenClipLoss):
         0.3408
     """
 
-    def __init__(
+    def forward(
         self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        *,
-        exchange: Exchange = "gather",
-    ) -> None:
-        if use_horovod:
-            raise ValueError(
-                "use_horovod: expected False, got True; processes exchange features through "
-                "torch.distributed: start them with torchrun"
-            )
-        super().__init__(losses.ClipLoss(normalize=False, exchange=exchange), rank, world_size)
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Compute the loss over the pairs of all ranks, the same on each; rows i form a pair.
+
+        Args:
+            image_features: (b, D), L2-normalised by the model, with equal b on every rank.
+            text_features: (b, D), L2-normalised by the model.
+            logit_scale: the model's multiplier of the cosines, already exponentiated.
+            logit_bias: the model's bias, added to all logits, or None.
+            output_dict: return {"contrastive_loss": loss} instead of the loss.
+
+        Raises:
+            ValueError: shapes that do not match, a rank or world size other than the loss was
+                built for, a single pair, or, on several processes, features from a `GradCache`.
+            TypeError: a scale or bias that is not a tensor.
+        """
+        loss = self.contrastive(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
 
 
-class SigLipLoss(_OpenClipLoss):
+class SigLipLoss(OpenClipLoss):
     """Replaces `open_clip.loss.SigLipLoss`: same loss and gradients, without a B x B matrix.
 
     On several processes every rank returns the loss over all pairs, which is the mean over ranks of
@@ -168,9 +101,10 @@ class SigLipLoss(_OpenClipLoss):
         world_size: processes that share the batch.
         dist_impl: how features of other ranks arrive: "bidir" (also None) and "shift" pass them
             round a ring, "gather" and "reduce" hold those of all ranks. The results are equal.
+        chunk_size: ignored; forward and backward hold one tile of logits whatever it is.
 
     Raises:
-        ValueError: an unknown `dist_impl`.
+        ValueError: an unknown `dist_impl`, or a negative `chunk_size`.
 
     Source: Zhai et al. 2023, "Sigmoid loss for language image pre-training", algorithm 1.
 
@@ -189,14 +123,45 @@ class SigLipLoss(_OpenClipLoss):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
     ) -> None:
+        dist_impl = dist_impl or "bidir"
         if dist_impl not in _EXCHANGES:
             raise ValueError(
                 f"dist_impl: expected 'bidir', 'shift', 'reduce', 'gather' or None, got "
                 f"{dist_impl!r}; leave it out to pass features round a ring"
             )
-        exchange = _EXCHANGES[dist_impl]
-        super().__init__(losses.SigLipLoss(normalize=False, exchange=exchange), rank, world_size)
+        if chunk_size:
+            check_positive_int("chunk_size", chunk_size, "leave it out: it has no effect here")
+        loss = losses.SigLipLoss(normalize=False, exchange=_EXCHANGES[dist_impl])
+        super().__init__(loss, cache_labels, rank, world_size)
+        self.dist_impl, self.chunk_size = dist_impl, chunk_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Compute the loss over the pairs of all ranks; see `ClipLoss.forward`.
+
+        A batch may be a single pair.
+        """
+        loss = self.contrastive(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits of these images and texts, for evaluation; the loss never does."""
+        check_scalars(logit_scale=logit_scale, logit_bias=logit_bias)
+        return scaled(image_features @ text_features.T, logit_scale, logit_bias)
 
 
 class OpenClipTowers(nn.Module):
@@ -231,11 +196,12 @@ class OpenClipTowers(nn.Module):
     ) -> Callable[[Tensor, Tensor], ContrastiveOutput]:
         """Return the loss for `GradCache`, with the model's learned scale and bias."""
         model: Any = self.model
-        if not isinstance(loss, _OpenClipLoss):
+        if not isinstance(loss, (ClipLoss, SigLipLoss)):
             raise TypeError(
                 "loss: expected ClipLoss() or SigLipLoss() of "
                 f"gradcache_clip.integrations.open_clip, got {type(loss).__name__} of "
-                f"{type(loss).__module__}; import it from here"
+                f"{type(loss).__module__}; import it from here, and let the loss of captions or of "
+                "a teacher be a term of your own loss"
             )
 
         def with_scale(image_features: Tensor, text_features: Tensor) -> ContrastiveOutput:
@@ -253,37 +219,3 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} without; pass the model itself without a wrapper, and on "
             "several processes strategy=AllReduceStrategy()"
         )
-
-
-def _check_tensors(**given: Any) -> None:
-    for name, value in given.items():
-        if not isinstance(value, Tensor) and not (name == "logit_bias" and value is None):
-            raise TypeError(
-                f"{name}: expected a tensor of one element, got {type(value).__name__}; pass "
-                f"torch.tensor({name})"
-            )
-
-
-def _check_from_a_model(**features: Tensor) -> None:
-    """Raise ValueError for features from `GradCache`: their gradients would be scaled twice."""
-    for name, given in features.items():
-        cached = given.is_leaf or type(given.grad_fn).__name__ == "_ReplayBackward"
-        if processes() > 1 and given.requires_grad and cached:
-            raise ValueError(
-                f"{name}: expected the output of a model in DistributedDataParallel, got features "
-                "that a GradCache has detached from it; give GradCache "
-                "OpenClipTowers(model).loss_with(loss), or call loss.of_all_ranks(...)"
-            )
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """Identity whose backward multiplies the gradient by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, factor: int) -> Tensor:
-        ctx.factor = factor
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None

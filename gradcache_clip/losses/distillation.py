@@ -17,7 +17,7 @@ from gradcache_clip.distributed.collectives import (
     with_summed_gradient,
 )
 from gradcache_clip.losses.retrieval_arguments import negatives_of
-from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.losses.soft_average import soft_average
 from gradcache_clip.ops.arguments import check_floating, check_pairs, check_same_device
 from gradcache_clip.ops.implementations import resolve_impl
@@ -135,6 +135,8 @@ class InBatchDistillationLoss(ScaledLoss):
     Args:
         teacher_scale: multiplier of the teacher's similarities, such as its own logit scale.
         symmetric: both directions.
+        cross_entropy: leave the teacher's own entropy in the loss, -sum_j P_ij log Q_ij, as
+            open_clip does; the gradients are the same.
         **options: `init_logit_scale=1/0.07`, `max_logit_scale=100`, `normalize=True`,
             `impl="auto"`, `group=None`, `exchange="gather"`; see `ScaledLoss`.
 
@@ -152,11 +154,13 @@ class InBatchDistillationLoss(ScaledLoss):
         *,
         teacher_scale: float,
         symmetric: bool = False,
+        cross_entropy: bool = False,
         **options: Unpack[ScaleOptions],
     ) -> None:
         super().__init__(**options)
         self.teacher_scale = teacher_scale
         self.symmetric = symmetric
+        self.cross_entropy = cross_entropy
 
     def forward(
         self,
@@ -177,12 +181,13 @@ class InBatchDistillationLoss(ScaledLoss):
 
         Raises:
             TypeError: features of a wrong type.
-            ValueError: shapes that do not fit together.
+            ValueError: shapes that do not fit together, or the whole batch is a single pair.
         """
         check_pairs(("queries", "documents"), queries, documents)
         check_pairs(("teacher_queries", "teacher_documents"), teacher_queries, teacher_documents)
         _check_teacher(teacher_queries, teacher_documents, queries)
         check_same_everywhere(self.group, queries=queries, teacher_queries=teacher_queries)
+        check_has_negatives(len(queries) * self.ranks.size)
         queries, documents = self._prepared(None, queries, documents)
         scale = self._scale_for(logit_scale, queries, documents)
         pairing = Pairing(both_ways=self.symmetric)
@@ -206,7 +211,7 @@ class InBatchDistillationLoss(ScaledLoss):
         teacher: tuple[Tensor, ...],
         scale: Tensor,
     ) -> Tensor:
-        """Return the mean over rows of log sum_j exp(S_ij) - sum_j P_ij S_ij + sum_j P log P."""
+        """Return the mean over rows of log sum_j exp(S_ij) - sum_j P_ij (S_ij - log P_ij)."""
         of_rows, of_columns = (each.to(scale.dtype) for each in teacher)
         given = rows, columns, of_rows, of_columns
         if resolve_impl(self.impl, columns.device, scale.dtype) == "reference":
@@ -218,12 +223,16 @@ class InBatchDistillationLoss(ScaledLoss):
     def _in_tiles(
         self, scale: Tensor, rows: Tensor, columns: Tensor, of_rows: Tensor, of_columns: Tensor
     ) -> Tensor:
-        """Return sum_j P_ij (S_ij - log P_ij) of all ranks' rows, each rank's by itself."""
+        """Return sum_j P_ij (S_ij - log P_ij) of all ranks' rows, each rank's by itself.
+
+        A cross-entropy leaves log P out.
+        """
         factor = scale.new_tensor(self.teacher_scale)
         seen = soft_average(of_rows, of_columns, columns, factor, self.ranks)
         own_scale = with_summed_gradient(scale, self.group)
         logits = own_negative_logits(rows, seen.values[:, None], own_scale)[:, 0]
-        return gather_rows(logits - seen.negative_entropy, self.group)
+        expected = logits if self.cross_entropy else logits - seen.negative_entropy
+        return gather_rows(expected, self.group)
 
     def _reference(
         self, scale: Tensor, rows: Tensor, columns: Tensor, of_rows: Tensor, of_columns: Tensor
@@ -231,7 +240,7 @@ class InBatchDistillationLoss(ScaledLoss):
         """Return the same from whole matrices."""
         logs = (self.teacher_scale * of_rows @ of_columns.T).log_softmax(1)
         student = scale * rows.to(scale.dtype) @ columns.to(scale.dtype).T
-        return (logs.exp() * (student - logs)).sum(1)
+        return (logs.exp() * (student if self.cross_entropy else student - logs)).sum(1)
 
 
 def score_distillation(
@@ -242,8 +251,9 @@ def score_distillation(
     if objective == "margin_mse":
         margins = [each[:, :1] - each[:, 1:] for each in (student, teacher)]
         return DistillationOutput((margins[0] - margins[1]).square().mean(), agreement)
-    logs = student.log_softmax(1), teacher.log_softmax(1)
-    return DistillationOutput(kl_div(*logs, log_target=True, reduction="batchmean"), agreement)
+    # Not of logarithms: a score of -inf leaves its candidate out.
+    loss = kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    return DistillationOutput(loss, agreement)
 
 
 def check_objective(objective: str) -> None:
