@@ -273,7 +273,25 @@ def _kernels(results: Path) -> str:
         "matrix units",
     )
     text = f"Compiled to machine code with Triton {rows[0]['triton']}, without a GPU."
-    return f"{text}\n\n{table(head, lines, 'rlrrrrl')}"
+    return f"{text}\n\n{table(head, lines, 'rlrrrrl')}\n\n{_predictions(results)}"
+
+
+def _predictions(results: Path) -> str:
+    """Times by the cycle model."""
+    rows = read_csv(results / "kernel_predictions.csv")
+    rows.sort(key=lambda row: row["loss"])
+    names = "loss", "gpu", "width", "ms", "tflop_per_s", "convention", "tiles"
+    lines = [[*(row[name] for name in names), row["products_tflop_per_s"]] for row in rows]
+    head = "loss", "GPU", "D", "ms", "TFLOP/s", "as", "tile kernels: TFLOP/s (binding)", "products"
+    text = (
+        "Predicted, not measured: forward and backward in bf16 at B = 65,536 by a model that takes "
+        "instruction\ncounts from this machine code and rates from NVIDIA's documents "
+        "(`benchmarks/cycle_model.py`).\nIt knows no latencies, power limits or gaps between "
+        "launches, and for all cards but the A100 it assumes\nthe bandwidth of the L2, which "
+        "binds on the H100. A GPU will be slower. TFLOP/s count the products of\nthe convention "
+        'beside them; "products" is the rate assumed for the vendor\'s.'
+    )
+    return f"{text}\n\n{table(head, lines, 'llrrrllr')}"
 
 
 def _machine(row: Mapping[str, str]) -> tuple[int, str]:
