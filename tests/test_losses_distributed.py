@@ -262,7 +262,14 @@ def in_four() -> Checks:
 
 def interpreted() -> Checks:
     """Gathered from three, the first rank's block of columns is that of two others."""
-    names = "clip", "nt_xent", "siglip", "siglip captions", "late_interaction masks", "max_sim own"
+    names = (
+        "clip",
+        "nt_xent",
+        "siglip",
+        "siglip captions",
+        "late_interaction masks",
+        "max_sim masks",
+    )
     cases = [BY_NAME[name] for name in names]
     yield from exact(cases, "triton", exchanges=["gather"], dtype=torch.float32, tolerance=1e-5)
 

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradcache_clip import GradCache, LateInteractionLoss, MaxSimDistillationLoss, MaxSimLoss
+from gradcache_clip import (
+    GradCache,
+    LateInteractionLoss,
+    MatryoshkaLoss,
+    MaxSimDistillationLoss,
+    MaxSimLoss,
+)
 from gradcache_clip.ops import late_interaction_tiled
 from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules
 from gradcache_clip.ops.late_interaction_tiled import TorchTiles
@@ -370,6 +376,15 @@ def test_cached_step_equals_the_plain_step(shared: bool) -> None:
     torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-12, atol=0)
     got = [parameter.grad for parameter in parameters]
     torch.testing.assert_close(got, list(truth), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", [padded, packed])
+def test_matryoshka_prefixes(make: Any) -> None:
+    given = make()
+    out = MatryoshkaLoss(MaxSimLoss(), dims=[3, D])(*given.arguments, **given.options)
+    prefixes = ([each[..., :width] for each in given.arguments] for width in (3, D))
+    expected = sum(MaxSimLoss()(*each, **given.options).loss for each in prefixes)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
 
 
 def test_learned_scale_and_second_derivative() -> None:

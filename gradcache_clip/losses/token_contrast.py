@@ -128,11 +128,11 @@ def own_logits(
         dtype = torch.promote_types(queries.values.dtype, candidates.values.dtype)
         scores = own_token_scores(queries.values.to(dtype), candidates.values.to(dtype), rules)
     # Each rank scales the scores of its own queries alone.
-    scale, zero = with_summed_gradient(logit_scale, ranks.group), 0.0
+    scale = with_summed_gradient(logit_scale, ranks.group)
+    logits = scale * scores
     if hardest is not None and impl != "reference":
-        own = hardest[ranks.own(len(scores)), None]
-        zero = (own / logit_scale).detach().nan_to_num(0, 0, 0)
-    logits = scale.detach() * scores + (scale - scale.detach()) * (scores.detach() - zero)
+        zero = (hardest[ranks.own(len(scores)), None] / logit_scale).detach()
+        logits = logits - (scale - scale.detach()) * zero.nan_to_num(0, 0, 0)
     return gather_rows(logits, ranks.group)
 
 

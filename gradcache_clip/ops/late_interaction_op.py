@@ -19,7 +19,7 @@ from gradcache_clip.ops.late_interaction_passes import (
     masked_tokens,
     statistics,
 )
-from gradcache_clip.ops.late_interaction_tiled import PackedTokens, TorchTiles
+from gradcache_clip.ops.late_interaction_tiled import PackedSide, TorchTiles
 from gradcache_clip.ops.late_interaction_triton import TritonTiles
 from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
 from gradcache_clip.ops.statistics_op import register
@@ -124,12 +124,12 @@ class TokenPasses(NamedTuple):
         if rules.image_spans is not None and rules.text_spans is not None:
             spans = rules.image_spans, rules.text_spans
             pairs = zip(given, spans, strict=True)
-            packed = (PackedTokens.spanned(*side, each, *options) for side, each in pairs)
+            packed = (PackedSide.spanned(*side, each, *options) for side, each in pairs)
             return TorchTiles(*packed, one_way=one_way)
         dense = [masked_tokens(*side, *options) for side in given]
         if self.impl == "triton":
             return TritonTiles(*dense, one_way=one_way)
-        return TorchTiles(*map(PackedTokens.padded, dense), one_way=one_way)
+        return TorchTiles(*map(PackedSide.padded, dense), one_way=one_way)
 
     def shapes(self, images: int, texts: int, rules: TokenRules) -> list[tuple[int, ...]]:
         """Return the shapes of the fields of `Statistics`."""

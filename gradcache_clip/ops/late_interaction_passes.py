@@ -27,9 +27,9 @@ from gradcache_clip.ops.tile_statistics import RunningSoftmax
 from gradcache_clip.ops.tiles import diagonal
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
 
-    from gradcache_clip.ops.late_interaction_tiled import PackedTokens
+    from gradcache_clip.ops.late_interaction_tiled import PackedSide
 
 TokenReduction = Literal["mean", "sum"]
 
@@ -53,23 +53,26 @@ class Tokens(NamedTuple):
 
 
 class Maxima(NamedTuple):
-    """The scores of a tile, and for the backward the token that won each maximum."""
+    """The scores of a tile, and for the backward the token that won each maximum.
+
+    How winners are numbered and laid out is up to the tiles, which take them back.
+    """
 
     image_to_text: Float[Tensor, "i j"] | None
     """None if one way, as `best_text_token` is."""
     text_to_image: Float[Tensor, "i j"]
-    best_text_token: Int[Tensor, "i p j"] | None = None
-    best_image_token: Int[Tensor, "i j r"] | None = None
+    best_text_token: Tensor | None = None
+    best_image_token: Tensor | None = None
 
 
 class TokenTiles(Protocol):
     """Tiles of one implementation."""
 
     @property
-    def images(self) -> Tokens | PackedTokens: ...
+    def images(self) -> Tokens | PackedSide: ...
 
     @property
-    def texts(self) -> Tokens | PackedTokens: ...
+    def texts(self) -> Tokens | PackedSide: ...
 
     one_way: bool
     gradient_scale: float

@@ -36,7 +36,7 @@ class Span(NamedTuple):
     stop: int
 
 
-class PackedTokens(NamedTuple):
+class PackedSide(NamedTuple):
     """One side, prepared for tiles."""
 
     values: Float[Tensor, "t d"]
@@ -48,13 +48,13 @@ class PackedTokens(NamedTuple):
     mask: Bool[Tensor, "s p"] | None
 
     @staticmethod
-    def padded(tokens: Tokens) -> PackedTokens:
+    def padded(tokens: Tokens) -> PackedSide:
         """Take samples of one length."""
         (samples, length), device = tokens.weight.shape, tokens.weight.device
         number = torch.arange(samples, device=device).repeat_interleave(length)
         spans = [Span(i * length, (i + 1) * length, (i + 1) * length) for i in range(samples)]
         flat = tokens.values.flatten(0, 1), tokens.weight.flatten()
-        return PackedTokens(*flat, number, spans, length, tokens.mask)
+        return PackedSide(*flat, number, spans, length, tokens.mask)
 
     @staticmethod
     def spanned(
@@ -63,7 +63,7 @@ class PackedTokens(NamedTuple):
         spans: Int[Tensor, "3 s"],
         token_reduction: str,
         dtype: torch.dtype,
-    ) -> PackedTokens:
+    ) -> PackedSide:
         """Take samples of any length; all their tokens count without `counts`."""
         values, found = tokens.flatten(0, 1), [Span(*each) for each in spans.T.tolist()]
         number = torch.arange(len(values), device=values.device)
@@ -76,7 +76,7 @@ class PackedTokens(NamedTuple):
             weight = weight / total.clamp_min(1)[sample]
         length = found[0].stop
         same = all(each == (i * length, *[(i + 1) * length] * 2) for i, each in enumerate(found))
-        return PackedTokens(values, weight, sample, found, length if same else 0, None)
+        return PackedSide(values, weight, sample, found, length if same else 0, None)
 
     @property
     def samples(self) -> int:
@@ -133,7 +133,7 @@ class TorchTiles:
 
     gradient_scale = 1.0
 
-    def __init__(self, images: PackedTokens, texts: PackedTokens, *, one_way: bool) -> None:
+    def __init__(self, images: PackedSide, texts: PackedSide, *, one_way: bool) -> None:
         self.images, self.texts, self.one_way = images, texts, one_way
         own = (images.at(stripe) for stripe in self.stripes())
         self._columns = _ELEMENTS // max(tokens.stop - tokens.start for tokens in own)
@@ -207,7 +207,7 @@ class TorchTiles:
 
 
 def _best(
-    tile: Float[Tensor, "t o"], scratch: Tensor | None, side: PackedTokens, samples: slice
+    tile: Float[Tensor, "t o"], scratch: Tensor | None, side: PackedSide, samples: slice
 ) -> tuple[Float[Tensor, "s o"], Int[Tensor, "s o"] | None]:
     """Return the maxima over the tokens of each sample and, with scratch, the rows that won."""
     shape = samples.stop - samples.start, tile.shape[1]
