@@ -12,13 +12,20 @@ import torch
 import torch.distributed as dist
 from losses_over_ranks import Place
 from rank_processes import Check, failures
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("sentence_transformers")
 
 from sentence_transformers.sentence_transformer import losses as theirs
-from tiny_sentences import BOTH_WAYS, gradients, tiny_model, tokenized, worst_error, wrapped
+from tiny_sentences import (
+    BOTH_WAYS,
+    gradients,
+    share_of,
+    tiny_model,
+    tokenized,
+    worst_error,
+    wrapped,
+)
 
 from gradcache_clip.integrations.sentence_transformers import CachedMultipleNegativesRankingLoss
 
@@ -26,12 +33,6 @@ from gradcache_clip.integrations.sentence_transformers import CachedMultipleNega
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny_sentences")
-
-
-def share_of(place: Place, features: dict[str, Any]) -> dict[str, Any]:
-    """This process's rows of a column."""
-    rows = {name: each for name, each in features.items() if isinstance(each, Tensor)}
-    return {**features, **place.share(rows)}
 
 
 def over_ranks(folder: Path, options: dict[str, Any], unused: bool) -> None:

@@ -69,6 +69,12 @@ def tokenized(model: Any, count: int = 2, rows: int = 11) -> list[dict[str, Tens
     return [model.preprocess(texts) for texts in columns(rows, count).values()]
 
 
+def share_of(place: Any, features: dict[str, Any]) -> dict[str, Any]:
+    """This process's rows of a column; `place` is a `losses_over_ranks.Place`."""
+    rows = {name: each for name, each in features.items() if isinstance(each, Tensor)}
+    return {**features, **place.share(rows)}
+
+
 def gradients(loss: Any, features: list[dict[str, Tensor]], factor: float = 1.0) -> Tensor:
     """Fill `.grad`; the loss."""
     value = loss([dict(each) for each in features], torch.empty(0))

@@ -145,7 +145,9 @@ class CachedMultipleNegativesRankingLoss(CachedLoss):
         self.learnable_scale = learnable_scale
         self._fixed_scale = scale
 
-    def compare(self, columns: Sequence[Tensor], beside: None = None) -> Tensor:
+    def compute_loss_from_embeddings(
+        self, columns: Sequence[Tensor], beside: None = None
+    ) -> Tensor:
         """Compute the loss of C (b, D) embeddings."""
         queries, documents, *negatives = columns
         scale = None if self.learnable_scale else fixed_scale(self._fixed_scale, queries)

@@ -87,7 +87,7 @@ class _CachedDistillation(CachedLoss):
         """Pass the labels on: how many rows there are is known with the embeddings."""
         return labels
 
-    def compare(self, columns: Sequence[Tensor], beside: Any) -> Tensor:
+    def compute_loss_from_embeddings(self, columns: Sequence[Tensor], beside: Any) -> Tensor:
         """Compute the loss of C (b, D) embeddings and the scores."""
         queries, documents, *rest = columns
         negatives, scale = stacked(rest), fixed_scale(self._student_scale, queries)

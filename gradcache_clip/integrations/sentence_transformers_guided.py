@@ -123,7 +123,7 @@ class CachedGISTEmbedLoss(CachedLoss):
         wide = torch.promote_types(guided.dtype, torch.float32)
         return nn.functional.normalize(guided.to(wide), dim=-1)
 
-    def compare(self, columns: Sequence[Tensor], beside: Tensor) -> Tensor:
+    def compute_loss_from_embeddings(self, columns: Sequence[Tensor], beside: Tensor) -> Tensor:
         """Compute the loss of C (b, D) embeddings and (C, b, G) of the guide."""
         queries, documents, *negatives = columns
         guide = *beside[:2], *([beside[2:].transpose(0, 1)] if negatives else [])

@@ -212,7 +212,7 @@ class CachedLoss(nn.Module):
         for name, contrast in contrasts.items():
             setattr(self, name, contrast)
         self._take_widths(options.get("matryoshka_dims"), options.get("matryoshka_weights"))
-        self._steps = ColumnSteps(type(self).__name__, self.compare)
+        self._steps = ColumnSteps(type(self).__name__, self.compute_loss_from_embeddings)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.fixed_options and name in vars(self):
@@ -245,10 +245,10 @@ class CachedLoss(nn.Module):
         return self._steps(self.model, columns, strategy, self.chunking, given)
 
     def beside(self, columns: list[inputs.Features], labels: Tensor | None) -> Any:
-        """Return what `compare` takes beside the embeddings."""
+        """Return what `compute_loss_from_embeddings` takes beside the embeddings."""
         return None
 
-    def compare(self, columns: Sequence[Tensor], beside: Any) -> Tensor:
+    def compute_loss_from_embeddings(self, columns: Sequence[Tensor], beside: Any) -> Tensor:
         """Compute the loss of C (b, D) embeddings."""
         raise NotImplementedError
 
@@ -272,11 +272,11 @@ class CachedLoss(nn.Module):
 
     @property
     def calculate_loss(self) -> Compare:
-        """`compare`, which sentence-transformers' `MatryoshkaLoss` replaces by one of its own.
+        """`compute_loss_from_embeddings`, which sentence-transformers' `MatryoshkaLoss` replaces by one of its own.
 
         From that one its widths and weights are taken, as from `matryoshka_dims`.
         """
-        return self.compare
+        return self.compute_loss_from_embeddings
 
     @calculate_loss.setter
     def calculate_loss(self, replaced: Any) -> None:
