@@ -306,8 +306,9 @@ def over_ranks() -> Iterator[tuple[str, Check]]:
     yield "logits of a rank", partial(logits_of_all, "SigLipLoss")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, 3])
 def test_in_processes(world: int, tmp_path: Path) -> None:
     found = failures(over_ranks, world, tmp_path)
     assert not found, "\n".join(found)

@@ -60,6 +60,19 @@ def test_in_batch_equals_the_whole_matrices(
     assert out.agreement == right.double().mean()
 
 
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_a_cross_entropy_keeps_the_entropy_of_the_teacher(impl: str) -> None:
+    *features, t, u = made((B, D), (B, D), (B, G), (B, G))
+    leaves = [each.requires_grad_() for each in features]
+    options = {"teacher_scale": TEACHER, "symmetric": True, "impl": impl}
+    loss = InBatchDistillationLoss(cross_entropy=True, init_logit_scale=SCALE, **options).double()
+    q, d = (normalize(each, dim=1) for each in leaves)
+    student, teacher = loss.log_logit_scale.exp() * q @ d.T, TEACHER * t @ u.T
+    both = (student, teacher), (student.T, teacher.T)
+    want = sum(-(x.log_softmax(1) * y.softmax(1)).sum(1).mean() for x, y in both) / 2
+    assert_same(loss, loss(*leaves, t, u).loss, want, leaves)
+
+
 @pytest.mark.parametrize("objective", ["kl", "margin_mse"])
 def test_scores_of_own_candidates(objective: str) -> None:
     queries, documents, negatives, scores = made((B, D), (B, D), (B, K, D), (B, 1 + K))

@@ -116,6 +116,27 @@ def test_queues_start_full_of_random_unit_rows():
     assert MoCoLoss(InfoNCELoss(), [queue]).queues[0].features.tolist() == [[0.0, 1.0]]
 
 
+def test_a_queue_that_is_reset_is_as_new():
+    queue, new = FeatureQueue(4, 2), FeatureQueue(4, 2)
+    queue.push(torch.eye(2), ids=torch.tensor([5, 6]))
+    queue.reset()
+    assert queue.features.shape == (0, 2) and not len(queue.ids)
+    for name, value in new.state_dict().items():
+        assert torch.equal(queue.state_dict()[name], value), name
+    for each in (queue, new):
+        each.push(torch.tensor([[0.0, 3.0]]), ids=torch.tensor([7]))
+    assert torch.equal(queue.features, new.features) and queue.ids.tolist() == [7]
+
+
+def test_an_empty_queue_has_no_negatives():
+    loss = moco()
+    loss.queues[0].reset()
+    with pytest.raises(ValueError, match=r"queues: .* got an empty one; call fill_at_random\(\)"):
+        loss(rows(), rows())
+    loss.queues[0].fill_at_random()
+    assert loss(rows(), rows()).loss.isfinite()
+
+
 def test_the_state_is_all_that_the_next_step_needs():
     one, other = moco(size=10), moco(size=10)
     for _ in range(3):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere
 from gradcache_clip.losses.retrieval_batch import RetrievalBatch
-from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.ops.arguments import check_share
 from gradcache_clip.ops.info_nce import RetrievalRules, retrieval_columns
 from gradcache_clip.ops.results import RetrievalOutput
@@ -80,7 +80,8 @@ class InfoNCELoss(ScaledLoss):
 
         Raises:
             TypeError: features or ids of a wrong type.
-            ValueError: shapes that do not fit together.
+            ValueError: shapes that do not fit together, or the whole batch is a single pair without
+                hard negatives.
         """
         return self._outputs(None, queries, documents, hard_negatives, logit_scale, ids)[0]
 
@@ -129,6 +130,8 @@ class InfoNCELoss(ScaledLoss):
         rules = RetrievalRules(ids, self.false_negative_margin, self.symmetric, self.tau_plus)
         columns, own = retrieval_columns(queries, documents, hard_negatives, rules)
         check_same_everywhere(self.group, queries=queries, columns=columns, own=own, ids=ids)
+        if hard_negatives is None:
+            check_has_negatives(len(queries) * self.ranks.size)
         queries, columns, *rest = self._prepared(
             widths, queries, columns, *([] if own is None else [own])
         )

@@ -72,7 +72,7 @@ class MoCoLoss(nn.Module):
             order: (b,) integers: row order[i] of the given keys belongs to query i.
 
         Raises:
-            ValueError: a wrong number of features, and what the contrast raises.
+            ValueError: a wrong number of features, an empty queue, and what the contrast raises.
         """
         queries, keys = self._halves(features)
         keys = [each.detach() if order is None else each.detach()[order] for each in keys]
@@ -91,6 +91,11 @@ class MoCoLoss(nn.Module):
 
     def _against(self, queries: Tensor, keys: Tensor, queue: FeatureQueue) -> SelfContrastOutput:
         negatives = queue.local_features
+        if not len(negatives):
+            raise ValueError(
+                "queues: expected keys in every queue, got an empty one; call fill_at_random() "
+                "after reset()"
+            )
         # One id for all keys of the batch: only the queue competes with a query's own key.
         ids = torch.ones(len(keys) + len(negatives), dtype=torch.long, device=keys.device)
         ids[: len(keys)] = 0

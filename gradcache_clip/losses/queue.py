@@ -104,6 +104,13 @@ class FeatureQueue(nn.Module):
         self._count = self.size
 
     @torch.no_grad()
+    def reset(self) -> None:
+        """Empty the queue; call it on every rank."""
+        self.features_of_all.zero_()
+        self.ids_of_all.fill_(-1)
+        self._count = 0
+
+    @torch.no_grad()
     def push(self, features: Tensor, ids: Tensor | None = None) -> None:
         """Append the rows of all ranks, overwriting the oldest.
 

@@ -26,7 +26,7 @@ from gradcache_clip.losses.retrieval_contrasts import (
     Hardness,
     RetrievalContrasts,
 )
-from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.ops.results import RetrievalOutput
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ class RetrievalLoss(ScaledLoss):
 
         Raises:
             TypeError: features, ids or weights of a wrong type.
-            ValueError: shapes that do not fit together.
+            ValueError: shapes that do not fit together, or the whole batch is a single pair without
+                hard negatives.
         """
         further = RowArguments(negatives_per_query, ids, groups, column_bias, guide, row_weights)
         return self._outputs(None, (queries, documents, hard_negatives), logit_scale, further)[0]
@@ -188,6 +189,8 @@ class RetrievalLoss(ScaledLoss):
                 "else competes"
             )
         check_rows(self.group, inputs[0], negatives, further)
+        if negatives is None:
+            check_has_negatives(len(inputs[0]) * self.ranks.size)
         rest = [] if negatives is None else [negatives]
         features = self._prepared(widths, *inputs[:2], *rest)
         scale = self._scale_for(logit_scale, *features)

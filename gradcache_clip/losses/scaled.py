@@ -144,9 +144,10 @@ class ScaledLoss(nn.Module):
 
 
 def check_has_negatives(pairs: int) -> None:
-    """Raise if the batch of all ranks is a single pair."""
+    """Raise if the batch of all ranks is a single pair and nothing else competes."""
     if pairs < 2:
         raise ValueError(
             f"batch: expected at least 2 pairs, got {pairs}; a single pair has no "
-            "negatives, so its loss and all its gradients are zero"
+            "negatives, so its loss and all its gradients are zero: drop the last batch of an "
+            "epoch where it is that short"
         )

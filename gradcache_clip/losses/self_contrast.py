@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere
-from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions
+from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.ops.arguments import check_features, check_integers, check_pairs, check_share
 from gradcache_clip.ops.results import SelfContrastOutput
 from gradcache_clip.ops.self_contrast import (
@@ -58,7 +58,7 @@ class NTXentLoss(ScaledLoss):
             logit_scale: a scale of the caller's own in place of the module's.
 
         Raises:
-            ValueError: shapes differ.
+            ValueError: shapes differ, or the whole batch is a single pair.
         """
         return self._outputs(None, features_a, features_b, logit_scale)[0]
 
@@ -81,6 +81,7 @@ class NTXentLoss(ScaledLoss):
     ) -> list[SelfContrastOutput]:
         check_pairs(("features_a", "features_b"), features_a, features_b)
         check_same_everywhere(self.group, features_a=features_a, features_b=features_b)
+        check_has_negatives(len(features_a) * self.ranks.size)
         views = torch.cat(self._prepared(widths, features_a, features_b))
         scale, pairing = self._scale_for(logit_scale, views), views_pairing(len(features_a))
         each = self._statistics("nt_xent_loss", views, views, scale, pairing, widths)
@@ -118,7 +119,7 @@ class SupConLoss(ScaledLoss):
 
         Raises:
             TypeError: labels that are not integers.
-            ValueError: shapes that do not fit together.
+            ValueError: shapes that do not fit together, or the whole batch has less than 3 rows.
         """
         return self._outputs(None, features, labels, logit_scale)[0]
 
@@ -142,6 +143,8 @@ class SupConLoss(ScaledLoss):
         check_features("features", features)
         check_integers("labels", labels, (len(features),), features.device)
         check_same_everywhere(self.group, features=features, labels=labels)
+        # Two rows are one pair, or no pair at all.
+        check_has_negatives((len(features) * self.ranks.size + 1) // 2)
         labels = self.ranks.joined(labels)
         (q,) = self._prepared(widths, features)
         scale, pairing = self._scale_for(logit_scale, q), classes_pairing(labels)
