@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import packages_distributions
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 INSTALLED = frozenset(
     [
@@ -117,34 +121,57 @@ OURS = "gradcache-clip"
 
 _FINDER = """
 import sys
+from importlib.machinery import PathFinder
 
 
-class Absent:
+class Hiding:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        hidden = name.partition(".")[0] in {modules}
+        return None if hidden else PathFinder.find_spec(name, path, target)
+
+    def find_distributions(self, context):
+        for each in PathFinder.find_distributions(context):
+            if (each.name or "").lower().replace("_", "-") not in {distributions}:
+                yield each
+
+    def invalidate_caches(self):
+        PathFinder.invalidate_caches()
 
 
-sys.meta_path.insert(0, Absent())
+sys.meta_path[:] = [Hiding() if each is PathFinder else each for each in sys.meta_path]
 """
 
 
-def absent_modules() -> set[str]:
-    """Modules of what is installed here and not there."""
-    there = {_normalised(name) for name in INSTALLED | CARRIED | {OURS}}
-    return {
-        module
-        for module, distributions in packages_distributions().items()
-        if not there & set(map(_normalised, distributions))
-    }
+def absent() -> tuple[set[str], set[str]]:
+    """Modules of what is installed here and not there, and the names of these distributions."""
+    there = {canonicalize_name(OURS)}
+    for name in INSTALLED | CARRIED:
+        _add(name, there)
+    modules, distributions = set(), set()
+    for module, owners in packages_distributions().items():
+        if not there & set(map(canonicalize_name, owners)):
+            modules.add(module)
+            distributions |= set(map(canonicalize_name, owners))
+    return modules, distributions
 
 
 def hide_others(folder: Path) -> Path:
     """Write a `sitecustomize` that hides them from every Python that has `folder` in its path."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(_FINDER.format(names=absent_modules()))
+    modules, distributions = absent()
+    text = _FINDER.format(modules=modules, distributions=distributions)
+    (folder / "sitecustomize.py").write_text(text)
     return folder
 
 
-def _normalised(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
+def _add(name: str, there: set[str]) -> None:
+    """Add a distribution and what its version that is installed here needs."""
+    name = canonicalize_name(name)
+    if name in there:
+        return
+    there.add(name)
+    with suppress(PackageNotFoundError):
+        for text in requires(name) or ():
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                _add(needed.name, there)
