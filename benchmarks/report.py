@@ -27,6 +27,7 @@ import engine
 import gpu_losses
 import gpu_plan
 import integrations
+import late_interaction
 import loss_figures
 import memory_predicted
 import memory_vs_batch
@@ -344,6 +345,7 @@ SECTIONS = (
         _of_suite(gpu_plan.page),
         files=_suite(gpu_plan.STEPS, gpu_plan.FILE),
     ),
+    Section("Late interaction, on the CPU", "late_interaction", late_interaction.section),
     Section("What large batches buy", "negatives", negatives.section, "negatives.png"),
     Section("One batch on several processes", "distributed", distributed.section),
     Section("Drop-ins for other libraries", "integrations", integrations.section),
