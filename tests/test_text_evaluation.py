@@ -177,5 +177,5 @@ def test_pictures(data, tmp_path):
         assert path.stat().st_size > 10_000
     curve = run_curve(run, config)
     assert curve.candidates == 2 * 24
-    assert curve.guessed_loss == pytest.approx(3 * torch.tensor(48.0).log().item(), rel=1e-6)
+    assert curve.chance_loss == pytest.approx(3 * torch.tensor(48.0).log().item(), rel=1e-6)
     assert len(draw_run(run, program_of(config), None, None)) == 1
