@@ -88,7 +88,7 @@ def _contrast_gradient_kernel(
     column = column_start + tl.arange(0, BLOCK_N)
     # Rows from M on repeat the last; vectors of columns are longer than N; nobody reads their G.
     row_clamped = tl.minimum(row, M - 1)
-    if SELF and meets_diagonal(row_start, column_start, 0, BLOCK_M, BLOCK_N):
+    if SELF:
         tile = tl.where(row[:, None] == column[None, :], -float("inf"), tile)
     if row_ids_ptr is not None:
         tile = without_equal_ids(

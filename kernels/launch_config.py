@@ -79,7 +79,7 @@ _NOT_PLAIN: dict[tuple[int, int], LaunchConfig] = {
     (90, 16): LaunchConfig(128, 128, 64, 8, 3, workspace_bytes=_LARGE),
     # Left alone, ptxas of Triton 3.6 takes 128 registers, and spills.
     (100, 16): LaunchConfig(128, 64, 64, 8, 3, max_registers=168, workspace_bytes=_LARGE),
-    (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", max_registers=200, workspace_bytes=_LARGE),
+    (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", max_registers=168, workspace_bytes=_LARGE),
 }
 ARCHITECTURES = tuple(sorted({architecture for architecture, _ in _TABLE}))
 _INTERPRETER = LaunchConfig(64, 64, 64, num_warps=4, num_stages=1)
@@ -146,7 +146,7 @@ def launch_options(config: LaunchConfig) -> dict[str, Any]:
 
 def second_launch(config: LaunchConfig) -> LaunchConfig:
     """For tiles that are computed again, which are few: registers count for more than time."""
-    return replace(config, BLOCK_D=max(16, config.BLOCK_D // 2), max_registers=None)
+    return replace(config, num_stages=1, max_registers=None)
 
 
 def without_bound(config: LaunchConfig) -> LaunchConfig:
