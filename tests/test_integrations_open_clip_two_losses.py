@@ -27,7 +27,9 @@ from test_integrations_open_clip import (
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from gradcache_clip import GradCache
 from gradcache_clip.integrations import open_clip as ours
+from gradcache_clip.losses import InBatchDistillationLoss
 
 open_clip = pytest.importorskip("open_clip")
 theirs = pytest.importorskip("open_clip.loss")
@@ -158,6 +160,28 @@ def test_captions_that_are_not_shifted() -> None:
         ValueError, match=r"labels: expected .* got \(4, 4\) with \(4, 5, 9\); pass"
     ):
         ours.CoCaLoss(**CAPTIONS)(**(given | {"labels": given["labels"][:, 1:]}))
+
+
+def test_a_teacher_under_gradcache() -> None:
+    """As docs/integrations/open_clip.md has it: the gradients of DistillClipLoss."""
+    (mine,), (true,) = twins(model().double())
+    images, texts = pairs(11)
+    teacher = tuple(given_to("DistillClipLoss", 11, 16, torch.float64).values())[3:5]
+    towers = ours.OpenClipTowers(mine)
+    contrastive = towers.loss_with(ours.ClipLoss())
+    distillation = InBatchDistillationLoss(teacher_scale=100.0, symmetric=True, normalize=False)
+
+    def loss(images: Tensor, texts: Tensor, teacher: tuple[Tensor, Tensor]) -> Tensor:
+        scale = mine.logit_scale.exp()
+        distilled = distillation(images, texts, *teacher, scale).loss
+        return contrastive(images, texts).loss + distilled
+
+    GradCache(towers, loss, chunk_size=4)(images.double(), texts, loss_kwargs={"teacher": teacher})
+    scale = torch.tensor(100.0).double()
+    sum(
+        theirs.DistillClipLoss()(*true(images.double(), texts).values(), *teacher, scale)
+    ).backward()
+    assert worst(gradient_errors([mine], [true]))[1] < 1e-10
 
 
 # What open_clip's trainer, and those who read its losses, find
