@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from engine_steps import SentenceEmbedding, image_text, lemma_gloss
+from engine_steps import Bert, SentenceEmbedding, image_text, lemma_gloss
 from fresh_process import (
     Limits,
     PeakGrowth,
@@ -182,15 +183,28 @@ def _backward(loss: Tensor) -> float:
 
 def _features(name: str, side: str, pairs: int, folder: Path) -> Run:
     """A loss of open_clip's over features of width 512."""
-    if side == OURS:
-        from gradcache_clip.integrations import open_clip as library
-    else:
-        from open_clip import loss as library
+    library = _losses_of_open_clip(side)
     torch.manual_seed(0)
     features = [nn.functional.normalize(torch.randn(pairs, 512)).requires_grad_() for _ in "it"]
     scalars = [torch.tensor(value, requires_grad=True) for value in (20.0, -8.0)]
     leaves, loss = [*features, *scalars], getattr(library, name)()
     return Run(lambda: _backward(loss(*leaves)), leaves)
+
+
+def _losses_of_open_clip(side: str) -> Any:
+    ours = "gradcache_clip.integrations.open_clip"
+    return import_module(ours if side == OURS else "open_clip.loss")
+
+
+def _distilled(side: str, pairs: int, folder: Path) -> Run:
+    """Features of width 512 beside those of a teacher, of width 768."""
+    torch.manual_seed(0)
+    widths = 512, 512, 768, 768
+    features = [nn.functional.normalize(torch.randn(pairs, width)) for width in widths]
+    scale = torch.tensor(20.0, requires_grad=True)
+    leaves = [*(each.requires_grad_() for each in features[:2]), scale]
+    loss = _losses_of_open_clip(side).DistillClipLoss()
+    return Run(lambda: _backward(sum(loss(*leaves, *features[2:], torch.tensor(50.0)))), leaves)
 
 
 def _clip(side: str, pairs: int, folder: Path) -> Run:
@@ -286,6 +300,51 @@ def _decoder(side: str, pairs: int, folder: Path) -> Run:
     return Run(step, list(model.parameters()), last_token.shapes)
 
 
+def _with_tokenizer(layers: int) -> nn.Module:
+    """An encoder of the width of MiniLM, with a vocabulary, as a guide must have one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model: Any = nn.Sequential(SentenceEmbedding(Bert(384, layers, 12)))
+    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    model.tokenizer, model.max_seq_length = PreTrainedTokenizerFast(tokenizer_object=words), 128
+    return model
+
+
+def _triplets(rows: int) -> list[dict[str, Tensor]]:
+    """Short queries, longer documents and a hard negative each, padded on the right."""
+    columns = [_left_padded(rows, median, longest) for median, longest in ((10, 64), (40, 128))]
+    columns.append(_left_padded(rows, 40, 128))
+    return [{name: given.flip(1) for name, given in column.items()} for column in columns]
+
+
+def _distils_or_ranks(name: str, side: str, pairs: int, folder: Path) -> Run:
+    """A loss of sentence-transformers over triplets, chunks of 32 where it has chunks."""
+    from sentence_transformers.sentence_transformer import losses as theirs
+
+    from gradcache_clip.integrations import sentence_transformers as ours
+
+    torch.manual_seed(0)
+    model, columns = _with_tokenizer(2), _triplets(pairs)
+    labels = torch.randn(pairs, 2)
+    options: dict[str, Any] = {}
+    if name == "MultipleNegativesRankingLoss":
+        every = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
+        options = {"directions": every, "hardness_mode": "all_negatives", "hardness_strength": 9.0}
+    if name == "GISTEmbedLoss":
+        options["guide"] = _with_tokenizer(1).eval()
+    cached = hasattr(theirs, f"Cached{name}")
+    if side == OURS or cached:
+        options["mini_batch_size"] = 32
+    library = ours if side == OURS else theirs
+    loss = getattr(library, f"Cached{name}" if side == OURS or cached else name)(model, **options)
+
+    def step() -> float:
+        return _backward(loss([dict(given) for given in columns], labels))
+
+    return Run(step, list(model.parameters()))
+
+
 def _pairs_of_models(pairs: int) -> tuple[nn.Module, dict[str, Tensor]]:
     """A ViT on 64-pixel images and a BERT, as transformers joins them, and a batch."""
     from transformers import BertConfig, BertModel, VisionTextDualEncoderModel, ViTConfig, ViTModel
@@ -365,6 +424,9 @@ def _lightning(side: str, pairs: int, folder: Path) -> Run:
 CASES = {
     "clip": Case("open_clip.ClipLoss", "open_clip's ClipLoss", 8192, 256, _clip),
     "siglip": Case("open_clip.SigLipLoss", "open_clip's SigLipLoss", 8192, 256, _siglip),
+    "distilled": Case(
+        "open_clip.DistillClipLoss", "open_clip's DistillClipLoss", 8192, 256, _distilled
+    ),
     "model": Case(
         "open_clip.OpenClipTowers in GradCache", "open_clip's plain step", 512, 64, _open_clip_model
     ),
@@ -381,6 +443,34 @@ CASES = {
         256,
         64,
         _decoder,
+    ),
+    "directions": Case(
+        "sentence_transformers.CachedMultipleNegativesRankingLoss",
+        "its own: all directions, all negatives weighed, triplets",
+        512,
+        64,
+        partial(_distils_or_ranks, "MultipleNegativesRankingLoss"),
+    ),
+    "guide": Case(
+        "sentence_transformers.CachedGISTEmbedLoss",
+        "sentence-transformers' loss of this name, triplets",
+        512,
+        64,
+        partial(_distils_or_ranks, "GISTEmbedLoss"),
+    ),
+    "margins": Case(
+        "sentence_transformers.CachedMarginMSELoss",
+        "sentence-transformers' MarginMSELoss, one graph",
+        512,
+        64,
+        partial(_distils_or_ranks, "MarginMSELoss"),
+    ),
+    "kl": Case(
+        "sentence_transformers.CachedDistillKLDivLoss",
+        "sentence-transformers' DistillKLDivLoss, one graph",
+        512,
+        64,
+        partial(_distils_or_ranks, "DistillKLDivLoss"),
     ),
     "trainer": Case("transformers.GradCacheTrainer", "transformers' Trainer", 256, 32, _trainer),
     "lightning": Case("lightning.cached_step", "Lightning's own step", 256, 32, _lightning),

@@ -115,6 +115,7 @@ class CachedMultipleNegativesRankingLoss(CachedLoss):
     ) -> None:
         checks.check_scale(scale)
         checks.check_similarity(similarity_fct, cos_sim)
+        checks.check_directions(directions)
         checks.check_flags(learnable_scale=learnable_scale)
         contrast = RetrievalLoss(
             directions=directions,

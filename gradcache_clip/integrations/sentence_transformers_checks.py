@@ -78,6 +78,14 @@ def check_similarity(similarity_fct: Any, *known: Callable[..., Any]) -> None:
         )
 
 
+def check_directions(directions: Any) -> None:
+    if isinstance(directions, str):
+        raise ValueError(
+            f"directions: expected a tuple such as ('query_to_doc',), got {directions!r}; put it "
+            "into one"
+        )
+
+
 def check_margin(strategy: Any, margin: Any) -> None:
     one_of("margin_strategy", strategy, ("absolute", "relative"))
     if isinstance(margin, bool) or not isinstance(margin, Real) or not math.isfinite(margin):
@@ -129,7 +137,7 @@ def check_matryoshka_loss(replaced: Any, dims: Any, name: str) -> None:
         raise TypeError(
             f"{name}: expected one MatryoshkaLoss around it, with n_dims_per_step=-1, or "
             f"matryoshka_dims, got {type(replaced).__name__} with matryoshka_dims={dims}; pass "
-            "matryoshka_dims alone"
+            "matryoshka_dims= alone"
         )
 
 

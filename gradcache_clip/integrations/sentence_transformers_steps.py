@@ -272,9 +272,9 @@ class CachedLoss(nn.Module):
 
     @property
     def calculate_loss(self) -> Compare:
-        """`compute_loss_from_embeddings`, which sentence-transformers' `MatryoshkaLoss` replaces by one of its own.
+        """What sentence-transformers' `MatryoshkaLoss` replaces by a function of its own.
 
-        From that one its widths and weights are taken, as from `matryoshka_dims`.
+        The widths and weights of that one are taken, as from `matryoshka_dims`.
         """
         return self.compute_loss_from_embeddings
 
