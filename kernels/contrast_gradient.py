@@ -88,7 +88,11 @@ def _contrast_gradient_kernel(
     column = column_start + tl.arange(0, BLOCK_N)
     # Rows from M on repeat the last; vectors of columns are longer than N; nobody reads their G.
     row_clamped = tl.minimum(row, M - 1)
-    if SELF:
+    on_diagonal = SELF
+    if SELF and q_ptr.dtype.element_ty != tl.float32:
+        # Without this branch 16-bit kernels spill on sm_90; with it those of fp32 do elsewhere.
+        on_diagonal = meets_diagonal(row_start, column_start, 0, BLOCK_M, BLOCK_N)
+    if on_diagonal:
         tile = tl.where(row[:, None] == column[None, :], -float("inf"), tile)
     if row_ids_ptr is not None:
         tile = without_equal_ids(
