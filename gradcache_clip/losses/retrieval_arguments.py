@@ -177,4 +177,4 @@ def rules_of(
     pairs = torch.linalg.vecdot(guide[0], guide[1], dim=0)
     threshold = pairs - margin * (pairs.abs() if relative else 1.0)
     # Copies of a document tie with it: the rounding of a tile must not choose among them.
-    return RowRules(ids, groups, bias, guide, threshold + 16 * torch.finfo(dtype).eps)
+    return RowRules(ids, groups, bias, guide, threshold + 8 * torch.finfo(dtype).eps)
