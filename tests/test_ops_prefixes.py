@@ -51,7 +51,7 @@ def _many_tiles() -> Iterator[None]:
 @pytest.mark.parametrize("impl", ["tiled", "reference"])
 @pytest.mark.parametrize(
     ("B", "widths", "D"),
-    [(2, (1, 2), 3), (2, (5,), 5), (31, (1, 3, 65, 70), 70), (33, (2, 4), 9), (95, (16, 23), 23)],
+    [(3, (1, 2), 3), (3, (5,), 5), (31, (1, 3, 65, 70), 70), (33, (2, 4), 9), (95, (16, 23), 23)],
 )
 def test_equals_separate_losses(
     name: str, impl: str, B: int, widths: tuple[int, ...], D: int
@@ -85,7 +85,7 @@ def _cosine(a: list[float], b: list[float]) -> float:
 
 @every_loss
 @settings(max_examples=8, deadline=None)
-@given(B=st.integers(2, 40), edge=st.integers(1, 45), data=st.data())
+@given(B=st.integers(3, 40), edge=st.integers(1, 45), data=st.data())
 def test_any_tile_and_widths(name: str, B: int, edge: int, data: st.DataObject) -> None:
     widths = sorted(data.draw(st.sets(st.integers(1, 8), min_size=1)))
     each, separate = prefix_case(name, B, widths, 8)

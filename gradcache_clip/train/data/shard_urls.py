@@ -167,7 +167,8 @@ def _local_shards(path: str) -> list[Shard]:
 
 def _matches(pattern: str) -> list[str]:
     try:
-        return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (may be absolute)
+        # Not recursive: `/**` would walk through the whole disk.
+        return sorted(glob.glob(pattern))  # noqa: PTH207 (may be absolute)
     except (ValueError, RecursionError, re.error):
         return []
 

@@ -37,7 +37,7 @@ def find_text_files(source: str | Path) -> list[Path]:
     elif path.exists():
         files = [path]
     else:
-        files = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]  # noqa: PTH207
+        files = [Path(name) for name in sorted(glob.glob(str(source)))]  # noqa: PTH207
     files = [path for path in files if path.is_file() and path.suffix in _SUFFIXES]
     if not files:
         splits = sorted(path.parent.name for path in Path(source).glob("*/state.json"))
