@@ -202,7 +202,5 @@ def test_what_it_refuses(folder: Path) -> None:
         wrapped(build(), nn.DataParallel(model))(tokenized(model))
     with pytest.raises(TypeError, match="one MatryoshkaLoss around it, with n_dims_per_step=-1"):
         theirs.MatryoshkaLoss(model, build(), [32, 16], n_dims_per_step=1)
-    with pytest.raises(
-        TypeError, match=r"matryoshka_dims=\[32\]; pass matryoshka_dims= alone"
-    ):
+    with pytest.raises(TypeError, match=r"matryoshka_dims=\[32\]; pass matryoshka_dims= alone"):
         theirs.MatryoshkaLoss(model, build(matryoshka_dims=[32]), [32, 16])

@@ -155,7 +155,8 @@ def check_scalars(**given: Any) -> None:
             )
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
-                f"{name}: expected one element, got shape {tuple(value.shape)}; pass the model's own"
+                f"{name}: expected one element, got shape {tuple(value.shape)}; pass the model's "
+                "own"
             )
 
 
