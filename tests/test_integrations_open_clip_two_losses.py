@@ -297,7 +297,8 @@ def beside_theirs(name: str, **options: Any) -> None:
     mine = getattr(ours, name)(**OPTIONS[name], **flags, **options, exchange=exchange)
     original = getattr(theirs, name)(**OPTIONS[name], **flags, **options)
     got, expected = evaluated(mine, given), evaluated(original, given)
-    for key in {"contrastive_loss", "distill_loss", "dlogit_scale"} & expected.keys():
+    # In one order on every rank: that of a set differs from process to process.
+    for key in sorted({"contrastive_loss", "distill_loss", "dlogit_scale"} & expected.keys()):
         mean = expected[key].detach().clone()
         dist.all_reduce(mean)
         expected[key] = mean / place.world
