@@ -24,10 +24,10 @@ from gradcache_clip.losses.token_contrast import (
 from gradcache_clip.ops.implementations import resolve_impl
 from gradcache_clip.ops.late_interaction import check_token_reduction
 from gradcache_clip.ops.late_interaction_op import TokenRules
-from gradcache_clip.ops.late_interaction_passes import TokenReduction
 from gradcache_clip.ops.pairing import Statistics
 from gradcache_clip.ops.results import RetrievalOutput
 from gradcache_clip.ops.softmax import columns_of, rows_of
+from gradcache_clip.ops.token_sides import TokenReduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -19,7 +19,6 @@ from gradcache_clip.ops.implementations import (
     resolve_impl,
 )
 from gradcache_clip.ops.late_interaction_op import TokenRules, token_statistics
-from gradcache_clip.ops.late_interaction_passes import TokenReduction
 from gradcache_clip.ops.late_interaction_reference import (
     DenseTokens,
     token_statistics_reference,
@@ -28,6 +27,7 @@ from gradcache_clip.ops.loss_alone import loss_alone
 from gradcache_clip.ops.pairing import Statistics
 from gradcache_clip.ops.results import ContrastiveOutput
 from gradcache_clip.ops.softmax import Direction, negative_lse_minus_positive, one_positive_loss
+from gradcache_clip.ops.token_sides import TokenReduction
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -13,16 +13,15 @@ from torch import Tensor
 
 from gradcache_clip.ops.implementations import autocast_disabled
 from gradcache_clip.ops.late_interaction_passes import (
-    TokenReduction,
     TokenTiles,
     gradient,
-    masked_tokens,
     statistics,
 )
-from gradcache_clip.ops.late_interaction_tiled import PackedSide, TorchTiles
+from gradcache_clip.ops.late_interaction_tiled import TorchTiles
 from gradcache_clip.ops.late_interaction_triton import TritonTiles
 from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
 from gradcache_clip.ops.statistics_op import register
+from gradcache_clip.ops.token_sides import PackedSide, TokenReduction, masked_tokens
 
 
 class TokenRules(NamedTuple):

@@ -17,7 +17,7 @@ each tile again. Its gradient has one entry for each maximum, P + R of P R for e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,31 +25,10 @@ from torch import Tensor
 from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
 from gradcache_clip.ops.tile_statistics import RunningSoftmax
 from gradcache_clip.ops.tiles import diagonal
+from gradcache_clip.ops.token_sides import PackedSide, Tokens, unmasked
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-
-    from gradcache_clip.ops.late_interaction_tiled import PackedSide
-
-TokenReduction = Literal["mean", "sum"]
-
-
-class Tokens(NamedTuple):
-    """One side, prepared so that maxima need no mask."""
-
-    values: Float[Tensor, "b t d"]
-    """Invalid tokens hold a copy of the first valid one of their sample, or 0 if it has none."""
-    weight: Float[Tensor, "b t"]
-    """Of a token in the mean or sum over its sample; 0 for invalid ones."""
-    mask: Bool[Tensor, "b t"] | None
-
-    @property
-    def samples(self) -> int:
-        return len(self.values)
-
-    def at(self, samples: slice) -> slice:
-        """Return which of the values are theirs."""
-        return samples
+    from jaxtyping import Float
 
 
 class Maxima(NamedTuple):
@@ -92,40 +71,6 @@ class TokenTiles(Protocol):
         dtokens: tuple[Tensor | None, Tensor | None],
     ) -> None:
         """Add to `dtokens` of the stripe's images and of the panel's texts, where not None."""
-
-
-def masked_tokens(
-    tokens: Tensor, mask: Tensor | None, token_reduction: str, dtype: torch.dtype
-) -> Tokens:
-    """Prepare one side for tiles; copy it only where there is a mask."""
-    weight = torch.ones(tokens.shape[:2], dtype=dtype, device=tokens.device)
-    if mask is not None:
-        # A kernel reads it row by row, however the mask lies in memory.
-        weight = mask.to(dtype).contiguous()
-        index = _first(mask)[:, None, None].expand(-1, 1, tokens.shape[2])
-        first = tokens.gather(1, index).masked_fill_(~mask.any(1)[:, None, None], 0)
-        tokens = tokens.where(mask[:, :, None], first)
-    if token_reduction == "mean":
-        weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
-    return Tokens(tokens.contiguous(), weight, mask)
-
-
-def _first(mask: Tensor) -> Tensor:
-    return mask.to(torch.uint8).argmax(1)
-
-
-def _unmasked(dtokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Turn the gradient of `Tokens.values` into that of the tokens, in place."""
-    if mask is None:
-        return dtokens
-    # Invalid tokens are copies of the first valid one, which gets their gradients.
-    copies = (~mask & mask.any(1, keepdim=True)).to(dtokens.dtype)
-    sample, first = torch.arange(len(mask), device=mask.device), _first(mask)
-    padded = dtokens.view(*mask.shape, -1)
-    given = torch.bmm(copies[:, None], padded)[:, 0]
-    padded.masked_fill_(~mask[:, :, None], 0)
-    padded[sample, first] = padded[sample, first] + given
-    return dtokens
 
 
 def statistics(tiles: TokenTiles, logit_scale: Tensor, *, paired: bool = True) -> Statistics:
@@ -197,9 +142,9 @@ def gradient(
                 tiles.add_gradients((stripe, panel), maxima, dscores, (rows, columns))
         if dimages is not None and rows is not None:
             mask = None if images.mask is None else images.mask[stripe]
-            dimages[own] = _unmasked(rows, mask).mul_(unscale)
+            dimages[own] = unmasked(rows, mask).mul_(unscale)
     if dtexts is not None:
-        dtexts = _unmasked(dtexts, texts.mask).mul_(unscale).to(texts.values.dtype)
+        dtexts = unmasked(dtexts, texts.mask).mul_(unscale).to(texts.values.dtype)
     return dimages, dtexts, dlogit_scale.mul_(factor) if needs_scale else None
 
 

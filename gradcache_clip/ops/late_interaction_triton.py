@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradcache_clip.ops.late_interaction_passes import Maxima, Tokens
+from gradcache_clip.ops.late_interaction_passes import Maxima
+from gradcache_clip.ops.token_sides import Tokens
 
 if TYPE_CHECKING:
     from gradcache_clip.kernels.late_interaction import TokenPanels
