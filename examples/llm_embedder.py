@@ -9,13 +9,12 @@ a small untrained Qwen3; for a real one pass its name, such as "Qwen/Qwen3-Embed
 Transformer, and leave out what makes and saves the small one.
 """
 
-import inspect
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import Dataset
+from documented_functions import documented_functions
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import (
     SentenceTransformer,
@@ -32,21 +31,7 @@ from gradcache_clip.train.tokenizer import train_tokenizer
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "data/embedder")
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 30
 
-
-def documented() -> dict[str, str]:
-    """Collect names of functions, in their order, and the first line that describes each."""
-    found = {}
-    for module in (np, np.linalg, np.fft, torch, torch.nn.functional, torch.linalg):
-        for name, function in inspect.getmembers(module, callable):
-            lines = [line for line in (inspect.getdoc(function) or "").splitlines() if line]
-            # The first line of many is their signature.
-            sentence = next((line for line in lines[:3] if f"{name}(" not in line), "")
-            if len(sentence.split()) > 3 and not name.startswith("_"):
-                found[name.replace("_", " ")] = sentence
-    return dict(sorted(found.items()))
-
-
-pairs = documented()
+pairs = documented_functions()
 documents = [*pairs.values()]
 folder.mkdir(parents=True, exist_ok=True)
 tokenizer = train_tokenizer([*pairs, *documents], vocab_size=2000, context_length=48)

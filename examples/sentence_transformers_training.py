@@ -6,13 +6,12 @@ Pairs are names of numpy and torch functions with the first line of their docume
 program only needs the import of the loss; the model here is a small untrained one.
 """
 
-import inspect
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import Dataset
+from documented_functions import documented_functions
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -28,21 +27,7 @@ from gradcache_clip.train.tokenizer import train_tokenizer
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "data/functions")
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 40
 
-
-def documented() -> dict[str, str]:
-    """Collect names of functions and the first line that describes each."""
-    found = {}
-    for module in (np, np.linalg, np.fft, torch, torch.nn.functional, torch.linalg):
-        for name, function in inspect.getmembers(module, callable):
-            lines = [line for line in (inspect.getdoc(function) or "").splitlines() if line]
-            # The first line of many is their signature.
-            sentence = next((line for line in lines[:3] if f"{name}(" not in line), "")
-            if len(sentence.split()) > 3 and not name.startswith("_"):
-                found[name.replace("_", " ")] = sentence
-    return found
-
-
-pairs = documented()
+pairs = documented_functions()
 tokenizer = train_tokenizer([*pairs, *pairs.values()], vocab_size=2000, context_length=48)
 folder.mkdir(parents=True, exist_ok=True)
 special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
