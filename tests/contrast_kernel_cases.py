@@ -37,6 +37,8 @@ from gradcache_clip.kernels.launch_config import (
     panel_shape,
     stripe_rows,
 )
+from gradcache_clip.losses.retrieval import RetrievalLoss
+from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS
 from gradcache_clip.ops import clip_loss, clip_loss_with_accuracy, contrast
 from gradcache_clip.ops.info_nce import info_nce_loss
 from gradcache_clip.ops.pairing import Pairing
@@ -339,3 +341,19 @@ def test_workspace_stays_within_its_budget() -> None:
             assert rows * columns * itemsize <= config.workspace_bytes
         assert stripe_rows(config, N) % config.BLOCK_M == 0
         assert stripe_rows(config, N, numbers=4) <= stripe_rows(config, N)
+
+
+@pytest.mark.parametrize("ids", [None, torch.arange(70) % 9])
+def test_directions_without_a_positive(ids: Tensor | None) -> None:
+    """Queries among queries, and documents among documents and hard negatives."""
+    found = []
+    given = [torch.randn(70, 40, device=DEVICE) for _ in range(2)]
+    given.append(torch.randn(70, 2, 40, device=DEVICE))
+    for impl in ("reference", "triton"):
+        leaves = [each.clone().requires_grad_() for each in given]
+        loss = RetrievalLoss(directions=DIRECTIONS, init_logit_scale=20.0, impl=impl).to(DEVICE)
+        with poisoned_memory():
+            value = loss(*leaves, ids=None if ids is None else ids.to(DEVICE)).loss
+            inputs = [*leaves, loss.log_logit_scale]
+            found.append([value.detach(), *torch.autograd.grad(value, inputs)])
+    assert max(relative_errors(found[1], found[0])) < 1e-5
