@@ -93,7 +93,7 @@ setup(
         "test": sorted({*TRAIN, *DEEPSPEED, *BENCH, *INTEGRATIONS, *TEST}),
         "all": sorted({*TRAIN, *DEEPSPEED, *BENCH, *INTEGRATIONS, *TEST}),
     },
-    entry_points={"console_scripts": ["gradcache-clip = gradcache_clip.cli:main [train]"]},
+    entry_points={"console_scripts": ["gradcache-clip = gradcache_clip.cli:command [train]"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

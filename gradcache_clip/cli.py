@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,6 +12,7 @@ from gradcache_clip.memory.plan_command import add_plan_arguments
 from gradcache_clip.train.command import (
     add_traceback_option,
     add_train_arguments,
+    end,
     run_command,
 )
 from gradcache_clip.train.launch import add_launch_arguments
@@ -40,6 +40,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; user errors print one line on stderr and return status 2."""
     return run_command(_parser().parse_args(argv), name="gradcache-clip")
+
+
+def command() -> NoReturn:
+    """Run one command as a process of its own."""
+    end(main())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -230,4 +235,4 @@ def _columns(arguments: argparse.Namespace) -> TableColumns:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -159,3 +160,14 @@ def test_other_libraries_speak_only_when_needed(
     assert main(["train", config]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error == ["WARNING: mind this", "gradcache-clip: stop"]
+
+
+def test_an_interrupt_when_all_is_done_changes_nothing(tmp_path: Path) -> None:
+    """Libraries clean up as a process ends; a Ctrl-C there printed a traceback, or killed it."""
+    interrupt = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    run = "from gradcache_clip.cli import command; command()"
+    missing = str(tmp_path / "missing")
+    program = [sys.executable, "-c", f"{interrupt}; {run}", "data", "folder", missing, missing]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "folder: expected a folder of images" in last_line(done.stderr)

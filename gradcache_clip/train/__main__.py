@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from gradcache_clip.train.command import add_train_arguments, run_command
+from gradcache_clip.train.command import add_train_arguments, end, run_command
 from gradcache_clip.train.launch import end_with_launcher
 
 NAME = "python -m gradcache_clip.train"
@@ -14,4 +13,4 @@ if __name__ == "__main__":
     end_with_launcher()
     parser = argparse.ArgumentParser(prog=NAME, description="Train a CLIP model from shards.")
     add_train_arguments(parser)
-    sys.exit(run_command(parser.parse_args(), name=NAME))
+    end(run_command(parser.parse_args(), name=NAME))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from gradcache_clip.train.run import RunSummary
@@ -81,6 +81,12 @@ def run_command(arguments: argparse.Namespace, *, name: str) -> int:
                 return _said(error, arguments, name)
     print(f"{name}: interrupted", file=sys.stderr)
     return INTERRUPTED
+
+
+def end(status: int) -> NoReturn:
+    """End the process. All is said and saved by now, so an interrupt changes nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
 
 
 @contextmanager
