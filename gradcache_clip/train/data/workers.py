@@ -84,8 +84,7 @@ class _Watched:
         try:
             yield from map(self._next, itertools.count())
         except (RuntimeError, ConnectionError, EOFError) as error:
-            # The connections of a worker end a moment before its death is known.
-            wait([worker.sentinel for worker in self._workers], timeout=1)
+            self._await_a_death()
             if not (self._late or self._ended()):
                 raise
             raise self._error() from error
@@ -109,6 +108,13 @@ class _Watched:
         finally:
             self._awaited = None
             _on_sigchld(handler)
+
+    def _await_a_death(self) -> None:
+        """The system closes what a process had open before it tells how the process ended."""
+        closed = wait([worker.sentinel for worker in self._workers], timeout=1)
+        for worker in self._workers:
+            if worker.sentinel in closed:
+                worker.join()
 
     def _watch(self) -> None:
         tick, before, waited = min(1.0, self._timeout_s / 8), None, 0.0
