@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from processes import assert_same_run, in_processes
 from recipe_runs import assert_trains_and_resumes, recipe, shortened
-from text_files import make_texts, names, write_lines
+from text_files import make_teacher, make_texts, names, write_lines
 from text_runs import SMALL, run_small
 from tiny_run import logged
 from torch import Tensor
@@ -173,7 +173,10 @@ def test_two_processes_are_one(data, tmp_path, engine):
     ]  # fmt: skip
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
-    if engine != "ddp":
+    if engine == "ddp":
+        teacher = make_teacher(data, tmp_path / "teacher.safetensors")
+        more.append(f"loss.teacher={teacher}")
+    else:
         more.append("train.chunk_tokens=0")
     one, two = tmp_path / "one", tmp_path / "two"
     assert in_processes(1, data, one, *more) == ["finished"]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from gradcache_clip.train.data import read_all_texts
+from gradcache_clip.train.programs.teacher import save_teacher_features
 
 _TEXT = (
     "small large red green old new letter figure square circle line dot hook bar stroke above "
@@ -52,3 +57,19 @@ def make_texts(folder: Path, train: int = 160, validation: int = 40) -> Path:
 def names(count: int) -> Sequence[str]:
     """Of a query, its document and `count - 2` hard negatives."""
     return FIELDS[:count]
+
+
+def taught(side: str, text: str) -> Tensor:
+    """A teacher's feature (5,): any, but always the same."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{side} {text}".encode()))
+    return torch.randn(5, generator=generator)
+
+
+def make_teacher(data: Path, path: Path, fields: Sequence[str] = FIELDS[:2]) -> Path:
+    """Features of all training texts of a folder; one text may occur several times."""
+    columns = zip(*read_all_texts(data / "train", fields, max_broken_share=0.0), strict=True)
+    sides = zip(("queries", "documents"), columns, strict=True)
+    save_teacher_features(
+        path, *((texts, torch.stack([taught(s, text) for text in texts])) for s, texts in sides)
+    )
+    return path

@@ -20,7 +20,7 @@ from gradcache_clip.losses import (
 )
 from gradcache_clip.train.config import Config
 from gradcache_clip.train.config_errors import ConfigError
-from gradcache_clip.train.config_section import Section, discriminated_by
+from gradcache_clip.train.config_section import Section, changeable, discriminated_by
 
 
 class LossConfig(Section):
@@ -142,7 +142,21 @@ class NTXentConfig(PrefixLossConfig):
         return NTXentLoss(**options)
 
 
-class InfoNCEConfig(PrefixLossConfig):
+class TextLossConfig(PrefixLossConfig):
+    """A loss of queries and documents, which may also follow a frozen teacher."""
+
+    teacher: str = changeable("")
+    """File with a frozen model's features of the training texts; its softmax over the documents of
+    the batch is a second target. Empty for none."""
+
+    teacher_weight: float = Field(1.0, gt=0)
+    """Weight of the teacher's cross-entropy beside the loss itself."""
+
+    teacher_scale: float = Field(20.0, gt=0)
+    """Multiplier of the teacher's cosine similarity."""
+
+
+class InfoNCEConfig(TextLossConfig):
     """Softmax of each query over all documents and hard negatives."""
 
     name: Literal["info_nce"] = "info_nce"
@@ -156,7 +170,7 @@ class InfoNCEConfig(PrefixLossConfig):
         return InfoNCELoss(**options)
 
 
-class RetrievalLossConfig(PrefixLossConfig):
+class RetrievalLossConfig(TextLossConfig):
     """Softmax of each query over chosen competitors: further directions, hardness weights."""
 
     name: Literal["retrieval"] = "retrieval"

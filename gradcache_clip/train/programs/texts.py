@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from gradcache_clip.train.evaluation.held_out_texts import HeldOutTexts, embed_h
 from gradcache_clip.train.evaluation.tables import text_table
 from gradcache_clip.train.peers import Peers, rows_per_process
 from gradcache_clip.train.programs.program import Program, Step, check_tokenizer, group_ids
+from gradcache_clip.train.programs.teacher import TeacherFeatures, distilled_loss
 from gradcache_clip.train.report.pictures import draw_text_gallery
 from gradcache_clip.train.texts import build_text_encoder
 from gradcache_clip.train.tokenizer import Tokenizer
@@ -65,6 +67,7 @@ class Texts(Program[TextsConfig]):
     def __init__(self, config: TextsConfig) -> None:
         super().__init__(config)
         self._columns = min(3, len(config.data.text_fields))
+        self._teacher: TeacherFeatures | None = None
 
     @property
     def texts_of_inputs(self) -> Sequence[bool]:
@@ -107,7 +110,10 @@ class Texts(Program[TextsConfig]):
         return encoder
 
     def loss(self) -> nn.Module:
-        return build_loss(self.config)
+        if not self.config.loss.teacher:
+            return build_loss(self.config)
+        self._teacher = TeacherFeatures(self.config.loss.teacher)
+        return distilled_loss(self.config, self._teacher)
 
     def inputs(self, batch: TextBatch, tokenizer: Tokenizer | None, device: torch.device) -> Step:
         inputs = tuple(self._tokens(column, tokenizer, device) for column in batch.texts)
@@ -119,11 +125,21 @@ class Texts(Program[TextsConfig]):
             # Those of the documents come first, then those of hard negatives.
             groups = batch.groups[: len(batch.texts[0])] if of_queries else batch.groups
             given["ids"] = group_ids(groups).to(device, non_blocking=True)
+        if self._teacher is not None:
+            given |= self._teacher.of_batch(batch, self.config.data.text_prompts, device)
         return inputs, given
 
     @property
     def candidates(self) -> int:
         return super().candidates * (len(self.config.data.text_fields) - 1)
+
+    @property
+    def chance_loss(self) -> float | None:
+        loss, chance_loss = self.config.loss, super().chance_loss
+        if not loss.teacher:
+            return chance_loss
+        of_documents = max(1, len(loss.matryoshka)) * math.log(self.config.train.batch_size)
+        return (chance_loss or math.log(self.candidates)) + loss.teacher_weight * of_documents
 
     def evaluate(
         self, encoder: Any, tokenizer: Tokenizer | None, peers: Peers
