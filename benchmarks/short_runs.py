@@ -33,7 +33,7 @@ _SHORT = (
     "train.evaluate_every=0",
     "train.device=cpu",
 )
-_VIEWS, _TEXTS = ("moco_image", "simclr"), ("text_embedding",)
+_VIEWS, _TEXTS = ("moco_image", "simclr"), ("text_distillation", "text_embedding")
 _TINY_BERT = (
     "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32,"
     " hidden_dropout_prob: 0, attention_probs_dropout_prob: 0, initializer_range: 0.25}"
@@ -65,6 +65,11 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "moco_image": ("loss.queue_size=60",),
     "siglip": (),
     "simclr": (),
+    "text_distillation": (
+        *_OWN_TEXT_TOWER,
+        "data.context_length=24",
+        "train.chunk_tokens=70",
+    ),
     "text_embedding": (
         *_OWN_TEXT_TOWER,
         "data.context_length=24",
@@ -77,23 +82,27 @@ RECIPES: dict[str, tuple[str, ...]] = {
 
 def settings(recipe: str, data: Path, output: Path) -> list[str]:
     """Overrides that make recipes/RECIPE.yaml a short run on the data of `make_data`."""
-    pairs = data / ("texts" if recipe == "text_embedding" else "pairs")
+    pairs = data / ("texts" if recipe in _TEXTS else "pairs")
     places = [f"data.train={pairs}/train", f"data.validation={pairs}/validation"]
     if recipe == "lit":
         places.append(f"model.image_weights={data}/weights/image.safetensors")
+    if recipe == "text_distillation":
+        places.append(f"loss.teacher={data}/weights/teacher.safetensors")
     sizes = [] if recipe in _VIEWS else ["data.vocab_size=400"]
     sizes += [] if recipe in _TEXTS else ["data.shuffle_buffer=50"]
     return [*_SHORT, *sizes, *RECIPES[recipe], *places, f"train.output={output}"]
 
 
 def make_data(folder: Path, recipes: Sequence[str] = tuple(RECIPES)) -> Path:
-    """Write pairs/ and texts/, and weights/ where lit is among the recipes."""
+    """Write pairs/ and texts/, and what lit and text_distillation load where they are asked for."""
     draw = np.random.RandomState(0)
     for split, count in (("train", 120), ("validation", 45)):
         _write_pairs(folder / "pairs" / split, count, draw)
         _write_texts(folder / "texts" / split, count, draw)
     if "lit" in recipes:
         _write_image_weights(folder / "weights" / "image.safetensors")
+    if "text_distillation" in recipes:
+        _write_teacher(folder / "texts" / "train", folder / "weights" / "teacher.safetensors")
     return folder
 
 
@@ -159,5 +168,19 @@ def _write_image_weights(path: Path) -> None:
     model = timm.create_model("tf_efficientnet_lite0", num_classes=7)
     with torch.no_grad():
         model(torch.randn(6, 3, SIDE, SIDE))
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), path)
+
+
+def _write_teacher(texts: Path, path: Path) -> None:
+    """Drawn features in place of those of a larger model."""
+    import torch
+
+    from gradcache_clip.train.programs.teacher import save_teacher_features
+
+    draw = np.random.RandomState(3)
+    rows = [json.loads(line) for line in (texts / "all.jsonl").read_text().splitlines()]
+    sides = ([*dict.fromkeys(row[name] for row in rows)] for name in ("anchor", "positive"))
+    save_teacher_features(
+        path, *((side, torch.tensor(draw.randn(len(side), 8)).float()) for side in sides)
+    )

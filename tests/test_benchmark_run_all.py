@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 NOT_BENCHMARKS = {"fresh_process.py", "report.py", "run_all.py", "step_picture.py"}
 # Trainings, on data that are fetched first; and a check of commits.
-NOT_BENCHMARKS |= {"recipes.py", "compare_commits.py", "code_size.py"}
+NOT_BENCHMARKS |= {"recipes.py", "objectives.py", "compare_commits.py", "code_size.py"}
 # Sections of gpu_suite.py.
 NOT_BENCHMARKS |= {f"gpu_{name}.py" for name in ("smoke", "losses", "engine", "plan")}
 SCRIPT = """
