@@ -35,8 +35,7 @@ from rich.progress import track
 from rich.table import Table
 from triton.runtime import JITFunction
 
-from gradcache_clip.kernels.contrast_gradient import _contrast_gradient_kernel
-from gradcache_clip.kernels.contrast_statistics import contrast_statistics_kernel
+from gradcache_clip.kernels.gradient_tile import contrast_gradient_kernel
 from gradcache_clip.kernels.launch_config import (
     ARCHITECTURES,
     LaunchConfig,
@@ -47,6 +46,7 @@ from gradcache_clip.kernels.launch_config import (
 from gradcache_clip.kernels.sigmoid import _tiles as sigmoid_tiles
 from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
 from gradcache_clip.kernels.statistics_parts import FLAGS_PER_PROGRAM, merge_kernel
+from gradcache_clip.kernels.statistics_tile import contrast_statistics_kernel
 
 REGISTERS_OF_MULTIPROCESSOR = 65536
 PREDICTED = (80, 89, 90, 120)
@@ -106,11 +106,12 @@ KERNELS: dict[str, JITFunction] = {
     "statistics": contrast_statistics_kernel,
     "maxima": contrast_statistics_kernel,
     "second": contrast_statistics_kernel,
-    "gradient": _contrast_gradient_kernel,
+    "gradient": contrast_gradient_kernel,
     "merge": merge_kernel,
 }
 DTYPES = ("bfloat16", "float16", "float32")
-# The rules that the public losses combine: plain is CLIP, rows is InfoNCE, self is NT-Xent.
+# The rules that the public losses combine: plain is CLIP, rows is InfoNCE, self is NT-Xent; groups
+# and bias are of RetrievalLoss.
 VARIANTS = {
     "plain": {"columns"},
     "labels": {"columns", "labels"},
@@ -121,8 +122,13 @@ VARIANTS = {
     "ids, thresholds": {"columns", "ids", "threshold"},
     "self": {"columns", "self"},
     "self, labels": {"columns", "labels", "self"},
+    "groups": {"columns", "groups"},
+    "bias": {"columns", "bias"},
+    "ids, groups, bias": {"columns", "ids", "groups", "bias"},
+    "rows, ids, groups, bias": {"ids", "groups", "bias"},
+    "self, ids, groups": {"columns", "ids", "groups", "self"},
 }
-_RULES = ("labels", "ids", "threshold")
+_RULES = ("labels", "ids", "threshold", "groups", "bias")
 _OF_COLUMNS = ("column_parts_ptr", "column_max_ptr", "column_dsum_ptr", "column_dpositive_ptr")
 
 
@@ -191,7 +197,7 @@ def _argument_type(name: str, dtype: torch.dtype) -> str:
         return f"*{short}"
     if name == "flags_ptr":
         return "*i32"
-    if name.endswith(("label_ptr", "labels_ptr", "ids_ptr")):
+    if name.endswith(("label_ptr", "labels_ptr", "ids_ptr", "groups_ptr")):
         return "*i64"
     return "*fp32" if name.endswith("_ptr") else "i32"
 

@@ -6,6 +6,7 @@ Pointers to what a contrast lacks are None, and their branches vanish when a ker
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import triton
@@ -37,6 +38,7 @@ RAGGED = (
     "logit_bias_ptr",
     "row_labels_ptr",
     "row_ids_ptr",
+    "row_groups_ptr",
     "row_label_ptr",
     "column_label_ptr",
     "row_gradient_ptr",
@@ -59,6 +61,12 @@ class Competition:
     row_threshold: Tensor | None = None
     """(M,) fp32 in units of log 2. Logits above it do not compete for the row."""
     column_threshold: Tensor | None = None
+    row_groups: Tensor | None = None
+    """(M,) int64. Logits of unequal groups do not compete, unless they are positives."""
+    column_groups: Tensor | None = None
+    row_bias: Tensor | None = None
+    """(M,) fp32 in units of log 2, added to the logits of the row."""
+    column_bias: Tensor | None = None
     positive_shift: int = 0
     """Without labels the positive of row i is column (i + positive_shift) mod N."""
     both_ways: bool = True
@@ -71,18 +79,24 @@ class Competition:
     @property
     def plain(self) -> bool:
         """Both ways, one positive, and everything else competes: what CLIP has."""
-        ruled = (self.row_labels, self.row_ids, self.row_threshold, self.column_threshold)
-        return self.both_ways and not self.self_contrast and all(each is None for each in ruled)
+        ruled = any(each is not None for each in self._vectors)
+        return self.both_ways and not self.self_contrast and not ruled
 
     def vectors(self, BLOCK_N: int) -> tuple[Tensor | None, ...]:
         """What the kernels read of each row and column, in their order."""
+        rows, columns = self._vectors[::2], self._vectors[1::2]
+        longer = (lengthened(each, BLOCK_N) for each in columns)
+        return tuple(chain.from_iterable(zip(rows, longer, strict=True)))
+
+    @property
+    def _vectors(self) -> tuple[Tensor | None, ...]:
+        """Vectors of rows and of columns in turn."""
         return (
-            self.row_labels,
-            lengthened(self.column_labels, BLOCK_N),
-            self.row_ids,
-            lengthened(self.column_ids, BLOCK_N),
-            self.row_threshold,
-            lengthened(self.column_threshold, BLOCK_N),
+            *(self.row_labels, self.column_labels),
+            *(self.row_ids, self.column_ids),
+            *(self.row_threshold, self.column_threshold),
+            *(self.row_groups, self.column_groups),
+            *(self.row_bias, self.column_bias),
         )
 
 
@@ -105,11 +119,39 @@ def equal(row_ptr, column_ptr, row, column):
 
 
 @triton.jit
-def without_equal_ids(
-    tile, row_ids_ptr, column_ids_ptr, row_labels_ptr, column_labels_ptr, row, column
+def biased(tile, row_bias_ptr, column_bias_ptr, row, column):
+    """The logits and what is added to them for their row and their column."""
+    if row_bias_ptr is not None:
+        tile += tl.load(row_bias_ptr + row)[:, None]
+    if column_bias_ptr is not None:
+        tile += tl.load(column_bias_ptr + column)[None, :]
+    return tile
+
+
+@triton.jit
+def without_excluded(
+    tile,
+    row_ids_ptr,
+    column_ids_ptr,
+    row_groups_ptr,
+    column_groups_ptr,
+    row_labels_ptr,
+    column_labels_ptr,
+    row,
+    column,
 ):
-    """-inf where ids are equal, but not at positives with labels."""
-    excluded = equal(row_ids_ptr, column_ids_ptr, row, column)
+    """-inf where ids are equal or groups are not, but not at positives with labels."""
+    if row_ids_ptr is not None:
+        excluded = equal(row_ids_ptr, column_ids_ptr, row, column)
+        tile = _without(tile, excluded, row_labels_ptr, column_labels_ptr, row, column)
+    if row_groups_ptr is not None:
+        excluded = ~equal(row_groups_ptr, column_groups_ptr, row, column)
+        tile = _without(tile, excluded, row_labels_ptr, column_labels_ptr, row, column)
+    return tile
+
+
+@triton.jit
+def _without(tile, excluded, row_labels_ptr, column_labels_ptr, row, column):
     if row_labels_ptr is not None:
         excluded &= ~equal(row_labels_ptr, column_labels_ptr, row, column)
     return tl.where(excluded, -float("inf"), tile)

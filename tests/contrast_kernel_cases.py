@@ -139,7 +139,7 @@ def lse(statistics: tuple[Tensor, ...]) -> Tensor:
     return torch.where(total > 0, peak + total.clamp_min(1e-38).log(), -torch.inf)
 
 
-@pytest.mark.parametrize("rules", ["", "rows", "shift ids thresholds", "self"])
+@pytest.mark.parametrize("rules", ["", "rows", "shift ids thresholds groups bias", "self"])
 def test_one_exponential_for_rows_and_columns(rules: str) -> None:
     """Without maxima: sums from 1/2 to 1 beside any reference, and the same gradients."""
     equals_the_reference_without_maxima(rules)

@@ -26,6 +26,10 @@ RULES = [
     "self ids",
     "self labels",
     "self labels ids",
+    "groups bias",
+    "labels ids groups bias",
+    "rows shift ids groups bias",
+    "self ids groups",
 ]
 
 
@@ -33,17 +37,19 @@ def pairing(rules: str, M: int, N: int, device: str) -> Pairing:
     """A pairing in which every rule that is named has something to do."""
     has = set(rules.split())
     self_contrast = "self" in has
-    vectors: list[Tensor | None] = [None] * 6
-    for place, rule in enumerate(("labels", "ids")):
+    vectors: dict[str, Tensor] = {}
+    for rule, most in (("labels", N // 4), ("ids", N // 4), ("groups", 3)):
         if rule in has:
-            row, column = (torch.randint(max(2, N // 4), (n,), device=device) for n in (M, N))
-            vectors[2 * place : 2 * place + 2] = [column if self_contrast else row, column]
-    if "thresholds" in has:
-        vectors[4], vectors[5] = (2 * torch.randn(n, device=device) for n in (M, N))
+            row, column = (torch.randint(max(2, most), (n,), device=device) for n in (M, N))
+            vectors |= {f"row_{rule}": column if self_contrast else row, f"column_{rule}": column}
+    for rule, name in (("thresholds", "threshold"), ("bias", "bias")):
+        if rule in has:
+            row, column = (2 * torch.randn(n, device=device) for n in (M, N))
+            vectors |= {f"row_{name}": row, f"column_{name}": column}
     both_ways = "rows" not in has and not self_contrast
     shift = N // 2 if self_contrast else min(3, N - 1) * ("shift" in has)
     last = {"both_ways": both_ways, "self_contrast": self_contrast}
-    return Pairing(*vectors, positive_shift=shift, **last)
+    return Pairing(**vectors, positive_shift=shift, **last)
 
 
 def outcome(rules: Pairing, impl: str, inputs: Inputs) -> list[Tensor]:

@@ -96,11 +96,11 @@ def promoted(q: Tensor, k: Tensor, impl: str, pairing: Pairing) -> tuple[Tensor,
     """Return both in their common dtype, and the implementation that takes it and these rules."""
     dtype = torch.promote_types(q.dtype, k.dtype)
     found = resolve_impl(impl, q.device, dtype)
-    if found == "triton" and not pairing.basic:
+    if found == "triton" and pairing.guided:
         if impl == "triton":
             raise ValueError(
-                'impl: expected "tiled" or "auto" with groups, a column bias or a guide, got '
-                '"triton", whose kernels do not know them'
+                'impl: expected "tiled" or "auto" with a guide, got "triton", whose kernels do not '
+                "know it"
             )
         found = "tiled"
     return q.to(dtype), k.to(dtype), found

@@ -65,10 +65,30 @@ def _contiguous(q: Tensor, k: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]
 def _competition(pairing: Pairing) -> Competition:
     from gradcache_clip.kernels.competition import Competition
 
-    integers = (None if each is None else each.to(torch.int64).contiguous() for each in pairing[:4])
-    thresholds = (None if each is None else each * LOG2_E for each in pairing[4:6])
-    flags = pairing.positive_shift, pairing.both_ways, pairing.self_contrast
-    return Competition(*integers, *thresholds, *flags)
+    return Competition(
+        row_labels=_integers(pairing.row_labels),
+        column_labels=_integers(pairing.column_labels),
+        row_ids=_integers(pairing.row_ids),
+        column_ids=_integers(pairing.column_ids),
+        row_threshold=_logits(pairing.row_threshold),
+        column_threshold=_logits(pairing.column_threshold),
+        row_groups=_integers(pairing.row_groups),
+        column_groups=_integers(pairing.column_groups),
+        row_bias=_logits(pairing.row_bias),
+        column_bias=_logits(pairing.column_bias),
+        positive_shift=pairing.positive_shift,
+        both_ways=pairing.both_ways,
+        self_contrast=pairing.self_contrast,
+    )
+
+
+def _integers(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.to(torch.int64).contiguous()
+
+
+def _logits(vector: Tensor | None) -> Tensor | None:
+    """Convert logits from nats, into memory of their own."""
+    return None if vector is None else vector * LOG2_E
 
 
 def _in_nats(planes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

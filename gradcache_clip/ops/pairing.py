@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-# Of the fields of `Pairing`: those that are vectors, rows and columns in turn, and the first kinds.
+# Of the fields of `Pairing`: those that are vectors, rows and columns in turn.
 _VECTORS: Final = 14
-_BASIC: Final = 6
 
 
 class Pairing(NamedTuple):
@@ -112,9 +111,9 @@ class Pairing(NamedTuple):
         return self._replace(positive_shift=2 * (M + N), self_contrast=False)
 
     @property
-    def basic(self) -> bool:
-        """Whether labels, ids and thresholds of logits are all the rules that there are."""
-        return all(vector is None for vector in self[_BASIC:_VECTORS])
+    def guided(self) -> bool:
+        """Whether another model decides who competes."""
+        return self.row_guide is not None
 
 
 class Statistics(NamedTuple):

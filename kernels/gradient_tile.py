@@ -1,0 +1,142 @@
+"""Backward of the softmax family: a tile of G = dloss/dS."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gradcache_clip.kernels.competition import (
+    RAGGED,
+    biased,
+    equal,
+    meets_diagonal,
+    up_to,
+    without_excluded,
+)
+from gradcache_clip.kernels.similarity import similarity_tile, store_tile, tile_position, whole
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def contrast_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    logit_scale_ptr,
+    row_labels_ptr,
+    column_labels_ptr,
+    row_ids_ptr,
+    column_ids_ptr,
+    row_threshold_ptr,
+    column_threshold_ptr,
+    row_groups_ptr,
+    column_groups_ptr,
+    row_bias_ptr,
+    column_bias_ptr,
+    row_max_ptr,
+    row_dsum_ptr,
+    row_dpositive_ptr,
+    column_max_ptr,
+    column_dsum_ptr,
+    column_dpositive_ptr,
+    gradient_ptr,
+    gradient_stride,
+    first_row,
+    first_column,
+    rows,
+    columns,
+    M,
+    N,
+    D,
+    positive_shift,
+    SELF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of G; maxima and thresholds in units of log 2."""
+    tile_m, tile_n = tile_position(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    row_start = whole(first_row) + tile_m * BLOCK_M
+    column_start = whole(first_column) + tile_n * BLOCK_N
+    tile = similarity_tile(
+        q_ptr,
+        k_ptr,
+        logit_scale_ptr,
+        row_start,
+        column_start,
+        M,
+        N,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PRECISION,
+    )
+    row = row_start + tl.arange(0, BLOCK_M)
+    column = column_start + tl.arange(0, BLOCK_N)
+    # Rows from M on repeat the last; vectors of columns are longer than N; nobody reads their G.
+    row_clamped = tl.minimum(row, M - 1)
+    tile = biased(tile, row_bias_ptr, column_bias_ptr, row_clamped, column)
+    on_diagonal = SELF
+    if SELF and q_ptr.dtype.element_ty != tl.float32:
+        # Without this branch 16-bit kernels spill on sm_90; with it those of fp32 do elsewhere.
+        on_diagonal = meets_diagonal(row_start, column_start, 0, BLOCK_M, BLOCK_N)
+    if on_diagonal:
+        tile = tl.where(row[:, None] == column[None, :], -float("inf"), tile)
+    tile = without_excluded(
+        tile,
+        row_ids_ptr,
+        column_ids_ptr,
+        row_groups_ptr,
+        column_groups_ptr,
+        row_labels_ptr,
+        column_labels_ptr,
+        row_clamped,
+        column,
+    )
+    gradient = softmax_gradient(
+        up_to(tile, row_threshold_ptr, row_clamped, 1),
+        up_to(tile, column_threshold_ptr, column, 0),
+        row_max_ptr,
+        row_dsum_ptr,
+        column_max_ptr,
+        column_dsum_ptr,
+        row_clamped,
+        column,
+    )
+    if row_labels_ptr is not None:
+        positives = equal(row_labels_ptr, column_labels_ptr, row_clamped, column)
+        if SELF:
+            positives &= row[:, None] != column[None, :]
+        dpositive = tl.load(row_dpositive_ptr + row_clamped)[:, None]
+        if column_max_ptr is not None:
+            dpositive += tl.load(column_dpositive_ptr + column)[None, :]
+        gradient += tl.where(positives, dpositive, 0.0)
+    if row_labels_ptr is None:
+        near = meets_diagonal(row_start, column_start, positive_shift, BLOCK_M, BLOCK_N)
+        near |= meets_diagonal(row_start, column_start, positive_shift - N, BLOCK_M, BLOCK_N)
+        if near:
+            positive_column = row + positive_shift
+            positive_column = tl.where(positive_column < N, positive_column, positive_column - N)
+            dpositive = tl.load(row_dpositive_ptr + row_clamped)
+            positives = positive_column[:, None] == column[None, :]
+            gradient = tl.where(positives, dpositive[:, None], gradient)
+    store_tile(gradient_ptr, gradient_stride, gradient, tile_m, tile_n)
+
+
+@triton.jit
+def softmax_gradient(
+    by_row, by_column, row_max_ptr, row_dsum_ptr, column_max_ptr, column_dsum_ptr, row, column
+):
+    """dsum_i exp(S_ij - max_i), and of columns too where there are any."""
+    gradient = _one_way(by_row, row_max_ptr + row, row_dsum_ptr + row, 1)
+    if column_max_ptr is not None:
+        gradient += _one_way(by_column, column_max_ptr + column, column_dsum_ptr + column, 0)
+    return gradient
+
+
+@triton.jit
+def _one_way(tile, max_ptrs, dsum_ptrs, AXIS: tl.constexpr):
+    dsum = tl.expand_dims(tl.load(dsum_ptrs), AXIS)
+    maximum = tl.expand_dims(tl.load(max_ptrs), AXIS)
+    return tl.exp2(tile - maximum) * dsum
