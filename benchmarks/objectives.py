@@ -31,7 +31,8 @@ from results import (
 
 FILE = "objectives.csv"
 RECIPE = ROOT / "recipes" / "text_distillation.yaml"
-_PLAIN, _NO_TEACHER = ("loss.directions=[query_to_doc]", "loss.hardness_mode=none"), "loss.teacher="
+_NO_TEACHER = "loss.teacher="
+_PLAIN = "loss.directions=[query_to_doc]", "loss.hardness_mode=none", "loss.hardness_strength=0"
 OBJECTIVES = {
     "plain": (*_PLAIN, _NO_TEACHER),
     "hardness weights, query-query pairs": (_NO_TEACHER,),
