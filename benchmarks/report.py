@@ -32,6 +32,7 @@ import loss_figures
 import memory_predicted
 import memory_vs_batch
 import negatives
+import objectives
 import scaling
 from catalogue import BENCHMARKS, find
 from results import FOLDER, ROOT, origin_words, paragraph, parser, read_csv, read_json, table
@@ -90,6 +91,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     **distributed.BLOCKS,
     **scaling.BLOCKS,
     **recipes.BLOCKS,
+    **objectives.BLOCKS,
     **integrations.BLOCKS,
 }
 NOT_YET = {"demo": "demo.json"}

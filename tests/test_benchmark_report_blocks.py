@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import objectives
 from loss_figures import (
     ErrorRow,
     MemoryRow,
@@ -202,6 +203,21 @@ def test_a_known_recipe_is_kept_and_a_failed_one_is_told(tmp_path: Path, monkeyp
     record["clip"]["steps"] += 1
     (tmp_path / recipes.FILE).write_text(json.dumps(record))
     assert recipes.main(["--only", "clip", *folders]) == 1, "other settings are another run"
+
+
+def test_recall_of_objectives_is_a_mean_over_seeds_beside_the_plain_one(tmp_path: Path):
+    from results import append_row
+
+    assert BLOCKS["objectives"](tmp_path) == UNMEASURED
+    for objective, recalls in (("plain", (0.2, 0.3)), ("teacher", (0.25, 0.29))):
+        for seed, recall in enumerate(recalls):
+            row = objectives.Row(objective, seed, 8, 5, 0.001, recall, 0.5, 0.6, 0.1, 0.01)
+            append_row(row, tmp_path / objectives.FILE, ORIGIN)
+    lines = BLOCKS["objectives"](tmp_path).splitlines()
+    assert lines[2] == "| plain | 25.0 ± 7.1 | 50.0 ± 0.0 | 60.0 ± 0.0 |  |"
+    assert lines[3] == "| teacher | 27.0 ± 2.8 | 50.0 ± 0.0 | 60.0 ± 0.0 | +5.0, -1.0 |"
+    took = " ".join(lines[5:])
+    assert "5 steps of 8 triplets" in took and "Before the first step R@1 is 10.0 %" in took
 
 
 def test_negatives_and_engines_as_the_pages_quote_them(tmp_path: Path):

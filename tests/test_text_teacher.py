@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,10 @@ from gradcache_clip import RetrievalLoss
 from gradcache_clip.train.checkpoint import CheckpointError
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.config_file import load_config
-from gradcache_clip.train.programs.teacher import save_teacher_features
+from gradcache_clip.train.data import read_all_texts
+from gradcache_clip.train.programs.teacher import TeacherFeatures, save_teacher_features
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 PROMPTS = "seek: ", "keep: "
 OBJECTIVE = (
@@ -92,6 +97,24 @@ def test_a_run_with_a_teacher_resumes_exactly_and_beside_no_other(data, teacher,
         run_small(data, tmp_path / "whole", "train.resume=true", f"loss.teacher={other}")
 
 
+def test_the_example_embeds_the_texts_of_the_training_data(data, tmp_path, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    from tiny_sentences import tiny_model
+
+    model = tiny_model(tmp_path / "tokens")
+    model.save(str(tmp_path / "model"))
+    out = tmp_path / "teacher.safetensors"
+    given = [str(tmp_path / "model"), str(data / "train"), str(out)]
+    monkeypatch.setattr(sys, "argv", ["teacher_features.py", *given])
+    runpy.run_path(str(EXAMPLES / "teacher_features.py"), run_name="__main__")
+    rows = [*read_all_texts(data / "train", names(2), max_broken_share=0.0)][:5]
+    for side, texts in zip(("queries", "documents"), zip(*rows, strict=True), strict=True):
+        expected = model.encode([*texts], convert_to_tensor=True, normalize_embeddings=True)
+        torch.testing.assert_close(
+            TeacherFeatures(out).of(side, texts), expected, rtol=1e-2, atol=1e-3
+        )
+
+
 def test_a_text_that_the_teacher_has_not_seen_is_named_before_the_step(data, tmp_path):
     few = tmp_path / "few.safetensors"
     save_teacher_features(few, (["a"], torch.ones(1, 2)), (["b"], torch.ones(1, 2)))
@@ -124,6 +147,11 @@ def test_other_programs_have_no_teacher():
     for program in ("pairs", "views"):
         with pytest.raises(ConfigError, match="loss.teacher: no such key .* set program=texts"):
             load_config(None, [f"program={program}", "loss.teacher=teacher.safetensors"])
+
+
+def test_a_weight_needs_a_teacher():
+    with pytest.raises(ConfigError, match="loss.teacher: expected a file of features with loss.t"):
+        load_config(None, ["program=texts", "loss.teacher_weight=0.5"])
 
 
 def test_each_text_needs_one_feature(tmp_path):

@@ -155,6 +155,16 @@ class TextLossConfig(PrefixLossConfig):
     teacher_scale: float = Field(20.0, gt=0)
     """Multiplier of the teacher's cosine similarity."""
 
+    @model_validator(mode="after")
+    def _check_teacher(self) -> TextLossConfig:
+        if not self.teacher and (self.teacher_weight, self.teacher_scale) != (1, 20):
+            raise ConfigError(
+                f"loss.teacher: expected a file of features with loss.teacher_weight="
+                f"{self.teacher_weight} and loss.teacher_scale={self.teacher_scale}, got none; "
+                "name one, or leave out the other two"
+            )
+        return self
+
 
 class InfoNCEConfig(TextLossConfig):
     """Softmax of each query over all documents and hard negatives."""
