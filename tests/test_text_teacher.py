@@ -128,7 +128,8 @@ def test_a_text_that_the_teacher_has_not_seen_is_named_before_the_step(data, tmp
     [
         (None, "No such file"),
         ({"a": torch.ones(1)}, "it has ['a']"),
-        ({"queries_features": torch.ones(1, 3)}, "widths differ"),
+        ({"queries_features": torch.ones(1, 3)}, "shapes"),
+        ({"queries_features": torch.ones(2, 2)}, "shapes"),
     ],
 )
 def test_what_are_no_features_of_a_teacher_is_refused_at_the_start(data, tmp_path, tensors, reason):
@@ -154,8 +155,10 @@ def test_a_weight_needs_a_teacher():
         load_config(None, ["program=texts", "loss.teacher_weight=0.5"])
 
 
-def test_each_text_needs_one_feature(tmp_path):
-    with pytest.raises(ValueError, match="documents: expected a feature for each of 2 texts, got"):
+@pytest.mark.parametrize("shape", [(1, 2), (2, 3)])
+def test_each_text_needs_one_feature_of_one_width(tmp_path, shape):
+    message = re.escape("documents: expected features of shape (2, 2), one for each text")
+    with pytest.raises(ValueError, match=message):
         save_teacher_features(
-            tmp_path / "teacher", (["a"], torch.ones(1, 2)), (["b", "c"], torch.ones(1, 2))
+            tmp_path / "teacher", (["a"], torch.ones(1, 2)), (["b", "c"], torch.ones(shape))
         )

@@ -37,10 +37,11 @@ def save_teacher_features(path: str | Path, queries: Side, documents: Side) -> N
 
     Args:
         path: of a safetensors file.
-        queries, documents: texts and features; lengths of features do not matter.
+        queries, documents: texts, and features of any length; of a text that occurs twice
+            the first feature counts.
 
     Raises:
-        ValueError: not one feature for each text, or two widths.
+        ValueError: not one feature for each text, or features of two widths.
 
     Example:
         >>> import tempfile
@@ -51,14 +52,15 @@ def save_teacher_features(path: str | Path, queries: Side, documents: Side) -> N
                 [1., 0.],
                 [0., 1.]])
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    width = queries[1].shape[-1]
     for side, (texts, features) in zip(_SIDES, (queries, documents), strict=True):
-        if features.dim() != 2 or len(features) != len(texts):
+        if features.shape != (len(texts), width):
             raise ValueError(
-                f"{side}: expected a feature for each of {len(texts)} texts, got a tensor of "
-                f"shape {tuple(features.shape)}; embed every text once"
+                f"{side}: expected features of shape {(len(texts), width)}, one for each text and "
+                f"all of one width, got {tuple(features.shape)}; embed every text with one model"
             )
-        ids, order = group_ids(texts).sort()
+        ids, order = group_ids(texts).sort(stable=True)
         tensors |= {f"{side}_ids": ids, f"{side}_features": features.detach().cpu()[order]}
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary)
@@ -67,7 +69,7 @@ def save_teacher_features(path: str | Path, queries: Side, documents: Side) -> N
 class TeacherFeatures:
     """A teacher's features by text, out of a file of `save_teacher_features`.
 
-    The file is mapped into memory, so that only the rows of a batch are read.
+    The file is mapped into memory: the system reads the parts that batches need.
 
     Raises:
         ConfigError: no such file, or another kind of file.
@@ -202,9 +204,10 @@ def _tensors_of(path: str | Path) -> dict[str, Tensor]:
     names = {f"{side}_{kind}" for side in _SIDES for kind in ("ids", "features")}
     if tensors.keys() != names:
         raise _not_features(path, f"it has {sorted(tensors)}")
-    widths = {tensors[f"{side}_features"].shape[1:] for side in _SIDES}
-    if len(widths) > 1 or not all(len(tensors[name]) for name in names):
-        raise _not_features(path, "widths differ, or a side is empty")
+    sides = [(tensors[f"{side}_ids"], tensors[f"{side}_features"]) for side in _SIDES]
+    width = sides[0][1].shape[-1:]
+    if not all(len(ids) and features.shape == (len(ids), *width) for ids, features in sides):
+        raise _not_features(path, f"shapes {[tuple(each.shape) for each in tensors.values()]}")
     return tensors
 
 
