@@ -86,7 +86,8 @@ def _trained(objective: str, seed: int) -> Row:
     from gradcache_clip.train.run import train
 
     run = ROOT / "runs" / "objectives" / f"{[*OBJECTIVES].index(objective)}-{seed}"
-    more = [f"train.seed={seed}", f"train.output={run}", f"train.resume={run.exists()}".lower()]
+    resume = f"train.resume={run.exists()}".lower()
+    more = [f"train.seed={seed}", f"train.output={run}", resume, "train.evaluate_every=0"]
     config = load_config(RECIPE, [*OBJECTIVES[objective], *more])
     metrics = train(config).metrics
     (before,) = (row for row in read_log(run) if row["step"] == 0)
