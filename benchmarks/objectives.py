@@ -89,7 +89,10 @@ def _trained(objective: str, seed: int) -> Row:
     resume = f"train.resume={run.exists()}".lower()
     more = [f"train.seed={seed}", f"train.output={run}", resume, "train.evaluate_every=0"]
     config = load_config(RECIPE, [*OBJECTIVES[objective], *more])
-    metrics = train(config).metrics
+    summary = train(config)
+    if not summary.finished:
+        raise SystemExit(f"{run}: stopped after step {summary.step}; the same command goes on")
+    metrics = summary.metrics
     (before,) = (row for row in read_log(run) if row["step"] == 0)
     recalls = {f"recall_at_{k}": metrics[f"{_RECALL}{k}"] for k in (1, 5, 10)}
     return Row(
