@@ -15,10 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("sentence_transformers")
 
+from sentence_transformers.multi_vector_encoder import losses as their_multi_vector
 from sentence_transformers.sentence_transformer import losses as theirs
 from tiny_sentences import share_of, tiny_guide, tiny_model, tokenized, worst_error, wrapped
+from tiny_tokens import exact_own_scores, exact_scores, tiny_tokens, token_columns
 
 from gradcache_clip.integrations import sentence_transformers as ours
+from gradcache_clip.integrations import sentence_transformers_multi_vector as ours_multi_vector
 
 COLUMNS = 4
 
@@ -28,13 +31,15 @@ def check(
     mine: Callable[[Any], Any],
     plain: Callable[[Any], Any],
     labels: torch.Tensor | None = None,
+    build: Callable[[Path], Any] = tiny_model,
+    columns: Callable[..., list[dict[str, Any]]] = tokenized,
 ) -> None:
     """The loss of the whole batch on every rank, and its gradients in every replica."""
     place = Place.in_group(None)
-    model, alone = (tiny_model(folder).double() for _ in range(2))
+    model, alone = (build(folder).double() for _ in range(2))
     # DDP would wait for the gradient of the pooler, which mean pooling does not use.
     model[0].auto_model.pooler.requires_grad_(False)
-    whole = tokenized(model, COLUMNS, 6 * place.world)
+    whole = columns(model, COLUMNS, 6 * place.world)
     share = [share_of(place, features) for features in whole]
     loss = wrapped(mine(model), DistributedDataParallel(model))
     own = None if labels is None else labels.chunk(place.world)[place.rank]
@@ -95,6 +100,33 @@ def in_two(folder: Path) -> Iterator[tuple[str, Check]]:
         ),
     )
     yield "margins beside in-batch negatives", partial(in_batch, folder, scores)
+    tokens = {"build": tiny_tokens, "columns": token_columns}
+    yield (
+        "tokens",
+        partial(
+            check,
+            folder,
+            partial(ours_multi_vector.CachedMultiVectorMultipleNegativesRankingLoss, **gathers),
+            partial(
+                their_multi_vector.MultiVectorMultipleNegativesRankingLoss,
+                similarity_fct=exact_scores,
+            ),
+            **tokens,
+        ),
+    )
+    yield (
+        "tokens, kl",
+        partial(
+            check,
+            folder,
+            partial(ours_multi_vector.CachedMultiVectorDistillKLDivLoss, **chunks),
+            partial(
+                their_multi_vector.MultiVectorDistillKLDivLoss, similarity_fct=exact_own_scores
+            ),
+            scores,
+            **tokens,
+        ),
+    )
 
 
 def in_batch(folder: Path, scores: torch.Tensor) -> None:

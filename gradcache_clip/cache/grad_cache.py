@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -230,6 +231,12 @@ class GradCache:
     def use_strategy(self, strategy: LocalStrategy) -> None:
         """Take further steps under another strategy; `settings` keeps the one that was given."""
         self._plan = replace(self._plan, strategy=checked_strategy(strategy))
+
+    def with_get_features(self, get_features: GetFeatures | Sequence[GetFeatures]) -> GradCache:
+        """Return a cache for steps with another `get_features`; what was checked stays so."""
+        other = copy(self)
+        other._plan = replace(self._plan, get_features=checked_get_features(get_features))
+        return other
 
     def _run(self, inputs: Sequence[Any], loss_kwargs: Mapping[str, Any]) -> tuple[Any, str]:
         """Run a step, and run it again with smaller chunks for as long as memory runs out."""

@@ -13,17 +13,17 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 
 from gradcache_clip.integrations import sentence_transformers_checks as checks
-from gradcache_clip.integrations.sentence_transformers_distillation import (
-    CachedDistillKLDivLoss,
-    CachedMarginMSELoss,
-)
-from gradcache_clip.integrations.sentence_transformers_guided import CachedGISTEmbedLoss
-from gradcache_clip.integrations.sentence_transformers_steps import (
+from gradcache_clip.integrations.sentence_transformers_base import (
     CachedLoss,
     CacheOptions,
     fixed_scale,
     stacked,
 )
+from gradcache_clip.integrations.sentence_transformers_distillation import (
+    CachedDistillKLDivLoss,
+    CachedMarginMSELoss,
+)
+from gradcache_clip.integrations.sentence_transformers_guided import CachedGISTEmbedLoss
 from gradcache_clip.losses import RetrievalLoss
 from gradcache_clip.losses.retrieval import HardnessMode, PartitionMode
 

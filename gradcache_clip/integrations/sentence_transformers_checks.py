@@ -8,7 +8,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,6 +65,11 @@ def check_chunking(rows: Any, tokens: Any, options: Mapping[str, Any]) -> None:
     check_positive_int("pad_to_multiple_of", options.get("pad_to_multiple_of", 1), remedy)
     checked_budget(options.get("memory_budget"))
     one_of("replay_check", options.get("replay_check", "error"), ("error", "warn", "off"))
+
+
+def check_score_rows(rows: Any) -> None:
+    if rows is not None:
+        check_positive_int("score_mini_batch_size", rows, "or leave it out, for it has no effect")
 
 
 def check_similarity(similarity_fct: Any, *known: Callable[..., Any]) -> None:
@@ -132,6 +136,8 @@ def check_widths(
 
 def check_matryoshka_loss(replaced: Any, dims: Any, name: str) -> None:
     """Raise TypeError unless it comes from one `MatryoshkaLoss`, with all widths."""
+    from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
+
     several = isinstance(replaced, CachedLossDecorator) and replaced.n_dims_per_step < 1
     if not several or dims is not None:
         raise TypeError(

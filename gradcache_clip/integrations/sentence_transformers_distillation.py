@@ -17,13 +17,13 @@ from sentence_transformers.util import (
 from torch import Tensor, nn
 
 from gradcache_clip.integrations import sentence_transformers_checks as checks
-from gradcache_clip.integrations.sentence_transformers_inputs import Features
-from gradcache_clip.integrations.sentence_transformers_steps import (
+from gradcache_clip.integrations.sentence_transformers_base import (
     CachedLoss,
     CacheOptions,
     fixed_scale,
     stacked,
 )
+from gradcache_clip.integrations.sentence_transformers_inputs import Features
 from gradcache_clip.integrations.sentence_transformers_teacher_checks import (
     margins_of,
     scores_of,

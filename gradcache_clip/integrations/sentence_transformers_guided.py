@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.integrations import sentence_transformers_checks as checks
-from gradcache_clip.integrations.sentence_transformers_inputs import Features
-from gradcache_clip.integrations.sentence_transformers_steps import (
+from gradcache_clip.integrations.sentence_transformers_base import (
     CachedLoss,
     CacheOptions,
-    ColumnSteps,
     fixed_scale,
     stacked,
 )
+from gradcache_clip.integrations.sentence_transformers_inputs import Features
+from gradcache_clip.integrations.sentence_transformers_steps import ColumnSteps
 from gradcache_clip.integrations.sentence_transformers_teacher_checks import (
     guide_needs_own_tokens,
     token_rows,

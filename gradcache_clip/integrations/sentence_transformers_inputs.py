@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from sentence_transformers.base.losses.merged_forward import merge_feature_batches
 from torch import Tensor
 
 from gradcache_clip.cache import ByLength, PackedPatches, PackedTokens, Ragged, Shared
@@ -37,7 +36,8 @@ _WHOLE = "modality", "prompt_length"
 def divided(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Divide a column into rows; `rows` of a `GradCache` whose inputs are {"input": features}."""
     features = inputs["input"].items()
-    return {"input": _rows_of({k: Shared(x) if k in _WHOLE else x for k, x in features})}
+    rows = _rows_of({k: Shared(x) if k in _WHOLE else x for k, x in features})
+    return {**inputs, "input": rows}
 
 
 def _rows_of(features: Features) -> Any:
@@ -70,6 +70,10 @@ def merged(columns: Sequence[Features]) -> Features | None:
     # Rows padded on the left would get padding on both sides, and chunks of any two be as wide.
     if not trimmed or is_padded_on_the_left(columns):
         return None
+    if len(columns) == 1:
+        return columns[0]
+    from sentence_transformers.base.losses.merged_forward import merge_feature_batches
+
     together: Features | None = merge_feature_batches([*columns])
     return together
 
@@ -78,6 +82,14 @@ def is_padded_on_the_left(columns: Sequence[Features]) -> bool:
     """Whether a row of any column begins with padding; waits for the device once."""
     masks = [mask for each in columns if (mask := _mask_of(each)) is not None]
     return bool(masks) and bool(torch.stack([(mask[:, 0] == 0).any() for mask in masks]).any())
+
+
+def width_of(features: Features) -> int:
+    """Return L, as it is or would be if padded; 0 for a column without tokens."""
+    mask, bounds = _mask_of(features), features.get("cu_seq_lens_q")
+    if mask is None and bounds is not None:
+        return int(bounds.diff().max())
+    return 0 if mask is None else mask.shape[1]
 
 
 def keeps_columns(features: Features) -> bool:

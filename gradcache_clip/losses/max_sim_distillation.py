@@ -30,6 +30,9 @@ from gradcache_clip.ops.token_sides import TokenReduction
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# PyLate's, where all candidates have one score.
+_EPSILON = 1e-8
+
 
 class MaxSimDistillationLoss(ScaledLoss):
     """Match given scores of each query's own candidates by MaxSim, over the queries of all ranks.
@@ -43,6 +46,7 @@ class MaxSimDistillationLoss(ScaledLoss):
         objective: "kl" or "margin_mse".
         teacher_scale: multiplier of the scores.
         token_reduction: "sum" over the tokens of the query, as in ColBERT, or "mean".
+        unit_range: move and scale the MaxSim scores of each query to [0, 1], as PyLate does.
         init_logit_scale: initial multiplier of the MaxSim scores.
         max_logit_scale: its upper bound.
         **options: `normalize=True` (each token), `impl="auto"`, `group=None`; see `ScaledLoss`.
@@ -64,6 +68,7 @@ class MaxSimDistillationLoss(ScaledLoss):
         *,
         teacher_scale: float = 1.0,
         token_reduction: TokenReduction = "sum",
+        unit_range: bool = False,
         init_logit_scale: float = 1.0,
         max_logit_scale: float = 100.0,
         **options: Unpack[LossOptions],
@@ -76,6 +81,7 @@ class MaxSimDistillationLoss(ScaledLoss):
         self.objective: Objective = objective
         self.teacher_scale = teacher_scale
         self.token_reduction: TokenReduction = token_reduction
+        self.unit_range = unit_range
 
     def forward(
         self,
@@ -124,6 +130,9 @@ class MaxSimDistillationLoss(ScaledLoss):
         scale = self._scale_for(logit_scale, query_tokens, document_tokens)
         queries, documents, negatives = (self._batch(each) for each in given)
         student = torch.cat([self._logits(queries, x, scale) for x in (documents, negatives)], 1)
+        if self.unit_range:
+            least, most = student.aminmax(dim=1, keepdim=True)
+            student = (student - least) / (most - least + _EPSILON)
         teacher = self.ranks.joined(scores.to(scale.dtype).T).T * self.teacher_scale
         return score_distillation(self.objective, student, teacher)
 
