@@ -83,7 +83,8 @@ class Case:
     @property
     def config(self) -> LaunchConfig:
         dtype = getattr(torch, self.dtype)
-        entry = table_entry(self.architecture, dtype, plain=self.variant == "plain")
+        plain, guided = self.variant == "plain", "guide" in VARIANTS[self.variant]
+        entry = table_entry(self.architecture, dtype, plain=plain, guided=guided)
         return second_launch(entry) if self.kernel == "second" else entry
 
 
@@ -110,8 +111,8 @@ KERNELS: dict[str, JITFunction] = {
     "merge": merge_kernel,
 }
 DTYPES = ("bfloat16", "float16", "float32")
-# The rules that the public losses combine: plain is CLIP, rows is InfoNCE, self is NT-Xent; groups
-# and bias are of RetrievalLoss.
+# The rules that the public losses combine: plain is CLIP, rows is InfoNCE, self is NT-Xent; groups,
+# bias and guide are of RetrievalLoss.
 VARIANTS = {
     "plain": {"columns"},
     "labels": {"columns", "labels"},
@@ -122,11 +123,12 @@ VARIANTS = {
     "ids, thresholds": {"columns", "ids", "threshold"},
     "self": {"columns", "self"},
     "self, labels": {"columns", "labels", "self"},
-    "groups": {"columns", "groups"},
-    "bias": {"columns", "bias"},
+    "rows, groups, bias": {"groups", "bias"},
     "ids, groups, bias": {"columns", "ids", "groups", "bias"},
-    "rows, ids, groups, bias": {"ids", "groups", "bias"},
     "self, ids, groups": {"columns", "ids", "groups", "self"},
+    "rows, guide": {"guide"},
+    "ids, groups, bias, guide": {"columns", "ids", "groups", "bias", "guide"},
+    "self, guide": {"columns", "guide", "self"},
 }
 _RULES = ("labels", "ids", "threshold", "groups", "bias")
 _OF_COLUMNS = ("column_parts_ptr", "column_max_ptr", "column_dsum_ptr", "column_dpositive_ptr")
@@ -184,8 +186,11 @@ def _values(case: Case) -> dict[str, Any]:
 def _is_absent(name: str, rules: set[str]) -> bool:
     """Whether a contrast of these rules has nothing to pass for this pointer."""
     rule = next((each for each in _RULES if name.endswith(f"_{each}_ptr")), None)
+    if name == "G" or "guide" in name:
+        rule = "guide"
     if rule is not None:
-        return rule not in rules or (name == "column_threshold_ptr" and "columns" not in rules)
+        of_columns = name in ("column_threshold_ptr", "column_guide_threshold_ptr")
+        return rule not in rules or (of_columns and "columns" not in rules)
     return name in _OF_COLUMNS and (
         "columns" not in rules or (name == "column_dpositive_ptr" and "labels" not in rules)
     )

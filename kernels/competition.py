@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradcache_clip.kernels.similarity import padded, products, tile_pointers
+
 # Arguments whose divisibility no machine code may depend on: one for all shapes and addresses.
 RAGGED = (
     "gradient_plane",
@@ -39,6 +41,7 @@ RAGGED = (
     "row_labels_ptr",
     "row_ids_ptr",
     "row_groups_ptr",
+    "row_guide_threshold_ptr",
     "row_label_ptr",
     "column_label_ptr",
     "row_gradient_ptr",
@@ -67,6 +70,12 @@ class Competition:
     row_bias: Tensor | None = None
     """(M,) fp32 in units of log 2, added to the logits of the row."""
     column_bias: Tensor | None = None
+    row_guide: Tensor | None = None
+    """(M, G) fp32, features of another model."""
+    column_guide: Tensor | None = None
+    row_guide_threshold: Tensor | None = None
+    """(M,) fp32. Where the product of guides is above it, logits do not compete for the row."""
+    column_guide_threshold: Tensor | None = None
     positive_shift: int = 0
     """Without labels the positive of row i is column (i + positive_shift) mod N."""
     both_ways: bool = True
@@ -75,6 +84,10 @@ class Competition:
     @property
     def labelled(self) -> bool:
         return self.row_labels is not None
+
+    @property
+    def guided(self) -> bool:
+        return self.row_guide is not None
 
     @property
     def plain(self) -> bool:
@@ -97,7 +110,15 @@ class Competition:
             *(self.row_threshold, self.column_threshold),
             *(self.row_groups, self.column_groups),
             *(self.row_bias, self.column_bias),
+            *(self.row_guide_threshold, self.column_guide_threshold),
         )
+
+    def guides(self, BLOCK_D: int) -> tuple[Tensor | None, Tensor | None, int | None]:
+        """Features of the guide as the kernels read them, and their width."""
+        if self.row_guide is None or self.column_guide is None:
+            return None, None, None
+        row, column = padded(self.row_guide, BLOCK_D), padded(self.column_guide, BLOCK_D)
+        return row, column, row.shape[1]
 
 
 def lengthened(vector: Tensor | None, BLOCK_N: int) -> Tensor | None:
@@ -158,9 +179,32 @@ def _without(tile, excluded, row_labels_ptr, column_labels_ptr, row, column):
 
 
 @triton.jit
-def up_to(tile, threshold_ptr, index, AXIS: tl.constexpr):
-    """-inf where a logit is above the threshold of its row (AXIS 1) or of its column (AXIS 0)."""
+def up_to(tile, compared, threshold_ptr, index, AXIS: tl.constexpr):
+    """-inf where `compared` is above the threshold of its row (AXIS 1) or column (AXIS 0)."""
     if threshold_ptr is not None:
         threshold = tl.expand_dims(tl.load(threshold_ptr + index), AXIS)
-        tile = tl.where(tile > threshold, -float("inf"), tile)
+        tile = tl.where(compared > threshold, -float("inf"), tile)
     return tile
+
+
+@triton.jit
+def guide_tile(
+    row_guide_ptr,
+    column_guide_ptr,
+    first_row,
+    first_column,
+    M,
+    N,
+    G,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Products of the guide's features, of the rows and columns of a tile."""
+    # Half as many numbers of four bytes: as much shared memory as the features of 16 bits.
+    BLOCK_G: tl.constexpr = BLOCK_D // 2
+    row_ptrs, column_ptrs = tile_pointers(
+        row_guide_ptr, column_guide_ptr, first_row, first_column, M, N, G, BLOCK_M, BLOCK_N, BLOCK_G
+    )
+    # Exact fp32, for products of copies must not fall on either side of a threshold.
+    return products(row_ptrs, column_ptrs, G, BLOCK_M, BLOCK_N, BLOCK_G, "ieee")

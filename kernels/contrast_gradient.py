@@ -48,7 +48,7 @@ def contrast_gradient(
         dq, dk in the dtype of q, dlogit_scale in fp32; None where not needed. Of a self-contrast dq
         is the gradient through both sides, and dk is None.
     """
-    config = config or launch_config(q, plain=competition.plain)
+    config = config or launch_config(q, plain=competition.plain, guided=competition.guided)
     panels = _Panels(q, k, logit_scale, competition, rows, columns, config)
     return (_self_contrast if competition.self_contrast else _two_sided)(panels, q, k, needs)
 
@@ -118,7 +118,7 @@ class _Panels(Panels):
     ) -> None:
         super().__init__(padded(q, config.BLOCK_D), padded(k, config.BLOCK_D), config)
         self.logit_scale, self.competition = logit_scale, competition
-        self.vectors = competition.vectors(config.BLOCK_N)
+        self.rules = *competition.vectors(config.BLOCK_N), *competition.guides(config.BLOCK_D)
         self.sides, self.factor = _sides(rows, columns, competition, q.dtype, config)
         self.workspace = self.allocated()
 
@@ -130,7 +130,7 @@ class _Panels(Panels):
                 self.q,
                 self.k,
                 self.logit_scale,
-                *self.vectors,
+                *self.rules,
                 *self.sides,
                 self.workspace,
                 self.stride,

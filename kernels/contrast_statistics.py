@@ -53,7 +53,7 @@ def contrast_statistics(
         columns: (planes, N), the same for columns; None unless both ways.
         Logits and references are in units of log 2.
     """
-    config = config or launch_config(q, plain=competition.plain)
+    config = config or launch_config(q, plain=competition.plain, guided=competition.guided)
     q, k = padded(q, config.BLOCK_D), padded(k, config.BLOCK_D)
     M, (N, D) = len(q), k.shape
     labelled, self_contrast = competition.labelled, competition.self_contrast
@@ -64,7 +64,7 @@ def contrast_statistics(
     if not (maxima or labelled):
         flags = q.new_empty(tile_grid(config, stripe, N), dtype=torch.int32)
     written = positive, rows.parts, columns and columns.parts, flags
-    vectors = competition.vectors(config.BLOCK_N)
+    rules = *competition.vectors(config.BLOCK_N), *competition.guides(config.BLOCK_D)
     with torch.cuda.device_of(q):
         for part in slices(M, stripe):
             height, first_column = part.stop - part.start, part.start if self_contrast else 0
@@ -73,7 +73,7 @@ def contrast_statistics(
             for group in _GROUPS[: 1 if flags is None else 2]:
                 options = launch_options(config if group == 1 else second_launch(config))
                 contrast_statistics_kernel[(triton.cdiv(tiles, group),)](
-                    *(q, k, logit_scale, *vectors, *written, *sizes),
+                    *(q, k, logit_scale, *rules, *written, *sizes),
                     SELF=self_contrast,
                     GROUP=group,
                     **options,

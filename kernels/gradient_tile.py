@@ -9,6 +9,7 @@ from gradcache_clip.kernels.competition import (
     RAGGED,
     biased,
     equal,
+    guide_tile,
     meets_diagonal,
     up_to,
     without_excluded,
@@ -31,6 +32,11 @@ def contrast_gradient_kernel(
     column_groups_ptr,
     row_bias_ptr,
     column_bias_ptr,
+    row_guide_threshold_ptr,
+    column_guide_threshold_ptr,
+    row_guide_ptr,
+    column_guide_ptr,
+    G,
     row_max_ptr,
     row_dsum_ptr,
     row_dpositive_ptr,
@@ -77,6 +83,20 @@ def contrast_gradient_kernel(
     # Rows from M on repeat the last; vectors of columns are longer than N; nobody reads their G.
     row_clamped = tl.minimum(row, M - 1)
     tile = biased(tile, row_bias_ptr, column_bias_ptr, row_clamped, column)
+    guide = tile
+    if row_guide_ptr is not None:
+        guide = guide_tile(
+            row_guide_ptr,
+            column_guide_ptr,
+            row_start,
+            column_start,
+            M,
+            N,
+            G,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+        )
     on_diagonal = SELF
     if SELF and q_ptr.dtype.element_ty != tl.float32:
         # Without this branch 16-bit kernels spill on sm_90; with it those of fp32 do elsewhere.
@@ -94,9 +114,13 @@ def contrast_gradient_kernel(
         row_clamped,
         column,
     )
+    by_row = up_to(tile, tile, row_threshold_ptr, row_clamped, 1)
+    by_row = up_to(by_row, guide, row_guide_threshold_ptr, row_clamped, 1)
+    by_column = up_to(tile, tile, column_threshold_ptr, column, 0)
+    by_column = up_to(by_column, guide, column_guide_threshold_ptr, column, 0)
     gradient = softmax_gradient(
-        up_to(tile, row_threshold_ptr, row_clamped, 1),
-        up_to(tile, column_threshold_ptr, column, 0),
+        by_row,
+        by_column,
         row_max_ptr,
         row_dsum_ptr,
         column_max_ptr,

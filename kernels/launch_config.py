@@ -25,6 +25,9 @@ FLOAT16_GRADIENT_SCALE = 2.0**14
 # Rows and columns of the tiles of the vendor's large products.
 _PRODUCT_TILE = 128, 256
 
+# Numbers of a tile of S beside which one of the guide's products fits, and the registers of both.
+_MOST_BESIDE_A_GUIDE, _REGISTERS_BESIDE_A_GUIDE = 128 * 64, 224
+
 # How fp32 operands meet the matrix units: "ieee" is exact fp32 on the ordinary cores; "tf32x3"
 # splits each operand in two and runs three tf32 passes, which keeps fp32 accuracy. The second wins
 # where tf32 is more than three times as fast as fp32, which no consumer card offers. Plain "tf32"
@@ -85,14 +88,24 @@ ARCHITECTURES = tuple(sorted({architecture for architecture, _ in _TABLE}))
 _INTERPRETER = LaunchConfig(64, 64, 64, num_warps=4, num_stages=1)
 
 
-def table_entry(architecture: int, dtype: torch.dtype, *, plain: bool = True) -> LaunchConfig:
+def table_entry(
+    architecture: int, dtype: torch.dtype, *, plain: bool = True, guided: bool = False
+) -> LaunchConfig:
     """The entry of the newest known architecture that is not newer than this one (80 = 8.0).
 
     A contrast is plain if it goes both ways with one positive for each row and no other rules.
     """
     known = max(each for each in ARCHITECTURES if each <= architecture)
     key = known, 32 if dtype == torch.float32 else 16
-    return _TABLE[key] if plain else _NOT_PLAIN.get(key, _TABLE[key])
+    entry = _TABLE[key] if plain else _NOT_PLAIN.get(key, _TABLE[key])
+    return _beside_a_guide(entry) if guided else entry
+
+
+def _beside_a_guide(entry: LaunchConfig) -> LaunchConfig:
+    """Fewer columns: a second tile, of the guide's products, shares the registers."""
+    columns = min(entry.BLOCK_N, _MOST_BESIDE_A_GUIDE // entry.BLOCK_M)
+    bound = None if entry.max_registers is None else _REGISTERS_BESIDE_A_GUIDE
+    return replace(entry, BLOCK_N=columns, max_registers=bound)
 
 
 def prefix_entry(architecture: int, dtype: torch.dtype, *, gradient: bool) -> LaunchConfig:
@@ -120,11 +133,11 @@ def _capability(features: Tensor) -> int:
     return 10 * major + minor
 
 
-def launch_config(features: Tensor, *, plain: bool = True) -> LaunchConfig:
+def launch_config(features: Tensor, *, plain: bool = True, guided: bool = False) -> LaunchConfig:
     """The configuration for features on their device, and for a contrast that is plain or not."""
     if INTERPRETED:
         return _INTERPRETER
-    return table_entry(_capability(features), features.dtype, plain=plain)
+    return table_entry(_capability(features), features.dtype, plain=plain, guided=guided)
 
 
 def launch_options(config: LaunchConfig) -> dict[str, Any]:

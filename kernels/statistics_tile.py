@@ -9,6 +9,7 @@ from gradcache_clip.kernels.competition import (
     RAGGED,
     biased,
     equal,
+    guide_tile,
     meets_diagonal,
     up_to,
     without_excluded,
@@ -37,6 +38,11 @@ def contrast_statistics_kernel(
     column_groups_ptr,
     row_bias_ptr,
     column_bias_ptr,
+    row_guide_threshold_ptr,
+    column_guide_threshold_ptr,
+    row_guide_ptr,
+    column_guide_ptr,
+    G,
     positive_ptr,
     row_parts_ptr,
     column_parts_ptr,
@@ -82,6 +88,11 @@ def contrast_statistics_kernel(
                 column_groups_ptr,
                 row_bias_ptr,
                 column_bias_ptr,
+                row_guide_threshold_ptr,
+                column_guide_threshold_ptr,
+                row_guide_ptr,
+                column_guide_ptr,
+                G,
                 positive_ptr,
                 row_parts_ptr,
                 column_parts_ptr,
@@ -120,6 +131,11 @@ def _statistics_of_tile(
     column_groups_ptr,
     row_bias_ptr,
     column_bias_ptr,
+    row_guide_threshold_ptr,
+    column_guide_threshold_ptr,
+    row_guide_ptr,
+    column_guide_ptr,
+    G,
     positive_ptr,
     row_parts_ptr,
     column_parts_ptr,
@@ -173,9 +189,21 @@ def _statistics_of_tile(
         BLOCK_D,
         PRECISION,
     )
-    # Rows from M on repeat the last; vectors of columns are longer than N.
-    row_clamped = tl.minimum(row, M - 1)
-    tile = biased(tile, row_bias_ptr, column_bias_ptr, row_clamped, column)
+    tile = biased(tile, row_bias_ptr, column_bias_ptr, tl.minimum(row, M - 1), column)
+    guide = tile
+    if row_guide_ptr is not None:
+        guide = guide_tile(
+            row_guide_ptr,
+            column_guide_ptr,
+            row_start,
+            column_start,
+            M,
+            N,
+            G,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+        )
     if not LABELLED:
         near = meets_diagonal(row_start, column_start, positive_shift, BLOCK_M, BLOCK_N)
         if not SELF:
@@ -198,6 +226,8 @@ def _statistics_of_tile(
         tile = tl.where(column[None, :] <= row[:, None], -float("inf"), tile)
     if (row_start + BLOCK_M > M) | (column_start + BLOCK_N > N):
         tile = tl.where((row[:, None] >= M) | (column[None, :] >= N), -float("inf"), tile)
+    # Rows from M on repeat the last; vectors of columns are longer than N.
+    row_clamped = tl.minimum(row, M - 1)
     tile = without_excluded(
         tile,
         row_ids_ptr,
@@ -214,8 +244,10 @@ def _statistics_of_tile(
         # What is out by now, a repeated row for one, is no positive either.
         positives = equal(row_labels_ptr, column_labels_ptr, row_clamped, column)
         positives &= tile > -float("inf")
-    by_row = up_to(tile, row_threshold_ptr, row_clamped, 1)
-    by_column = up_to(tile, column_threshold_ptr, column, 0)
+    by_row = up_to(tile, tile, row_threshold_ptr, row_clamped, 1)
+    by_row = up_to(by_row, guide, row_guide_threshold_ptr, row_clamped, 1)
+    by_column = up_to(tile, tile, column_threshold_ptr, column, 0)
+    by_column = up_to(by_column, guide, column_guide_threshold_ptr, column, 0)
     if EXACT:
         store_exact(row_part_ptr, row_plane, by_row, positives, row < M, 1)
         if column_parts_ptr is not None:
@@ -223,16 +255,18 @@ def _statistics_of_tile(
         return 0
     reference = tile_reference(tile)
     terms = tl.exp2(tile - reference)
-    of_row = _where_competing(terms, by_row, row_threshold_ptr)
+    of_row = _where_competing(terms, by_row, row_threshold_ptr, row_guide_threshold_ptr)
     small = store_sums(row_part_ptr, row_plane, of_row, reference, row < M, 1)
     if column_parts_ptr is not None:
-        of_column = _where_competing(terms, by_column, column_threshold_ptr)
+        of_column = _where_competing(
+            terms, by_column, column_threshold_ptr, column_guide_threshold_ptr
+        )
         small |= store_sums(column_part_ptr, column_plane, of_column, reference, column < N, 0)
     return small
 
 
 @triton.jit
-def _where_competing(terms, tile, threshold_ptr):
-    if threshold_ptr is not None:
+def _where_competing(terms, tile, threshold_ptr, guide_threshold_ptr):
+    if threshold_ptr is not None or guide_threshold_ptr is not None:
         terms = tl.where(tile > -float("inf"), terms, 0.0)
     return terms

@@ -64,7 +64,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Several stripes and panels from 70 rows on, and a count of what was launched."""
     count: Counter[str] = Counter()
     for module in (contrast_gradient, contrast_statistics):
-        monkeypatch.setattr(module, "launch_config", lambda features, plain: NARROW)
+        monkeypatch.setattr(module, "launch_config", lambda features, **rules: NARROW)
     _count_calls(monkeypatch, count, statistics_parts.Running, "merge")
     _count_calls(monkeypatch, count, contrast_gradient._Panels, "gradient")
     return count
@@ -85,7 +85,7 @@ def _count_calls(
 SIZES = [(1, 1, 3), (64, 64, 64), (63, 66, 40), (65, 100, 123)]
 # What changes the machine code; rules that differ in a shift alone do not. Each pair of rules and
 # dtype is a kernel to compile, and 16-bit features take no branch of their own.
-FEW_RULES = ["", "labels ids", "shift ids thresholds", "self"]
+FEW_RULES = ["", "labels ids", "shift ids thresholds groups bias guide", "self"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def lse(statistics: tuple[Tensor, ...]) -> Tensor:
     return torch.where(total > 0, peak + total.clamp_min(1e-38).log(), -torch.inf)
 
 
-@pytest.mark.parametrize("rules", ["", "rows", "shift ids thresholds groups bias", "self"])
+@pytest.mark.parametrize("rules", ["", "rows", "shift ids thresholds groups bias guide", "self"])
 def test_one_exponential_for_rows_and_columns(rules: str) -> None:
     """Without maxima: sums from 1/2 to 1 beside any reference, and the same gradients."""
     equals_the_reference_without_maxima(rules)
@@ -343,17 +343,41 @@ def test_workspace_stays_within_its_budget() -> None:
         assert stripe_rows(config, N, numbers=4) <= stripe_rows(config, N)
 
 
-@pytest.mark.parametrize("ids", [None, torch.arange(70) % 9])
-def test_directions_without_a_positive(ids: Tensor | None) -> None:
-    """Queries among queries, and documents among documents and hard negatives."""
-    found = []
-    given = [torch.randn(70, 40, device=DEVICE) for _ in range(2)]
-    given.append(torch.randn(70, 2, 40, device=DEVICE))
-    for impl in ("reference", "triton"):
-        leaves = [each.clone().requires_grad_() for each in given]
-        loss = RetrievalLoss(directions=DIRECTIONS, init_logit_scale=20.0, impl=impl).to(DEVICE)
+def retrieval_rules(names: str) -> dict[str, Any]:
+    """What is said of 70 queries with two hard negatives each."""
+    guides = [torch.randn(each, device=DEVICE) for each in ((70, 9), (70, 9), (70, 2, 9))]
+    rules = {
+        "ids": torch.arange(70, device=DEVICE) % 9,
+        "groups": torch.arange(70, device=DEVICE) % 2,
+        "column_bias": torch.randn(70, 3, device=DEVICE),
+        "guide": tuple(normalize(each, dim=-1) for each in guides),
+    }
+    return {name: rules[name] for name in names.split()}
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [("", torch.float32), ("ids", torch.float32)]
+    + [("ids groups column_bias guide", dtype) for dtype in DTYPES],
+)
+def test_error_budget_of_retrieval(names: str, dtype: torch.dtype) -> None:
+    """Directions with and without positives, no further from fp64 than plain PyTorch."""
+    shapes = (70, 40), (70, 40), (70, 2, 40)
+    given = [torch.randn(each, device=DEVICE).to(dtype) for each in shapes]
+    rules = retrieval_rules(names)
+
+    def outcome_of(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves = [each.to(dtype).requires_grad_() for each in given]
+        scale = torch.tensor(20.0, dtype=wide, device=DEVICE, requires_grad=True)
+        loss = RetrievalLoss(directions=DIRECTIONS, guide_margin=0.1, impl=impl)
         with poisoned_memory():
-            value = loss(*leaves, ids=None if ids is None else ids.to(DEVICE)).loss
-            inputs = [*leaves, loss.log_logit_scale]
-            found.append([value.detach(), *torch.autograd.grad(value, inputs)])
-    assert max(relative_errors(found[1], found[0])) < 1e-5
+            value = loss(*leaves, scale, **rules).loss
+            return [value.detach(), *torch.autograd.grad(value, [*leaves, scale])]
+
+    truth = outcome_of("reference", torch.float64)
+    budget = relative_errors(outcome_of("reference", dtype), truth)
+    got = relative_errors(outcome_of("triton", dtype), truth)
+    tolerance = 4 * torch.finfo(dtype).eps + ROUNDED_LOGIT
+    assert all(error <= plain + tolerance for error, plain in zip(got, budget, strict=True))
+    assert got[0] < 1e-5 or dtype != torch.float32

@@ -28,8 +28,9 @@ RULES = [
     "self labels ids",
     "groups bias",
     "labels ids groups bias",
-    "rows shift ids groups bias",
-    "self ids groups",
+    "rows shift ids groups bias guide",
+    "self ids groups guide",
+    "thresholds ids guide",
 ]
 
 
@@ -46,6 +47,13 @@ def pairing(rules: str, M: int, N: int, device: str) -> Pairing:
         if rule in has:
             row, column = (2 * torch.randn(n, device=device) for n in (M, N))
             vectors |= {f"row_{name}": row, f"column_{name}": column}
+    if "guide" in has:
+        # Of a width that is no multiple of a step of the main loop.
+        row, column = (torch.randn(9, n, device=device) for n in (M, N))
+        vectors |= {"row_guide": column if self_contrast else row, "column_guide": column}
+        row, column = (torch.rand(n, device=device) for n in (M, N))
+        vectors |= {"row_guide_threshold": column if self_contrast else row}
+        vectors |= {"column_guide_threshold": column}
     both_ways = "rows" not in has and not self_contrast
     shift = N // 2 if self_contrast else min(3, N - 1) * ("shift" in has)
     last = {"both_ways": both_ways, "self_contrast": self_contrast}

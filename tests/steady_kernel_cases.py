@@ -33,7 +33,7 @@ def _sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         entry = table_entry(90, torch.float16)
         for module in (contrast_gradient, contrast_statistics, sigmoid):
-            monkeypatch.setattr(module, "launch_config", lambda features, plain=True: entry)
+            monkeypatch.setattr(module, "launch_config", lambda features, **rules: entry)
         of_prefixes = partial(prefix_entry, 90, torch.float16)
         for module in (prefix_gradient, prefix_statistics):
             monkeypatch.setattr(module, "prefix_config", lambda _, **way: of_prefixes(**way))

@@ -271,7 +271,10 @@ def interpreted() -> Checks:
         "max_sim masks",
     )
     cases = [BY_NAME[name] for name in names]
-    yield from exact(cases, "triton", exchanges=["gather"], dtype=torch.float32, tolerance=1e-5)
+    fp32: dict[str, Any] = {"dtype": torch.float32, "tolerance": 1e-5}
+    yield from exact(cases, "triton", exchanges=["gather"], **fp32)
+    # Groups, a bias and a guide, of rows and columns that change places in the backward.
+    yield from exact([BY_NAME["retrieval rules"]], "triton", exchanges=["ring"], **fp32)
 
 
 @pytest.mark.distributed

@@ -49,7 +49,7 @@ def distributed_statistics(
         impl: "reference" gathers all features on every rank; the others share the work.
         ranks: who shares the batch, and how features travel.
     """
-    q, k, impl = promoted(q, k, impl, pairing)
+    q, k, impl = promoted(q, k, impl)
     if ranks.size == 1 or impl == "reference":
         return contrast_statistics(loss, *_of_all_ranks(q, k, logit_scale, pairing, ranks), impl)
     return _distributed(loss, ContrastPasses(impl), q, k, logit_scale, pairing, ranks)
@@ -66,7 +66,7 @@ def distributed_prefix_statistics(
     widths: Sequence[int],
 ) -> list[Statistics]:
     """Compute `prefix_statistics` of the rows and columns of all ranks, on every rank."""
-    q, k, impl = promoted(q, k, impl, pairing)
+    q, k, impl = promoted(q, k, impl)
     if ranks.size == 1 or impl == "reference":
         everything = _of_all_ranks(q, k, logit_scale, pairing, ranks)
         return prefix_statistics(loss, *everything, impl, widths)

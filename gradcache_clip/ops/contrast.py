@@ -55,7 +55,7 @@ def contrast_statistics(
         pairing: which logits are positives and which compete.
         impl: "auto", "reference", "tiled" or "triton".
     """
-    q, k, impl = promoted(q, k, impl, pairing)
+    q, k, impl = promoted(q, k, impl)
     if impl == "reference":
         with autocast_disabled(q.device):
             return contrast_reference(q, k, logit_scale, pairing)
@@ -83,7 +83,7 @@ def prefix_statistics(
         pairing: as in `contrast_statistics`, with thresholds of shape (P, M) and (P, N).
         widths: increasing, the last at most D; see `check_widths`.
     """
-    q, k, impl = promoted(q, k, impl, pairing)
+    q, k, impl = promoted(q, k, impl)
     if impl == "reference":
         with autocast_disabled(q.device):
             return _reference_of_prefixes(q, k, logit_scale, pairing, widths)
@@ -92,18 +92,10 @@ def prefix_statistics(
     return _differentiable(loss, q, k, logit_scale, pairing, widths, impl).unstacked()
 
 
-def promoted(q: Tensor, k: Tensor, impl: str, pairing: Pairing) -> tuple[Tensor, Tensor, str]:
-    """Return both in their common dtype, and the implementation that takes it and these rules."""
+def promoted(q: Tensor, k: Tensor, impl: str) -> tuple[Tensor, Tensor, str]:
+    """Return both in their common dtype, and the implementation that takes it."""
     dtype = torch.promote_types(q.dtype, k.dtype)
-    found = resolve_impl(impl, q.device, dtype)
-    if found == "triton" and pairing.guided:
-        if impl == "triton":
-            raise ValueError(
-                'impl: expected "tiled" or "auto" with a guide, got "triton", whose kernels do not '
-                "know it"
-            )
-        found = "tiled"
-    return q.to(dtype), k.to(dtype), found
+    return q.to(dtype), k.to(dtype), resolve_impl(impl, q.device, dtype)
 
 
 def one_pass_each(

@@ -76,6 +76,10 @@ def _competition(pairing: Pairing) -> Competition:
         column_groups=_integers(pairing.column_groups),
         row_bias=_logits(pairing.row_bias),
         column_bias=_logits(pairing.column_bias),
+        row_guide=_features(pairing.row_guide),
+        column_guide=_features(pairing.column_guide),
+        row_guide_threshold=_numbers(pairing.row_guide_threshold),
+        column_guide_threshold=_numbers(pairing.column_guide_threshold),
         positive_shift=pairing.positive_shift,
         both_ways=pairing.both_ways,
         self_contrast=pairing.self_contrast,
@@ -84,6 +88,14 @@ def _competition(pairing: Pairing) -> Competition:
 
 def _integers(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.to(torch.int64).contiguous()
+
+
+def _features(guide: Tensor | None) -> Tensor | None:
+    return None if guide is None else guide.T.float().contiguous()
+
+
+def _numbers(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.float().contiguous()
 
 
 def _logits(vector: Tensor | None) -> Tensor | None:

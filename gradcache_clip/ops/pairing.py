@@ -110,11 +110,6 @@ class Pairing(NamedTuple):
         """Return the rules of M rows and N columns without a pair, unless labels make one."""
         return self._replace(positive_shift=2 * (M + N), self_contrast=False)
 
-    @property
-    def guided(self) -> bool:
-        """Whether another model decides who competes."""
-        return self.row_guide is not None
-
 
 class Statistics(NamedTuple):
     """Statistics of each row and, both ways, of each column after one pass over the logits.
