@@ -7,12 +7,17 @@ Counts come from machine code (machine_code.py), rates from NVIDIA's documents:
   warp instruction each; shared memory has 32 banks of 4 bytes.
 - Architecture papers (A100, H100, Ada, RTX Blackwell): dense 16-bit products with fp32 sums,
   multiprocessors, boost clocks, memory bandwidth; for the A100 also 5,120 bytes per clock from the
-  L2. No paper gives the L2 of the other cards: the same is assumed.
+  L2.
+- No paper gives the L2 of the other cards. github.com/te42kyfo/gpu-benches, gpu-l2-cache, measured
+  9.7 TB/s on an H200, whose chip the H100 SXM shares: 5,120 bytes per clock are 9.4 TB/s there. The
+  H100 PCIe gave 6.9 TB/s and the A100 5.4 (its 5,120 bytes are 7.2): a GPU may have less. The L40,
+  of the RTX 4090's chip, gave 5.2 TB/s, 2,100 bytes per clock, assumed for the RTX 5090 as well.
 
-What is outside the main loop counts once per tile, also what most tiles skip. Where two blocks
-share a multiprocessor one's epilogue runs beside the other's products, and a tile takes what the
-busiest unit takes; where one block is alone, main loop and epilogue follow each other. Latencies,
-power limits and launch gaps are not modelled: these are bounds, and a GPU will be slower.
+What is outside the main loop counts once per tile, without the branches that most tiles skip.
+Where two blocks share a multiprocessor one's epilogue runs beside the other's products, and a tile
+takes what the busiest unit takes; where one block is alone, main loop and epilogue follow each
+other. Latencies, power limits and launch gaps are not modelled: these are bounds, and a GPU will be
+slower.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ class Card:
     """Multiply-adds of 16-bit numbers into fp32, dense."""
     fp32: int
     memory_tb_per_s: float
-    l2_bytes: int = 5120
+    l2_bytes: int
     """Of the whole card."""
 
     @property
@@ -47,15 +52,20 @@ class Card:
 
 
 CARDS = (
-    Card("H100 SXM", 90, 132, 1.83, 2048, 128, 3.35),
-    Card("A100 SXM 80 GB", 80, 108, 1.41, 1024, 64, 2.04),
-    Card("RTX 4090", 89, 128, 2.52, 256, 128, 1.01),
-    Card("RTX 5090", 120, 170, 2.41, 256, 128, 1.79),
+    Card("H100 SXM", 90, 132, 1.83, 2048, 128, 3.35, 5120),
+    Card("A100 SXM 80 GB", 80, 108, 1.41, 1024, 64, 2.04, 5120),
+    Card("RTX 4090", 89, 128, 2.52, 256, 128, 1.01, 2100),
+    Card("RTX 5090", 120, 170, 2.41, 256, 128, 1.79, 2100),
 )
 
 
-def unit_cycles(card: Card, instructions: Iterable[Instruction], warps: int) -> dict[str, float]:
-    """Cycles of each unit for these instructions, executed by so many warps."""
+def unit_cycles(
+    card: Card, instructions: Iterable[Instruction], warps: int, box_bytes: float = 0
+) -> dict[str, float]:
+    """Cycles of each unit for these instructions, executed by so many warps.
+
+    One load through a descriptor moves `box_bytes`, and one thread asks for it.
+    """
     cycles = dict.fromkeys(("matrix", "shared", "special", "shuffle", "fp32", "issue", "L2"), 0.0)
     l2 = card.l2_bytes / card.multiprocessors
     for opcode, operands in instructions:
@@ -77,6 +87,9 @@ def unit_cycles(card: Card, instructions: Iterable[Instruction], warps: int) -> 
             cycles["shared"] += width / _SHARED_BYTES
             # Loads to registers are of vectors, some 3 KB a tile, which the L1 holds.
             cycles["L2"] += 0 if base == "LDG" else width / l2
+        elif base == "UTMALDG":
+            cycles["shared"] += box_bytes / _SHARED_BYTES
+            cycles["L2"] += box_bytes / l2
         elif base == "MUFU":
             cycles["special"] += warps * _LANES / 16
         elif base == "SHFL":
@@ -118,11 +131,13 @@ def tile_time(
     warps: int,
     blocks: int,
     flops: float,
+    box_bytes: float = 0,
 ) -> TileTime:
     """The tile of a kernel whose main loop runs `steps` times."""
-    inner = {unit: n * steps for unit, n in unit_cycles(card, loop, warps).items()}
+    inner = {unit: n * steps for unit, n in unit_cycles(card, loop, warps, box_bytes).items()}
     # Loads ahead of the loop take the place of those that its last steps leave out.
-    outer = unit_cycles(card, [each for each in rest if "LDGSTS" not in each[0]], warps)
+    once = [each for each in rest if not each[0].startswith(("LDGSTS", "UTMALDG"))]
+    outer = unit_cycles(card, once, warps)
     if blocks > 1:
         both = {unit: inner[unit] + outer[unit] for unit in inner}
         return TileTime(max(both.values()), _busiest(both), flops)

@@ -83,8 +83,9 @@ class Case:
     @property
     def config(self) -> LaunchConfig:
         dtype = getattr(torch, self.dtype)
-        plain, guided = self.variant == "plain", "guide" in VARIANTS[self.variant]
-        entry = table_entry(self.architecture, dtype, plain=plain, guided=guided)
+        rules = {"plain": self.variant == "plain", "guided": "guide" in VARIANTS[self.variant]}
+        gradient = self.kernel == "gradient"
+        entry = table_entry(self.architecture, dtype, **rules, gradient=gradient)
         return second_launch(entry) if self.kernel == "second" else entry
 
 
@@ -99,6 +100,8 @@ class Resources:
     shared_limit_bytes: int
     narrow_stores: int
     """Stores of two bytes a thread."""
+    descriptor_loads: int
+    """Loads through TMA descriptors in a step of the main loop."""
     matrix_instructions: list[str]
     blocks_per_multiprocessor: int
 
@@ -110,6 +113,7 @@ KERNELS: dict[str, JITFunction] = {
     "gradient": contrast_gradient_kernel,
     "merge": merge_kernel,
 }
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPES = ("bfloat16", "float16", "float32")
 # The rules that the public losses combine: plain is CLIP, rows is InfoNCE, self is NT-Xent; groups,
 # bias and guide are of RetrievalLoss.
@@ -156,17 +160,27 @@ def measure(case: Case) -> Resources:
         shared_bytes=used.shared_bytes,
         shared_limit_bytes=LIMITS[case.architecture].block_kib * 1024,
         narrow_stores=used.narrow_stores,
+        descriptor_loads=used.descriptor_loads,
         matrix_instructions=used.matrix_instructions,
         blocks_per_multiprocessor=blocks(case.architecture, used),
     )
 
 
 def machine_code(case: Case) -> MachineCode:
-    dtype = getattr(torch, case.dtype)
-    kernel, values = KERNELS[case.kernel], _values(case)
-    return compile_kernel(
-        kernel, case.architecture, values, lambda name: _argument_type(name, dtype)
-    )
+    dtype, kernel, values = getattr(torch, case.dtype), KERNELS[case.kernel], _values(case)
+
+    def type_of(name: str) -> str:
+        return _feature_type(name, dtype, case.config) or _argument_type(name, dtype)
+
+    return compile_kernel(kernel, case.architecture, values, type_of)
+
+
+def _feature_type(name: str, dtype: torch.dtype, config: LaunchConfig) -> str | None:
+    """Of rows and of columns that descriptors load."""
+    edges = {"q": config.BLOCK_M, "k": config.BLOCK_N}
+    if name not in edges or not config.descriptors:
+        return None
+    return f"tensordesc<{_SHORT[dtype]}[{edges[name]}, {config.BLOCK_D}]>"
 
 
 def _values(case: Case) -> dict[str, Any]:
@@ -178,9 +192,9 @@ def _values(case: Case) -> dict[str, Any]:
     values = {**launch_options(case.config), "SELF": "self" in rules, **absent}
     if case.kernel == "maxima":
         values["flags_ptr"] = None
-    if case.kernel != "gradient":
-        values["GROUP"] = FLAGS_PER_PROGRAM if case.kernel == "second" else 1
-    return values
+    if case.kernel == "gradient":
+        return {**values, "DESCRIPTORS": case.config.descriptors}
+    return {**values, "GROUP": FLAGS_PER_PROGRAM if case.kernel == "second" else 1}
 
 
 def _is_absent(name: str, rules: set[str]) -> bool:
@@ -197,9 +211,8 @@ def _is_absent(name: str, rules: set[str]) -> bool:
 
 
 def _argument_type(name: str, dtype: torch.dtype) -> str:
-    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    if name in ("q_ptr", "k_ptr", "gradient_ptr"):
-        return f"*{short}"
+    if name in ("q", "k", "q_ptr", "k_ptr", "gradient_ptr"):
+        return f"*{_SHORT[dtype]}"
     if name == "flags_ptr":
         return "*i32"
     if name.endswith(("label_ptr", "labels_ptr", "ids_ptr", "groups_ptr")):

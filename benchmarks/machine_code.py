@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
 _MATRIX_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 
 
@@ -32,11 +32,20 @@ class MachineCode:
     loop: list[tuple[str, str]]
     """Opcode and operands of the main loop, the innermost one that multiplies."""
     rest: list[tuple[str, str]]
+    once: list[tuple[str, str]]
+    """Those of `rest` that a tile executes when it skips what forward branches let it skip."""
+    repeated: list[tuple[str, str]]
+    """The like in loops that do not multiply: an epilogue that takes its tile in parts."""
 
     @property
     def narrow_stores(self) -> int:
         """Stores of two bytes a thread."""
         return sum(op.startswith("STG") and "U16" in op for op, _ in (*self.loop, *self.rest))
+
+    @property
+    def descriptor_loads(self) -> int:
+        """Loads through TMA descriptors in a step of the main loop."""
+        return sum(op.startswith("UTMALDG") for op, _ in self.loop)
 
 
 def compile_kernel(
@@ -62,7 +71,7 @@ def compile_kernel(
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if name not in constants and not kernel.params[index].do_not_specialize
+        if signature[name][0] in "*i" and not kernel.params[index].do_not_specialize
     }
     by_index = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, by_index, aligned)
@@ -76,7 +85,7 @@ def _read(compiled: Any) -> MachineCode:
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
         instructions = _cuobjdump("-sass", file.name)
-    loop, rest = _loop_and_rest(instructions)
+    loop, rest, once, repeated = _parts(instructions)
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return MachineCode(
         registers=used["REG"],
@@ -86,23 +95,67 @@ def _read(compiled: Any) -> MachineCode:
         threads=32 * compiled.metadata.num_warps,
         loop=loop,
         rest=rest,
+        once=once,
+        repeated=repeated,
     )
 
 
-def _loop_and_rest(listing: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Split the instructions at the shortest backward branch around a multiplication."""
-    lines = [(int(at, 16), op, rest.strip()) for at, op, rest in _INSTRUCTION.findall(listing)]
-    lines = [line for line in lines if line[1] != "NOP"]
-    loops = []
-    for at, op, operands in lines:
+Listed = list[tuple[str, str]]
+Spans = list[tuple[int, int]]
+
+
+def _parts(listing: str) -> tuple[Listed, Listed, Listed, Listed]:
+    """Main loop, all the rest, and what a usual tile executes of it once and repeatedly."""
+    lines = [
+        (int(at, 16), op, rest.strip(), bool(predicate))
+        for at, predicate, op, rest in _INSTRUCTION.findall(listing)
+        if op != "NOP"
+    ]
+    multiplies = [at for at, op, *_ in lines if _MATRIX_INSTRUCTION.match(op)]
+    multiplies = multiplies or [at for at, op, *_ in lines if op == "FFMA"]
+    exits = [at for at, op, *_ in lines if op == "EXIT"]
+    back, forward = _branches(lines)
+    main = min((each for each in back if _holds(each, multiplies)), key=_length, default=(-1, -1))
+    skipped = [each for each in forward if not _holds(each, multiplies + exits)]
+    loops = [each for each in back if not _holds(each, multiplies)]
+    rest = [line for line in lines if not _within(line[0], [main])]
+    usual = [line for line in rest if not _within(line[0], skipped)]
+    return (
+        _listed(line for line in lines if _within(line[0], [main])),
+        _listed(rest),
+        _listed(line for line in usual if not _within(line[0], loops)),
+        _listed(line for line in usual if _within(line[0], loops)),
+    )
+
+
+def _branches(lines: list[tuple[int, str, str, bool]]) -> tuple[Spans, Spans]:
+    """Spans of backward branches; what conditional forward branches jump over."""
+    back, forward = [], []
+    for at, op, operands, predicated in lines:
         target = re.search(r"0x([0-9a-f]+)", operands)
-        if op.startswith("BRA") and target and int(target[1], 16) < at:
-            loops.append((int(target[1], 16), at))
-    multiplies = [at for at, op, _ in lines if _MATRIX_INSTRUCTION.match(op) or op == "FFMA"]
-    loops = [(a, b) for a, b in loops if any(a <= at <= b for at in multiplies)]
-    first, last = min(loops, key=lambda each: each[1] - each[0], default=(-1, -1))
-    inside = [(op, operands) for at, op, operands in lines if first <= at <= last]
-    return inside, [(op, operands) for at, op, operands in lines if not first <= at <= last]
+        if op.startswith("BRA") and target:
+            to = int(target[1], 16)
+            if to <= at:
+                back.append((to, at))
+            elif predicated:
+                forward.append((at + 1, to - 1))
+    return back, forward
+
+
+def _holds(span: tuple[int, int], places: list[int]) -> bool:
+    return any(span[0] <= at <= span[1] for at in places)
+
+
+def _within(at: int, spans: Spans) -> bool:
+    return any(first <= at <= last for first, last in spans)
+
+
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _listed(lines: Iterable[tuple[int, str, str, bool]]) -> Listed:
+    return [(op, operands) for _, op, operands, _ in lines]
 
 
 def _cuobjdump(option: str, path: str) -> str:

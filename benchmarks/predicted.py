@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-import torch
 from cycle_model import CARDS, Card, TileTime, launch_ms, tile_time, vendor_tflop_per_s
 from machine_code import MachineCode
 
@@ -14,7 +13,6 @@ from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     panel_shape,
     stripe_rows,
-    table_entry,
 )
 
 B, WIDTHS = 65_536, (512, 768, 1024)
@@ -29,10 +27,20 @@ class Kernel:
     blocks: int
 
     def tile(self, card: Card, D: int) -> TileTime:
-        flops = 2.0 * self.config.BLOCK_M * self.config.BLOCK_N * D
-        steps, warps = D / self.config.BLOCK_D, self.code.threads // 32
-        parts = {"steps": steps, "warps": warps, "blocks": self.blocks, "flops": flops}
-        return tile_time(card, self.code.loop, self.code.rest, **parts)
+        config, code = self.config, self.code
+        halves = 2 if config.descriptors else 1
+        # Two loads a step, of rows and of columns.
+        box_bytes = (config.BLOCK_M + config.BLOCK_N) / 2 * config.BLOCK_D * 2
+        return tile_time(
+            card,
+            code.loop,
+            code.once + halves * code.repeated,
+            steps=D / config.BLOCK_D,
+            warps=code.threads // 32,
+            blocks=self.blocks,
+            flops=2.0 * config.BLOCK_M * config.BLOCK_N * D,
+            box_bytes=box_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,7 @@ def _sigmoid(card: Card, D: int, kernels: dict[str, Kernel]) -> Prediction:
 
 def _backward(card: Card, D: int, kernel: Kernel) -> float:
     """Panels of G, and two products with each."""
-    config = table_entry(card.architecture, torch.bfloat16)
-    rows, columns = panel_shape(config, B, 2, D, card.multiprocessors)
+    rows, columns = panel_shape(kernel.config, B, 2, D, card.multiprocessors)
     tiles = _launches(card, kernel, D, rows, columns, 2.0 * rows * columns)
     # Each product reads G, and reads and writes its accumulator.
     moved = 2 * 2.0 * B * B + 8.0 * D * B * B * (1 / rows + 1 / columns)

@@ -4,8 +4,9 @@
     python benchmarks/tune_kernels.py --seconds 600
 
 Forward and backward in bf16 at a batch of 32,768: the CLIP loss at D = 512, 768 and 1,024, the
-sigmoid loss at 768 and prefixes at 512. The table's entry is first, then what differs from it in
-one choice, then in two of them. Every configuration is compiled by another process before it is
+sigmoid loss at 768 and prefixes at 512; the gradient of the CLIP loss alone at 768, whose features
+pointers load or TMA descriptors. The table's entry is first, then what differs from it in one
+choice, then in two of them. Every configuration is compiled by another process before it is
 timed; one that does not compile says so. Quotes 8 B^2 D operations, 6 for the sigmoid loss.
 
 Writes tune_kernels.csv into benchmarks/results (or --results). The table is
@@ -56,6 +57,7 @@ class Work:
 
     Attributes:
         kernels: modules whose function `finder` says how they are launched.
+        gradient: whether only the gradient is tuned, of which descriptors may load the features.
         operations: of one pair and number of a feature.
     """
 
@@ -65,6 +67,7 @@ class Work:
     kernels: tuple[str, ...]
     finder: str = "launch_config"
     operations: int = 8
+    gradient: bool = False
 
 
 def _prefixes(width: int, **options: Any) -> torch.nn.Module:
@@ -79,6 +82,7 @@ WORKS = (
     Work("siglip", 768, SigLipLoss, ("sigmoid",), operations=6),
     Work("clip", 1024, ClipLoss, _CONTRAST),
     Work("prefixes", 512, partial(_prefixes, 512), _PREFIX, "prefix_config"),
+    Work("clip gradient", 768, ClipLoss, ("contrast_gradient",), gradient=True),
 )
 
 
@@ -95,10 +99,10 @@ class Tuned:
     tflop_per_s: float = 0.0
 
 
-def candidates(entry: LaunchConfig) -> Iterator[LaunchConfig]:
-    """The entry, then all that differ from it in one choice, then in two."""
-    seen = {entry}
-    yield entry
+def candidates(*entries: LaunchConfig) -> Iterator[LaunchConfig]:
+    """The entries, then all that differ from the first in one choice, then in two."""
+    entry, seen = entries[0], set(entries)
+    yield from dict.fromkeys(entries)
     for count in (1, 2):
         for names in combinations(_CHOICES, count):
             for values in product(*(_CHOICES[name] for name in names)):
@@ -141,7 +145,14 @@ def _of(card: Card, work: Work) -> Iterator[LaunchConfig]:
     dtype = torch.bfloat16
     if work.finder == "prefix_config":
         return candidates(prefix_entry(card.architecture, dtype, gradient=True))
-    return candidates(table_entry(card.architecture, dtype))
+    plain = table_entry(card.architecture, dtype)
+    if not work.gradient:
+        return candidates(plain)
+    entry = table_entry(card.architecture, dtype, gradient=True)
+    # Also the tile of the other loop, and on Blackwell descriptors that no entry has yet.
+    wide = replace(plain, BLOCK_N=2 * plain.BLOCK_N, max_registers=None, descriptors=True)
+    narrow = replace(plain, max_registers=None, descriptors=True)
+    return candidates(entry, plain, *([wide, narrow] if card.architecture >= 90 else []))
 
 
 _card = cache(lambda kind: kind())

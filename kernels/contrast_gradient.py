@@ -14,7 +14,7 @@ from gradcache_clip.kernels.launch_config import (
     tile_grid,
 )
 from gradcache_clip.kernels.panels import Panels, add_product, in_range_of_float16
-from gradcache_clip.kernels.similarity import padded
+from gradcache_clip.kernels.similarity import operands, padded
 
 # What the kernels know of rows, or of columns: maximum in units of log 2, dsum, dpositive.
 Side = tuple[Tensor, Tensor, Tensor]
@@ -48,7 +48,9 @@ def contrast_gradient(
         dq, dk in the dtype of q, dlogit_scale in fp32; None where not needed. Of a self-contrast dq
         is the gradient through both sides, and dk is None.
     """
-    config = config or launch_config(q, plain=competition.plain, guided=competition.guided)
+    if config is None:
+        rules = {"plain": competition.plain, "guided": competition.guided}
+        config = launch_config(q, **rules, gradient=True)
     panels = _Panels(q, k, logit_scale, competition, rows, columns, config)
     return (_self_contrast if competition.self_contrast else _two_sided)(panels, q, k, needs)
 
@@ -117,6 +119,7 @@ class _Panels(Panels):
         config: LaunchConfig,
     ) -> None:
         super().__init__(padded(q, config.BLOCK_D), padded(k, config.BLOCK_D), config)
+        self.operands = operands(self.q, self.k, config)
         self.logit_scale, self.competition = logit_scale, competition
         self.rules = *competition.vectors(config.BLOCK_N), *competition.guides(config.BLOCK_D)
         self.sides, self.factor = _sides(rows, columns, competition, q.dtype, config)
@@ -127,8 +130,7 @@ class _Panels(Panels):
         height, width = rows.stop - rows.start, columns.stop - columns.start
         with torch.cuda.device_of(self.q):
             contrast_gradient_kernel[tile_grid(self.config, height, width)](
-                self.q,
-                self.k,
+                *self.operands,
                 self.logit_scale,
                 *self.rules,
                 *self.sides,
@@ -142,6 +144,7 @@ class _Panels(Panels):
                 *self.k.shape,
                 self.competition.positive_shift,
                 SELF=self.competition.self_contrast,
+                DESCRIPTORS=self.config.descriptors,
                 **launch_options(self.config),
             )
         return self.workspace[0, :height, :width]

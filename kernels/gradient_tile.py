@@ -14,13 +14,19 @@ from gradcache_clip.kernels.competition import (
     up_to,
     without_excluded,
 )
-from gradcache_clip.kernels.similarity import similarity_tile, store_tile, tile_position, whole
+from gradcache_clip.kernels.similarity import (
+    similarity_halves,
+    similarity_tile,
+    store_tile,
+    tile_position,
+    whole,
+)
 
 
 @triton.jit(do_not_specialize=RAGGED)
 def contrast_gradient_kernel(
-    q_ptr,
-    k_ptr,
+    q,
+    k,
     logit_scale_ptr,
     row_labels_ptr,
     column_labels_ptr,
@@ -59,93 +65,118 @@ def contrast_gradient_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """One tile of G; maxima and thresholds in units of log 2."""
+    HALVES: tl.constexpr = 2 if DESCRIPTORS else 1
+    WIDTH: tl.constexpr = BLOCK_N // HALVES
     tile_m, tile_n = tile_position(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     row_start = whole(first_row) + tile_m * BLOCK_M
     column_start = whole(first_column) + tile_n * BLOCK_N
-    tile = similarity_tile(
-        q_ptr,
-        k_ptr,
-        logit_scale_ptr,
-        row_start,
-        column_start,
-        M,
-        N,
-        D,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
-        PRECISION,
-    )
-    row = row_start + tl.arange(0, BLOCK_M)
-    column = column_start + tl.arange(0, BLOCK_N)
-    # Rows from M on repeat the last; vectors of columns are longer than N; nobody reads their G.
-    row_clamped = tl.minimum(row, M - 1)
-    tile = biased(tile, row_bias_ptr, column_bias_ptr, row_clamped, column)
-    guide = tile
-    if row_guide_ptr is not None:
-        guide = guide_tile(
-            row_guide_ptr,
-            column_guide_ptr,
+    if DESCRIPTORS:
+        tile, right = similarity_halves(
+            q,
+            k,
+            logit_scale_ptr,
+            row_start,
+            column_start,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+    else:
+        tile = similarity_tile(
+            q,
+            k,
+            logit_scale_ptr,
             row_start,
             column_start,
             M,
             N,
-            G,
+            D,
             BLOCK_M,
             BLOCK_N,
             BLOCK_D,
+            PRECISION,
         )
-    on_diagonal = SELF
-    if SELF and q_ptr.dtype.element_ty != tl.float32:
-        # Without this branch 16-bit kernels spill on sm_90; with it those of fp32 do elsewhere.
-        on_diagonal = meets_diagonal(row_start, column_start, 0, BLOCK_M, BLOCK_N)
-    if on_diagonal:
-        tile = tl.where(row[:, None] == column[None, :], -float("inf"), tile)
-    tile = without_excluded(
-        tile,
-        row_ids_ptr,
-        column_ids_ptr,
-        row_groups_ptr,
-        column_groups_ptr,
-        row_labels_ptr,
-        column_labels_ptr,
-        row_clamped,
-        column,
-    )
-    by_row = up_to(tile, tile, row_threshold_ptr, row_clamped, 1)
-    by_row = up_to(by_row, guide, row_guide_threshold_ptr, row_clamped, 1)
-    by_column = up_to(tile, tile, column_threshold_ptr, column, 0)
-    by_column = up_to(by_column, guide, column_guide_threshold_ptr, column, 0)
-    gradient = softmax_gradient(
-        by_row,
-        by_column,
-        row_max_ptr,
-        row_dsum_ptr,
-        column_max_ptr,
-        column_dsum_ptr,
-        row_clamped,
-        column,
-    )
-    if row_labels_ptr is not None:
-        positives = equal(row_labels_ptr, column_labels_ptr, row_clamped, column)
-        if SELF:
-            positives &= row[:, None] != column[None, :]
-        dpositive = tl.load(row_dpositive_ptr + row_clamped)[:, None]
-        if column_max_ptr is not None:
-            dpositive += tl.load(column_dpositive_ptr + column)[None, :]
-        gradient += tl.where(positives, dpositive, 0.0)
-    if row_labels_ptr is None:
-        near = meets_diagonal(row_start, column_start, positive_shift, BLOCK_M, BLOCK_N)
-        near |= meets_diagonal(row_start, column_start, positive_shift - N, BLOCK_M, BLOCK_N)
-        if near:
-            positive_column = row + positive_shift
-            positive_column = tl.where(positive_column < N, positive_column, positive_column - N)
-            dpositive = tl.load(row_dpositive_ptr + row_clamped)
-            positives = positive_column[:, None] == column[None, :]
-            gradient = tl.where(positives, dpositive[:, None], gradient)
-    store_tile(gradient_ptr, gradient_stride, gradient, tile_m, tile_n)
+    tile_n *= HALVES
+    for _ in range(0, HALVES):
+        row = row_start + tl.arange(0, BLOCK_M)
+        column = column_start + tl.arange(0, WIDTH)
+        # Nobody reads G beyond rows M and columns N; vectors of columns are longer than N.
+        row_clamped = tl.minimum(row, M - 1)
+        tile = biased(tile, row_bias_ptr, column_bias_ptr, row_clamped, column)
+        guide = tile
+        if row_guide_ptr is not None:
+            guide = guide_tile(
+                row_guide_ptr,
+                column_guide_ptr,
+                row_start,
+                column_start,
+                M,
+                N,
+                G,
+                BLOCK_M,
+                WIDTH,
+                BLOCK_D,
+            )
+        on_diagonal = SELF
+        if SELF and gradient_ptr.dtype.element_ty != tl.float32:
+            # Without this branch 16-bit kernels spill on sm_90; with it those of fp32 do elsewhere.
+            on_diagonal = meets_diagonal(row_start, column_start, 0, BLOCK_M, WIDTH)
+        if on_diagonal:
+            tile = tl.where(row[:, None] == column[None, :], -float("inf"), tile)
+        tile = without_excluded(
+            tile,
+            row_ids_ptr,
+            column_ids_ptr,
+            row_groups_ptr,
+            column_groups_ptr,
+            row_labels_ptr,
+            column_labels_ptr,
+            row_clamped,
+            column,
+        )
+        by_row = up_to(tile, tile, row_threshold_ptr, row_clamped, 1)
+        by_row = up_to(by_row, guide, row_guide_threshold_ptr, row_clamped, 1)
+        by_column = up_to(tile, tile, column_threshold_ptr, column, 0)
+        by_column = up_to(by_column, guide, column_guide_threshold_ptr, column, 0)
+        gradient = softmax_gradient(
+            by_row,
+            by_column,
+            row_max_ptr,
+            row_dsum_ptr,
+            column_max_ptr,
+            column_dsum_ptr,
+            row_clamped,
+            column,
+        )
+        if row_labels_ptr is not None:
+            positives = equal(row_labels_ptr, column_labels_ptr, row_clamped, column)
+            if SELF:
+                positives &= row[:, None] != column[None, :]
+            dpositive = tl.load(row_dpositive_ptr + row_clamped)[:, None]
+            if column_max_ptr is not None:
+                dpositive += tl.load(column_dpositive_ptr + column)[None, :]
+            gradient += tl.where(positives, dpositive, 0.0)
+        if row_labels_ptr is None:
+            near = meets_diagonal(row_start, column_start, positive_shift, BLOCK_M, WIDTH)
+            near |= meets_diagonal(row_start, column_start, positive_shift - N, BLOCK_M, WIDTH)
+            if near:
+                positive_column = row + positive_shift
+                positive_column = tl.where(
+                    positive_column < N, positive_column, positive_column - N
+                )
+                dpositive = tl.load(row_dpositive_ptr + row_clamped)
+                positives = positive_column[:, None] == column[None, :]
+                gradient = tl.where(positives, dpositive[:, None], gradient)
+        store_tile(gradient_ptr, gradient_stride, gradient, tile_m, tile_n)
+        if DESCRIPTORS:
+            tile = right
+            tile_n += 1
+            column_start += WIDTH
 
 
 @triton.jit

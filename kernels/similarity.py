@@ -1,5 +1,6 @@
 """The one main loop: a BLOCK_M x BLOCK_N tile of S, for every epilogue.
 
+Pointers load the features, or TMA descriptors where the table of launches says so.
 q and k are contiguous (rows x D), D a multiple of BLOCK_D: launchers append zeros with `padded`,
 because masks along D and rows of unknown alignment cost a third more registers. The address of a
 tile is 64 bits wide, offsets within it 32.
@@ -9,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gradcache_clip.kernels.launch_config import LaunchConfig
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -23,6 +27,16 @@ def padded(features: Tensor, BLOCK_D: int) -> Tensor:
         return torch.nn.functional.pad(features, (0, missing))
     features = features.contiguous()
     return features.clone() if features.data_ptr() % 16 else features
+
+
+def operands(
+    q: Tensor, k: Tensor, config: LaunchConfig
+) -> tuple[Tensor, Tensor] | tuple[TensorDescriptor, TensorDescriptor]:
+    """Rows and columns as a kernel of this configuration takes them; `padded` before."""
+    if not config.descriptors:
+        return q, k
+    rows = TensorDescriptor.from_tensor(q, [config.BLOCK_M, config.BLOCK_D])
+    return rows, TensorDescriptor.from_tensor(k, [config.BLOCK_N, config.BLOCK_D])
 
 
 @triton.jit
@@ -117,3 +131,26 @@ def similarity_tile(
     )
     tile = products(q_ptrs, k_ptrs, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
     return tile * (tl.load(logit_scale_ptr) * LOG2_E)
+
+
+@triton.jit
+def similarity_halves(
+    q,
+    k,
+    logit_scale_ptr,
+    first_row,
+    first_column,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`similarity_tile` through descriptors, its columns cut in half; 0 beyond the features."""
+    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for depth in range(0, D, BLOCK_D):
+        rows, columns = q.load([first_row, depth]), k.load([first_column, depth])
+        tile = tl.dot(rows, columns.T, tile, input_precision=PRECISION)
+    tile *= tl.load(logit_scale_ptr) * LOG2_E
+    halves = tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))

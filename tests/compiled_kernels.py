@@ -56,7 +56,9 @@ PIECES = {
 def contrast(architecture: int, dtypes: list[str], variants: list[str]) -> Iterator[Used]:
     for case in kernel_resources.cases(architecture, dtypes, variants):
         used = asdict(kernel_resources.measure(case))
-        yield {"family": "contrast", "multiplies": case.kernel != "merge", **case.__dict__, **used}
+        facts = {"family": "contrast", "multiplies": case.kernel != "merge", **case.__dict__}
+        plain_gradient = (case.variant, case.kernel) == ("plain", "gradient")
+        yield {**facts, "plain_gradient": plain_gradient, **used}
 
 
 def prefix(architecture: int) -> Iterator[Used]:
@@ -137,9 +139,10 @@ def _used(family: str, dtype: str, machine: MachineCode) -> Used:
 
 
 def _without_code(machine: MachineCode) -> Used:
-    listings = {"loop", "rest"}
+    listings = {"loop", "rest", "once", "repeated"}
     used = {name: x for name, x in vars(machine).items() if name not in listings}
-    return used | {"narrow_stores": machine.narrow_stores}
+    counted = ("narrow_stores", "descriptor_loads")
+    return used | {name: getattr(machine, name) for name in counted}
 
 
 if __name__ == "__main__":

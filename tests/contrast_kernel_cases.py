@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # Products of bfloat16 in the interpreter are silently wrong.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 NARROW = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=4096)
+DESCRIBED = replace(NARROW, BLOCK_N=64, descriptors=True)
 
 reference = partial(clip_loss, impl="reference")
 triton = partial(clip_loss, impl="triton")
@@ -61,10 +63,17 @@ triton = partial(clip_loss, impl="triton")
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Several stripes and panels from 70 rows on, and a count of what was launched."""
+    """Several stripes and panels from 70 rows on, and a count of what was launched.
+
+    Descriptors load the features of a plain gradient, as on sm_90.
+    """
     count: Counter[str] = Counter()
-    for module in (contrast_gradient, contrast_statistics):
-        monkeypatch.setattr(module, "launch_config", lambda features, **rules: NARROW)
+
+    def of_gradient(features: Tensor, **rules: bool) -> LaunchConfig:
+        return DESCRIBED if rules["plain"] else NARROW
+
+    monkeypatch.setattr(contrast_statistics, "launch_config", lambda features, **rules: NARROW)
+    monkeypatch.setattr(contrast_gradient, "launch_config", of_gradient)
     _count_calls(monkeypatch, count, statistics_parts.Running, "merge")
     _count_calls(monkeypatch, count, contrast_gradient._Panels, "gradient")
     return count
@@ -110,6 +119,13 @@ def equals_the_reference(rules: str, size: tuple[int, int, int], dtype: torch.dt
     assert_close(got, outcome(pairs, "reference", inputs), dtype)
 
 
+def test_descriptors_load_the_features_of_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tiles are taken in halves; a right half may lie beyond the columns."""
+    monkeypatch.setattr(contrast_gradient, "launch_config", lambda features, **rules: DESCRIBED)
+    for size in SIZES[1:]:
+        equals_the_reference("self labels", size, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("rules", "dtype"),
     [(rules, torch.float32) for rules in FEW_RULES]
@@ -120,7 +136,8 @@ def test_several_stripes_and_panels(rules: str, dtype: torch.dtype, narrow: Coun
     inputs, pairs = unequal_inputs(M, N, 40, dtype, DEVICE), pairing(rules, M, N, DEVICE)
     numbers = 4 if "labels" in rules else 2
     stripes = -(-M // stripe_rows(NARROW, N, numbers=numbers))
-    height, width = panel_shape(NARROW, N, inputs.q.element_size())
+    config = NARROW if rules else DESCRIBED
+    height, width = panel_shape(config, N, inputs.q.element_size())
     assert stripes > 1 and height < M and width < N
     with poisoned_memory():
         got = outcome(pairs, "triton", inputs)

@@ -31,9 +31,9 @@ B, D = 2048, 512
 @pytest.fixture(autouse=True)
 def _sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        entry = table_entry(90, torch.float16)
+        entry = partial(table_entry, 90, torch.float16)
         for module in (contrast_gradient, contrast_statistics, sigmoid):
-            monkeypatch.setattr(module, "launch_config", lambda features, **rules: entry)
+            monkeypatch.setattr(module, "launch_config", lambda _, **rules: entry(**rules))
         of_prefixes = partial(prefix_entry, 90, torch.float16)
         for module in (prefix_gradient, prefix_statistics):
             monkeypatch.setattr(module, "prefix_config", lambda _, **way: of_prefixes(**way))

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 from cycle_model import CARDS, launch_ms, tile_time, unit_cycles, vendor_tflop_per_s
-from machine_code import _loop_and_rest
+from machine_code import _parts
 from predicted import Prediction, missed_marks
 
 HOPPER, AMPERE, ADA = CARDS[0], CARDS[1], CARDS[2]
@@ -60,17 +60,32 @@ def test_launches_take_whole_waves_and_their_bytes() -> None:
     assert 750 < vendor_tflop_per_s(HOPPER) < 850
 
 
-def test_the_main_loop_is_found() -> None:
+def test_what_a_tile_executes() -> None:
+    """The main loop; what most tiles skip; and an epilogue that takes its tile in parts."""
     listing = """
         /*0000*/ MOV R1, c[0x0][0x28] ;
         /*0010*/ HMMA.16816.F32 R4, R8, R10, R4 ;
         /*0020*/ @P0 BRA 0x10 ;
-        /*0030*/ @!P1 STG.E.U16 desc[UR4][R2.64], R4 ;
-        /*0040*/ BRA 0x40;
+        /*0030*/ MUFU.EX2 R4, R4 ;
+        /*0040*/ @!P1 BRA 0x60 ;
+        /*0050*/ FSEL R4, R4, RZ, P2 ;
+        /*0060*/ @!P1 STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0070*/ @P3 BRA 0x30 ;
+        /*0080*/ EXIT ;
+        /*0090*/ BRA 0x90;
     """
-    loop, rest = _loop_and_rest(listing)
-    assert [op for op, _ in loop] == ["HMMA.16816.F32", "BRA"]
-    assert [op for op, _ in rest] == ["MOV", "STG.E.U16", "BRA"]
+    loop, rest, once, repeated = ([op for op, _ in part] for part in _parts(listing))
+    assert loop == ["HMMA.16816.F32", "BRA"]
+    assert rest == ["MOV", "MUFU.EX2", "BRA", "FSEL", "STG.E.U16", "BRA", "EXIT", "BRA"]
+    assert once == ["MOV", "EXIT"]
+    assert repeated == ["MUFU.EX2", "BRA", "STG.E.U16", "BRA", "BRA"]
+
+
+def test_descriptors_load_whole_boxes() -> None:
+    """Two boxes of 128 and 256 rows of 64 features; one thread asks for them."""
+    cycles = unit_cycles(HOPPER, [("UTMALDG.2D", "")] * 2, 8, (128 + 256) / 2 * 64 * 2)
+    assert cycles["shared"] == 384 * 128 / 128
+    assert cycles["L2"] == pytest.approx(384 * 128 / (5120 / 132))
 
 
 def test_missed_marks_are_named() -> None:
