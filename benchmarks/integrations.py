@@ -345,6 +345,37 @@ def _distils_or_ranks(name: str, side: str, pairs: int, folder: Path) -> Run:
     return Run(step, list(model.parameters()))
 
 
+class _TokenVectors(nn.Module):
+    """A vector of width 128 for each token, as a MultiVectorEncoder returns them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.narrow = Bert(384, 2, 12), nn.Linear(384, 128)
+
+    def forward(self, input: dict[str, Tensor], task: str = "") -> dict[str, Tensor]:
+        hidden = self.encoder.bert(**{k: input[k] for k in ("input_ids", "attention_mask")})
+        vectors = nn.functional.normalize(self.narrow(hidden.last_hidden_state), dim=-1)
+        return {**input, "token_embeddings": vectors}
+
+
+def _over_tokens(name: str, side: str, pairs: int, folder: Path) -> Run:
+    """A loss over token vectors of triplets, chunks of 32 where it has chunks."""
+    from sentence_transformers.multi_vector_encoder import losses as theirs
+
+    from gradcache_clip.integrations import sentence_transformers_multi_vector as ours
+
+    model, columns, labels = _TokenVectors(), _triplets(pairs), torch.randn(pairs, 2)
+    cached = f"Cached{name}"
+    known = cached if side == OURS or hasattr(theirs, cached) else name
+    loss = getattr(ours if side == OURS else theirs, known)(model, mini_batch_size=32)
+
+    def step() -> float:
+        return _backward(loss([dict(given) for given in columns], labels))
+
+    return Run(step, list(model.parameters()))
+
+
 def _pairs_of_models(pairs: int) -> tuple[nn.Module, dict[str, Tensor]]:
     """A ViT on 64-pixel images and a BERT, as transformers joins them, and a batch."""
     from transformers import BertConfig, BertModel, VisionTextDualEncoderModel, ViTConfig, ViTModel
@@ -471,6 +502,27 @@ CASES = {
         256,
         64,
         partial(_distils_or_ranks, "DistillKLDivLoss"),
+    ),
+    "tokens": Case(
+        "sentence_transformers.CachedMultiVectorMultipleNegativesRankingLoss",
+        "sentence-transformers' loss of this name, triplets",
+        256,
+        64,
+        partial(_over_tokens, "MultiVectorMultipleNegativesRankingLoss"),
+    ),
+    "token margins": Case(
+        "sentence_transformers.CachedMultiVectorMarginMSELoss",
+        "sentence-transformers' MultiVectorMarginMSELoss, one graph",
+        256,
+        64,
+        partial(_over_tokens, "MultiVectorMarginMSELoss"),
+    ),
+    "token kl": Case(
+        "sentence_transformers.CachedMultiVectorDistillKLDivLoss",
+        "sentence-transformers' MultiVectorDistillKLDivLoss, one graph",
+        256,
+        64,
+        partial(_over_tokens, "MultiVectorDistillKLDivLoss"),
     ),
     "trainer": Case("transformers.GradCacheTrainer", "transformers' Trainer", 256, 32, _trainer),
     "lightning": Case("lightning.cached_step", "Lightning's own step", 256, 32, _lightning),

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.multi_vector_encoder import MultiVectorEncoder
+from sentence_transformers.multi_vector_encoder import losses as multi_vector_losses
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tiny_sentences import tiny_tokenizer
 from transformers import BertConfig, BertModel
 
 from gradcache_clip.integrations import sentence_transformers as ours
+from gradcache_clip.integrations import sentence_transformers_multi_vector as ours_multi_vector
 
 HUB = (
     "sentence-transformers-testing/stsb-bert-tiny-safetensors",
@@ -32,16 +35,37 @@ LOSSES = {
     "MarginMSELoss": ours.CachedMarginMSELoss,
     "DistillKLDivLoss": ours.CachedDistillKLDivLoss,
 }
+_CACHED = "CachedMultiVectorMultipleNegativesRankingLoss"
+MULTI_VECTOR_LOSSES = {
+    _CACHED: getattr(ours_multi_vector, _CACHED),
+    "MultiVectorMarginMSELoss": ours_multi_vector.CachedMultiVectorMarginMSELoss,
+    "MultiVectorDistillKLDivLoss": ours_multi_vector.CachedMultiVectorDistillKLDivLoss,
+}
 
 
 def pytest_configure() -> None:
     folder = Path(tempfile.mkdtemp())
     _stand_in(folder)
-    _use(str(folder / "model"))
+    _use(SentenceTransformer, str(folder / "model"))
+    _use(MultiVectorEncoder, str(folder / "bert"))
     for name, loss in LOSSES.items():
         usual = getattr(losses, name)
         setattr(sys.modules[usual.__module__], name, loss)
         setattr(losses, name, loss if name.startswith("Cached") else _for_any_model(loss))
+    for name, loss in MULTI_VECTOR_LOSSES.items():
+        setattr(multi_vector_losses, name, loss)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Models of its tests get their inputs by the name that they have in the library's."""
+    for module in {item.module for item in items}:
+        for kind in vars(module).values():
+            if isinstance(kind, type) and "__call__" in vars(kind):
+                kind.__call__ = _with_input(kind.__call__)
+
+
+def _with_input(call: Any) -> Any:
+    return lambda self, features=None, input=None, **more: call(self, features or input, **more)
 
 
 def _stand_in(folder: Path) -> None:
@@ -56,13 +80,13 @@ def _stand_in(folder: Path) -> None:
     SentenceTransformer(modules=[transformer, pooling]).save(str(folder / "model"))
 
 
-def _use(path: str) -> None:
-    usual = SentenceTransformer.__init__
+def _use(kind: Any, path: str) -> None:
+    usual = kind.__init__
 
     def __init__(self: Any, name: Any = None, *arguments: Any, **more: Any) -> None:
         usual(self, path if name in HUB else name, *arguments, **more)
 
-    SentenceTransformer.__init__ = __init__
+    kind.__init__ = __init__
 
 
 def _for_any_model(loss: type[torch.nn.Module]) -> type[torch.nn.Module]:

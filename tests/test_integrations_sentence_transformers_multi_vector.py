@@ -159,6 +159,22 @@ def test_kl(folder: Path, options: dict[str, float]) -> None:
     assert loss.get_config_dict()["temperature"] == options.get("temperature", 1.0)
 
 
+def test_widths_of_a_distillation(folder: Path) -> None:
+    """Scores are no features, so they keep their width."""
+    mine, plain = (tiny_tokens(folder) for _ in range(2))
+    loss = ours.CachedMultiVectorDistillKLDivLoss(mine, matryoshka_dims=[16, 2])
+    gradients(loss, token_columns(mine, 4), scores(3))
+    for width in (16, 2):
+
+        def prefix(*tokens: Tensor, width: int = width, **masks: Tensor) -> Tensor:
+            cut = (F.normalize(each[..., :width], dim=-1) for each in tokens)
+            return exact_own_scores(*cut, **masks)
+
+        exact = theirs.MultiVectorDistillKLDivLoss(plain, similarity_fct=prefix)
+        gradients(exact, token_columns(plain, 4), scores(3))
+    assert worst_error(mine, plain)[1] < 1e-10
+
+
 def test_two_losses_before_a_backward_keep_their_widths(folder: Path) -> None:
     mine, plain = (tiny_tokens(folder) for _ in range(2))
     loss = ours.CachedMultiVectorMultipleNegativesRankingLoss(mine, mini_batch_size=4)

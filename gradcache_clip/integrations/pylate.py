@@ -150,12 +150,13 @@ class Distillation(_ColBERTLoss):
 
     def compute_loss_from_embeddings(self, columns: Sequence[Any], beside: Any) -> Tensor:
         """Compute the loss of queries, n documents of each, and the labels."""
-        queries, documents = columns
+        queries, documents = columns[:2]
         rows, found = len(queries.mask), len(documents.mask)
-        if found % rows:
+        if found % rows or len(columns) > 2:
             raise ValueError(
-                f"sentence_features: expected as many documents for each of {rows} queries, got "
-                f"{found} documents; give each row of the dataset a list of n"
+                f"sentence_features: expected one column with n documents for each of {rows} "
+                f"queries, got {len(columns) - 1} columns, the first with {found} documents; give "
+                "each row of the dataset a list of n"
             )
         scores = scores_of(beside, rows, found // rows)
         of_query = (each.unflatten(0, scores.shape).unbind(1) for each in documents)

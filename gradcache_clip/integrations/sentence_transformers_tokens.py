@@ -63,10 +63,10 @@ class TokenSteps(ColumnSteps):
         return cache.with_get_features([partial(self._tokens, *each) for each in given])
 
     def _tokens(self, model: nn.Module, index: int, width: int, output: Any) -> Tokens:
-        # Chunks are trimmed, but the cache holds one shape.
-        tokens = self.read(model, output, is_query=index == 0).padded(width)
-        self._bar.update(len(tokens.mask))
-        return tokens
+        vectors, mask = self.read(model, output, is_query=index == 0)
+        self._bar.update(len(mask))
+        # Vectors of padding may depend on the chunk. Chunks are trimmed; the cache has one shape.
+        return Tokens(vectors.masked_fill(~mask[..., None], 0), mask).padded(width)
 
     def read(self, model: nn.Module, output: Any, *, is_query: bool) -> Tokens:
         """Take the vectors, and which are scored, from the model's output."""
