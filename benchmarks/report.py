@@ -33,6 +33,7 @@ import memory_predicted
 import memory_vs_batch
 import negatives
 import objectives
+import retrieval_losses
 import scaling
 from catalogue import BENCHMARKS, find
 from results import FOLDER, ROOT, origin_words, paragraph, parser, read_csv, read_json, table
@@ -290,8 +291,8 @@ def _predictions(results: Path) -> str:
         "Predicted, not measured: forward and backward in bf16 at B = 65,536 by a model that takes "
         "instruction\ncounts from this machine code and rates from NVIDIA's documents "
         "(`benchmarks/cycle_model.py`).\nIt knows no latencies, power limits or gaps between "
-        "launches; the bandwidth of the L2, which binds on\nthe H100, is what others measured on "
-        "an H200. A GPU will be slower. TFLOP/s count the products of the\nconvention beside "
+        "launches; the bandwidth of the L2, which binds on\nthe H100, is near what others measured "
+        "on an H200. A GPU will be slower. TFLOP/s count the products\nof the convention beside "
         'them; "products" is the rate assumed for the vendor\'s.'
     )
     return f"{text}\n\n{table(head, lines, 'llrrrllr')}"
@@ -347,6 +348,7 @@ SECTIONS = (
         _of_suite(gpu_plan.page),
         files=_suite(gpu_plan.STEPS, gpu_plan.FILE),
     ),
+    Section("Objectives of retrieval, on the CPU", "retrieval", retrieval_losses.section),
     Section("Late interaction, on the CPU", "late_interaction", late_interaction.section),
     Section("What large batches buy", "negatives", negatives.section, "negatives.png"),
     Section("One batch on several processes", "distributed", distributed.section),
