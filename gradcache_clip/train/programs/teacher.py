@@ -120,12 +120,12 @@ class TeacherFeatures:
 
 
 class DistilledLoss(nn.Module):
-    """A loss of queries and documents, plus its weighted distance from a teacher's softmax.
+    """A loss of queries and documents, plus its weighted cross-entropy with a teacher's softmax.
 
     Args:
         plain: the loss without a teacher; its scale is that of both.
         distillation: an `InBatchDistillationLoss`, or `MatryoshkaLoss` around one.
-        weight: of the second.
+        weight: of the distillation.
         teacher: see `TeacherFeatures.digest`; saved with the loss, which loads beside the same
             teacher alone.
     """
