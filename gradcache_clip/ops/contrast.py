@@ -73,7 +73,7 @@ def prefix_statistics(
 ) -> list[Statistics]:
     """Compute the statistics of each prefix, differentiable in q, k and logit_scale.
 
-    The kernels take one positive per row; with labels, ids or thresholds "triton" makes one pass
+    The kernels take one positive per row; with any further rule "triton" makes one pass
     per width over normalised copies of the prefixes, and holds no M x N tensor either.
 
     Args:
