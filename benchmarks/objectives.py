@@ -31,11 +31,11 @@ from results import (
 
 FILE = "objectives.csv"
 RECIPE = ROOT / "recipes" / "text_distillation.yaml"
-_NO_TEACHER = "loss.teacher="
+_NO_TEACHER = "loss.teacher=", "loss.teacher_weight=0"
 _PLAIN = "loss.directions=[query_to_doc]", "loss.hardness_mode=none", "loss.hardness_strength=0"
 OBJECTIVES = {
-    "plain": (*_PLAIN, _NO_TEACHER),
-    "hardness weights, query-query pairs": (_NO_TEACHER,),
+    "plain": (*_PLAIN, *_NO_TEACHER),
+    "hardness weights, query-query pairs": _NO_TEACHER,
     "teacher": _PLAIN,
     "all of them": (),
 }

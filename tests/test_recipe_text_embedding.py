@@ -175,7 +175,7 @@ def test_two_processes_are_one(data, tmp_path, engine):
         pytest.importorskip("deepspeed")
     if engine == "ddp":
         teacher = make_teacher(data, tmp_path / "teacher.safetensors")
-        more.append(f"loss.teacher={teacher}")
+        more += [f"loss.teacher={teacher}", "loss.teacher_weight=0.5"]
     else:
         more.append("train.chunk_tokens=0")
     one, two = tmp_path / "one", tmp_path / "two"

@@ -26,6 +26,7 @@ from gradcache_clip.train.programs.teacher import TeacherFeatures, save_teacher_
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 PROMPTS = "seek: ", "keep: "
+WEIGHT = "loss.teacher_weight=0.7"
 OBJECTIVE = (
     f"data.text_fields=[{','.join(names(3))}]",
     f"data.text_prompts=['{PROMPTS[0]}','{PROMPTS[1]}']",
@@ -35,7 +36,7 @@ OBJECTIVE = (
     "loss.hardness_strength=3",
     "loss.positives=pair",
     "loss.learn_logit_scale=true",
-    "loss.teacher_weight=0.7",
+    WEIGHT,
     "loss.teacher_scale=3",
 )
 
@@ -87,14 +88,17 @@ def test_the_step_is_the_retrieval_loss_and_the_cross_entropy_of_the_teacher(
 
 
 def test_a_run_with_a_teacher_resumes_exactly_and_beside_no_other(data, teacher, tmp_path):
-    assert_trains_and_resumes("text_embedding", data, tmp_path, *SMALL, f"loss.teacher={teacher}")
+    more = (*SMALL, WEIGHT, f"loss.teacher={teacher}")
+    assert_trains_and_resumes("text_embedding", data, tmp_path, *more)
+    resumed = (WEIGHT, "train.resume=true")
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(teacher.read_bytes())
-    more = ("train.resume=true", f"loss.teacher={moved}")
-    assert run_small(data, tmp_path / "whole", *more).finished
+    assert run_small(data, tmp_path / "whole", *resumed, f"loss.teacher={moved}").finished
     other = make_teacher(data, tmp_path / "other.safetensors", ("positive", "anchor"))
     with pytest.raises(CheckpointError, match="loss.teacher: expected the teacher's features that"):
-        run_small(data, tmp_path / "whole", "train.resume=true", f"loss.teacher={other}")
+        run_small(data, tmp_path / "whole", *resumed, f"loss.teacher={other}")
+    with pytest.raises(ConfigError, match="train.resume: .* loss.teacher_weight 0.7 -> 0.0"):
+        run_small(data, tmp_path / "whole", "train.resume=true")
 
 
 def test_the_example_embeds_the_texts_of_the_training_data(data, tmp_path, monkeypatch):
@@ -120,7 +124,7 @@ def test_a_text_that_the_teacher_has_not_seen_is_named_before_the_step(data, tmp
     save_teacher_features(few, (["a"], torch.ones(1, 2)), (["b"], torch.ones(1, 2)))
     message = re.escape(f"loss.teacher: expected features of all queries of data.train in {few}")
     with pytest.raises(ValueError, match=message):
-        run_small(data, tmp_path / "run", f"loss.teacher={few}")
+        run_small(data, tmp_path / "run", WEIGHT, f"loss.teacher={few}")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_what_are_no_features_of_a_teacher_is_refused_at_the_start(data, tmp_pat
         saved = tensors if "a" in tensors else whole | tensors
         save_file({name: tensor.clone() for name, tensor in saved.items()}, path)
     with pytest.raises(ConfigError, match=re.escape(reason)):
-        run_small(data, tmp_path / "run", f"loss.teacher={path}")
+        run_small(data, tmp_path / "run", WEIGHT, f"loss.teacher={path}")
     assert not (tmp_path / "run").exists()
 
 
@@ -150,9 +154,13 @@ def test_other_programs_have_no_teacher():
             load_config(None, [f"program={program}", "loss.teacher=teacher.safetensors"])
 
 
-def test_a_weight_needs_a_teacher():
-    with pytest.raises(ConfigError, match="loss.teacher: expected a file of features with loss.t"):
-        load_config(None, ["program=texts", "loss.teacher_weight=0.5"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(WEIGHT, "expected 0 without a file"), ("loss.teacher=a", "expected more than 0 with a file")],
+)
+def test_a_teacher_and_its_weight_go_together(given, message):
+    with pytest.raises(ConfigError, match=f"loss.teacher_weight: {message}"):
+        load_config(None, ["program=texts", given])
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 3)])

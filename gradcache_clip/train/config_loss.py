@@ -149,19 +149,20 @@ class TextLossConfig(PrefixLossConfig):
     """File with a frozen model's features of the training texts; its softmax over the documents of
     the batch is a second target. Empty for none."""
 
-    teacher_weight: float = Field(1.0, gt=0)
-    """Weight of the teacher's cross-entropy beside the loss itself."""
+    teacher_weight: float = Field(0.0, ge=0)
+    """Weight of the teacher's cross-entropy beside the loss itself; 0 without a teacher."""
 
     teacher_scale: float = Field(20.0, gt=0)
     """Multiplier of the teacher's cosine similarity."""
 
     @model_validator(mode="after")
     def _check_teacher(self) -> TextLossConfig:
-        if not self.teacher and (self.teacher_weight, self.teacher_scale) != (1, 20):
+        # Fixed for a run, so that it also fixes whether there is a teacher.
+        if bool(self.teacher) != bool(self.teacher_weight):
+            expected = "more than 0 with" if self.teacher else "0 without"
             raise ConfigError(
-                f"loss.teacher: expected a file of features with loss.teacher_weight="
-                f"{self.teacher_weight} and loss.teacher_scale={self.teacher_scale}, got none; "
-                "name one, or leave out the other two"
+                f"loss.teacher_weight: expected {expected} a file in loss.teacher, got "
+                f"{self.teacher_weight}; set both, such as loss.teacher_weight=1, or neither"
             )
         return self
 
