@@ -46,7 +46,8 @@ def save_teacher_features(path: str | Path, queries: Side, documents: Side) -> N
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "teacher.safetensors"
-        >>> save_teacher_features(path, (["a", "b"], torch.eye(2)), (["c"], torch.ones(1, 2)))
+        >>> queries, documents = (["a", "b"], torch.eye(2)), (["c"], torch.eye(2)[:1])
+        >>> save_teacher_features(path, queries, documents)
         >>> TeacherFeatures(path).of("queries", ["b", "a", "b"])
         tensor([[0., 1.],
                 [1., 0.],
