@@ -63,6 +63,10 @@ BENCHMARKS = (
     Benchmark("distributed", "distributed.py", ("distributed.csv",), 5, 1),
     Benchmark("loss", "loss.py", _CPU, 40, 1.1, full=("--full",), peers=_PEERS),
     Benchmark(
+        *("retrieval", "retrieval_losses.py", ("retrieval_losses.csv",), 5, 1.5),
+        peers=("sentence-transformers",),
+    ),
+    Benchmark(
         *("late_interaction", "late_interaction.py", ("late_interaction.csv",), 5, 0.2),
         peers=("pylate", "late-interaction-kernels"),
     ),
