@@ -69,7 +69,7 @@ def check_chunking(rows: Any, tokens: Any, options: Mapping[str, Any]) -> None:
 
 def check_score_rows(rows: Any) -> None:
     if rows is not None:
-        check_positive_int("score_mini_batch_size", rows, "or leave it out, for it has no effect")
+        check_positive_int("score_mini_batch_size", rows, "leave it out: it has no effect")
 
 
 def check_similarity(similarity_fct: Any, *known: Callable[..., Any]) -> None:
