@@ -1,4 +1,4 @@
-"""Backward of the softmax family: a tile of G = dloss/dS."""
+"""Backward of the softmax family: a tile of G = dloss/dS; q and k are pointers or descriptors."""
 
 from __future__ import annotations
 

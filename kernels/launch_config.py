@@ -59,7 +59,7 @@ class LaunchConfig:
     """Upper bound for partial statistics in the forward, and for G in the backward."""
     descriptors: bool = False
     """Whether TMA descriptors load the features; the epilogue then takes half a tile at a time.
-    Only the gradient of a contrast can."""
+    The gradient of a contrast alone reads it."""
 
 
 _CONSUMER_16 = LaunchConfig(128, 128, 32, num_warps=8, num_stages=3)
@@ -85,7 +85,7 @@ _NOT_PLAIN: dict[tuple[int, int], LaunchConfig] = {
     (90, 16): LaunchConfig(128, 128, 64, 8, 3, workspace_bytes=_LARGE),
     # Left alone, ptxas of Triton 3.6 takes 128 registers, and spills.
     (100, 16): LaunchConfig(128, 64, 64, 8, 3, max_registers=168, workspace_bytes=_LARGE),
-    (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", max_registers=168, workspace_bytes=_LARGE),
+    (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", max_registers=224, workspace_bytes=_LARGE),
 }
 # The gradient of a plain contrast, where it has a tile of its own.
 _PLAIN_GRADIENT: dict[tuple[int, int], LaunchConfig] = {
@@ -105,7 +105,8 @@ def table_entry(
 ) -> LaunchConfig:
     """The entry of the newest known architecture that is not newer than this one (80 = 8.0).
 
-    A contrast is plain if it goes both ways with one positive for each row and no other rules.
+    A contrast is plain if it goes both ways with one positive for each row and no other rules; its
+    gradient may have an entry of its own.
     """
     known = max(each for each in ARCHITECTURES if each <= architecture)
     key = known, 32 if dtype == torch.float32 else 16
@@ -177,7 +178,9 @@ def launch_options(config: LaunchConfig) -> dict[str, Any]:
 
 def second_launch(config: LaunchConfig) -> LaunchConfig:
     """For tiles that are computed again, which are few: registers count for more than time."""
-    return replace(config, num_stages=1, max_registers=None)
+    # Left alone, ptxas of Triton 3.6 takes 128 beside a guide on sm_100, and spills.
+    guided = config.max_registers == _REGISTERS_BESIDE_A_GUIDE
+    return replace(config, num_stages=1, max_registers=255 if guided else None)
 
 
 def without_bound(config: LaunchConfig) -> LaunchConfig:
