@@ -63,7 +63,7 @@ BENCHMARKS = (
     Benchmark("distributed", "distributed.py", ("distributed.csv",), 5, 1),
     Benchmark("loss", "loss.py", _CPU, 40, 1.1, full=("--full",), peers=_PEERS),
     Benchmark(
-        *("retrieval", "retrieval_losses.py", ("retrieval_losses.csv",), 5, 1.5),
+        *("retrieval", "retrieval_losses.py", ("retrieval_losses.csv",), 5, 0.5),
         peers=("sentence-transformers",),
     ),
     Benchmark(

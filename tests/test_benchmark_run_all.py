@@ -84,8 +84,8 @@ def test_every_script_is_there_and_knows_the_arguments_it_is_given():
             assert known or not word.startswith("--"), (one.name, word)
 
 
-def test_all_quick_versions_are_meant_to_take_less_than_ten_minutes():
-    assert sum(one.quick_minutes for one in BENCHMARKS) <= 10
+def test_all_quick_versions_are_meant_to_take_less_than_ten_minutes_without_a_gpu():
+    assert sum(one.quick_minutes for one in BENCHMARKS if not one.needs_gpu) <= 10
     assert all(one.quick_minutes <= one.minutes for one in BENCHMARKS)
 
 
