@@ -63,7 +63,8 @@ class ScoreDistillationLoss(ScaledLoss):
     Example:
         >>> import torch
         >>> from gradcache_clip.losses import ScoreDistillationLoss
-        >>> queries, documents, scores = torch.eye(2), torch.eye(2), torch.tensor([[9.0, 1.0]] * 2)
+        >>> queries, documents = torch.eye(2), torch.eye(2)
+        >>> scores = torch.tensor([[9.0, 1.0], [9.0, 1.0]])
         >>> loss = ScoreDistillationLoss("margin_mse", init_logit_scale=8.0)
         >>> loss(queries, documents, torch.zeros(2, 1, 2), scores).loss.item()
         0.0

@@ -42,10 +42,10 @@ class RetrievalLoss(ScaledLoss):
 
     With documents d_j, K hard negatives of each query and s = logit_scale, the denominators are
 
-        query_to_doc:    Z_i = sum_j exp(s <q_i, d_j>) + the same over hard negatives
+        query_to_doc:    Z_i = sum_j exp(s <q_i, d_j>) + over hard negatives
         doc_to_query:    Z_i = sum_j exp(s <q_j, d_i>)
         query_to_query:  Z_i = sum_{j != i} exp(s <q_i, q_j>)
-        doc_to_doc:      Z_i = sum_{j != i} exp(s <d_i, d_j>) + the same over others' hard negatives
+        doc_to_doc:      Z_i = sum_{j != i} exp(s <d_i, d_j>) + over those of others
 
     and the loss is the mean over i of log(Z of all chosen directions together) - s <q_i, d_i> (the
     mean of log Z with partition_mode="per_direction"). No matrix of similarities is stored; each
