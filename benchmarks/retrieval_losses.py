@@ -308,9 +308,10 @@ def section(results: Path) -> str:
         "thread; a step is the loss of given features and their gradients, without an encoder. "
         "Memory: growth of the peak of a fresh process. Time: medians over rounds in which all "
         "contestants of an objective take turns. Error: of all gradients against the whole matrix "
-        f"in fp64, at {_ERROR_PAIRS} pairs; with a guide the 1e-4 of ours is one candidate that ties "
-        "with its pair within eight roundings, which stays a negative. The library's losses take {_CHUNK} rows at a time, its "
-        "default; it has no groups, no bias, and no distillation in the batch over features."
+        f"in fp64, at {_ERROR_PAIRS} pairs; with a guide the 1e-4 of ours is one candidate within "
+        "eight roundings of its pair, a tie that stays a negative. The library's losses take "
+        f"{_CHUNK} rows at a time, its default; it has no groups, no bias, and no distillation in "
+        "the batch over features."
     )
     return f"{paragraph(text)}\n\n{table(head, map(_cells, rows), 'lrlrrrr')}"
 
