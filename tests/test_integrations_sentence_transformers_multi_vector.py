@@ -104,19 +104,19 @@ def test_in_fp32_it_is_the_loss_as_the_library_has_it(folder: Path) -> None:
     assert worst_error(mine, plain)[1] < 1e-4
 
 
-def test_chunks_are_small_and_trimmed_whichever_side_is_padded(folder: Path) -> None:
+def test_chunks_of_tokens_padded_on_the_left_are_small_and_trimmed(folder: Path) -> None:
     mine, seen = tiny_tokens(folder, **LEFT), list[tuple[int, int]]()
     columns = token_columns(mine, 4)
     # Positions counted from the mask, as decoders count them.
     for each in columns:
         each["position_ids"] = (each["attention_mask"].cumsum(1) - 1).clamp_min(0)
     plain = tiny_tokens(folder, **LEFT)
-    loss = ours.CachedMultiVectorMultipleNegativesRankingLoss(mine, mini_batch_size=3)
+    loss = ours.CachedMultiVectorMultipleNegativesRankingLoss(mine, mini_batch_num_tokens=24)
     exact = theirs.MultiVectorMultipleNegativesRankingLoss(plain, similarity_fct=exact_scores)
     compare(loss, exact, columns)
     mine[0].register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0]["input_ids"].shape)))
     gradients(loss, columns)
-    assert max(rows for rows, _ in seen) == 3
+    assert max(rows * width for rows, width in seen) <= 24
     assert len({width for _, width in seen}) > 4
 
 

@@ -6,7 +6,7 @@ row of a column, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from gradcache_clip.cache import GradCache
 from gradcache_clip.distributed.wrappers import innermost
 from gradcache_clip.integrations.sentence_transformers_base import CachedLoss, CacheOptions
-from gradcache_clip.integrations.sentence_transformers_inputs import Features, width_of
+from gradcache_clip.integrations.sentence_transformers_inputs import (
+    Features,
+    is_padded_on_the_left,
+    width_of,
+)
 from gradcache_clip.integrations.sentence_transformers_steps import Batch, ColumnSteps
 
 
@@ -38,10 +42,11 @@ class Tokens(NamedTuple):
     mask: Tensor
     """bool, the shape of the vectors without D: True for tokens that are scored."""
 
-    def padded(self, width: int) -> Tokens:
+    def padded(self, width: int, *, on_the_left: bool = False) -> Tokens:
         """Pad to `width` tokens at least."""
         missing = max(0, width - self.vectors.shape[1])
-        return Tokens(F.pad(self.vectors, (0, 0, 0, missing)), F.pad(self.mask, (0, missing)))
+        sides = (missing, 0) if on_the_left else (0, missing)
+        return Tokens(F.pad(self.vectors, (0, 0, *sides)), F.pad(self.mask, sides))
 
 
 class TokenSteps(ColumnSteps):
@@ -59,14 +64,19 @@ class TokenSteps(ColumnSteps):
     def _cache(self, model: nn.Module, batches: Sequence[Batch], *others: Any) -> GradCache:
         cache = super()._cache(model, batches, *others)
         # A step is replayed in its backward, perhaps after that of another one with other widths.
-        given = [(innermost(model), i, width_of(each.features)) for i, each in enumerate(batches)]
-        return cache.with_get_features([partial(self._tokens, *each) for each in given])
+        shapes = [(width_of(x), is_padded_on_the_left([x])) for x, *_ in batches]
+        read = [partial(self.read, innermost(model), is_query=i == 0) for i in range(len(batches))]
+        pairs = zip(read, shapes, strict=True)
+        return cache.with_get_features([partial(self._tokens, *pair) for pair in pairs])
 
-    def _tokens(self, model: nn.Module, index: int, width: int, output: Any) -> Tokens:
-        vectors, mask = self.read(model, output, is_query=index == 0)
+    def _tokens(
+        self, read: Callable[[Any], Tokens], shape: tuple[int, bool], output: Any
+    ) -> Tokens:
+        vectors, mask = read(output)
         self._bar.update(len(mask))
         # Vectors of padding may depend on the chunk. Chunks are trimmed; the cache has one shape.
-        return Tokens(vectors.masked_fill(~mask[..., None], 0), mask).padded(width)
+        tokens = Tokens(vectors.masked_fill(~mask[..., None], 0), mask)
+        return tokens.padded(shape[0], on_the_left=shape[1])
 
     def read(self, model: nn.Module, output: Any, *, is_query: bool) -> Tokens:
         """Take the vectors, and which are scored, from the model's output."""
