@@ -16,6 +16,11 @@ import torch
 import triton
 from torch import Tensor
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4
+    TensorDescriptor = None
+
 # Triton decides when a kernel is decorated, so the variable counts from the first import on.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
@@ -88,9 +93,11 @@ _NOT_PLAIN: dict[tuple[int, int], LaunchConfig] = {
     (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", max_registers=224, workspace_bytes=_LARGE),
 }
 # The gradient of a plain contrast, where it has a tile of its own.
-_PLAIN_GRADIENT: dict[tuple[int, int], LaunchConfig] = {
-    (90, 16): LaunchConfig(128, 256, 64, 8, 4, descriptors=True, workspace_bytes=_LARGE),
-}
+_PLAIN_GRADIENT: dict[tuple[int, int], LaunchConfig] = {}
+if TensorDescriptor is not None:
+    _PLAIN_GRADIENT[90, 16] = LaunchConfig(
+        128, 256, 64, 8, 4, descriptors=True, workspace_bytes=_LARGE
+    )
 ARCHITECTURES = tuple(sorted({architecture for architecture, _ in _TABLE}))
 _INTERPRETER = LaunchConfig(64, 64, 64, num_warps=4, num_stages=1)
 

@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gradcache_clip.kernels.launch_config import LaunchConfig
+from gradcache_clip.kernels.launch_config import LaunchConfig, TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -31,7 +30,7 @@ def padded(features: Tensor, BLOCK_D: int) -> Tensor:
 
 def operands(
     q: Tensor, k: Tensor, config: LaunchConfig
-) -> tuple[Tensor, Tensor] | tuple[TensorDescriptor, TensorDescriptor]:
+) -> "tuple[Tensor, Tensor] | tuple[TensorDescriptor, TensorDescriptor]":
     """Rows and columns as a kernel of this configuration takes them; `padded` before."""
     if not config.descriptors:
         return q, k
