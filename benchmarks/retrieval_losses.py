@@ -1,6 +1,6 @@
 """Objectives of retrieval losses beside PyTorch and sentence-transformers, on the CPU.
 
-    python benchmarks/retrieval_losses.py            # 4,096 pairs; five minutes
+    python benchmarks/retrieval_losses.py            # 2,048 pairs; five minutes
     python benchmarks/retrieval_losses.py --quick    # one objective at 512 pairs; under a minute
 
 A step is the loss of given features and their gradients in fp32, without an encoder: directions,
@@ -328,7 +328,7 @@ def _cells(row: Row) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Measure all objectives, write the CSV and print its table."""
     options = _parser().parse_args(arguments)
-    options.pairs = options.pairs or (512 if options.quick else 4096)
+    options.pairs = options.pairs or (512 if options.quick else 2048)
     path = write_rows(Row, _measured(options), options.results / _FILE, provenance())
     show(section(options.results))
     print(path)
@@ -338,7 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     made = parser(__doc__)
     add = made.add_argument
     add("--quick", action="store_true", help="one objective at 512 pairs; under a minute")
-    add("--pairs", type=int, help="rows of the batch (4096)")
+    add("--pairs", type=int, help="rows of the batch (2048)")
     add("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     add("--seconds", type=float, default=60.0, help="no further round after this (60)")
     add("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
