@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -206,8 +207,10 @@ def test_an_iterator_that_is_closed_leaves_no_worker(folder: Path) -> None:
 
 
 KILLED = """
-import sys, torch
+import os, signal, sys, torch
 from gradcache_clip.train.data import ImageCaptionLoader, LoaderOptions
+if sys.argv[2] == "interrupt":
+    os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
 stream = iter(ImageCaptionLoader(sys.argv[1], 10, options=LoaderOptions(workers=2, image_size=8)))
 next(stream)
 if sys.argv[2] == "kill":
@@ -222,6 +225,13 @@ def test_a_worker_that_is_killed_ends_the_process(folder: Path) -> None:
     done = subprocess.run([*command, "kill"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert re.search(r"ChildProcessError: data.workers: .* ended by SIGKILL\)", done.stderr)
+
+
+def test_an_interrupt_while_workers_start_is_not_lost(folder: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    done = subprocess.run([*command, "interrupt"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.endswith("\nKeyboardInterrupt\n") and "ignored" not in done.stderr
 
 
 def test_workers_do_not_outlive_a_script(folder: Path) -> None:

@@ -25,9 +25,10 @@ from processes import (
 from tiny_run import logged, overrides
 
 from gradcache_clip.cli import main
+from gradcache_clip.train import failures
 from gradcache_clip.train.config_errors import ConfigError
 from gradcache_clip.train.device import choose_device
-from gradcache_clip.train.failures import FailureChannel
+from gradcache_clip.train.failures import FailureChannel, PeerFailure
 
 HERE = Path(__file__).parent
 
@@ -114,6 +115,21 @@ def test_a_rank_that_fails_stops_the_others_by_name(data, tmp_path, fault, own, 
     more = ["train.steps=3", "train.checkpoint_every=1", "train.resume=true"]
     assert in_processes(2, data, output, *more) == ["finished"] * 2
     assert sorted(logged(output, "loss")) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer", PeerFailure),
+        ("Application timeout caused pair closure", PeerFailure),
+        ("mat1 and mat2 shapes cannot be multiplied", RuntimeError),
+    ],
+)
+def test_errors_of_collectives_come_from_elsewhere(monkeypatch, said, kind):
+    monkeypatch.setattr(failures, "SILENT_S", 0)
+    with pytest.raises(RuntimeError) as error, FailureChannel(0, 2):
+        raise RuntimeError(said)
+    assert type(error.value) is kind
 
 
 @pytest.mark.slow

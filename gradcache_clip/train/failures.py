@@ -237,12 +237,15 @@ def _comes_from_a_collective(error: BaseException) -> bool:
     """Return whether another process may have caused the error: a collective, or SIGTERM."""
     if isinstance(error, dist.DistError | Terminated):
         return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    said = str(error).lower()
+    # Of some errors gloo leaves its name out: "Application timeout caused pair closure".
+    return isinstance(error, RuntimeError) and ("gloo" in said or "pair closure" in said)
 
 
 def _timed_out(error: BaseException) -> str | None:
     """Explain a timeout although every process is alive and in the same phase."""
-    if "timed out" not in str(error).lower():
+    said = str(error).lower()
+    if "timed out" not in said and "timeout" not in said:
         return None
     return (
         "no process has failed, but one kept the others waiting for longer than "

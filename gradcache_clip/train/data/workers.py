@@ -7,7 +7,9 @@ import itertools
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
+from types import FrameType
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -54,12 +56,12 @@ def pieces_of_workers(
     if not workers:
         yield from loader
         return
-    watched = _Watched(loader, timeout_s)
-    _with_workers.add(watched)
-    try:
+    with ExitStack() as at_end:
+        with _signals_put_off():
+            watched = _Watched(loader, timeout_s)
+            at_end.callback(watched.end)
+            _with_workers.add(watched)
         yield from watched
-    finally:
-        watched.end()
 
 
 class _Watched:
@@ -166,10 +168,37 @@ def _described(worker: Any) -> str:
     return f"process {worker.pid} ended by {how}"
 
 
+@contextmanager
+def _signals_put_off() -> Iterator[None]:
+    """Handle SIGINT and SIGTERM at the end, not while processes start.
+
+    What a handler raises in the middle of a fork is printed by Python, and lost.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        noted.append(number)
+
+    # None stands for a handler that is not Python's.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not None]
+    handlers = [_on_signal(number, note) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            _on_signal(number, handler)
+        for number in dict.fromkeys(noted):
+            signal.raise_signal(number)
+
+
 def _on_sigchld(handler: Any) -> Any:
+    return _on_signal(_SIGCHLD, handler) if _SIGCHLD else None
+
+
+def _on_signal(number: int, handler: Any) -> Any:
     """Set the handler and return the one before. Only the main thread may do so."""
     main = threading.current_thread() is threading.main_thread()
-    return signal.signal(_SIGCHLD, handler) if _SIGCHLD and main and handler is not None else None
+    return signal.signal(number, handler) if main and handler is not None else None
 
 
 _with_workers: WeakSet[_Watched] = WeakSet()
