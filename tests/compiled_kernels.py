@@ -150,8 +150,8 @@ if __name__ == "__main__":
     others = prefix(architecture), siglip(architecture), tokens(architecture)
     found: dict[str, list[Iterable[Used]]] = {
         "few": [contrast(architecture, ["bfloat16"], ["plain"]), *(islice(x, 2) for x in others)],
-        "all": [contrast(architecture, list(SHORT), ["plain"]), *others],
-        "contrast": [contrast(architecture, list(SHORT), ["plain"])],
+        "all": [contrast(architecture, list(TWO), ["plain"]), *others],
+        "contrast": [contrast(architecture, list(TWO), ["plain"])],
         "variants": [contrast(architecture, list(TWO), COSTLIEST)],
     }
     for used in chain.from_iterable(found[which]):

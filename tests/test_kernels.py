@@ -95,16 +95,16 @@ def test_some_kernels_fit_and_use_the_matrix_units() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [86, 90, 100])
+@pytest.mark.parametrize("architecture", [86, 90])
 def test_all_kernels_fit_and_use_the_matrix_units(architecture: int) -> None:
     found = check_all_fit(architecture, "all")
-    assert found == {"contrast": 13, "prefix": 4, "siglip": 16, "tokens": 11}
+    assert found == {"contrast": 9, "prefix": 4, "siglip": 16, "tokens": 11}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 89, 120])
+@pytest.mark.parametrize("architecture", [80, 89, 100, 120])
 def test_plain_contrasts_fit_and_use_the_matrix_units(architecture: int) -> None:
-    assert check_all_fit(architecture, "contrast") == {"contrast": 13}
+    assert check_all_fit(architecture, "contrast") == {"contrast": 9}
 
 
 @pytest.mark.slow
