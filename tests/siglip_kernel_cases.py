@@ -118,11 +118,10 @@ def test_strided_features_and_labels() -> None:
     check(strided.to(torch.float32), labels)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-def test_several_panels(labelled: bool, launched: Counter[str]) -> None:
+def test_several_panels(launched: Counter[str]) -> None:
     dtype = torch.float32
     inputs = random_inputs(130, 40, dtype, device=DEVICE)
-    check(inputs, labels_of(130) if labelled else None)
+    check(inputs, labels_of(130))
     rows, columns = panel_shape(tiles(32, 64, 8192), 130, inputs.q.element_size())
     panels = -(-130 // rows) * -(-130 // columns)
     assert panels >= 4 and rows < 130 and columns < 130
