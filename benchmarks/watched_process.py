@@ -30,6 +30,9 @@ def run_watched(
         "COLUMNS": "160",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
+    # A shell starts what runs in the background deaf to interrupts, and its children with it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w") as file:
         process = subprocess.Popen(
             command,

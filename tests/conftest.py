@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let `datasets`, here and in subprocesses, keep its copies in a folder that goes away."""
+    """Give `datasets` a folder for its copies, and hear interrupts; subprocesses inherit both."""
     cache = tempfile.TemporaryDirectory(prefix="datasets-")
     os.environ.setdefault("HF_DATASETS_CACHE", cache.name)
     config.add_cleanup(cache.cleanup)
+    # A shell starts what runs in the background deaf to interrupts, and its children with it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
