@@ -77,7 +77,7 @@ class _MultiVectorLoss(TokenLoss):
 
 
 class CachedMultiVectorMultipleNegativesRankingLoss(_MultiVectorLoss):
-    """Replaces sentence-transformers' loss of this name: same gradients, in less time and memory.
+    """Replaces sentence-transformers' loss of this name: same gradients, chunk by chunk.
 
     Cross-entropy of each query with the documents and hard negatives of the whole batch, scored by
     `MaxSimLoss`, which stores no more than a tile of token similarities and skips padding. The
