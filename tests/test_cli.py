@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,8 +108,13 @@ def test_before_checkpoints_are_loaded_there_are_no_errors_of_theirs(
 def run_module(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     """As `python -m gradcache_clip.train` does; the exit code."""
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("gradcache_clip.train", run_name="__main__")
+    # At its end a process no longer hears interrupts; this one goes on.
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("gradcache_clip.train", run_name="__main__")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return ended.value.code
 
 
