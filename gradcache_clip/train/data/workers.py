@@ -187,8 +187,8 @@ def _signals_put_off() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             _on_signal(number, handler)
-        for number in dict.fromkeys(noted):
-            signal.raise_signal(number)
+        for each in dict.fromkeys(noted):
+            signal.raise_signal(each)
 
 
 def _on_sigchld(handler: Any) -> Any:
