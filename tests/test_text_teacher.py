@@ -132,8 +132,11 @@ def test_a_text_that_the_teacher_has_not_seen_is_named_before_the_step(data, tmp
     [
         (None, "No such file"),
         ({"a": torch.ones(1)}, "it has ['a']"),
-        ({"queries_features": torch.ones(1, 3)}, "shapes"),
-        ({"queries_features": torch.ones(2, 2)}, "shapes"),
+        ({"queries_features": torch.ones(1, 3)}, "float32 (1, 3)"),
+        ({"queries_features": torch.ones(2, 2)}, "float32 (2, 2)"),
+        ({"queries_features": torch.ones(1, 2).long()}, "int64 (1, 2)"),
+        ({"queries_ids": torch.zeros(1)}, "float32 (1,)"),
+        ({"queries_ids": torch.tensor(0)}, "int64 ()"),
     ],
 )
 def test_what_are_no_features_of_a_teacher_is_refused_at_the_start(data, tmp_path, tensors, reason):

@@ -207,9 +207,16 @@ def _tensors_of(path: str | Path) -> dict[str, Tensor]:
         raise _not_features(path, f"it has {sorted(tensors)}")
     sides = [(tensors[f"{side}_ids"], tensors[f"{side}_features"]) for side in _SIDES]
     width = sides[0][1].shape[-1:]
-    if not all(len(ids) and features.shape == (len(ids), *width) for ids, features in sides):
-        raise _not_features(path, f"shapes {[tuple(each.shape) for each in tensors.values()]}")
+    if not all(_are_features(*side, width) for side in sides):
+        got = [f"{str(each.dtype)[6:]} {tuple(each.shape)}" for each in tensors.values()]
+        raise _not_features(path, f"it has {', '.join(got)}")
     return tensors
+
+
+def _are_features(ids: Tensor, features: Tensor, width: Sequence[int]) -> bool:
+    if ids.dtype != torch.int64 or ids.dim() != 1 or not features.is_floating_point():
+        return False
+    return len(ids) > 0 and features.shape == (len(ids), *width)
 
 
 def _not_features(path: str | Path, reason: str) -> ConfigError:
