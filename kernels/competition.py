@@ -179,8 +179,17 @@ def _without(tile, excluded, row_labels_ptr, column_labels_ptr, row, column):
 
 
 @triton.jit
-def up_to(tile, compared, threshold_ptr, index, AXIS: tl.constexpr):
-    """-inf where `compared` is above the threshold of its row (AXIS 1) or column (AXIS 0)."""
+def competing(tile, guide, threshold_ptr, guide_threshold_ptr, index, AXIS: tl.constexpr):
+    """-inf where the logit is above the threshold of its row (AXIS 1) or of its column (AXIS 0).
+
+    Or where the guide is above its own threshold.
+    """
+    by_logit = _up_to(tile, tile, threshold_ptr, index, AXIS)
+    return _up_to(by_logit, guide, guide_threshold_ptr, index, AXIS)
+
+
+@triton.jit
+def _up_to(tile, compared, threshold_ptr, index, AXIS: tl.constexpr):
     if threshold_ptr is not None:
         threshold = tl.expand_dims(tl.load(threshold_ptr + index), AXIS)
         tile = tl.where(compared > threshold, -float("inf"), tile)

@@ -8,10 +8,10 @@ import triton.language as tl
 from gradcache_clip.kernels.competition import (
     RAGGED,
     biased,
+    competing,
     equal,
     guide_tile,
     meets_diagonal,
-    up_to,
     without_excluded,
 )
 from gradcache_clip.kernels.similarity import (
@@ -139,10 +139,10 @@ def contrast_gradient_kernel(
             row_clamped,
             column,
         )
-        by_row = up_to(tile, tile, row_threshold_ptr, row_clamped, 1)
-        by_row = up_to(by_row, guide, row_guide_threshold_ptr, row_clamped, 1)
-        by_column = up_to(tile, tile, column_threshold_ptr, column, 0)
-        by_column = up_to(by_column, guide, column_guide_threshold_ptr, column, 0)
+        by_row = competing(tile, guide, row_threshold_ptr, row_guide_threshold_ptr, row_clamped, 1)
+        by_column = competing(
+            tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0
+        )
         gradient = softmax_gradient(
             by_row,
             by_column,

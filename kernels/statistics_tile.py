@@ -8,10 +8,10 @@ import triton.language as tl
 from gradcache_clip.kernels.competition import (
     RAGGED,
     biased,
+    competing,
     equal,
     guide_tile,
     meets_diagonal,
-    up_to,
     without_excluded,
 )
 from gradcache_clip.kernels.similarity import similarity_tile, tile_position, whole
@@ -244,10 +244,8 @@ def _statistics_of_tile(
         # What is out by now, a repeated row for one, is no positive either.
         positives = equal(row_labels_ptr, column_labels_ptr, row_clamped, column)
         positives &= tile > -float("inf")
-    by_row = up_to(tile, tile, row_threshold_ptr, row_clamped, 1)
-    by_row = up_to(by_row, guide, row_guide_threshold_ptr, row_clamped, 1)
-    by_column = up_to(tile, tile, column_threshold_ptr, column, 0)
-    by_column = up_to(by_column, guide, column_guide_threshold_ptr, column, 0)
+    by_row = competing(tile, guide, row_threshold_ptr, row_guide_threshold_ptr, row_clamped, 1)
+    by_column = competing(tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0)
     if EXACT:
         store_exact(row_part_ptr, row_plane, by_row, positives, row < M, 1)
         if column_parts_ptr is not None:
