@@ -233,7 +233,10 @@ class GradCache:
         self._plan = replace(self._plan, strategy=checked_strategy(strategy))
 
     def with_get_features(self, get_features: GetFeatures | Sequence[GetFeatures]) -> GradCache:
-        """Return a cache for steps with another `get_features`; what was checked stays so."""
+        """Return a cache for steps with another `get_features`; what was checked stays so.
+
+        Chunk sizes that one of them measures or halves from then on are its own.
+        """
         other = copy(self)
         other._plan = replace(self._plan, get_features=checked_get_features(get_features))
         return other
