@@ -18,20 +18,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from fresh_process import (
-    Limits,
-    PeakGrowth,
-    call_in_fresh_process,
-    distance,
-    interleaved_times_ms,
-)
+from contestants import compared
+from fresh_process import PeakGrowth, distance, interleaved_times_ms
 from results import (
     bytes_text,
-    installed,
     paragraph,
     parser,
     power,
@@ -251,32 +244,10 @@ def _prepare() -> None:
 
 
 def _measured(options: argparse.Namespace) -> Iterator[Row]:
-    limits = Limits(seconds=1800, threads=options.threads)
+    packages = {name: package for name, (package, _) in CONTESTANTS.items()}
     for title, shape in (QUICK if options.quick else SHAPES).items():
-        shared = {"shape": vars(shape)}
-        rows: list[Row] = []
-        for name, (package, _) in CONTESTANTS.items():
-            head = title, shape.queries, name, installed(package)
-            if not head[-1]:
-                rows.append(Row(*head, "not installed"))
-                continue
-            found = call_in_fresh_process(measure_point, {**shared, "name": name}, limits)
-            failure = found.failure or found.values.get("failure", "")
-            rows.append(Row(*head, failure or "measured", **({} if failure else found.values)))
-        names = [row.contestant for row in rows if row.status == "measured"]
-        given = {**shared, "names": names, "rounds": options.rounds, "seconds": options.seconds}
-        rounds = call_in_fresh_process(measure_times, given, limits).values["rounds"]
-        for row in rows:
-            yield _timed(row, names, rounds)
-
-
-def _timed(row: Row, names: list[str], rounds: list[list[float]]) -> Row:
-    if row.contestant not in names:
-        return row
-    place = names.index(row.contestant)
-    ratio = median(each[place] / each[0] for each in rounds)
-    own = {"milliseconds": median(each[place] for each in rounds), "time_ratio": ratio}
-    return Row(**{**vars(row), **own})
+        row_of, shared = partial(Row, title, shape.queries), {"shape": vars(shape)}
+        yield from compared(row_of, packages, measure_point, measure_times, shared, options)
 
 
 # The page and the command

@@ -18,20 +18,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from fresh_process import (
-    Limits,
-    PeakGrowth,
-    call_in_fresh_process,
-    distance,
-    interleaved_times_ms,
-)
+from contestants import compared
+from fresh_process import PeakGrowth, distance, interleaved_times_ms
 from results import (
     bytes_text,
-    installed,
     paragraph,
     parser,
     power,
@@ -263,37 +256,16 @@ def _prepare() -> None:
 
 
 def _measured(options: argparse.Namespace) -> Iterator[Row]:
-    limits = Limits(seconds=1800, threads=options.threads)
     for objective in ["guide"] if options.quick else OBJECTIVES:
         shared = {"objective": objective, "pairs": options.pairs}
-        rows = [_point(name, shared, limits) for name in _contestants(objective)]
-        names = [row.contestant for row in rows if row.status == "measured"]
-        given = {**shared, "names": names, "rounds": options.rounds, "seconds": options.seconds}
-        rounds = call_in_fresh_process(measure_times, given, limits).values["rounds"]
-        for row in rows:
-            yield _timed(row, names, rounds)
+        row_of, packages = partial(Row, objective, options.pairs), _packages(objective)
+        yield from compared(row_of, packages, measure_point, measure_times, shared, options)
 
 
-def _contestants(objective: str) -> list[str]:
-    """Those that offer it over features, without a matrix of given scores."""
-    return list(CONTESTANTS) if objective in _CACHED else list(CONTESTANTS)[:2]
-
-
-def _point(name: str, shared: dict[str, Any], limits: Limits) -> Row:
-    head = shared["objective"], shared["pairs"], name, installed(CONTESTANTS[name][0])
-    if not head[-1]:
-        return Row(*head, "not installed")
-    found = call_in_fresh_process(measure_point, {**shared, "name": name}, limits)
-    return Row(*head, found.failure or "measured", **({} if found.failure else found.values))
-
-
-def _timed(row: Row, names: list[str], rounds: list[list[float]]) -> Row:
-    if row.contestant not in names:
-        return row
-    place = names.index(row.contestant)
-    ratio = median(each[place] / each[0] for each in rounds)
-    own = {"milliseconds": median(each[place] for each in rounds), "time_ratio": ratio}
-    return Row(**{**vars(row), **own})
+def _packages(objective: str) -> dict[str, str]:
+    """Of those that offer it over features, without a matrix of given scores."""
+    names = list(CONTESTANTS) if objective in _CACHED else list(CONTESTANTS)[:2]
+    return {name: CONTESTANTS[name][0] for name in names}
 
 
 # The page and the command
