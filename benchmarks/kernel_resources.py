@@ -42,6 +42,7 @@ from gradcache_clip.kernels.launch_config import (
     launch_options,
     second_launch,
     table_entry,
+    with_column_sums,
 )
 from gradcache_clip.kernels.sigmoid import _tiles as sigmoid_tiles
 from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
@@ -86,6 +87,8 @@ class Case:
         rules = {"plain": self.variant == "plain", "guided": "guide" in VARIANTS[self.variant]}
         gradient = self.kernel == "gradient"
         entry = table_entry(self.architecture, dtype, **rules, gradient=gradient)
+        if "sums" in VARIANTS[self.variant]:
+            return with_column_sums(entry)
         return second_launch(entry) if self.kernel == "second" else entry
 
 
@@ -116,7 +119,7 @@ KERNELS: dict[str, JITFunction] = {
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPES = ("bfloat16", "float16", "float32")
 # The rules that the public losses combine: plain is CLIP, rows is InfoNCE, self is NT-Xent; groups,
-# bias and guide are of RetrievalLoss.
+# bias and guide are of RetrievalLoss. A bias that is learned changes its gradient alone.
 VARIANTS = {
     "plain": {"columns"},
     "labels": {"columns", "labels"},
@@ -133,8 +136,10 @@ VARIANTS = {
     "rows, guide": {"guide"},
     "ids, groups, bias, guide": {"columns", "ids", "groups", "bias", "guide"},
     "self, guide": {"columns", "guide", "self"},
+    "ids, groups, learned bias": {"columns", "ids", "groups", "bias", "sums"},
+    "ids, groups, learned bias, guide": {"columns", "ids", "groups", "bias", "sums", "guide"},
 }
-_RULES = ("labels", "ids", "threshold", "groups", "bias")
+_RULES = ("labels", "ids", "threshold", "groups", "bias", "sums")
 _OF_COLUMNS = ("column_parts_ptr", "column_max_ptr", "column_dsum_ptr", "column_dpositive_ptr")
 
 
@@ -145,6 +150,7 @@ def cases(architecture: int, dtypes: list[str], variants: list[str]) -> list[Cas
         for variant in variants
         for kernel in ("statistics", "second", "maxima", "gradient")
         if "labels" not in VARIANTS[variant] or kernel in ("maxima", "gradient")
+        if "sums" not in VARIANTS[variant] or kernel == "gradient"
     ]
     merges = [each for each in ("plain", "labels") if each in variants]
     return [*tiles, *(Case(architecture, "float32", each, "merge") for each in merges)]

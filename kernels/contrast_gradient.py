@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from gradcache_clip.kernels.competition import Competition, lengthened
@@ -12,6 +13,7 @@ from gradcache_clip.kernels.launch_config import (
     launch_config,
     launch_options,
     tile_grid,
+    with_column_sums,
 )
 from gradcache_clip.kernels.panels import Panels, add_product, in_range_of_float16
 from gradcache_clip.kernels.similarity import operands, padded
@@ -29,6 +31,7 @@ def contrast_gradient(
     columns: Side | None,
     needs: tuple[bool, bool, bool],
     *,
+    column_sums: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward: for each panel of G the tile kernel, then at most two vendor products.
@@ -42,6 +45,8 @@ def contrast_gradient(
             row, contiguous fp32.
         columns: the same of each column, dpositive only with labels; None unless both ways.
         needs: which of q, k and logit_scale need a gradient.
+        column_sums: (N,) fp32, to which the sums of G over rows are added, the gradient of
+            column_bias; None where nobody asks, and in a self-contrast.
         config: launch parameters; those of the table when None.
 
     Returns:
@@ -51,24 +56,33 @@ def contrast_gradient(
     if config is None:
         rules = {"plain": competition.plain, "guided": competition.guided}
         config = launch_config(q, **rules, gradient=True)
+    if column_sums is not None:
+        config = with_column_sums(config)
     panels = _Panels(q, k, logit_scale, competition, rows, columns, config)
-    return (_self_contrast if competition.self_contrast else _two_sided)(panels, q, k, needs)
+    if competition.self_contrast:
+        return _self_contrast(panels, q, k, needs)
+    return _two_sided(panels, q, k, needs, column_sums)
 
 
 def _two_sided(
-    panels: _Panels, q: Tensor, k: Tensor, needs: tuple[bool, bool, bool]
+    panels: _Panels,
+    q: Tensor,
+    k: Tensor,
+    needs: tuple[bool, bool, bool],
+    column_sums: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     needs_q, needs_k, needs_scale = needs
     logit_scale, factor = panels.logit_scale, panels.factor
     # <q, G k> and <k, G^T q> are the same sum, so the scale needs only one of the two products.
-    through_q = needs_q or not needs_k
+    through_q = needs_q or (needs_scale and not needs_k)
     dq = torch.empty_like(q) if needs_q else None
     dk = torch.zeros_like(k, dtype=torch.float32) if needs_k else None
     dlogit_scale = torch.zeros_like(logit_scale) if needs_scale else None
     for stripe in panels.stripes():
         rows = torch.zeros_like(q[stripe], dtype=torch.float32) if through_q else None
         for panel in panels.columns_from(0):
-            gradient = panels.gradient(stripe, panel)
+            of_panel = None if column_sums is None else column_sums[panel]
+            gradient = panels.gradient(stripe, panel, of_panel)
             if rows is not None:
                 add_product(rows, gradient, k[panel])
             if dk is not None:
@@ -125,9 +139,15 @@ class _Panels(Panels):
         self.sides, self.factor = _sides(rows, columns, competition, q.dtype, config)
         self.workspace = self.allocated()
 
-    def gradient(self, rows: slice, columns: slice) -> Tensor:
-        """G of these rows and columns, over `factor`; overwritten by the next call."""
+    def gradient(self, rows: slice, columns: slice, sums: Tensor | None = None) -> Tensor:
+        """G of these rows and columns, over `factor`; overwritten by the next call.
+
+        Its sums over rows, taken before G is rounded, are added to `sums` if there are any.
+        """
         height, width = rows.stop - rows.start, columns.stop - columns.start
+        parts = None
+        if sums is not None:
+            parts = sums.new_empty(triton.cdiv(height, self.config.BLOCK_M), self.stride)
         with torch.cuda.device_of(self.q):
             contrast_gradient_kernel[tile_grid(self.config, height, width)](
                 *self.operands,
@@ -136,6 +156,7 @@ class _Panels(Panels):
                 *self.sides,
                 self.workspace,
                 self.stride,
+                parts,
                 rows.start,
                 columns.start,
                 height,
@@ -147,6 +168,8 @@ class _Panels(Panels):
                 DESCRIPTORS=self.config.descriptors,
                 **launch_options(self.config),
             )
+        if sums is not None and parts is not None:
+            sums += parts[:, :width].sum(0) * self.factor
         return self.workspace[0, :height, :width]
 
 

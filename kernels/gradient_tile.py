@@ -51,6 +51,7 @@ def contrast_gradient_kernel(
     column_dpositive_ptr,
     gradient_ptr,
     gradient_stride,
+    column_sums_ptr,
     first_row,
     first_column,
     rows,
@@ -67,7 +68,7 @@ def contrast_gradient_kernel(
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """One tile of G; maxima and thresholds in units of log 2."""
+    """One tile of G, and its sums over rows; maxima and thresholds in units of log 2."""
     HALVES: tl.constexpr = 2 if DESCRIPTORS else 1
     WIDTH: tl.constexpr = BLOCK_N // HALVES
     tile_m, tile_n = tile_position(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
@@ -173,6 +174,10 @@ def contrast_gradient_kernel(
                 positives = positive_column[:, None] == column[None, :]
                 gradient = tl.where(positives, dpositive[:, None], gradient)
         store_tile(gradient_ptr, gradient_stride, gradient, tile_m, tile_n)
+        if column_sums_ptr is not None:
+            sums = tl.sum(tl.where(row[:, None] < M, gradient, 0.0), 0)
+            place = tile_m * whole(gradient_stride) + tile_n * WIDTH + tl.arange(0, WIDTH)
+            tl.store(column_sums_ptr + place, sums)
         if DESCRIPTORS:
             tile = right
             tile_n += 1

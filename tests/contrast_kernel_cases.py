@@ -366,7 +366,7 @@ def retrieval_rules(names: str) -> dict[str, Any]:
     rules = {
         "ids": torch.arange(70, device=DEVICE) % 9,
         "groups": torch.arange(70, device=DEVICE) % 2,
-        "column_bias": torch.randn(70, 3, device=DEVICE),
+        "column_bias": torch.randn(70, 3, device=DEVICE, requires_grad=True),
         "guide": tuple(normalize(each, dim=-1) for each in guides),
     }
     return {name: rules[name] for name in names.split()}
@@ -390,7 +390,8 @@ def test_error_budget_of_retrieval(names: str, dtype: torch.dtype) -> None:
         loss = RetrievalLoss(directions=DIRECTIONS, guide_margin=0.1, impl=impl)
         with poisoned_memory():
             value = loss(*leaves, scale, **rules).loss
-            return [value.detach(), *torch.autograd.grad(value, [*leaves, scale])]
+            learned = [rules["column_bias"]] if "column_bias" in rules else []
+            return [value.detach(), *torch.autograd.grad(value, [*leaves, scale, *learned])]
 
     truth = outcome_of("reference", torch.float64)
     budget = relative_errors(outcome_of("reference", dtype), truth)

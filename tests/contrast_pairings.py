@@ -55,8 +55,12 @@ def pairing(rules: str, M: int, N: int, device: str) -> Pairing:
 
 
 def outcome(rules: Pairing, impl: str, inputs: Inputs) -> list[Tensor]:
-    """Statistics as log-sum-exps, and the gradients of a weighted loss over them."""
+    """Statistics as log-sum-exps, and the gradients of a weighted loss over them.
+
+    That of a bias of the columns is summed in fp32 whatever the features are.
+    """
     q, k, logit_scale = inputs
+    learned = [] if rules.column_bias is None else [rules.column_bias.requires_grad_()]
     k = q if rules.self_contrast else k
     rows_and_columns = contrast.contrast_statistics("loss", q, k, logit_scale, rules, impl)
     sides = [rows_and_columns[:4]] + [rows_and_columns[4:]] * rules.both_ways
@@ -70,7 +74,7 @@ def outcome(rules: Pairing, impl: str, inputs: Inputs) -> list[Tensor]:
             loss = loss - (weight.flip(0) * positive).sum() / 4
             values += [positive, hardest]
     leaves = (q, logit_scale) if rules.self_contrast else inputs
-    gradients = torch.autograd.grad(loss, leaves)
+    gradients = torch.autograd.grad(loss, [*learned, *leaves])
     return [each.detach().double() for each in (*values, *gradients)]
 
 

@@ -111,13 +111,23 @@ def _ruled(world: int, generator: torch.Generator) -> dict[str, Tensor]:
     return given | {"groups": _integers(world, generator, ROWS, 2), "seeds": seeds}
 
 
+def _biased(rules: Callable[[int, torch.Generator], dict[str, Tensor]]) -> Any:
+    """Add a learned bias of each document and of its two hard negatives."""
+
+    def given(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+        bias = torch.randn(world * ROWS, 3, generator=generator).double()
+        return rules(world, generator) | {"column_bias": bias}
+
+    return given
+
+
 def _numbered_pairs(world: int, generator: torch.Generator) -> dict[str, Tensor]:
     given = _ruled(world, generator)
     return {name: each for name, each in given.items() if name != "hard_negatives"}
 
 
 class _Ruled(nn.Module):
-    """A retrieval loss with constants that are made of integers: a bias, weights and a guide."""
+    """A retrieval loss with constants that are made of integers: weights and a guide."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -128,7 +138,6 @@ class _Ruled(nn.Module):
         guides = torch.stack((angles.cos(), angles.sin()), -1)
         return self.loss(
             **given,
-            column_bias=angles[:, 1:].sin(),
             row_weights=2 + angles[:, 0].cos(),
             guide=(guides[:, 0], guides[:, 1], guides[:, 2:]),
         )
@@ -264,7 +273,7 @@ CASES = [
         _harder(directions=DIRECTIONS[:2], hardness_mode="in_batch_negatives"),
         _retrieval(ROWS, 2),
     ),
-    Case("retrieval rules", _with(_Ruled, directions=DIRECTIONS), _ruled),
+    Case("retrieval rules", _with(_Ruled, directions=DIRECTIONS), _biased(_ruled)),
     Case(
         "retrieval own",
         _harder(hardness_mode="all_negatives", in_batch_negatives=False),
@@ -317,7 +326,7 @@ CASES = [
     Case(
         "matryoshka retrieval",
         _matryoshka(_harder(directions=DIRECTIONS, hardness_mode="hard_negatives")),
-        _retrieval(ROWS, 2),
+        _biased(_retrieval(ROWS, 2)),
     ),
     Case("matryoshka nt_xent", _matryoshka(_with(NTXentLoss)), _views),
     Case("matryoshka sup_con", _matryoshka(_with(SupConLoss)), _classes),

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from strategy_steps import PlainClip, global_batch, in_one_graph, rows_of, tower, two_towers
 from strategy_wraps import as_they_are, each_in_ddp, sharded
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from gradcache_clip import ClipLoss, GradCache
+from gradcache_clip import ClipLoss, GradCache, RetrievalLoss
 from gradcache_clip.distributed import (
     AllReduceStrategy,
     DDPStrategy,
@@ -151,6 +152,32 @@ def inputs_with_gradients() -> dict[str, Any]:
     return {}
 
 
+def a_learned_argument_of_the_loss() -> dict[str, Any]:
+    """Only the gradient of an encoder is reduced: one for each row makes the same bias."""
+    encoders, bias, loss = doubles(), nn.Linear(9, 1, bias=False).double(), RetrievalLoss().double()
+    images, texts = rows_of(dist.get_rank(), global_batch(0))
+    cache = GradCache(encoders, loss, strategy=AllReduceStrategy(), chunk_size=3)
+    with pytest.raises(ValueError, match="loss_kwargs: expected a column_bias that asks for no"):
+        cache(images, texts, loss_kwargs={"column_bias": bias(texts)})
+    towers = [*encoders, bias]
+    assert all(p.grad is None for p in nn.ModuleList(towers).parameters())
+
+    def biased(q: Tensor, k: Tensor, bias: Tensor) -> Any:
+        return loss(q, k, column_bias=bias)
+
+    cache = GradCache(towers, biased, strategy=AllReduceStrategy(), chunk_size=3)
+    cache(images, texts, texts)
+    q, k = global_batch(0)
+    features = zip(towers, (q, k, k), strict=True)
+    rows, columns, added = (part(each) for part, each in features)
+    logits = loss.logit_scale * normalize(rows) @ normalize(columns).T + added.T
+    truth = cross_entropy(logits, torch.arange(len(q)))
+    parameters = list(nn.ModuleList(towers).parameters())
+    for parameter, want in zip(parameters, torch.autograd.grad(truth, parameters), strict=True):
+        torch.testing.assert_close(parameter.grad, want, rtol=1e-10, atol=1e-12)
+    return {}
+
+
 def parameters_of_a_function() -> dict[str, Any]:
     """Nobody would reduce them; afterwards the next step says that gradients are left."""
     for strategy, wrap in ((AllReduceStrategy, as_they_are), (DDPStrategy, each_in_ddp)):
@@ -194,6 +221,7 @@ def reduced_by_hand() -> dict[str, Any]:
 
 REFUSALS = {
     "inputs with gradients": inputs_with_gradients,
+    "a learned argument of the loss": a_learned_argument_of_the_loss,
     "parameters of a function": parameters_of_a_function,
     "reduced by hand": reduced_by_hand,
     "wrong wrappers": wrong_wrappers,

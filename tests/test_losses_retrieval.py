@@ -38,7 +38,7 @@ def further(K: int) -> dict[str, Any]:
     return {
         "ids": torch.tensor([5, -1, 5, 2, 9, 2]),
         "groups": torch.tensor([0, 0, 0, 7, 0, 7]),
-        "column_bias": torch.randn(B, 1 + K, **double),
+        "column_bias": torch.randn(B, 1 + K, **double, requires_grad=True),
         "guide": tuple(normalize(torch.randn(each, **double), dim=-1) for each in guides),
         "row_weights": torch.rand(B, **double),
     }
@@ -118,7 +118,8 @@ def whole(
 
 def compare(given: list[Tensor], impl: str, calls: dict[str, Any], options: dict[str, Any]) -> None:
     loss = RetrievalLoss(init_logit_scale=SCALE, impl=impl, **options).double()
-    inputs = [*given, loss.log_logit_scale]
+    learned = [calls["column_bias"]] if "column_bias" in calls else []
+    inputs = [*given, loss.log_logit_scale, *learned]
     got = loss(*given, **calls).loss
     want = whole(given, loss.log_logit_scale.exp(), **options, **calls)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -199,15 +200,16 @@ def test_equals_sentence_transformers(
 def test_prefixes_are_the_losses_of_normalised_prefixes() -> None:
     options = {"directions": DIRECTIONS, "hardness_mode": "all_negatives", "hardness_strength": 3.0}
     given, widths, weights = features(), [3, D], [2.0, 0.5]
+    bias = further(K)["column_bias"]
     inner = RetrievalLoss(init_logit_scale=SCALE, impl="tiled", **options).double()
-    got = MatryoshkaLoss(inner, widths, weights)(*given).loss
+    got = MatryoshkaLoss(inner, widths, weights)(*given, column_bias=bias).loss
     scale = inner.log_logit_scale.exp()
     want = sum(
-        weight * whole([each[..., :width] for each in given], scale, **options)
+        weight * whole([each[..., :width] for each in given], scale, column_bias=bias, **options)
         for width, weight in zip(widths, weights, strict=True)
     )
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    inputs = [*given, inner.log_logit_scale]
+    inputs = [*given, inner.log_logit_scale, bias]
     for a, b in zip(
         torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True
     ):
@@ -269,6 +271,8 @@ def test_wrong_rows() -> None:
     loss = RetrievalLoss().double()
     with pytest.raises(ValueError, match=r"row_weights: expected shape \(6,\), got \(5,\)"):
         loss(queries, documents, row_weights=torch.ones(5))
+    with pytest.raises(ValueError, match="row_weights: expected constants, got a tensor that"):
+        loss(queries, documents, row_weights=torch.ones(6, requires_grad=True))
     with pytest.raises(TypeError, match="row_weights: expected float16"):
         loss(queries, documents, row_weights=torch.ones(6, dtype=torch.long))
     with pytest.raises(ValueError, match="hard_negatives: expected some with in_batch_negatives"):

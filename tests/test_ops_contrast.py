@@ -292,9 +292,10 @@ def engine_arguments(*, needs: tuple[bool, ...]) -> tuple[Any, ...]:
     each = case("clip, labels and ids", 9, 4, torch.float32)
     q, k, logit_scale = each.leaves
     labels, ids = each.call.keywords["labels"], each.call.keywords["ids"]
-    vectors, rules = Pairing(labels, labels, ids, ids).packed()
+    bias = torch.randn(9, requires_grad=needs[1])
+    vectors, rules = Pairing(labels, labels, ids, ids, column_bias=bias).packed()
     leaves = [x.detach().requires_grad_(n) for x, n in zip((q, k, logit_scale), needs, strict=True)]
-    return *leaves, vectors, rules, "tiled", "clip_loss"
+    return *leaves, vectors, rules, "tiled", "clip_loss", bias
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, True), (False, False, False)])
@@ -304,11 +305,11 @@ def test_opcheck_of_the_statistics(needs: tuple[bool, ...]) -> None:
     z, scale = arguments[0], arguments[2]
     vectors, rules = Pairing(positive_shift=4, both_ways=False, self_contrast=True).packed()
     z = z[:8].detach()
-    opcheck(contrast._statistics, (z, z, scale, vectors, rules, "tiled", "nt_xent_loss"))
+    opcheck(contrast._statistics, (z, z, scale, vectors, rules, "tiled", "nt_xent_loss", None))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, True)])
 def test_opcheck_of_the_gradient(needs: tuple[bool, ...]) -> None:
-    arguments = engine_arguments(needs=(False, False, False))
+    *arguments, _bias = engine_arguments(needs=(False, False, False))
     sides = [list(torch.randn(3, 9).unbind()) for _ in range(2)]
-    opcheck(contrast._gradient, (*arguments, *sides, list(needs)))
+    opcheck(contrast._gradient, (*arguments, *sides, [*needs, needs[1]]))

@@ -100,6 +100,8 @@ def _split(numbers: Tensor | None, M: int) -> tuple[Tensor | None, Tensor | None
 def check(q: Tensor, k: Tensor, pairing: Pairing, shape: TileShape) -> None:
     """Statistics, and their gradients for random gradients of both signs."""
     leaves = [q.requires_grad_(), k.requires_grad_(), SCALE.clone().requires_grad_()]
+    bias = pairing.column_bias
+    learned = [] if bias is None else [bias.requires_grad_()]
     expected = contrast_reference(*leaves, pairing)
     if pairing.row_labels is None:
         expected = expected._replace(column_positive=expected.row_positive.new_empty(0))
@@ -110,14 +112,15 @@ def check(q: Tensor, k: Tensor, pairing: Pairing, shape: TileShape) -> None:
     d = Statistics(*(torch.randn_like(x) for x in expected))
     weighted = [(x * dx).sum() for x, dx in zip(expected, d, strict=True) if x.requires_grad]
     inputs = (leaves[0], leaves[2]) if q is k else tuple(leaves)
-    expected_gradients = list(torch.autograd.grad(sum(weighted), inputs))
+    expected_gradients = list(torch.autograd.grad(sum(weighted), [*inputs, *learned]))
     rows = SideGradient(got.row_max, d.row_sum, d.row_positive)
     columns = SideGradient(got.column_max, d.column_sum, d.column_positive)
+    asked = (True,) * 3, None if bias is None else torch.zeros_like(bias)
     with poisoned_memory(), torch.no_grad():
         gradients = gradient_tiled(
-            *leaves, pairing, rows, columns if pairing.both_ways else None, (True,) * 3, shape=shape
+            *leaves, pairing, rows, columns if pairing.both_ways else None, *asked, shape=shape
         )
-    got_gradients = [x for x in gradients if x is not None]
+    got_gradients = [x for x in (*gradients, asked[1]) if x is not None]
     # The scale's gradient is a sum of M N terms of both signs.
     torch.testing.assert_close(got_gradients, expected_gradients, rtol=1e-9, atol=1e-9)
 
@@ -273,6 +276,7 @@ def flops(pairing: Pairing, q: Tensor, k: Tensor, needs: tuple[bool, bool, bool]
         ((True, False, True), 2),
         ((False, True, True), 2),
         ((False, False, True), 2),
+        ((False, False, False), 1),
     ],
 )
 def test_no_product_that_nobody_asked_for(needs: tuple[bool, bool, bool], products: int) -> None:

@@ -228,14 +228,14 @@ def test_opcheck(needs: tuple[bool, ...], labelled: bool) -> None:
     leaves = [x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True)]
     vectors, numbers = Pairing(labels, labels).packed()
     rest = "tiled", "loss"
-    opcheck(contrast._statistics, (*leaves, vectors, [*numbers, 2, 5], *rest))
+    opcheck(contrast._statistics, (*leaves, vectors, [*numbers, 2, 5], *rest, None))
     features = inputs.q[:8].detach()
     vectors, numbers = Pairing(positive_shift=4, both_ways=False, self_contrast=True).packed()
     scale = inputs.logit_scale.detach()
     arguments = features, features, scale, vectors, [*numbers, 2, 5], *rest
-    opcheck(contrast._statistics, arguments)
+    opcheck(contrast._statistics, (*arguments, None))
     sides = [torch.rand(2, 8), torch.rand(2, 8), torch.rand(2, 8)], [torch.empty(2, 0)] * 3
-    opcheck(contrast._gradient, (*arguments, *sides, [True, True, needs[0]]))
+    opcheck(contrast._gradient, (*arguments, *sides, [True, True, needs[0], False]))
 
 
 @pytest.mark.parametrize("widths", [[], [0, 2], [2, 2], [3, 2], [2, 5]])

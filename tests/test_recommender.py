@@ -23,15 +23,16 @@ def test_the_correction_finds_more() -> None:
 def test_a_step_equals_the_whole_matrix() -> None:
     made = runpy.run_path(EXAMPLE)
     past, share = made["past"][:24], made["share"].double()
+    bias = nn.Parameter(-share.log())
     users, items = made["Users"]().double(), nn.Embedding(made["ITEMS"], 32).double()
     loss = RetrievalLoss(normalize=False, init_logit_scale=1.0).double()
     chosen, rest = past[:, 0], past[:, 1:]
-    given = {"ids": chosen, "column_bias": -share[chosen].log()}
+    given = {"ids": chosen, "column_bias": bias[chosen]}
     GradCache([users, items], loss, chunk_size=7)(rest, chosen, loss_kwargs=given)
-    logits = users(rest) @ items(chosen).T - share[chosen].log()
+    logits = users(rest) @ items(chosen).T + bias[chosen]
     same = (chosen[:, None] == chosen) & ~torch.eye(24, dtype=torch.bool)
     logits = logits.masked_fill(same, -torch.inf)
-    parameters = [*users.parameters(), *items.parameters()]
+    parameters = [*users.parameters(), *items.parameters(), bias]
     whole = nn.functional.cross_entropy(logits, torch.arange(24))
     for parameter, want in zip(parameters, torch.autograd.grad(whole, parameters), strict=True):
         torch.testing.assert_close(parameter.grad, want, rtol=1e-10, atol=1e-12)

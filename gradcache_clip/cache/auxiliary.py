@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gradcache_clip.cache.checks import check_loss_graph, loss_in
+from gradcache_clip.cache.checks import check_loss_arguments, check_loss_graph, loss_in
 from gradcache_clip.cache.outputs import WithLosses
 from gradcache_clip.cache.settings import Settings
 
@@ -37,8 +37,10 @@ def evaluate(plan: Settings, features: Sequence[Any], loss_kwargs: Mapping[str, 
     """Evaluate the loss on the features of all rows, and add the auxiliary losses.
 
     Raises:
-        ValueError: no encoder returns a loss that has a weight; on every rank.
+        ValueError: no encoder returns a loss that has a weight; on every rank. An argument asks for
+            a gradient that the strategy does not reduce.
     """
+    check_loss_arguments(plan.strategy, loss_kwargs)
     if not plan.auxiliary_losses:
         return plan.loss(*features, **loss_kwargs)
     losses = [given.losses if isinstance(given, WithLosses) else {} for given in features]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.chunks import Chunk
@@ -73,6 +74,24 @@ def _refuse_input_gradients(strategy: LocalStrategy, towers: Sequence[Tower]) ->
                 f"requires_grad=True under {type(strategy).__name__} over several processes, where "
                 "its gradient would come out multiplied by their number; make it a parameter of "
                 "the encoder, or pass x.detach()"
+            )
+
+
+def check_loss_arguments(strategy: LocalStrategy, loss_kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments of the loss whose gradients nobody reduces.
+
+    That of a single number, such as a scale, is complete on every rank.
+    """
+    if not (strategy.talks and strategy.reduces):
+        return
+    for name, given in loss_kwargs.items():
+        tensors = (each for each in pytree.tree_leaves(given) if isinstance(each, Tensor))
+        if any(each.requires_grad and each.numel() > 1 for each in tensors):
+            raise ValueError(
+                f"loss_kwargs: expected a {name} that asks for no gradient, got one with "
+                f"requires_grad=True, which {type(strategy).__name__} would not reduce over the "
+                "processes; let one more encoder compute it, whose features the loss takes as "
+                f"{name}, or pass {name}.detach()"
             )
 
 

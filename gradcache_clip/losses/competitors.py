@@ -33,6 +33,13 @@ class Competitors(NamedTuple):
         """Take the negatives of the rows, or of the columns, of a contrast."""
         return Competitors(log_sum_exp(direction), direction.hardest_negative, with_positive)
 
+    def plus(self, bias: Float[Tensor, " b"]) -> Competitors:
+        """Add a number to all logits of each row."""
+        # Where nothing competes the gradient that arrives is NaN.
+        added = bias.where(self.log_sum_exp > -torch.inf, 0)
+        hardest = self.hardest + bias.detach()
+        return self._replace(log_sum_exp=self.log_sum_exp + added, hardest=hardest)
+
     def joined(self, logits: Float[Tensor, "b k"], hardest: Float[Tensor, " b"]) -> Competitors:
         """Add K logits that compete with each query."""
         both = torch.logaddexp(self.log_sum_exp, logits.logsumexp(1))

@@ -37,9 +37,14 @@ class DistributedContrast:
     arrived: list[Block] = field(default_factory=list)
     """Columns of other ranks, kept for the backward where all are held anyway."""
 
-    def differentiable(self, q: Tensor, k: Tensor, logit_scale: Tensor) -> Statistics:
-        """Compute the statistics of all rows and columns, with a graph."""
-        return Statistics(*_DistributedStatistics.apply(q, k, logit_scale, self))
+    def differentiable(
+        self, q: Tensor, k: Tensor, logit_scale: Tensor, column_bias: Tensor | None = None
+    ) -> Statistics:
+        """Compute the statistics of all rows and columns, with a graph.
+
+        The bias is that of the pairing, and here may require a gradient.
+        """
+        return Statistics(*_DistributedStatistics.apply(q, k, logit_scale, column_bias, self))
 
     def statistics(self, q: Tensor, k: Tensor, logit_scale: Tensor) -> Statistics:
         """Compute the statistics of all rows and columns, the same on every rank."""
@@ -59,28 +64,46 @@ class DistributedContrast:
         return Statistics(*row_side.joined(self.ranks), *column_side.reduced(self.ranks))
 
     def gradient(
-        self, q: Tensor, k: Tensor, logit_scale: Tensor, sides: _TwoSides, needs: Needs
+        self,
+        q: Tensor,
+        k: Tensor,
+        logit_scale: Tensor,
+        sides: _TwoSides,
+        needs: Needs,
+        dbias: Tensor | None = None,
     ) -> Gradients:
-        """Compute the gradients of this rank's q and k, and of the scale over all ranks."""
+        """Compute the gradients of this rank's q and k, and of the scale over all ranks.
+
+        Adds that of the bias of all columns, over all ranks, to `dbias` if it is there.
+        """
         # Features travel while the own block is computed.
         columns_arriving = self.arrived or self.ranks.others(k)
         rows_arriving = self.ranks.others(q) if needs[1] and not self._symmetric else ()
-        total = _Total(logit_scale, self._of_own_block(q, k, logit_scale, sides, needs))
-        if needs[0] or needs[2]:
+        total = _Total(logit_scale, self._of_own_block(q, k, logit_scale, sides, needs, dbias))
+        if needs[0] or needs[2] or dbias is not None:
             wanted = needs[0], False, needs[2]
             for where, block in columns_arriving:
-                total.add(self._of_columns(q, where, block, logit_scale, sides, wanted))
+                total.add(self._of_columns(q, where, block, logit_scale, sides, wanted, dbias))
         for where, block in rows_arriving:
             total.add_columns(self._of_rows(k, where, block, logit_scale, sides))
+        if dbias is not None:
+            self.ranks.total(dbias)
         return total.gradients(q.dtype, self.ranks)
 
     def _of_own_block(
-        self, q: Tensor, k: Tensor, logit_scale: Tensor, sides: _TwoSides, needs: Needs
+        self,
+        q: Tensor,
+        k: Tensor,
+        logit_scale: Tensor,
+        sides: _TwoSides,
+        needs: Needs,
+        dbias: Tensor | None,
     ) -> Gradients:
         rows, columns = self._own(q), self._own(k)
         rules, of_columns = self.pairing.of_block(rows, columns), sides.columns
         own_sides = sides.rows.of(rows), of_columns and of_columns.of(columns)
-        return self.passes.gradient(q, k, logit_scale, rules, *own_sides, needs)
+        own_bias = None if dbias is None else dbias[columns]
+        return self.passes.gradient(q, k, logit_scale, rules, *own_sides, needs, own_bias)
 
     def _of_columns(
         self,
@@ -90,6 +113,7 @@ class DistributedContrast:
         logit_scale: Tensor,
         sides: _TwoSides,
         needs: Needs,
+        dbias: Tensor | None,
     ) -> Gradients:
         """Compute the gradients of own rows against columns of another rank."""
         rows = self._own(q)
@@ -97,7 +121,8 @@ class DistributedContrast:
         columns = sides.rows if self._symmetric else sides.columns
         rules = self._apart(rows, where)._replace(both_ways=columns is not None)
         both = sides.rows.of(rows), columns and columns.of(where)
-        dq, _, dlogit_scale = self.passes.gradient(q, block, logit_scale, rules, *both, needs)
+        asked = needs, None if dbias is None else dbias[where]
+        dq, _, dlogit_scale = self.passes.gradient(q, block, logit_scale, rules, *both, *asked)
         if dlogit_scale is not None and self._symmetric:
             # The other rank counts this block as well.
             dlogit_scale = dlogit_scale / 2
@@ -115,7 +140,8 @@ class DistributedContrast:
             # Without labels there are no positives here, nor gradients of any.
             own = SideGradient(max, dsum, dpositive if dpositive.numel() else own.dpositive)
         both = own, sides.rows.of(where)
-        return self.passes.gradient(k, block, logit_scale, rules, *both, (True, False, False))[0]
+        asked = (True, False, False), None
+        return self.passes.gradient(k, block, logit_scale, rules, *both, *asked)[0]
 
     def _apart(self, rows: slice, columns: slice) -> Any:
         """Return the rules of rows and columns of different ranks."""
@@ -167,7 +193,12 @@ class _Total:
 class _DistributedStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, logit_scale: Tensor, contrast: DistributedContrast
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        logit_scale: Tensor,
+        _bias: Tensor | None,
+        contrast: DistributedContrast,
     ) -> tuple[Tensor, ...]:
         result = contrast.statistics(q, k, logit_scale)
         ctx.contrast = contrast
@@ -187,4 +218,6 @@ class _DistributedStatistics(torch.autograd.Function):
             columns = SideGradient(column_max, d.column_sum, d.column_positive)
         sides = _TwoSides(rows, columns)
         needs = ctx.needs_input_grad[:3]
-        return (*ctx.contrast.gradient(q, k, logit_scale, sides, needs), None)
+        N = ctx.contrast.ranks.size * len(k)
+        dbias = logit_scale.new_zeros(N) if ctx.needs_input_grad[3] else None
+        return (*ctx.contrast.gradient(q, k, logit_scale, sides, needs, dbias), dbias, None)

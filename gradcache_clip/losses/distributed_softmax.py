@@ -45,7 +45,7 @@ def distributed_statistics(
         logit_scale: 0-dim, the same on every rank; its gradient is complete on every rank.
         pairing: of all rows and columns, as one process has them: the partners of the rows of all
             ranks come before columns without a partner (n > m). In a self-contrast the shift is
-            that within a rank.
+            that within a rank. The gradient of its bias is complete on every rank.
         impl: "reference" gathers all features on every rank; the others share the work.
         ranks: who shares the batch, and how features travel.
     """
@@ -121,8 +121,10 @@ def _distributed(
     pairing: Pairing,
     ranks: Ranks,
 ) -> Statistics:
-    refuse_transforms(loss, q, k, logit_scale)
+    refuse_transforms(loss, q, k, logit_scale, pairing.column_bias)
     order = _rank_by_rank(q, k, ranks)
-    contrast = DistributedContrast(loss, passes, pairing.with_columns(order), ranks)
-    statistics = contrast.differentiable(q, k, logit_scale)
+    rules = pairing.with_columns(order)
+    constants = Pairing.unpacked(*rules.packed())
+    contrast = DistributedContrast(loss, passes, constants, ranks)
+    statistics = contrast.differentiable(q, k, logit_scale, rules.column_bias)
     return statistics if order is None else statistics.with_columns(order.argsort())

@@ -143,7 +143,8 @@ class RetrievalLoss(ScaledLoss):
             groups: (b,) integers, such as numbers of tasks; only queries and candidates of one
                 group compete.
             column_bias: (b,), with hard negatives (b, 1 + K), added to the logits of documents;
-                minus the logarithm of their sampling probability corrects a sampled softmax.
+                minus the logarithm of their sampling probability corrects a sampled softmax. It may
+                require a gradient, which is complete for this rank's rows.
             guide: features of the same inputs by a frozen model, normalised: (b, G) of queries
                 and documents and, with hard negatives, (b, K, G) of these.
             row_weights: (b,) weights of the queries in the mean, 0 or more.

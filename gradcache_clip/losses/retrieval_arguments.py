@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcache_clip.distributed.collectives import check_same_everywhere
+from gradcache_clip.distributed.collectives import check_same_everywhere, gather_rows
 from gradcache_clip.distributed.exchange import Ranks
 from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS, RowRules
 from gradcache_clip.ops.arguments import (
@@ -101,13 +101,16 @@ def check_rows(
         if values is not None:
             check_integers(name, values, (b,), queries.device)
     if given.row_weights is not None:
-        _check_constant("row_weights", given.row_weights, ((b,),), queries)
+        _check_numbers("row_weights", given.row_weights, ((b,),), queries)
+        _check_constant("row_weights", given.row_weights)
     if given.column_bias is not None:
         shapes = ((b,), (b, 1)) if K == 0 else ((b, 1 + K),)
-        _check_constant("column_bias", given.column_bias, shapes, queries)
-    guides = given.guide or ()
+        _check_numbers("column_bias", given.column_bias, shapes, queries)
+    guides, bias = given.guide or (), given.column_bias
     if given.guide is not None:
         _check_guide(guides, queries, K)
+    # Its gradient takes an exchange, which a rank that wants none would not join.
+    learned = bias if bias is not None and bias.requires_grad else None
     check_same_everywhere(
         group,
         queries=queries,
@@ -117,10 +120,11 @@ def check_rows(
         column_bias=given.column_bias,
         row_weights=given.row_weights,
         guide=guides[0] if guides else None,
+        **{"column_bias.requires_grad": learned},
     )
 
 
-def _check_constant(
+def _check_numbers(
     name: str, values: Tensor, shapes: Sequence[tuple[int, ...]], queries: Tensor
 ) -> None:
     check_floating(name, values)
@@ -131,6 +135,9 @@ def _check_constant(
             + ("query" if name == "row_weights" else "document, then for each of its negatives")
         )
     check_same_device(("queries", name), queries, values)
+
+
+def _check_constant(name: str, values: Tensor) -> None:
     if values.requires_grad:
         raise ValueError(
             f"{name}: expected constants, got a tensor that requires a gradient; pass "
@@ -168,7 +175,8 @@ def rules_of(
     groups = None if given.groups is None else joined(given.groups)
     bias = None
     if given.column_bias is not None:
-        bias = joined(given.column_bias.to(dtype).view(len(given.column_bias), -1).T)
+        wide = given.column_bias.to(dtype)
+        bias = gather_rows(wide.reshape(len(wide), -1), ranks.group).T
     if given.guide is None:
         return RowRules(ids, groups, bias)
     queries, documents, *negatives = (each.to(dtype) for each in given.guide)

@@ -43,7 +43,7 @@ class Compared(NamedTuple):
 
 
 class RowRules(NamedTuple):
-    """What is known of every query and its candidates, on all ranks; constants."""
+    """What is known of every query and its candidates, on all ranks; constants but for the bias."""
 
     ids: Tensor | None = None
     """(B,) integers; equal ones are no negatives of each other."""
@@ -170,10 +170,11 @@ class RetrievalContrasts:
 
     def _doc_to_query(self) -> list[Competitors]:
         rows = self._of_documents()
-        # The bias of a document stands in its positive, and in all that competes with it.
-        rules = self._pairing(rows, self._of_queries())._replace(row_bias=rows.bias)
+        rules = self._pairing(rows, self._of_queries())
         statistics = self.statistics(self.documents, self.queries, self.logit_scale, rules)
-        return [Competitors.of(rows_of(each), with_positive=True) for each in statistics]
+        found = [Competitors.of(rows_of(each), with_positive=True) for each in statistics]
+        # All that competes for a document has its bias, as its positive has.
+        return found if rows.bias is None else [each.plus(rows.bias) for each in found]
 
     def _query_to_query(self) -> list[Competitors]:
         return self._among(self.queries, self._of_queries())

@@ -13,7 +13,7 @@ and 4 M N d_P ("tiled") or 4 M N (d_1 + ... + d_P) ("triton") for the products w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ _PREFIX_GRADIENT = {"tiled": prefix_gradient_tiled, "triton": prefix_gradient_tr
 def contrast_statistics(
     loss: str, q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairing, impl: str
 ) -> Statistics:
-    """Compute the statistics of a contrast, differentiable in q, k and logit_scale.
+    """Compute the statistics of a contrast, differentiable in q, k, logit_scale and column_bias.
 
     Args:
         loss: name of the public function, for its errors.
@@ -71,7 +71,7 @@ def prefix_statistics(
     impl: str,
     widths: Sequence[int],
 ) -> list[Statistics]:
-    """Compute the statistics of each prefix, differentiable in q, k and logit_scale.
+    """Compute the statistics of each prefix, differentiable as in `contrast_statistics`.
 
     The kernels take one positive per row; with any further rule "triton" makes one pass
     per width over normalised copies of the prefixes, and holds no M x N tensor either.
@@ -152,15 +152,20 @@ class ContrastPasses(NamedTuple):
         rows: SideGradient,
         columns: SideGradient | None,
         needs: Needs,
+        column_sums: Tensor | None = None,
     ) -> Gradients:
-        """Compute dq, dk and dlogit_scale; None where not needed, and for dk of a self-contrast."""
+        """Compute dq, dk and dlogit_scale; None where not needed, and for dk of a self-contrast.
+
+        Adds the gradient of column_bias to `column_sums` if there are any.
+        """
+        asked: Any = needs, column_sums
         with autocast_disabled(q.device):
             if not self.widths:
-                return _GRADIENT[self.impl](q, k, logit_scale, pairing, rows, columns, needs)
+                return _GRADIENT[self.impl](q, k, logit_scale, pairing, rows, columns, *asked)
             P = len(self.widths)
             sides = rows.unstacked(), [None] * P if columns is None else columns.unstacked()
             rules = pairing.of_prefixes(P), self.widths
-            return _PREFIX_GRADIENT[self.impl](q, k, logit_scale, *rules, *sides, needs)
+            return _PREFIX_GRADIENT[self.impl](q, k, logit_scale, *rules, *sides, *asked)
 
     def shapes(self, M: int, N: int, pairing: Pairing) -> list[tuple[int, ...]]:
         """Return the shapes of the fields of `Statistics`; what a contrast lacks is empty."""
@@ -189,6 +194,7 @@ def _differentiable(
     widths: Sequence[int],
     impl: str,
 ) -> Statistics:
-    refuse_transforms(loss, q, k, logit_scale)
+    refuse_transforms(loss, q, k, logit_scale, pairing.column_bias)
     vectors, numbers = pairing.packed()
-    return Statistics(*_statistics(q, k, logit_scale, vectors, [*numbers, *widths], impl, loss))
+    given = q, k, logit_scale, vectors, [*numbers, *widths], impl, loss, pairing.column_bias
+    return Statistics(*_statistics(*given))

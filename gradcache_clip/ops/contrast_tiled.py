@@ -40,26 +40,28 @@ def gradient_tiled(
     rows: SideGradient,
     columns: SideGradient | None,
     needs: Needs,
+    column_sums: Tensor | None = None,
     *,
     shape: TileShape = DEFAULT_TILE,
 ) -> Gradients:
     """Compute dq, dk and dlogit_scale in a second pass; None where `needs` says False.
 
+    Adds the sums of G over rows, the gradient of column_bias, to `column_sums` if there are any.
     In a self-contrast dq is the gradient through both sides, and dk is None.
     """
     tiles = Tiles(q, k, logit_scale, tile_shape(shape, pairing))
     gradient = TileGradient(tiles, pairing, rows, columns)
     if pairing.self_contrast:
         return _self_contrast(gradient, needs)
-    return _two_sided(gradient, needs)
+    return _two_sided(gradient, needs, column_sums)
 
 
-def _two_sided(gradient: TileGradient, needs: Needs) -> Gradients:
+def _two_sided(gradient: TileGradient, needs: Needs, column_sums: Tensor | None) -> Gradients:
     needs_q, needs_k, needs_scale = needs
     tiles, q, k = gradient.tiles, gradient.tiles.q, gradient.tiles.k
     logit_scale, dtype = tiles.logit_scale, tiles.logit_scale.dtype
     # <q, G k> and <k, G^T q> are the same sum, so the scale needs only one of the two products.
-    through_q = needs_q or not needs_k
+    through_q = needs_q or (needs_scale and not needs_k)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_q else None
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device) if needs_k else None
     dlogit_scale = torch.zeros_like(logit_scale) if needs_scale else None
@@ -72,6 +74,8 @@ def _two_sided(gradient: TileGradient, needs: Needs) -> Gradients:
                 product.addmm_(tile, k[panel].to(dtype))
             if dk is not None:
                 dk[panel].addmm_(tile.T, rows)
+            if column_sums is not None:
+                column_sums[panel] += tile.sum(0)
         if product is not None and dlogit_scale is not None:
             dlogit_scale += (rows * product).sum()
         if product is not None and dq is not None:

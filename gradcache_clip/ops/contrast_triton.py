@@ -45,14 +45,19 @@ def gradient_triton(
     rows: SideGradient,
     columns: SideGradient | None,
     needs: Needs,
+    column_sums: Tensor | None = None,
 ) -> Gradients:
-    """Compute dq, dk and dlogit_scale; None where `needs` says False. A self-contrast has no dk."""
+    """Compute dq, dk and dlogit_scale; None where `needs` says False. A self-contrast has no dk.
+
+    Adds the gradient of column_bias to `column_sums` if there are any.
+    """
     from gradcache_clip.kernels.contrast_gradient import contrast_gradient
 
     q, k = _contiguous(q, k, pairing)
     column_side = None if columns is None else _in_log2(columns)
+    sides = _in_log2(rows), column_side
     return contrast_gradient(
-        q, k, logit_scale, _competition(pairing), _in_log2(rows), column_side, needs
+        q, k, logit_scale, _competition(pairing), *sides, needs, column_sums=column_sums
     )
 
 

@@ -60,7 +60,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def refuse_transforms(loss: str, *tensors: Tensor) -> None:
+def refuse_transforms(loss: str, *tensors: Tensor | None) -> None:
     """Raise for tensors under torch.func or forward-mode differentiation.
 
     Without this, forward mode would see a constant and report a derivative of zero.
@@ -68,6 +68,8 @@ def refuse_transforms(loss: str, *tensors: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
+        if tensor is None:
+            continue
         if is_functorch_wrapped_tensor(tensor) or unpack_dual(tensor).tangent is not None:
             raise RuntimeError(
                 f"{loss}: expected ordinary tensors, got a tensor under torch.func or forward-mode "

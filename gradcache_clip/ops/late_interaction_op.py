@@ -100,8 +100,12 @@ class TokenPasses(NamedTuple):
         row_side: SideGradient,
         column_side: SideGradient | None,
         needs: Needs,
+        column_sums: Tensor | None = None,
     ) -> Gradients:
-        """Compute the gradients of the tokens and of the scale; None where not needed."""
+        """Compute the gradients of the tokens and of the scale; None where not needed.
+
+        `column_sums` are None: scores of tokens have no bias.
+        """
         assert column_side is not None
         if rules.texts_first:
             turned = rules.transposed(), column_side, row_side, (needs[1], needs[0], needs[2])
@@ -154,4 +158,5 @@ def token_statistics(
 ) -> Statistics:
     """Compute the statistics of images and texts, differentiable in all but the rules."""
     masks, numbers = rules.packed()
-    return Statistics(*_statistics(images, texts, logit_scale, masks, numbers, impl, loss))
+    given = images, texts, logit_scale, masks, numbers, impl, loss, None
+    return Statistics(*_statistics(*given))

@@ -39,8 +39,9 @@ class Pairing(NamedTuple):
     column_groups: Int[Tensor, " n"] | None = None
     """Only rows and columns of one group compete."""
     row_bias: Float[Tensor, " m"] | None = None
+    """A constant that is added to the logits of the row."""
     column_bias: Float[Tensor, " n"] | None = None
-    """Added to the logits; constants."""
+    """Added to the logits of the column; in the dtype of the logits. It may require a gradient."""
     row_guide: Float[Tensor, "g m"] | None = None
     column_guide: Float[Tensor, "g n"] | None = None
     """Features of another model, one column for each row of q and of k."""
@@ -58,8 +59,8 @@ class Pairing(NamedTuple):
     """Whether row_max and column_max must be maxima, as accuracies need, or may be near them."""
 
     def packed(self) -> tuple[list[Tensor | None], list[int]]:
-        """Return the vectors and the four numbers, as an op of torch.library takes them."""
-        vectors: list[Any] = list(self[:_VECTORS])
+        """Return the vectors, detached, and the four numbers, as torch.library takes them."""
+        vectors = [None if vector is None else vector.detach() for vector in self[:_VECTORS]]
         return vectors, [int(number) for number in self[_VECTORS:]]
 
     @staticmethod

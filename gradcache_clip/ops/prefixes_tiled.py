@@ -100,15 +100,17 @@ def prefix_gradient_tiled(
     rows: Sequence[SideGradient],
     columns: Sequence[SideGradient | None],
     needs: Needs,
+    column_sums: Tensor | None = None,
     *,
     shape: TileShape = PREFIX_TILE,
 ) -> Gradients:
     """Compute dq, dk and dlogit_scale in a second pass; None where `needs` says False.
 
-    In a self-contrast dq is the gradient through both sides, and dk is None.
+    Adds the sums of all G^p over rows, the gradient of column_bias, to `column_sums` if there are
+    any. In a self-contrast dq is the gradient through both sides, and dk is None.
     """
     products = _Products(Tiles(q, k, logit_scale, tile_shape(shape, pairings[0])), widths)
-    weighted = _WeightedTiles(products, pairings, rows, columns)
+    weighted = _WeightedTiles(products, pairings, rows, columns, column_sums)
     if pairings[0].self_contrast:
         return _self_contrast(weighted, needs)
     return _two_sided(weighted, needs)
@@ -157,7 +159,10 @@ def _self_contrast(weighted: _WeightedTiles, needs: Needs) -> Gradients:
 
 
 class _WeightedTiles:
-    """Sums W^p = r G^p c over prefixes, and G^p S^p over rows and columns."""
+    """Sums W^p = r G^p c over prefixes, and G^p S^p over rows and columns.
+
+    Where asked, also G^p over rows and prefixes.
+    """
 
     def __init__(
         self,
@@ -165,8 +170,10 @@ class _WeightedTiles:
         pairings: Sequence[Pairing],
         rows: Sequence[SideGradient],
         columns: Sequence[SideGradient | None],
+        unweighted_sums: Tensor | None,
     ) -> None:
         self.products, self.tiles, self.pairings = products, products.tiles, pairings
+        self.unweighted_sums = unweighted_sums
         prefixes = products.prefixes(separate=True)
         self.gradients = [
             TileGradient(*each) for each in zip(prefixes, pairings, rows, columns, strict=True)
@@ -187,6 +194,8 @@ class _WeightedTiles:
 
     def _weighted(self, index: int, stripe: slice, panel: slice) -> Tensor:
         tile = self.gradients[index].tile(stripe, panel)
+        if self.unweighted_sums is not None:
+            self.unweighted_sums[panel] += tile.sum(0)
         tile.mul_(self.products.row_factor[index, stripe, None])
         tile.mul_(self.products.column_factor[index, panel])
         product = self.tiles.buffer("product", stripe, panel)

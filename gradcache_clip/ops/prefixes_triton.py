@@ -57,8 +57,12 @@ def prefix_gradient_triton(
     rows: Sequence[SideGradient],
     columns: Sequence[SideGradient | None],
     needs: Needs,
+    column_sums: None = None,
 ) -> Gradients:
-    """Compute the gradients through all prefixes by one tile kernel and the vendor's products."""
+    """Compute the gradients through all prefixes by one tile kernel and the vendor's products.
+
+    They take no bias, and so leave no `column_sums`.
+    """
     from gradcache_clip.kernels.prefix_gradient import prefix_gradient
 
     inverse = [inverse_norms(features, widths, torch.float32) for features in (q, k)]

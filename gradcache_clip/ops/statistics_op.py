@@ -1,8 +1,10 @@
 """Registers passes over tiles with torch.library, so that autograd and torch.compile take them.
 
-An op takes (q, k, logit_scale, vectors, rules, impl, loss): tensors and numbers into which the
-caller has packed what decides positives and competitors. It returns the fields of `Statistics`. A
-second op computes its gradients, and refuses to be differentiated.
+An op takes (q, k, logit_scale, vectors, rules, impl, loss, column_bias): tensors and numbers into
+which the caller has packed what decides positives and competitors. A bias of the columns is among
+the vectors, and once more apart, as autograd sees no tensor in a list that also holds None. The op
+returns the fields of `Statistics`. A second op computes its gradients, and refuses to be
+differentiated.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistic
 _ARGUMENTS = (
     "(Tensor q, Tensor k, Tensor logit_scale, Tensor?[] vectors, int[] rules, str impl, str loss"
 )
+_STATISTICS_ARGUMENTS = f"{_ARGUMENTS}, Tensor? column_bias"
 _GRADIENT_ARGUMENTS = f"{_ARGUMENTS}, Tensor[] rows, Tensor[] columns, bool[] needs"
 
 
@@ -37,9 +40,13 @@ class Passes(Protocol):
         rows: SideGradient,
         columns: SideGradient | None,
         needs: Needs,
+        column_sums: Tensor | None,
         /,
     ) -> Gradients:
-        """Compute dq, dk and dlogit_scale; None where not needed."""
+        """Compute dq, dk and dlogit_scale; None where not needed.
+
+        Adds the gradient of a bias of the columns to `column_sums` if there are any.
+        """
 
     def shapes(self, M: int, N: int, rules: Any, /) -> list[tuple[int, ...]]:
         """Return the shapes of what `statistics` returns for M rows and N columns."""
@@ -52,32 +59,35 @@ Unpack = Callable[[Sequence["Tensor | None"], Sequence[int], str], tuple[Passes,
 def register(name: str, unpack: Unpack) -> tuple[Any, Any]:
     """Register `gradcache_clip::<name>_statistics` and `<name>_gradient`, and return both."""
 
-    @_operator(f"{name}_statistics", f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})")
+    @_operator(f"{name}_statistics", f"{_STATISTICS_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})")
     def statistics(
-        q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, loss: str
+        q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, *rest: Any
     ) -> tuple[Tensor, ...]:
         passes, unpacked = unpack(vectors, rules, impl)
         return tuple(passes.statistics(q, k, logit_scale, unpacked))
 
     @statistics.register_fake
     def _(
-        q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, loss: str
+        q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, *rest: Any
     ) -> tuple[Tensor, ...]:
         passes, unpacked = unpack(vectors, rules, impl)
         shapes = passes.shapes(len(q), len(k), unpacked)
         return tuple(logit_scale.new_empty(shape) for shape in shapes)
 
-    @_operator(f"{name}_gradient", f"{_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+    @_operator(f"{name}_gradient", f"{_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
     def gradient(
         q: Tensor, k: Tensor, logit_scale: Tensor, vectors: Any, rules: Any, impl: str, *rest: Any
     ) -> tuple[Tensor, ...]:
         # An op returns no None: gradients that are not needed come back empty.
         passes, unpacked = unpack(vectors, rules, impl)
-        _loss, rows, columns, needs = rest
+        _loss, rows, columns, (*needs, needs_bias) = rest
         column_side = SideGradient(*columns) if unpacked.both_ways else None
         sides = SideGradient(*rows), column_side
-        found = passes.gradient(q, k, logit_scale, unpacked, *sides, tuple(needs))
-        return tuple(q.new_empty(0) if each is None else each for each in found)
+        # A bias of columns alone is not symmetric.
+        assert not (needs_bias and unpacked.self_contrast)
+        dbias = logit_scale.new_zeros(len(k)) if needs_bias else None
+        found = passes.gradient(q, k, logit_scale, unpacked, *sides, tuple(needs), dbias)
+        return tuple(q.new_empty(0) if each is None else each for each in (*found, dbias))
 
     @gradient.register_fake
     def _(
@@ -86,10 +96,11 @@ def register(name: str, unpack: Unpack) -> tuple[Any, Any]:
         *_, needs = rest
         self_contrast = unpack(vectors, rules, impl)[1].self_contrast
         # In a self-contrast dq holds the gradients through both sides.
-        needed = needs[0] or (self_contrast and needs[1]), needs[1] and not self_contrast, needs[2]
+        of_features = needs[0] or (self_contrast and needs[1]), needs[1] and not self_contrast
+        like = q, k, logit_scale, logit_scale.new_empty(len(k))
         return tuple(
             torch.empty_like(x, memory_format=torch.contiguous_format) if need else q.new_empty(0)
-            for x, need in zip((q, k, logit_scale), needed, strict=True)
+            for x, need in zip(like, (*of_features, *needs[2:]), strict=True)
         )
 
     statistics.register_autograd(_backward_through(gradient), setup_context=_save)
@@ -102,7 +113,7 @@ def _operator(name: str, schema: str) -> Any:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, logit_scale, vectors, *ctx.options = inputs
+    q, k, logit_scale, vectors, *ctx.options, _bias = inputs
     statistics = Statistics(*output)
     ctx.given = [vector is not None for vector in vectors]
     ctx.save_for_backward(
@@ -129,12 +140,12 @@ def _backward_through(gradient: Any) -> Callable[..., tuple[Any, ...]]:
             *ctx.options,
             [row_max, d.row_sum, d.row_positive],
             [column_max, d.column_sum, d.column_positive],
-            ctx.needs_input_grad[:3],
+            [*ctx.needs_input_grad[:3], ctx.needs_input_grad[-1]],
         )
-        needed = (each if each.numel() else None for each in gradients)
+        *needed, dbias = (each if each.numel() else None for each in gradients)
         # torch.library takes a list as a list only if no None is among it.
         of_vectors = [None] * len(vectors) if all(ctx.given) else None
-        return (*needed, of_vectors, *(None for _ in ctx.options))
+        return (*needed, of_vectors, *(None for _ in ctx.options), dbias)
 
     return backward
 
