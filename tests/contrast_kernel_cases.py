@@ -52,8 +52,9 @@ pytestmark = [
 ]
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# Products of bfloat16 in the interpreter are silently wrong.
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+# Products of bfloat16 in the interpreter are silently wrong; on a GPU it stands for both, whose
+# kernels differ in one conversion.
+DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 NARROW = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=4096)
 DESCRIBED = replace(NARROW, BLOCK_N=64, descriptors=True)
 
@@ -156,15 +157,16 @@ def lse(statistics: tuple[Tensor, ...]) -> Tensor:
     return torch.where(total > 0, peak + total.clamp_min(1e-38).log(), -torch.inf)
 
 
-@pytest.mark.parametrize("rules", ["", "rows", "shift ids thresholds groups bias guide", "self"])
+@pytest.mark.parametrize("rules", ["", "rows"])
 def test_one_exponential_for_rows_and_columns(rules: str) -> None:
     """Without maxima: sums from 1/2 to 1 beside any reference, and the same gradients."""
     equals_the_reference_without_maxima(rules)
 
 
-def test_flags_of_several_stripes(narrow: Counter[str]) -> None:
+@pytest.mark.parametrize("rules", ["shift ids thresholds groups bias guide", "self"])
+def test_flags_of_several_stripes(rules: str, narrow: Counter[str]) -> None:
     """Each stripe of a self-contrast has fewer tiles than the one before, and flags on them."""
-    equals_the_reference_without_maxima("self")
+    equals_the_reference_without_maxima(rules)
     assert narrow["merge"] > 2
 
 
@@ -216,12 +218,9 @@ def public_losses() -> dict[str, Public]:
     labels, ids = torch.arange(40, device=DEVICE) // 3, torch.arange(40, device=DEVICE) % 13
     hard = normalize(torch.randn(10, 24, device=DEVICE), dim=1)
     options: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
-        "labels": (clip_loss, {"labels": labels}),
-        "ids": (clip_loss, {"ids": ids, "label_smoothing": 0.1}),
         "labels and ids": (clip_loss, {"labels": labels, "ids": ids, "label_smoothing": 0.1}),
         "retrieval": (info_nce_loss, {"hard_negatives": hard, "tau_plus": 0.1}),
-        "margin": (info_nce_loss, {"false_negative_margin": 0.1, "ids": ids}),
-        "symmetric": (info_nce_loss, {"false_negative_margin": -0.3, "symmetric": True}),
+        "margin": (info_nce_loss, {"false_negative_margin": -0.3, "ids": ids, "symmetric": True}),
         "views": (nt_xent_loss, {}),
     }
     losses: dict[str, Public] = {
@@ -313,9 +312,12 @@ def test_float16_gradients_neither_vanish_nor_overflow(labelled: int, outer: flo
         assert error <= 2e-3 * want.abs().max()
 
 
-def test_runs_are_bit_equal_and_layout_does_not_matter() -> None:
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_runs_are_bit_equal_and_layout_does_not_matter(
+    dtype: torch.dtype, narrow: Counter[str]
+) -> None:
     inputs, pairs = (
-        unequal_inputs(70, 90, 33, torch.float16, DEVICE),
+        unequal_inputs(70, 90, 33, dtype, DEVICE),
         pairing("labels ids", 70, 90, DEVICE),
     )
     first, second = (outcome(pairs, "triton", inputs) for _ in range(2))
@@ -374,8 +376,7 @@ def retrieval_rules(names: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("names", "dtype"),
-    [("", torch.float32), ("ids", torch.float32)]
-    + [("ids groups column_bias guide", dtype) for dtype in DTYPES],
+    [("", torch.float32)] + [("ids groups column_bias guide", dtype) for dtype in DTYPES],
 )
 def test_error_budget_of_retrieval(names: str, dtype: torch.dtype) -> None:
     """Directions with and without positives, no further from fp64 than plain PyTorch."""

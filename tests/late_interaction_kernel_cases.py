@@ -38,8 +38,9 @@ from gradcache_clip.ops.late_interaction import (
 )
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# Products of bfloat16 in the interpreter are silently wrong.
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+# Products of bfloat16 in the interpreter are silently wrong; on a GPU it stands for both, whose
+# kernels differ in one conversion.
+DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 
 reference = partial(late_interaction_loss, impl="reference")
 triton = partial(late_interaction_loss, impl="triton")
@@ -58,16 +59,13 @@ def check(inputs: TokenInputs, options: dict[str, Any], *, outer: float = 1.0) -
         assert ((value - want).abs().max() / scale).item() < tolerance
 
 
-@pytest.mark.parametrize("options", [None, *OPTIONS])
+SHAPES = [(1, 3, 2, 3), (2, 1, 1, 3), (7, 16, 5, 16), (5, 17, 33, 24), (9, 2, 7, 123)]
+
+
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((1, 3, 2, 3), torch.float32),
-        ((2, 1, 1, 3), torch.float32),
-        ((7, 16, 5, 16), torch.float32),
-        ((5, 17, 33, 24), torch.float32),
-        *(((9, 2, 7, 123), dtype) for dtype in DTYPES),
-    ],
+    ("shape", "options", "dtype"),
+    [(shape, options, torch.float32) for shape in SHAPES for options in [None, *OPTIONS]]
+    + [(SHAPES[-1], OPTIONS[0], dtype) for dtype in DTYPES[1:]],
 )
 def test_equals_the_reference(
     shape: tuple[int, ...], options: dict[str, Any] | None, dtype: torch.dtype
@@ -125,16 +123,17 @@ def test_a_block_without_positives(
     images: int, texts: int, one_way: bool, narrow: Counter[str]
 ) -> None:
     dtype = torch.float32
-    inputs = token_inputs(7, 17, 9, 16, dtype, device=DEVICE)
+    inputs = token_inputs(7, 9, 17, 16, dtype, device=DEVICE)
     inputs = TokenInputs(inputs.images[:images], inputs.texts[:texts], inputs.logit_scale)
     errors = errors_without_positives(inputs, "triton", one_way=one_way, texts_first=False)
     assert max(errors) < 8 * torch.finfo(dtype).eps + 1e-5
     assert narrow["_launch_maxima"] > 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("one_way", "dtype"), [(True, torch.float32), *((False, dtype) for dtype in DTYPES)]
+)
 @pytest.mark.parametrize("cosine", [-0.6, 0.0, 0.9])
-@pytest.mark.parametrize("one_way", [False, True])
 def test_error_budget(dtype: torch.dtype, cosine: float, one_way: bool) -> None:
     """No further from fp64 than plain PyTorch in the same dtype, plus a few roundings."""
     inputs = clustered_tokens(cosine, 9, 7, 5, 64, dtype, device=DEVICE)
@@ -148,7 +147,7 @@ def test_error_budget(dtype: torch.dtype, cosine: float, one_way: bool) -> None:
 
 
 def test_each_subset_of_gradients() -> None:
-    inputs = token_inputs(10, 3, 4, 16, torch.float32, device=DEVICE)
+    inputs = token_inputs(4, 3, 4, 16, torch.float32, device=DEVICE)
     assert_each_subset(triton, inputs, rtol=1e-4, atol=1e-7)
 
 
@@ -186,7 +185,7 @@ def test_small_gradients_survive_float16() -> None:
 
 
 def test_runs_are_bit_equal() -> None:
-    inputs = token_inputs(20, 5, 4, 33, torch.float16, device=DEVICE)
+    inputs = token_inputs(9, 5, 4, 33, torch.float16, device=DEVICE)
     first, second = (loss_and_gradients(triton, inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -42,8 +42,9 @@ from gradcache_clip.kernels.launch_config import (
 from gradcache_clip.kernels.prefix_statistics import Segments
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# Products of bfloat16 in the interpreter are silently wrong.
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+# Products of bfloat16 in the interpreter are silently wrong; on a GPU it stands for both, whose
+# kernels differ in one conversion.
+DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 
 
 def total(results: Sequence[Any]) -> Tensor:
@@ -100,18 +101,17 @@ def _count_calls(
     monkeypatch.setattr(owner, name, counted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("B", "widths", "D"),
+    ("B", "widths", "D", "dtype"),
     [
-        (2, (1, 3), 3),
-        (3, (16,), 16),
-        (63, (64, 128), 128),
-        (65, (1, 3, 65, 70), 70),
-        (130, (40, 123), 130),
+        (2, (1, 3), 3, torch.float32),
+        (3, (16,), 16, torch.float32),
+        (63, (64, 128), 128, torch.float32),
+        (65, (1, 3, 65, 70), 70, torch.float32),
+        *((130, (40, 123), 130, dtype) for dtype in DTYPES),
     ],
 )
-def test_equals_the_reference(dtype: torch.dtype, B: int, widths: tuple[int, ...], D: int) -> None:
+def test_equals_the_reference(B: int, widths: tuple[int, ...], D: int, dtype: torch.dtype) -> None:
     inputs = longer(random_inputs(B, D, dtype, scale=5.0, device=DEVICE))
     with poisoned_memory():
         got = loss_and_gradients(clip(widths), inputs, outer=-2.5)
@@ -212,7 +212,7 @@ def test_float16_at_any_scale_of_the_loss(outer: float) -> None:
 
 
 def test_runs_are_bit_equal_and_autocast_changes_nothing() -> None:
-    inputs = longer(random_inputs(130, 33, torch.float16, device=DEVICE))
+    inputs = longer(random_inputs(70, 33, torch.float16, device=DEVICE))
     first, second = (loss_and_gradients(clip((8, 33)), inputs) for _ in range(2))
     inputs = inputs.to(torch.float32)
     expected = loss_and_gradients(clip((8, 33)), inputs)

@@ -29,8 +29,9 @@ from gradcache_clip.kernels.launch_config import INTERPRETED, LaunchConfig, pane
 from gradcache_clip.ops.siglip import siglip_loss, siglip_loss_with_accuracy
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# Products of bfloat16 in the interpreter are silently wrong.
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+# Products of bfloat16 in the interpreter are silently wrong; on a GPU it stands for both, whose
+# kernels differ in one conversion.
+DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 
 labels_of = partial(siglip_inputs.labels_of, device=DEVICE)
 reference = partial(siglip_loss, impl="reference")
@@ -95,18 +96,20 @@ def assert_close(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) 
         assert ((value - want).abs().max() / scale).item() < tolerance
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize(("B", "D"), [(1, 3), (2, 16), (63, 64), (64, 16), (65, 64), (130, 123)])
-def test_equals_the_reference(dtype: torch.dtype, labelled: bool, B: int, D: int) -> None:
+@pytest.mark.parametrize(
+    ("B", "D", "dtype"),
+    [(B, D, torch.float32) for B, D in ((1, 3), (2, 16), (63, 64), (64, 16), (65, 64))]
+    + [(130, 123, dtype) for dtype in DTYPES],
+)
+def test_equals_the_reference(B: int, D: int, dtype: torch.dtype, labelled: bool) -> None:
     inputs = random_inputs(B, D, dtype, device=DEVICE)
     check(inputs, labels_of(B) if labelled else None, outer=-2.5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_more_texts_than_images(dtype: torch.dtype) -> None:
+def test_more_texts_than_images() -> None:
     for M, N in ((70, 129), (129, 70), (1, 65), (65, 1)):
-        inputs = random_inputs(M, 33, dtype, N=N, device=DEVICE)
+        inputs = random_inputs(M, 33, torch.float32, N=N, device=DEVICE)
         check(inputs, (labels_of(M, 60), labels_of(N, 60)))
 
 
@@ -258,8 +261,9 @@ def test_small_gradients_survive_float16() -> None:
     assert max(relative_errors(got, expected)) < 2e-3
 
 
-def test_runs_are_bit_equal() -> None:
-    inputs = random_inputs(130, 33, torch.float16, device=DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_runs_are_bit_equal(dtype: torch.dtype) -> None:
+    inputs = random_inputs(130, 33, dtype, device=DEVICE)
     first, second = (loss_and_gradients(triton, inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
