@@ -128,7 +128,8 @@ def errors_without_positives(
 ) -> list[float]:
     """Relative errors of both passes over images and texts of which no two are a pair."""
     sides, true = _truth_without_positives(inputs.to(torch.float64), one_way)
-    rules = TokenRules(None, None, one_way, "mean", paired=False)
+    sizes = len(inputs.images), len(inputs.texts)
+    rules = TokenRules(None, None, one_way, "mean").without_positives(*sizes)
     passes, (images, texts, scale) = TokenPasses(impl), (x.detach() for x in inputs)
     statistics = passes.statistics(images, texts, scale, rules)
     sides = [SideGradient(*(x.to(scale.dtype) for x in side)) for side in sides]

@@ -30,6 +30,7 @@ from late_interaction_inputs import (
     token_inputs,
 )
 
+from gradcache_clip import LateInteractionLoss
 from gradcache_clip.kernels import late_interaction as kernels
 from gradcache_clip.kernels.launch_config import INTERPRETED, LaunchConfig, launch_config
 from gradcache_clip.ops.late_interaction import (
@@ -172,6 +173,19 @@ def test_accuracies_count_ranks_and_ties_are_wrong() -> None:
     result = late_interaction_loss_with_accuracy(tokens, texts, 10.0, impl="triton")
     assert result.image_to_text_accuracy.item() == 0.25
     assert result.text_to_image_accuracy.item() == 0.5
+
+
+def test_rules_of_who_competes() -> None:
+    inputs, number = token_inputs(10, 3, 4, 16, torch.float32, device=DEVICE), torch.arange(10)
+    rules = {"ids": number % 4, "groups": number % 3, "column_bias": number.sin()}
+    rules = {name: each.to(DEVICE) for name, each in rules.items()}
+    got, expected = (
+        loss_and_gradients(
+            lambda *x, impl=impl: LateInteractionLoss(impl=impl)(*x, **rules).loss, inputs
+        )
+        for impl in ("triton", "reference")
+    )
+    assert max(relative_errors(got, expected)) < 1e-5
 
 
 def test_small_gradients_survive_float16() -> None:

@@ -174,6 +174,7 @@ def _tokens(world: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _masked_tokens(world: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """With rules of who competes, too."""
     tokens = _tokens(world, generator)
     masks = {}
     for name, each in (
@@ -182,7 +183,8 @@ def _masked_tokens(world: int, generator: torch.Generator) -> dict[str, Tensor]:
     ):
         mask = torch.rand(each.shape[:2], generator=generator) < 0.5
         masks[name] = mask.index_fill(1, torch.tensor(1), True)
-    return tokens | masks
+    rules = {"ids": _integers(world, generator, ROWS, 5)}
+    return tokens | masks | rules | {"groups": _integers(world, generator, ROWS, 2)}
 
 
 def _searched(world: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -199,9 +201,11 @@ def _searched(world: int, generator: torch.Generator) -> dict[str, Tensor]:
 class _Searched(nn.Module):
     """A MaxSim loss with masks or, packed, lengths; ranks then hold tokens of different numbers."""
 
-    def __init__(self, of: Callable[..., nn.Module], form: str, **options: Any) -> None:
+    def __init__(
+        self, of: Callable[..., nn.Module], form: str, ruled: bool = False, **options: Any
+    ) -> None:
         super().__init__()
-        self.loss, self.form = of(**options), form
+        self.loss, self.form, self.ruled = of(**options), form, ruled
 
     def forward(self, numbers: Tensor, **given: Tensor) -> Any:
         kept = {
@@ -216,9 +220,17 @@ class _Searched(nn.Module):
         if self.form == "counts":
             kept["query_counts"] = ~kept["query_mask"] | (numbers[:, :3] < 50)
             kept["query_counts"][:, 0] = True
+        if self.ruled:
+            kept |= _token_rules(numbers)
         if isinstance(self.loss, MaxSimDistillationLoss):
             kept["scores"] = numbers[:, :3].to(next(iter(given.values())).dtype).sin()
         return self.loss(**given, **kept)
+
+
+def _token_rules(numbers: Tensor) -> dict[str, Tensor]:
+    bias, weights = numbers[:, :3].double().cos(), 2 + numbers[:, 3].double().sin()
+    names = "ids", "groups", "column_bias", "row_weights"
+    return dict(zip(names, (numbers[:, 0] % 5, numbers[:, 1] % 2, bias, weights), strict=True))
 
 
 def _kept(numbers: Tensor, tokens: int) -> Tensor:
@@ -292,7 +304,7 @@ CASES = [
     Case("late_interaction masks", _with(LateInteractionLoss), _masked_tokens),
     Case("late_interaction one way", _with(LateInteractionLoss, one_way=True), _masked_tokens),
     Case("late_interaction sum", _with(LateInteractionLoss, token_reduction="sum"), _tokens),
-    Case("max_sim masks", _max_sim("masks"), _searched),
+    Case("max_sim masks", _max_sim("masks", ruled=True), _searched),
     Case("max_sim own", _max_sim("masks", share_hard_negatives=False), _searched),
     Case(
         "max_sim counts",
@@ -302,7 +314,7 @@ CASES = [
     Case("max_sim packed", _max_sim("packed", symmetric=True), _searched),
     Case(
         "max_sim packed own",
-        _max_sim("packed", share_hard_negatives=False, token_reduction="mean"),
+        _max_sim("packed", ruled=True, share_hard_negatives=False, token_reduction="mean"),
         _searched,
     ),
     Case(

@@ -47,15 +47,19 @@ def score(one: Sample, other: Sample, reduction: str) -> Tensor:
     return best.sum() if reduction == "sum" else best.mean()
 
 
+Candidates = list[tuple[Sample, Tensor]]
+"""Samples, and what is added to their logits."""
+
+
 def cross_entropies(
-    rows: list[Sample], candidates: Callable[[int], list[Sample]], reduction: str, scale: Tensor
+    rows: list[Sample], candidates: Callable[[int], Candidates], reduction: str, scale: Tensor
 ) -> Tensor:
     """The first candidate of a row is the right one."""
     losses = []
     for i, row in enumerate(rows):
-        scores = torch.stack([score(row, each, reduction) for each in candidates(i)])
-        losses.append(-(scale * scores).log_softmax(0)[0])
-    return torch.stack(losses).mean()
+        logits = [scale * score(row, each, reduction) + bias for each, bias in candidates(i)]
+        losses.append(-torch.stack(logits).log_softmax(0)[0])
+    return torch.stack(losses)
 
 
 def one_by_one(
@@ -68,20 +72,33 @@ def one_by_one(
     token_reduction: str = "sum",
     in_batch_negatives: bool = True,
     share_hard_negatives: bool = True,
+    ids: Tensor | None = None,
+    groups: Tensor | None = None,
+    column_bias: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
-    def candidates(i: int) -> list[Sample]:
-        others = [each for j, each in enumerate(documents) if j != i] * in_batch_negatives
-        shared = share_hard_negatives and in_batch_negatives
-        hard = [each for own in negatives for each in own] if shared else negatives[i]
-        return [documents[i], *others, *hard]
+    ids = torch.arange(B) if ids is None else ids
+    groups = torch.zeros(B) if groups is None else groups
+    weights = torch.ones(B) if row_weights is None else row_weights
+    bias = torch.zeros(B, 1 + K) if column_bias is None else column_bias.view(B, -1)
 
-    def asking(i: int) -> list[Sample]:
-        return [queries[i], *(each for j, each in enumerate(queries) if j != i)]
+    def others(i: int) -> list[int]:
+        return [j for j in range(B) if ids[j] != ids[i] and groups[j] == groups[i]]
+
+    def candidates(i: int) -> Candidates:
+        found = [(documents[j], bias[j, 0]) for j in (i, *others(i) * in_batch_negatives)]
+        shared = share_hard_negatives and in_batch_negatives
+        for j in (i, *others(i) * shared):
+            found += zip(negatives[j], bias[j, 1:], strict=False)
+        return found
+
+    def asking(i: int) -> Candidates:
+        return [(queries[j], bias[i, 0]) for j in (i, *others(i))]
 
     loss = cross_entropies(queries, candidates, token_reduction, scale)
-    if not symmetric:
-        return loss
-    return (loss + cross_entropies(documents, asking, token_reduction, scale)) / 2
+    if symmetric:
+        loss = (loss + cross_entropies(documents, asking, token_reduction, scale)) / 2
+    return (loss * weights).sum() / weights.sum()
 
 
 class Tokens(NamedTuple):
@@ -90,6 +107,10 @@ class Tokens(NamedTuple):
     arguments: tuple[Tensor, Tensor, Tensor]
     options: dict[str, Tensor]
     samples: tuple[list[Sample], list[Sample], list[list[Sample]]]
+
+    @property
+    def rules(self) -> dict[str, Tensor]:
+        return {name: each for name, each in self.options.items() if name in RULES}
 
     def gradients(self, value: Tensor, scale: Tensor) -> list[Tensor]:
         value = 2.5 * value
@@ -163,6 +184,24 @@ def packed() -> Tokens:
     return Tokens(tuple(tokens), lengths, each)
 
 
+RULES = {
+    "ids": torch.tensor([5, 2**40, 5, 3, 2**40, 5, 7]),
+    "groups": torch.tensor([0, 0, 0, 0, 1, 1, 9]),
+    "column_bias": torch.linspace(-1, 4, B * (1 + K), dtype=torch.float64).view(B, 1 + K).sin(),
+    "row_weights": torch.linspace(0, 1, B),
+}
+
+
+def ruled(*names: str, make: Callable[[], Tokens] = masked) -> Callable[[], Tokens]:
+    """With rules of who competes: by all of them one query has its own negatives alone."""
+
+    def given() -> Tokens:
+        tokens = make()
+        return tokens._replace(options=tokens.options | {n: RULES[n] for n in names or RULES})
+
+    return given
+
+
 CASES: list[tuple[Callable[[], Tokens], dict[str, Any]]] = [
     (padded, {}),
     (padded, {"share_hard_negatives": False, "token_reduction": "mean"}),
@@ -174,6 +213,11 @@ CASES: list[tuple[Callable[[], Tokens], dict[str, Any]]] = [
     (packed, {"token_reduction": "mean"}),
     (packed, {"symmetric": True, "share_hard_negatives": False}),
     (packed, {"in_batch_negatives": False}),
+    (ruled("ids"), {}),
+    (ruled("groups", "column_bias"), {"symmetric": True}),
+    (ruled(), {"token_reduction": "mean"}),
+    (ruled(make=packed), {"symmetric": True, "share_hard_negatives": False}),
+    (ruled(make=packed), {"in_batch_negatives": False}),
 ]
 
 
@@ -184,7 +228,7 @@ def test_equals_the_whole_matrix(case: int, impl: Any) -> None:
     given, scale = make(), torch.tensor(SCALE, dtype=torch.float64, requires_grad=True)
     loss = MaxSimLoss(impl=impl, **options)
     out = loss(*given.arguments, scale, **given.options)
-    truth = given.gradients(one_by_one(*given.samples, scale, **options), scale)
+    truth = given.gradients(one_by_one(*given.samples, scale, **options, **given.rules), scale)
     assert max(relative_errors(given.gradients(out.loss, scale), truth)) < 1e-10
     assert (out.document_to_query_accuracy is None) == (not loss.symmetric)
 
@@ -230,6 +274,20 @@ def test_without_hard_negatives_it_is_late_interaction_one_way() -> None:
     masks.pop("hard_negative_mask")
     loss = MaxSimLoss()(queries, documents, None, scale, **masks).loss
     torch.testing.assert_close(loss, other.loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("one_way", [True, False])
+def test_rules_of_images_and_texts(one_way: bool, impl: Any) -> None:
+    """One pair has nobody to compete with."""
+    leaves = [leaf(B, 5, D), leaf(B, 3, D), torch.tensor(SCALE).double().requires_grad_()]
+    rules = RULES | {"column_bias": RULES["column_bias"][:, 0]}
+    loss = LateInteractionLoss(one_way=one_way, impl=impl)(*leaves, **rules).loss
+    sides = samples(leaves[1]), samples(leaves[0]), [[]] * B
+    options = {"symmetric": not one_way, "token_reduction": "mean", **rules}
+    truth = one_by_one(*sides, leaves[2], **options)
+    got, want = ([x.detach(), *torch.autograd.grad(x, leaves)] for x in (loss, truth))
+    assert max(relative_errors(got, want)) < 1e-10
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -378,7 +436,7 @@ def test_cached_step_equals_the_plain_step(shared: bool) -> None:
     torch.testing.assert_close(got, list(truth), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("make", [padded, packed])
+@pytest.mark.parametrize("make", [ruled(make=padded), packed])
 def test_matryoshka_prefixes(make: Any) -> None:
     given = make()
     out = MatryoshkaLoss(MaxSimLoss(), dims=[3, D])(*given.arguments, **given.options)
@@ -438,6 +496,17 @@ TOKENS, ONES = torch.ones(3, 2, 4), torch.ones(3, dtype=torch.int64)
             (TOKENS, TOKENS),
             {"document_counts": torch.ones(3, 2, dtype=torch.bool)},
             "document_counts: expected None unless symmetric",
+        ),
+        ((TOKENS, TOKENS), {"ids": ONES[:2]}, r"ids: expected shape \(3,\), got \(2,\)"),
+        (
+            (TOKENS, TOKENS, TOKENS[:, None]),
+            {"column_bias": ONES.float()},
+            r"column_bias: expected shape \(3, 2\), got \(3,\); one number for each document",
+        ),
+        (
+            (TOKENS, TOKENS),
+            {"column_bias": torch.ones(3, requires_grad=True)},
+            r"column_bias: expected constants, .*pass column_bias.detach\(\)",
         ),
     ],
 )

@@ -201,7 +201,7 @@ def test_registered_as_torch_wants_it() -> None:
     for mask in (None, masks["text_mask"]):
         for one_way in (False, True):
             masks_and_numbers = TokenRules(None, mask, one_way, "mean").packed()
-            arguments = (*inputs, *masks_and_numbers, "tiled", "late_interaction_loss")
+            arguments = (*inputs, *masks_and_numbers, "tiled", "late_interaction_loss", None)
             torch.library.opcheck(late_interaction_op._statistics, arguments)
 
 

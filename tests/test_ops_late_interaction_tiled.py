@@ -152,12 +152,12 @@ def watched(
     x, y, scale = (each.detach() for each in inputs)
     with Watch() as forward:
         tiles = TokenPasses("tiled").tiles(x, y, scale.dtype, rules)
-        found = statistics(tiles, scale)
+        found = statistics(tiles, scale, rules.pairing)
     ones = torch.ones_like(found.row_max)
     sides = (SideGradient(peak, ones, -ones) for peak in (found.row_max, found.column_max))
     with Watch() as backward:
         tiles = TokenPasses("tiled").tiles(x, y, scale.dtype, rules)
-        gradient(tiles, scale, tuple(sides), needs)
+        gradient(tiles, scale, rules.pairing, tuple(sides), needs)
     return forward, backward
 
 

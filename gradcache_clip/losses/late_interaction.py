@@ -14,15 +14,17 @@ from gradcache_clip.distributed.collectives import check_same_everywhere, gather
 from gradcache_clip.distributed.exchange import Ranks
 from gradcache_clip.losses.distributed_contrast import DistributedContrast
 from gradcache_clip.losses.padded_tokens import PaddedTokens, as_long_everywhere, of_all_ranks
+from gradcache_clip.losses.retrieval_arguments import RowArguments, check_vectors
 from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
+from gradcache_clip.losses.token_inputs import token_pairing, vectors_of
 from gradcache_clip.ops.implementations import Impl, refuse_transforms, resolve_impl
 from gradcache_clip.ops.late_interaction import (
     TokenReduction,
     check_mask,
     check_token_reduction,
     check_tokens,
-    late_interaction_loss_with_accuracy,
     late_interaction_result,
+    late_interaction_statistics,
 )
 from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules
 from gradcache_clip.ops.results import ContrastiveOutput
@@ -80,6 +82,10 @@ class LateInteractionLoss(ScaledLoss):
         *,
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        ids: Tensor | None = None,
+        groups: Tensor | None = None,
+        column_bias: Tensor | None = None,
+        row_weights: Tensor | None = None,
     ) -> ContrastiveOutput:
         """Compute the loss of all pairs; sample i of both inputs is a pair.
 
@@ -90,31 +96,43 @@ class LateInteractionLoss(ScaledLoss):
                 module's.
             image_mask: (b, P) bool, True for tokens that count; all when None.
             text_mask: (b, R) bool, the same for text tokens.
+            ids: (b,) integers; pairs of one id are no negatives of each other.
+            groups: (b,) integers; only pairs of one group compete.
+            column_bias: (b,) constants that are added to the logits of images.
+            row_weights: (b,) weights of the pairs in the mean, 0 or more.
 
         Raises:
-            TypeError: tokens that are not floating tensors, masks that are not bool tensors.
+            TypeError: tokens that are not floating tensors, masks that are not bool tensors, ids
+                or weights of a wrong type.
             ValueError: shapes that do not fit together, or the whole batch is a single pair.
         """
-        images, texts = self._checked(
-            PaddedTokens(image_tokens, image_mask), PaddedTokens(text_tokens, text_mask)
-        )
+        further = RowArguments(None, ids, groups, column_bias, None, row_weights)
+        sides = PaddedTokens(image_tokens, image_mask), PaddedTokens(text_tokens, text_mask)
+        images, texts = self._checked(*sides, further)
         image_mask, text_mask = (of_all_ranks(side.mask, self.ranks) for side in (images, texts))
+        scale = self._scale_for(logit_scale, images.tokens, texts.tokens)
+        rules = TokenRules(image_mask, text_mask, self.one_way, self.token_reduction)
         return distributed_late_interaction(
             self._unit(images.tokens),
             self._unit(texts.tokens),
-            self._scale_for(logit_scale, images.tokens, texts.tokens),
-            TokenRules(image_mask, text_mask, self.one_way, self.token_reduction),
+            scale,
+            rules._replace(pairing=token_pairing(further, 0, scale.dtype, self.ranks)),
             self.impl,
             self.ranks,
+            None if row_weights is None else self.ranks.joined(row_weights),
         )
 
-    def _checked(self, images: PaddedTokens, texts: PaddedTokens) -> list[PaddedTokens]:
-        """Check both sides; pad each to its greatest length on any rank."""
+    def _checked(
+        self, images: PaddedTokens, texts: PaddedTokens, further: RowArguments
+    ) -> list[PaddedTokens]:
+        """Check everything; pad each side to its greatest length on any rank."""
         check_tokens(images.tokens, texts.tokens)
         check_mask("image_mask", images.mask, images.tokens)
         check_mask("text_mask", texts.mask, texts.tokens)
+        check_vectors(texts.tokens, (len(texts.tokens), 0), further)
         images, texts = as_long_everywhere((images, texts), self.ranks)
-        check_same_everywhere(self.group, image_tokens=images.tokens, text_tokens=texts.tokens)
+        named = {"image_tokens": images.tokens, "text_tokens": texts.tokens}
+        check_same_everywhere(self.group, **named, **vectors_of(further))
         check_has_negatives(len(images.tokens) * self.ranks.size)
         return [images, texts]
 
@@ -130,6 +148,7 @@ def distributed_late_interaction(
     rules: TokenRules,
     impl: Impl,
     ranks: Ranks,
+    weights: Tensor | None = None,
 ) -> ContrastiveOutput:
     """Compute `late_interaction_loss_with_accuracy` of all ranks' samples, on every rank.
 
@@ -143,21 +162,16 @@ def distributed_late_interaction(
         rules: of all images and texts.
         impl: "reference" gathers all tokens on every rank; the others share the work.
         ranks: who shares the batch, and how tokens travel.
+        weights: of all pairs in the mean.
     """
     dtype = torch.promote_types(images.dtype, texts.dtype)
     resolved = resolve_impl(impl, images.device, dtype)
+    given = images.to(dtype), texts.to(dtype)
     if ranks.size == 1 or resolved == "reference":
-        return late_interaction_loss_with_accuracy(
-            gather_rows(images, ranks.group),
-            gather_rows(texts, ranks.group),
-            logit_scale,
-            image_mask=rules.image_mask,
-            text_mask=rules.text_mask,
-            one_way=rules.one_way,
-            token_reduction=rules.token_reduction,
-            impl=impl,
-        )
-    refuse_transforms("late_interaction_loss", images, texts, logit_scale)
-    contrast = DistributedContrast("late_interaction_loss", TokenPasses(resolved), rules, ranks)
-    statistics = contrast.differentiable(images.to(dtype), texts.to(dtype), logit_scale)
-    return late_interaction_result(statistics, one_way=rules.one_way)
+        everyone = (gather_rows(tokens, ranks.group) for tokens in given)
+        statistics = late_interaction_statistics(*everyone, logit_scale, rules, resolved)
+    else:
+        refuse_transforms("late_interaction_loss", *given, logit_scale)
+        contrast = DistributedContrast("late_interaction_loss", TokenPasses(resolved), rules, ranks)
+        statistics = contrast.differentiable(*given, logit_scale)
+    return late_interaction_result(statistics, one_way=rules.one_way, weights=weights)

@@ -6,51 +6,34 @@ hard negative, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gradcache_clip.distributed.collectives import check_same_everywhere
 from gradcache_clip.losses.competitors import Competitors, accuracy, joint_loss
 from gradcache_clip.losses.padded_tokens import PaddedTokens
+from gradcache_clip.losses.retrieval_arguments import RowArguments
 from gradcache_clip.losses.scaled import LossOptions, ScaledLoss, check_has_negatives
-from gradcache_clip.losses.token_batch import GivenTokens, TokenBatch, check_token_inputs
+from gradcache_clip.losses.token_batch import GivenTokens, TokenBatch
 from gradcache_clip.losses.token_contrast import (
     dense_statistics,
     own_logits,
     packed_statistics,
     reference_statistics,
 )
+from gradcache_clip.losses.token_inputs import TokenInputs, vectors_of
 from gradcache_clip.ops.implementations import resolve_impl
 from gradcache_clip.ops.late_interaction import check_token_reduction
 from gradcache_clip.ops.late_interaction_op import TokenRules
 from gradcache_clip.ops.pairing import Statistics
 from gradcache_clip.ops.results import RetrievalOutput
-from gradcache_clip.ops.softmax import columns_of, rows_of
+from gradcache_clip.ops.softmax import columns_of, rows_of, weighted_mean
 from gradcache_clip.ops.token_sides import TokenReduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class _Inputs(NamedTuple):
-    """What a loss is given, with the names of retrieval."""
-
-    queries: GivenTokens
-    documents: GivenTokens
-    negatives: GivenTokens | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.queries.tokens.dtype, self.documents.tokens.dtype)
-
-    @property
-    def packed(self) -> bool:
-        return any(each is not None and each.lengths is not None for each in self)
-
-    @property
-    def count_apart(self) -> bool:
-        return any(each is not None and each.counts is not None for each in self)
 
 
 class MaxSimLoss(ScaledLoss):
@@ -133,6 +116,10 @@ class MaxSimLoss(ScaledLoss):
         query_lengths: Tensor | None = None,
         document_lengths: Tensor | None = None,
         hard_negative_lengths: Tensor | None = None,
+        ids: Tensor | None = None,
+        groups: Tensor | None = None,
+        column_bias: Tensor | None = None,
+        row_weights: Tensor | None = None,
     ) -> RetrievalOutput:
         """Compute the loss of all queries; sample i of queries and documents is a pair.
 
@@ -152,9 +139,13 @@ class MaxSimLoss(ScaledLoss):
             query_lengths: (b,) integers, the number of tokens of each query, of packed tokens.
             document_lengths: (b,).
             hard_negative_lengths: (b, K).
+            ids: (b,) integers; as groups, column_bias and row_weights in `RetrievalLoss`.
+            groups: (b,) integers.
+            column_bias: (b,), with hard negatives (b, 1 + K), constants.
+            row_weights: (b,), 0 or more.
 
         Raises:
-            TypeError: tokens, masks or lengths of a wrong type.
+            TypeError: tokens, masks, lengths or ids of a wrong type.
             ValueError: shapes that do not fit together, a sample without any token that counts, or
                 the whole batch is a single pair without hard negatives.
         """
@@ -162,12 +153,13 @@ class MaxSimLoss(ScaledLoss):
         of_documents = document_mask, document_counts, document_lengths
         documents = GivenTokens("document", document_tokens, *of_documents)
         negatives = _negatives(hard_negatives, hard_negative_mask, hard_negative_lengths)
-        inputs = _Inputs(queries, documents, negatives)
+        further = RowArguments(None, ids, groups, column_bias, None, row_weights)
+        inputs = TokenInputs(queries, documents, negatives, further)
         self._check(inputs)
         return self._output(inputs, self._scale_for(logit_scale, query_tokens, document_tokens))
 
-    def _check(self, inputs: _Inputs) -> None:
-        check_token_inputs(*inputs)
+    def _check(self, inputs: TokenInputs) -> None:
+        inputs.check()
         if inputs.documents.counts is not None and not self.symmetric:
             raise ValueError(
                 "document_counts: expected None unless symmetric, got a tensor; one way documents "
@@ -181,25 +173,29 @@ class MaxSimLoss(ScaledLoss):
                     "nothing else competes"
                 )
 
-    def _output(self, inputs: _Inputs, scale: Tensor) -> RetrievalOutput:
-        impl = self._impl(inputs)
+    def _output(self, inputs: TokenInputs, scale: Tensor) -> RetrievalOutput:
+        impl, further = self._impl(inputs), inputs.further
         rules = TokenRules(None, None, not self.symmetric, self.token_reduction)
         positive, against, back = None, None, None
         if self.in_batch_negatives:
             statistics = self._statistics_of(inputs, scale, rules, impl)
             queries, back = columns_of(statistics), rows_of(statistics)
             positive, against = queries.positive, Competitors.of(queries, with_positive=True)
-        if inputs.negatives is not None and not self.share_hard_negatives:
+        # Their id is the query's own, which excludes them among the shared ones.
+        own_apart = not self.share_hard_negatives or further.ids is not None
+        if inputs.negatives is not None and own_apart:
             positive, against = self._with_own(inputs, scale, rules, impl, positive, against)
         assert positive is not None and against is not None
-        loss, forth = joint_loss(positive, [against]).mean(), accuracy(positive, against)
+        weights = None if further.row_weights is None else self.ranks.joined(further.row_weights)
+        loss = weighted_mean(joint_loss(positive, [against]), weights)
+        forth = accuracy(positive, against)
         if not self.symmetric or back is None:
             return RetrievalOutput(loss, forth, None)
         other = Competitors.of(back, with_positive=True)
-        loss = (loss + joint_loss(back.positive, [other]).mean()) / 2
+        loss = (loss + weighted_mean(joint_loss(back.positive, [other]), weights)) / 2
         return RetrievalOutput(loss, forth, accuracy(back.positive, other))
 
-    def _impl(self, inputs: _Inputs) -> str:
+    def _impl(self, inputs: TokenInputs) -> str:
         """Choose the implementation that takes these tokens."""
         found = resolve_impl(self.impl, inputs.queries.tokens.device, inputs.dtype)
         if found != "triton" or not (inputs.packed or (self.symmetric and inputs.count_apart)):
@@ -212,23 +208,23 @@ class MaxSimLoss(ScaledLoss):
         return "tiled"
 
     def _statistics_of(
-        self, inputs: _Inputs, scale: Tensor, rules: TokenRules, impl: str
+        self, inputs: TokenInputs, scale: Tensor, rules: TokenRules, impl: str
     ) -> Statistics:
         """Compare all queries with all documents, and with the hard negatives that are shared."""
         shared = inputs.negatives if self.share_hard_negatives else None
         if impl == "triton":
             documents = [self._padded(each) for each in (inputs.documents, shared) if each]
-            given = documents, self._padded(inputs.queries), scale, rules, impl, self.ranks
-            return dense_statistics(*given)
+            given = documents, self._padded(inputs.queries), scale, rules
+            return dense_statistics(*given, inputs.further, impl, self.ranks)
         queries, columns = self._batch(inputs.queries), self._batch(inputs.documents)
         if shared is not None:
             columns = columns.followed_by(self._batch(shared))
         compute = reference_statistics if impl == "reference" else packed_statistics
-        return compute(columns, queries, scale, rules, self.ranks)
+        return compute(columns, queries, scale, rules, inputs.further, self.ranks)
 
     def _with_own(
         self,
-        inputs: _Inputs,
+        inputs: TokenInputs,
         scale: Tensor,
         rules: TokenRules,
         impl: str,
@@ -240,11 +236,14 @@ class MaxSimLoss(ScaledLoss):
         queries = self._batch(inputs.queries)
         options = scale, rules, impl, self.ranks
         if positive is None or against is None:
-            positive = own_logits(queries, self._batch(inputs.documents), *options)[:, 0]
+            named = vectors_of(inputs.further)
+            check_same_everywhere(self.group, query_lengths=queries.lengths, **named)
+            documents, bias = self._batch(inputs.documents), inputs.own_bias(slice(0, 1))
+            positive = own_logits(queries, documents, *options, bias=bias)[:, 0]
             nothing = torch.full_like(positive, -torch.inf)
             against = Competitors(nothing, nothing, with_positive=True)
-        negatives = self._batch(inputs.negatives)
-        logits = own_logits(queries, negatives, *options, hardest=against.hardest)
+        negatives, bias = self._batch(inputs.negatives), inputs.own_bias(slice(1, None))
+        logits = own_logits(queries, negatives, *options, hardest=against.hardest, bias=bias)
         return positive, against.joined(logits, logits.detach().amax(1))
 
     def _batch(self, given: GivenTokens) -> TokenBatch:

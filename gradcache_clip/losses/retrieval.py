@@ -28,6 +28,7 @@ from gradcache_clip.losses.retrieval_contrasts import (
 )
 from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.ops.results import RetrievalOutput
+from gradcache_clip.ops.softmax import weighted_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -225,10 +226,7 @@ class RetrievalLoss(ScaledLoss):
     def _result(self, found: Compared, weights: Tensor | None) -> RetrievalOutput:
         positive, directions = found
         of_rows = joint_loss if self.partition_mode == "joint" else mean_loss
-        losses = of_rows(positive, list(directions.values()))
-        loss = losses.mean()
-        if weights is not None:
-            loss = (losses * weights).sum() / weights.sum()
+        loss = weighted_mean(of_rows(positive, list(directions.values())), weights)
         back = directions.get("doc_to_query")
         forth = accuracy(positive, directions["query_to_doc"])
         return RetrievalOutput(loss, forth, None if back is None else accuracy(positive, back))

@@ -95,17 +95,8 @@ def check_rows(
     group: dist.ProcessGroup | None, queries: Tensor, negatives: Tensor | None, given: RowArguments
 ) -> None:
     """Raise unless all of it fits the queries, here and on every other rank."""
-    b, K = len(queries), 0 if negatives is None else negatives.shape[1]
-    for name in ("ids", "groups"):
-        values = getattr(given, name)
-        if values is not None:
-            check_integers(name, values, (b,), queries.device)
-    if given.row_weights is not None:
-        _check_numbers("row_weights", given.row_weights, ((b,),), queries)
-        _check_constant("row_weights", given.row_weights)
-    if given.column_bias is not None:
-        shapes = ((b,), (b, 1)) if K == 0 else ((b, 1 + K),)
-        _check_numbers("column_bias", given.column_bias, shapes, queries)
+    K = 0 if negatives is None else negatives.shape[1]
+    check_vectors(queries, (len(queries), K), given, learned_bias=True)
     guides, bias = given.guide or (), given.column_bias
     if given.guide is not None:
         _check_guide(guides, queries, K)
@@ -122,6 +113,25 @@ def check_rows(
         guide=guides[0] if guides else None,
         **{"column_bias.requires_grad": learned},
     )
+
+
+def check_vectors(
+    queries: Tensor, samples: tuple[int, int], given: RowArguments, *, learned_bias: bool = False
+) -> None:
+    """Raise unless ids, groups, bias and weights fit b queries with K hard negatives each."""
+    b, K = samples
+    for name in ("ids", "groups"):
+        values = getattr(given, name)
+        if values is not None:
+            check_integers(name, values, (b,), queries.device)
+    if given.row_weights is not None:
+        _check_numbers("row_weights", given.row_weights, ((b,),), queries)
+        _check_constant("row_weights", given.row_weights)
+    if given.column_bias is not None:
+        shapes = ((b,), (b, 1)) if K == 0 else ((b, 1 + K),)
+        _check_numbers("column_bias", given.column_bias, shapes, queries)
+        if not learned_bias:
+            _check_constant("column_bias", given.column_bias)
 
 
 def _check_numbers(

@@ -21,7 +21,9 @@ from gradcache_clip.distributed.exchange import Ranks
 from gradcache_clip.losses.distributed_contrast import DistributedContrast
 from gradcache_clip.losses.own_token_scores import own_token_scores, own_token_scores_reference
 from gradcache_clip.losses.padded_tokens import PaddedTokens, as_long_everywhere, of_all_ranks
+from gradcache_clip.losses.retrieval_arguments import RowArguments
 from gradcache_clip.losses.token_batch import TokenBatch
+from gradcache_clip.losses.token_inputs import token_pairing, vectors_of
 from gradcache_clip.ops.implementations import autocast_disabled, refuse_transforms
 from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules, token_statistics
 from gradcache_clip.ops.late_interaction_reference import (
@@ -41,6 +43,7 @@ def packed_statistics(
     queries: TokenBatch,
     logit_scale: Tensor,
     rules: TokenRules,
+    further: RowArguments,
     ranks: Ranks,
 ) -> Statistics:
     """Compute the statistics of B queries and their documents in tiles, without padding."""
@@ -51,8 +54,11 @@ def packed_statistics(
         query_tokens=texts.tokens,
         document_counts=images.counts,
         query_counts=texts.counts,
+        **vectors_of(further),
     )
+    shared = len(documents.lengths) // len(queries.lengths) - 1
     rules = rules._replace(
+        pairing=token_pairing(further, shared, logit_scale.dtype, ranks),
         image_mask=of_all_ranks(images.counts, ranks),
         text_mask=of_all_ranks(texts.counts, ranks),
         image_spans=images.spans,
@@ -66,6 +72,7 @@ def dense_statistics(
     queries: PaddedTokens,
     logit_scale: Tensor,
     rules: TokenRules,
+    further: RowArguments,
     impl: str,
     ranks: Ranks,
 ) -> Statistics:
@@ -78,9 +85,12 @@ def dense_statistics(
         torch.cat([each.tokens for each in padded]), torch.cat(masks) if masks else None
     )
     images, texts = as_long_everywhere((joined, queries), ranks)
-    check_same_everywhere(ranks.group, document_tokens=images.tokens, query_tokens=texts.tokens)
+    named = {"document_tokens": images.tokens, "query_tokens": texts.tokens}
+    check_same_everywhere(ranks.group, **named, **vectors_of(further))
     image_mask, text_mask = (of_all_ranks(each.mask, ranks) for each in (images, texts))
-    rules = rules._replace(image_mask=image_mask, text_mask=text_mask)
+    shared = len(images.tokens) // len(texts.tokens) - 1
+    pairing = token_pairing(further, shared, logit_scale.dtype, ranks)
+    rules = rules._replace(image_mask=image_mask, text_mask=text_mask, pairing=pairing)
     return _over_ranks(images.tokens, texts.tokens, logit_scale, rules, impl, ranks)
 
 
@@ -89,17 +99,22 @@ def reference_statistics(
     queries: TokenBatch,
     logit_scale: Tensor,
     rules: TokenRules,
+    further: RowArguments,
     ranks: Ranks,
 ) -> Statistics:
     """Compute the same from the similarities of all tokens of all ranks."""
-    b = len(queries.lengths)
+    check_same_everywhere(ranks.group, query_lengths=queries.lengths, **vectors_of(further))
+    b, S = len(queries.lengths), len(documents.lengths)
     images, texts = (
         _gathered(_padded(each, rules, logit_scale.dtype, ranks), ranks)
         for each in (documents, queries)
     )
-    images = DenseTokens(*(_documents_first(each, b, ranks) for each in images))
+    order = _documents_first(b, S, ranks, logit_scale.device)
+    images = DenseTokens(*(each[order] for each in images))
+    pairing = token_pairing(further, S // b - 1, logit_scale.dtype, ranks).with_columns(order)
     with autocast_disabled(logit_scale.device):
-        found = token_statistics_reference(images, texts, logit_scale, one_way=rules.one_way)
+        options = {"one_way": rules.one_way}
+        found = token_statistics_reference(images, texts, logit_scale, pairing, **options)
     return _with_rows(found, [each[: b * ranks.size] for each in found[:4]])
 
 
@@ -111,11 +126,12 @@ def own_logits(
     impl: str,
     ranks: Ranks,
     hardest: Float[Tensor, " B"] | None = None,
+    bias: Float[Tensor, "b c"] | None = None,
 ) -> Float[Tensor, "B c"]:
     """Compute the logits of all ranks' queries with C candidates of their own, query by query.
 
     `hardest` are the largest logits of what else competes with them in tiles, whose gradient of the
-    scale counts from there.
+    scale counts from there. `bias` is added to the logits of this rank's queries.
     """
     if impl == "reference":
         sides = (_padded(each, rules, logit_scale.dtype, None) for each in (queries, candidates))
@@ -133,6 +149,8 @@ def own_logits(
     if hardest is not None and impl != "reference":
         zero = (hardest[ranks.own(len(scores)), None] / logit_scale).detach()
         logits = logits - (scale - scale.detach()) * zero.nan_to_num(0, 0, 0)
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
     return gather_rows(logits, ranks.group)
 
 
@@ -200,7 +218,7 @@ def _gathered(side: DenseTokens, ranks: Ranks) -> DenseTokens:
     return DenseTokens(*(gather_rows(each, ranks.group) for each in side))
 
 
-def _documents_first(values: Tensor, b: int, ranks: Ranks) -> Tensor:
-    """Move the hard negatives of all ranks behind the documents of all."""
-    by_rank = values.unflatten(0, (ranks.size, -1))
-    return torch.cat((by_rank[:, :b].flatten(0, 1), by_rank[:, b:].flatten(0, 1)))
+def _documents_first(b: int, S: int, ranks: Ranks, device: torch.device) -> Int[Tensor, " S"]:
+    """Return the numbers of the documents of all ranks, then those of all hard negatives."""
+    by_rank = torch.arange(ranks.size * S, device=device).view(ranks.size, S)
+    return torch.cat((by_rank[:, :b].flatten(), by_rank[:, b:].flatten()))

@@ -12,17 +12,14 @@ def contrast_reference(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairi
     """Compute them by plain autograd over the full logits, in at least fp32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = logit_scale.to(dtype) * (q.to(dtype) @ k.to(dtype).T)
-    if pairing.row_bias is not None:
-        logits = logits + pairing.row_bias[:, None]
-    if pairing.column_bias is not None:
-        logits = logits + pairing.column_bias
-    positives, competes = _masks(pairing, len(q), len(k), q.device)
+    logits = biased_reference(logits, pairing)
+    positives, competes = masks_reference(pairing, len(q), len(k), q.device)
     of_rows, of_columns = _guided(pairing, competes)
-    rows = _side(logits, positives, of_rows, pairing.row_labels, pairing.row_threshold)
+    rows = side_reference(logits, positives, of_rows, pairing.row_labels, pairing.row_threshold)
     empty = logits.new_empty(0)
     columns = (empty, empty, empty, empty)
     if pairing.both_ways:
-        columns = _side(
+        columns = side_reference(
             logits.T, positives.T, of_columns.T, pairing.column_labels, pairing.column_threshold
         )
         if pairing.column_labels is None:
@@ -30,7 +27,16 @@ def contrast_reference(q: Tensor, k: Tensor, logit_scale: Tensor, pairing: Pairi
     return Statistics(*rows, *columns)
 
 
-def _masks(
+def biased_reference(logits: Tensor, pairing: Pairing) -> Tensor:
+    """Add the bias of rows and columns to M x N logits."""
+    if pairing.row_bias is not None:
+        logits = logits + pairing.row_bias[:, None]
+    if pairing.column_bias is not None:
+        logits = logits + pairing.column_bias
+    return logits
+
+
+def masks_reference(
     pairing: Pairing, rows: int, columns: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return masks of positives and of competitors, positives among them; both M x N."""
@@ -64,12 +70,12 @@ def _guided(pairing: Pairing, competes: Tensor) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _side(
+def side_reference(
     logits: Tensor,
     positives: Tensor,
     competes: Tensor,
-    labels: Tensor | None,
-    threshold: Tensor | None,
+    labels: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return positive, max, sum and hardest_negative of each row."""
     if threshold is not None:

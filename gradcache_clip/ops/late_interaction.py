@@ -26,7 +26,12 @@ from gradcache_clip.ops.late_interaction_reference import (
 from gradcache_clip.ops.loss_alone import loss_alone
 from gradcache_clip.ops.pairing import Statistics
 from gradcache_clip.ops.results import ContrastiveOutput
-from gradcache_clip.ops.softmax import Direction, negative_lse_minus_positive, one_positive_loss
+from gradcache_clip.ops.softmax import (
+    Direction,
+    negative_lse_minus_positive,
+    one_positive_loss,
+    weighted_mean,
+)
 from gradcache_clip.ops.token_sides import TokenReduction
 
 if TYPE_CHECKING:
@@ -121,19 +126,8 @@ def late_interaction_loss_with_accuracy(
     scale = scalar_tensor("logit_scale", logit_scale, image_tokens.device, dtype)
     resolved = resolve_impl(impl, image_tokens.device, dtype)
     images, texts = image_tokens.to(dtype), text_tokens.to(dtype)
-    if resolved == "reference":
-        pairs = (images, image_mask), (texts, text_mask)
-        with autocast_disabled(images.device):
-            dense_images, dense_texts = (
-                DenseTokens.of(tokens, mask, mask, token_reduction, scale.dtype)
-                for tokens, mask in pairs
-            )
-            sides = dense_images, dense_texts
-            found = token_statistics_reference(*sides, scale, one_way=one_way)
-            return late_interaction_result(found, one_way=one_way)
-    refuse_transforms("late_interaction_loss", images, texts, scale)
     rules = TokenRules(image_mask, text_mask, one_way, token_reduction)
-    statistics = token_statistics(images, texts, scale, rules, resolved)
+    statistics = late_interaction_statistics(images, texts, scale, rules, resolved)
     return late_interaction_result(statistics, one_way=one_way)
 
 
@@ -141,17 +135,35 @@ late_interaction_loss = loss_alone(late_interaction_loss_with_accuracy)
 """The loss of `late_interaction_loss_with_accuracy` alone, with the same arguments."""
 
 
-def late_interaction_result(statistics: Statistics, *, one_way: bool) -> ContrastiveOutput:
+def late_interaction_statistics(
+    images: Tensor, texts: Tensor, logit_scale: Tensor, rules: TokenRules, impl: str
+) -> Statistics:
+    """Compute the statistics of images and texts of one dtype, by any implementation."""
+    if impl != "reference":
+        refuse_transforms("late_interaction_loss", images, texts, logit_scale)
+        return token_statistics(images, texts, logit_scale, rules, impl)
+    reduction, dtype = rules.token_reduction, logit_scale.dtype
+    with autocast_disabled(images.device):
+        dense_images, dense_texts = (
+            DenseTokens.of(tokens, mask, mask, reduction, dtype)
+            for tokens, mask in ((images, rules.image_mask), (texts, rules.text_mask))
+        )
+        given = dense_images, dense_texts, logit_scale, rules.pairing
+        return token_statistics_reference(*given, one_way=rules.one_way)
+
+
+def late_interaction_result(
+    statistics: Statistics, *, one_way: bool, weights: Float[Tensor, " b"] | None = None
+) -> ContrastiveOutput:
     """Compute loss and accuracies from the statistics of images and texts."""
     images, texts = (
         Direction(positive, peak, total, positive, peak)
         for positive, peak, total, _ in (statistics[:4], statistics[4:])
     )
     each = [texts] if one_way else [images, texts]
-    losses = [
-        one_positive_loss(negative_lse_minus_positive(direction)).mean() for direction in each
-    ]
-    return ContrastiveOutput(torch.stack(losses).mean(), images.accuracy(), texts.accuracy())
+    losses = [one_positive_loss(negative_lse_minus_positive(direction)) for direction in each]
+    means = [weighted_mean(loss, weights) for loss in losses]
+    return ContrastiveOutput(torch.stack(means).mean(), images.accuracy(), texts.accuracy())
 
 
 def check_tokens(images: Tensor, texts: Tensor) -> None:

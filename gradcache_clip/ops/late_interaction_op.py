@@ -19,7 +19,7 @@ from gradcache_clip.ops.late_interaction_passes import (
 )
 from gradcache_clip.ops.late_interaction_tiled import TorchTiles
 from gradcache_clip.ops.late_interaction_triton import TritonTiles
-from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
+from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.statistics_op import register
 from gradcache_clip.ops.token_sides import PackedSide, TokenReduction, masked_tokens
 
@@ -32,8 +32,8 @@ class TokenRules(NamedTuple):
     text_mask: Tensor | None
     one_way: bool
     token_reduction: TokenReduction
-    paired: bool = True
-    """Whether image i and text i are positives of each other; otherwise none are."""
+    pairing: Pairing = Pairing()
+    """Which images (columns) compete for which texts (rows), and the reverse."""
     texts_first: bool = False
     """Whether the texts are the rows."""
     both_ways: bool = True
@@ -46,22 +46,26 @@ class TokenRules(NamedTuple):
     text_spans: Tensor | None = None
 
     def packed(self) -> tuple[list[Tensor | None], list[int]]:
-        """Return masks and numbers of paired images and texts, as an op of torch.library takes."""
-        numbers = [int(self.one_way), int(self.token_reduction == "mean")]
-        return [self.image_mask, self.text_mask, self.image_spans, self.text_spans], numbers
+        """Return masks, vectors and numbers, as an op of torch.library takes them."""
+        vectors, numbers = self.pairing.packed()
+        masks = self.image_mask, self.text_mask, self.image_spans, self.text_spans
+        flags = int(self.one_way), int(self.token_reduction == "mean")
+        return [*masks, *vectors], [*flags, *numbers]
 
     @staticmethod
     def unpacked(masks: Sequence[Tensor | None], numbers: Sequence[int]) -> TokenRules:
         """Invert `packed`."""
-        image_mask, text_mask, image_spans, text_spans = masks
+        image_mask, text_mask, image_spans, text_spans, *vectors = masks
+        pairing = Pairing.unpacked(vectors, numbers[2:])
         rules = TokenRules(image_mask, text_mask, bool(numbers[0]), "mean" if numbers[1] else "sum")
-        return rules._replace(image_spans=image_spans, text_spans=text_spans)
+        return rules._replace(image_spans=image_spans, text_spans=text_spans, pairing=pairing)
 
     def of_block(self, images: slice, texts: slice) -> TokenRules:
         """Keep these images and texts."""
         masks = zip((self.image_mask, self.text_mask), (images, texts), strict=True)
         of_images, of_texts = (None if mask is None else mask[where] for mask, where in masks)
-        block = self._replace(image_mask=of_images, text_mask=of_texts)
+        pairing = self.pairing.of_block(texts, images)
+        block = self._replace(image_mask=of_images, text_mask=of_texts, pairing=pairing)
         if self.image_spans is None or self.text_spans is None:
             return block
         spans = self.image_spans[:, images], self.text_spans[:, texts]
@@ -70,7 +74,7 @@ class TokenRules(NamedTuple):
 
     def without_positives(self, images: int, texts: int) -> TokenRules:
         """Return the rules of images and texts of which no two are a pair."""
-        return self._replace(paired=False)
+        return self._replace(pairing=self.pairing.without_positives(texts, images))
 
     def transposed(self) -> TokenRules:
         """Make the texts the rows, or the images again."""
@@ -89,7 +93,7 @@ class TokenPasses(NamedTuple):
         """Reduce the scores of each image and of each text to a few numbers, in one pass."""
         with autocast_disabled(images.device):
             tiles = self.tiles(images, texts, logit_scale.dtype, rules)
-            return statistics(tiles, logit_scale, paired=rules.paired)
+            return statistics(tiles, logit_scale, rules.pairing)
 
     def gradient(
         self,
@@ -104,7 +108,7 @@ class TokenPasses(NamedTuple):
     ) -> Gradients:
         """Compute the gradients of the tokens and of the scale; None where not needed.
 
-        `column_sums` are None: scores of tokens have no bias.
+        `column_sums` are None: a bias of scores is a constant.
         """
         assert column_side is not None
         if rules.texts_first:
@@ -113,8 +117,8 @@ class TokenPasses(NamedTuple):
             return dtexts, dimages, dlogit_scale
         with autocast_disabled(rows.device):
             tiles = self.tiles(rows, columns, logit_scale.dtype, rules)
-            sides, paired = (row_side, column_side), rules.paired
-            drows, dcolumns, dscale = gradient(tiles, logit_scale, sides, needs, paired=paired)
+            given = logit_scale, rules.pairing, (row_side, column_side), needs
+            drows, dcolumns, dscale = gradient(tiles, *given)
         drows = None if drows is None else drows.view(rows.shape)
         return drows, None if dcolumns is None else dcolumns.view(columns.shape), dscale
 

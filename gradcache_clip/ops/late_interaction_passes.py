@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gradcache_clip.ops.pairing import Gradients, Needs, SideGradient, Statistics
+from gradcache_clip.ops.masks import TileMasks
+from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.tile_statistics import RunningSoftmax
-from gradcache_clip.ops.tiles import diagonal
 from gradcache_clip.ops.token_sides import PackedSide, Tokens, unmasked
 
 if TYPE_CHECKING:
@@ -73,26 +73,25 @@ class TokenTiles(Protocol):
         """Add to `dtokens` of the stripe's images and of the panel's texts, where not None."""
 
 
-def statistics(tiles: TokenTiles, logit_scale: Tensor, *, paired: bool = True) -> Statistics:
+def statistics(tiles: TokenTiles, logit_scale: Tensor, pairing: Pairing) -> Statistics:
     """Run the forward: each image over the texts, and each text over the images.
 
-    Sums are over negatives alone. With `paired` image i and text i are positives of each other;
-    otherwise all pairs are negatives, and the positive logits are zeros. One way the statistics of
+    Sums are over negatives alone; without a positive its logit is 0. One way the statistics of
     images use the scores of texts that look for them.
     """
     sizes = tiles.images.samples, tiles.texts.samples
     sides = [RunningSoftmax(logit_scale, size) for size in sizes]
     positives = [logit_scale.new_zeros(size) for size in sizes]
+    masks, texts = _masks(tiles, logit_scale, pairing), slice(0, tiles.texts.samples)
     for stripe in tiles.stripes():
         rows, columns = _stripe_scores(tiles, stripe, logit_scale)
-        places = (stripe, 1), (slice(0, tiles.texts.samples), 0)
         both = columns if rows is None else rows, columns
+        places = (stripe, 1), (texts, 0)
         for side, positive, scores, place in zip(sides, positives, both, places, strict=True):
             logits = scores * logit_scale
-            if paired:
-                pairs = logits.diagonal(stripe.start)
-                positive[stripe.start : stripe.start + len(pairs)] = pairs
-                pairs.fill_(-torch.inf)
+            masks.add_bias(logits, stripe, texts)
+            masks.exclude(logits, stripe, texts, -torch.inf)
+            masks.take_positives(logits, stripe, texts, positive)
             side.fold(logits, *place, scratch=logits)
     # With one positive per sample the hardest negative is the maximum; ops return no aliases.
     images, texts = (
@@ -100,6 +99,16 @@ def statistics(tiles: TokenTiles, logit_scale: Tensor, *, paired: bool = True) -
         for side, positive in zip(sides, positives, strict=True)
     )
     return Statistics(*images, *texts)
+
+
+def _masks(tiles: TokenTiles, logit_scale: Tensor, pairing: Pairing) -> TileMasks:
+    """Apply the rules to scores, whose rows are images."""
+
+    def buffer(name: str, stripe: slice, panel: slice, dtype: torch.dtype) -> Tensor:
+        shape = stripe.stop - stripe.start, panel.stop - panel.start
+        return logit_scale.new_empty(shape, dtype=dtype)
+
+    return TileMasks(buffer, tiles.texts.samples, pairing.transposed())
 
 
 def _stripe_scores(tiles: TokenTiles, stripe: slice, like: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -117,10 +126,9 @@ def _stripe_scores(tiles: TokenTiles, stripe: slice, like: Tensor) -> tuple[Tens
 def gradient(
     tiles: TokenTiles,
     logit_scale: Tensor,
+    pairing: Pairing,
     sides: tuple[SideGradient, SideGradient],
     needs: Needs,
-    *,
-    paired: bool = True,
 ) -> Gradients:
     """Run the backward from the gradients of both sides' statistics."""
     needs_images, needs_texts, needs_scale = needs
@@ -129,14 +137,15 @@ def gradient(
     dtexts = torch.zeros_like(texts.values, dtype=dtype) if needs_texts else None
     dlogit_scale = torch.zeros_like(logit_scale)
     sides, factor = _in_units(sides)
+    masks = _masks(tiles, logit_scale, pairing)
     unscale = factor * logit_scale / tiles.gradient_scale
     for stripe in tiles.stripes():
         own = images.at(stripe)
         rows = torch.zeros_like(images.values[own], dtype=dtype) if needs_images else None
         for panel in tiles.panels():
             maxima = tiles.maxima(stripe, panel, winners=needs_images or needs_texts)
-            scores = _Scores(maxima, (stripe, panel), logit_scale)
-            dscores = scores.gradient(sides, dlogit_scale, paired=paired)
+            scores = _Scores(maxima, (stripe, panel), logit_scale, masks)
+            dscores = scores.gradient(sides, dlogit_scale)
             if needs_images or needs_texts:
                 columns = None if dtexts is None else dtexts[texts.at(panel)]
                 tiles.add_gradients((stripe, panel), maxima, dscores, (rows, columns))
@@ -167,26 +176,26 @@ class _Scores(NamedTuple):
     pair: tuple[slice, slice]
     """Which images, and which texts."""
     logit_scale: Tensor
+    masks: TileMasks
 
     def gradient(
-        self, sides: tuple[SideGradient, SideGradient], dlogit_scale: Tensor, *, paired: bool
+        self, sides: tuple[SideGradient, SideGradient], dlogit_scale: Tensor
     ) -> tuple[Tensor | None, Tensor]:
         """Return dloss/dscores of both directions; add to the gradient of the scale on the way."""
         row, column = (
-            None if scores is None else self._of(scores, side, dim, dlogit_scale, paired)
+            None if scores is None else self._of(scores, side, dim, dlogit_scale)
             for scores, side, dim in zip(self.maxima[:2], sides, (1, 0), strict=True)
         )
         assert column is not None
         return row, column
 
-    def _of(
-        self, scores: Tensor, side: SideGradient, dim: int, dlogit_scale: Tensor, paired: bool
-    ) -> Tensor:
+    def _of(self, scores: Tensor, side: SideGradient, dim: int, dlogit_scale: Tensor) -> Tensor:
         peak, dsum, _ = (each.unsqueeze(dim) for each in side.of(self.pair[1 - dim]))
-        found = torch.exp(scores * self.logit_scale - peak).mul_(dsum)
-        if paired:
-            entries, pairs = diagonal(found, *self.pair)
-            entries.copy_(side.dpositive[pairs])
+        logits = scores * self.logit_scale
+        self.masks.add_bias(logits, *self.pair)
+        found = torch.exp(logits - peak).mul_(dsum)
+        self.masks.exclude(found, *self.pair, 0.0)
+        self.masks.put_positives(found, *self.pair, side.dpositive)
         # These sum to zero over a sample and what else competes, so subtracting one score from all
         # changes nothing but rounding: the largest negative.
         largest = (peak / self.logit_scale).nan_to_num(0, 0, 0)

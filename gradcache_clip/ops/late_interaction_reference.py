@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from gradcache_clip.ops.pairing import Statistics
+from gradcache_clip.ops.contrast_reference import (
+    biased_reference,
+    masks_reference,
+    side_reference,
+)
+from gradcache_clip.ops.pairing import Pairing, Statistics
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -44,16 +49,27 @@ class DenseTokens(NamedTuple):
 
 
 def token_statistics_reference(
-    images: DenseTokens, texts: DenseTokens, logit_scale: Float[Tensor, ""], *, one_way: bool
+    images: DenseTokens,
+    texts: DenseTokens,
+    logit_scale: Float[Tensor, ""],
+    pairing: Pairing,
+    *,
+    one_way: bool,
 ) -> Statistics:
-    """Compute the statistics from all I x P x J x R similarities; images beyond J have no text."""
+    """Compute the statistics from all I x P x J x R similarities; images beyond J have no text.
+
+    In `pairing` texts are the rows, and images the columns.
+    """
     similarity = torch.einsum("ipd,jrd->ipjr", images.values, texts.values)
     best_image = best_match(similarity, images.found[:, :, None, None], dim=1)
-    text_to_image = logit_scale * torch.einsum("jr,ijr->ij", texts.weight, best_image)
+    text_to_image = logit_scale * torch.einsum("jr,ijr->ji", texts.weight, best_image)
     best_text = best_match(similarity, texts.found[None, None], dim=3)
-    image_to_text = logit_scale * torch.einsum("ip,ipj->ij", images.weight, best_text)
-    rows = text_to_image if one_way else image_to_text
-    return Statistics(*_of_rows(rows), *_of_rows(text_to_image.T))
+    image_to_text = logit_scale * torch.einsum("ip,ipj->ji", images.weight, best_text)
+    back = biased_reference(text_to_image if one_way else image_to_text, pairing)
+    forth = biased_reference(text_to_image, pairing)
+    masks = masks_reference(pairing, *forth.shape, forth.device)
+    of_images = _side(back.T, *(mask.T for mask in masks))
+    return Statistics(*of_images, *_side(forth, *masks))
 
 
 def best_match(similarity: Tensor, valid: Tensor, dim: int) -> Tensor:
@@ -62,12 +78,7 @@ def best_match(similarity: Tensor, valid: Tensor, dim: int) -> Tensor:
     return best.masked_fill(~valid.any(dim), 0)
 
 
-def _of_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the statistics of rows whose positives are on the diagonal."""
-    pairs = logits.diagonal()
-    positive = torch.cat((pairs, pairs.new_zeros(len(logits) - len(pairs))))
-    on_diagonal = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
-    negatives = logits.masked_fill(on_diagonal, -torch.inf)
-    peak = negatives.detach().amax(1)
-    reference = peak.masked_fill(peak == -torch.inf, 0)
-    return positive, peak, torch.exp(negatives - reference[:, None]).sum(1), peak
+def _side(logits: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positive, peak, total, _ = side_reference(logits, *masks)
+    # With one positive per sample the hardest negative is the maximum.
+    return positive, peak, total, peak

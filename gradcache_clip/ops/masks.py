@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from gradcache_clip.ops.pairing import Pairing
-from gradcache_clip.ops.tiles import Tiles, diagonal
+from gradcache_clip.ops.tiles import diagonal
+
+Buffer = Callable[[str, slice, slice, torch.dtype], Tensor]
+"""From a name, rows, columns and a dtype to memory in the shape of the tile."""
 
 
 class TileMasks:
     """Finds positives and excluded logits of a tile from the labels and ids of its edges."""
 
-    def __init__(self, tiles: Tiles, pairing: Pairing) -> None:
-        self.tiles, self.pairing = tiles, pairing
+    def __init__(self, buffer: Buffer, columns: int, pairing: Pairing) -> None:
+        self._buffer, self.pairing = buffer, pairing
         self.labelled = pairing.row_labels is not None
-        shift, columns = pairing.positive_shift, len(tiles.k)
+        shift = pairing.positive_shift
         # (i + shift) mod N lies on two diagonals.
         self._shifts = (shift, shift - columns) if shift > 0 else (shift,)
 
@@ -49,8 +52,8 @@ class TileMasks:
         if limit is None or pairing.row_guide is None or pairing.column_guide is None:
             return None
         left, right = pairing.row_guide[:, stripe], pairing.column_guide[:, panel]
-        guide = torch.mm(left.T, right, out=self.tiles.buffer("guide", stripe, panel, left.dtype))
-        mask = self.tiles.buffer("guided", stripe, panel, torch.bool)
+        guide = torch.mm(left.T, right, out=self._buffer("guide", stripe, panel, left.dtype))
+        mask = self._buffer("guided", stripe, panel, torch.bool)
         return torch.gt(guide, limit[where].unsqueeze(dim), out=mask)
 
     def positives(self, stripe: slice, panel: slice) -> Tensor:
@@ -99,5 +102,5 @@ class TileMasks:
     def _equal(
         self, name: str, rows: Tensor, columns: Tensor, stripe: slice, panel: slice
     ) -> Tensor:
-        mask = self.tiles.buffer(name, stripe, panel, torch.bool)
+        mask = self._buffer(name, stripe, panel, torch.bool)
         return torch.eq(rows[stripe, None], columns[None, panel], out=mask)

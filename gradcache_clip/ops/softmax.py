@@ -77,6 +77,13 @@ def one_positive_loss(negative_lse_minus_positive: Float[Tensor, " m"]) -> Float
     return torch.nn.functional.softplus(negative_lse_minus_positive, threshold=50.0)
 
 
+def weighted_mean(
+    losses: Float[Tensor, " m"], weights: Float[Tensor, " m"] | None
+) -> Float[Tensor, ""]:
+    """Return the mean over the rows, with weights sum_i w_i loss_i / sum_i w_i."""
+    return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
+
+
 def many_positives_loss(direction: Direction, positives: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
     """Return the cross-entropy against a uniform target over `positives` columns; 0 for none."""
     mean_positive = direction.positive / positives.clamp_min(1)

@@ -19,7 +19,7 @@ class TileGradient:
         self.tiles, self.pairing = tiles, pairing
         self.rows = _finite(rows)
         self.columns = self.rows if pairing.self_contrast else columns and _finite(columns)
-        self.masks = TileMasks(tiles, pairing)
+        self.masks = TileMasks(tiles.buffer, len(tiles.k), pairing)
 
     def tile(self, stripe: slice, panel: slice) -> Tensor:
         """Return G of these rows and columns; the next call overwrites it."""

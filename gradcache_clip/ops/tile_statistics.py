@@ -33,7 +33,7 @@ class TileStatistics:
 
     def __init__(self, tiles: Tiles, pairing: Pairing) -> None:
         self.tiles, self.pairing = tiles, pairing
-        self.masks = TileMasks(tiles, pairing)
+        self.masks = TileMasks(tiles.buffer, len(tiles.k), pairing)
         labelled, logit_scale = self.masks.labelled, tiles.logit_scale
         self.rows = _Side(logit_scale, len(tiles.q), labelled)
         self.columns = self.rows
