@@ -64,6 +64,46 @@ def contrast_gradient(
     return _two_sided(panels, q, k, needs, column_sums)
 
 
+def softmax_products(
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor,
+    log_sum_exp: Tensor,
+    operand: Tensor,
+    *,
+    transposed: bool = False,
+    config: LaunchConfig | None = None,
+) -> Tensor:
+    """P x operand, or its transpose, for the softmax P_ij = exp(S_ij - log_sum_exp_i), by panels.
+
+    P is the G of a loss whose rows have dsum = 1 and no positive.
+
+    Args:
+        q, k, logit_scale, config: as in `contrast_gradient`.
+        log_sum_exp: (M,) fp32, of each row of S in units of log 2.
+        operand: (N, V), transposed (M, V), like q.
+        transposed: whether rows are summed, not columns.
+
+    Returns:
+        (M, V), transposed (N, V), fp32.
+    """
+    competition = Competition(both_ways=False, positive_shift=2 * (len(q) + len(k)))
+    config = config or launch_config(q, plain=False, gradient=True)
+    ones, zeros = torch.ones_like(log_sum_exp), torch.zeros_like(log_sum_exp)
+    rows = log_sum_exp, ones, zeros
+    panels = _Panels(q, k, logit_scale, competition, rows, None, config)
+    shape = len(k if transposed else q), operand.shape[1]
+    out = torch.zeros(shape, dtype=torch.float32, device=q.device)
+    for stripe in panels.stripes():
+        for panel in panels.columns_from(0):
+            weights = panels.gradient(stripe, panel)
+            if transposed:
+                add_product(out[panel], weights.T, operand[stripe])
+            else:
+                add_product(out[stripe], weights, operand[panel])
+    return out.mul_(panels.factor)
+
+
 def _two_sided(
     panels: _Panels,
     q: Tensor,

@@ -38,6 +38,7 @@ from gradcache_clip.kernels.launch_config import (
     panel_shape,
     stripe_rows,
 )
+from gradcache_clip.losses import InBatchDistillationLoss
 from gradcache_clip.losses.retrieval import RetrievalLoss
 from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS
 from gradcache_clip.ops import clip_loss, clip_loss_with_accuracy, contrast
@@ -230,6 +231,12 @@ def public_losses() -> dict[str, Public]:
     losses["classes"] = lambda q, k, s, impl: sup_con_loss(
         torch.cat((q, k)), labels.repeat(2), s, impl=impl
     )
+    teacher = [torch.randn(40, 9, device=DEVICE) for _ in range(2)]
+    losses["teacher"] = lambda q, k, s, impl: (
+        InBatchDistillationLoss(teacher_scale=2.0, symmetric=True, normalize=False, impl=impl)(
+            q, k, *teacher, s
+        ).loss
+    )
     return losses
 
 
@@ -400,3 +407,36 @@ def test_error_budget_of_retrieval(names: str, dtype: torch.dtype) -> None:
     tolerance = 4 * torch.finfo(dtype).eps + ROUNDED_LOGIT
     assert all(error <= plain + tolerance for error, plain in zip(got, budget, strict=True))
     assert got[0] < 1e-5 or dtype != torch.float32
+
+
+def whole_distillation(rows: Tensor, columns: Tensor, scale: Tensor, *teacher: Tensor) -> Tensor:
+    """What a person writes, in the dtype of the features throughout."""
+    student, taught = scale.to(rows.dtype) * rows @ columns.T, 30.0 * teacher[0] @ teacher[1].T
+    both = (taught, student), (taught.T, student.T)
+    logs = [(each.log_softmax(1), other.log_softmax(1)) for each, other in both]
+    return sum(((p - q) * p.exp()).sum(1).mean() for p, q in logs) / 2
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="each dtype is four more kernels to compile")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_budget_of_distillation(dtype: torch.dtype, narrow: Counter[str]) -> None:
+    """The teacher's softmax in several panels, far from zero."""
+    given = [normalize(torch.randn(66, n) + 1, dim=1).to(dtype) for n in (24, 24, 40, 40)]
+    scale = torch.tensor(20.0, dtype=torch.float64)
+    options = {"teacher_scale": 30.0, "symmetric": True, "normalize": False, "impl": "triton"}
+
+    def fused(rows: Tensor, columns: Tensor, scale: Tensor, *teacher: Tensor) -> Tensor:
+        with poisoned_memory():
+            return InBatchDistillationLoss(**options)(rows, columns, *teacher, scale).loss
+
+    def outcome_of(loss: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        teacher = [each.to(dtype) for each in given[2:]]
+        inputs = Inputs(given[0], given[1], scale).to(dtype)
+        return loss_and_gradients(lambda *leaves: loss(*leaves, *teacher), inputs)
+
+    truth = outcome_of(whole_distillation, torch.float64)
+    budget = relative_errors(outcome_of(whole_distillation, dtype), truth)
+    got = relative_errors(outcome_of(fused, dtype), truth)
+    tolerance = 4 * torch.finfo(dtype).eps + ROUNDED_LOGIT
+    assert all(error <= plain + tolerance for error, plain in zip(got, budget, strict=True))
+    assert got[0] < 1e-5 and narrow["gradient"] > 5

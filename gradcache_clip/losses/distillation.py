@@ -213,23 +213,32 @@ class InBatchDistillationLoss(ScaledLoss):
         scale: Tensor,
     ) -> Tensor:
         """Return the mean over rows of log sum_j exp(S_ij) - sum_j P_ij (S_ij - log P_ij)."""
-        of_rows, of_columns = (each.to(scale.dtype) for each in teacher)
+        impl, dtype = resolve_impl(self.impl, columns.device, scale.dtype), scale.dtype
+        if impl == "triton" and all(each.dtype == columns.dtype for each in teacher):
+            dtype = columns.dtype
+        of_rows, of_columns = (each.to(dtype) for each in teacher)
         given = rows, columns, of_rows, of_columns
-        if resolve_impl(self.impl, columns.device, scale.dtype) == "reference":
+        if impl == "reference":
             expected = self._reference(scale, *(gather_rows(each, self.group) for each in given))
         else:
-            expected = self._in_tiles(scale, *given)
+            expected = self._in_tiles(impl, scale, *given)
         return (torch.logaddexp(negative_lse, positive) - expected).mean()
 
     def _in_tiles(
-        self, scale: Tensor, rows: Tensor, columns: Tensor, of_rows: Tensor, of_columns: Tensor
+        self,
+        impl: str,
+        scale: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        of_rows: Tensor,
+        of_columns: Tensor,
     ) -> Tensor:
         """Return sum_j P_ij (S_ij - log P_ij) of all ranks' rows, each rank's by itself.
 
         A cross-entropy leaves log P out.
         """
         factor = scale.new_tensor(self.teacher_scale)
-        seen = soft_average(of_rows, of_columns, columns, factor, self.ranks)
+        seen = soft_average(of_rows, of_columns, columns, factor, self.ranks, impl)
         own_scale = with_summed_gradient(scale, self.group)
         logits = own_negative_logits(rows, seen.values[:, None], own_scale)[:, 0]
         expected = logits if self.cross_entropy else logits - seen.negative_entropy

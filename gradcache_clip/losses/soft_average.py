@@ -1,5 +1,8 @@
 """The columns of all ranks averaged by a teacher's softmax, without its matrix.
 
+"tiled" folds tiles of its logits into an online softmax; "triton" takes the statistics of a block
+of columns, then their products with panels of the softmax, as the gradient of a contrast does.
+
 m rows on this rank, M on all, n columns on this rank, N on all, D width, G width of the teacher.
 """
 
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from gradcache_clip.distributed.exchange import Ranks
 from gradcache_clip.ops.implementations import autocast_disabled, second_derivative_refused
+from gradcache_clip.ops.softmax_average import softmax_average, softmax_average_gradient
 from gradcache_clip.ops.tiles import DEFAULT_TILE, Tiles
 
 if TYPE_CHECKING:
@@ -34,13 +38,15 @@ def soft_average(
     values: Float[Tensor, "n d"],
     scale: Float[Tensor, ""],
     ranks: Ranks,
+    impl: str = "tiled",
 ) -> SoftAverage:
     """Average the values of all ranks with P_ij = softmax_j(scale <row_i, column_j>).
 
     Rows, columns and scale are constants; the gradient of the values is complete on their rank.
+    "triton" takes the values in the dtype of rows and columns.
     """
     with autocast_disabled(values.device):
-        found = _SoftAverage.apply(values, rows, columns, scale, ranks)
+        found = _SoftAverage.apply(values, rows, columns, scale, ranks, impl)
     return SoftAverage(*found)
 
 
@@ -76,20 +82,51 @@ class _Running:
         return self.values / self.total[:, None], self.logits / self.total - lse, lse
 
 
+class _Merged:
+    """The same from whole blocks of columns, each by the kernels."""
+
+    def __init__(self, rows: Tensor, scale: Tensor, width: int) -> None:
+        self.rows, self.scale = rows, scale
+        self.lse = scale.new_full((len(rows),), -torch.inf)
+        self.logits, self.values = scale.new_zeros(len(rows)), scale.new_zeros(len(rows), width)
+
+    def fold(self, columns: Tensor, values: Tensor) -> None:
+        """Add a block of columns."""
+        average, logits, lse = softmax_average(self.rows, columns, values, self.scale)
+        both = torch.logaddexp(self.lse, lse)
+        before, now = torch.exp(self.lse - both), torch.exp(lse - both)
+        self.logits = self.logits * before + logits * now
+        self.values = self.values * before[:, None] + average * now[:, None]
+        self.lse = both
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the averages, sum_j P log P, and the log-sum-exp of each row."""
+        return self.values, self.logits - self.lse, self.lse
+
+
+_FOLD: dict[str, type[_Running] | type[_Merged]] = {"tiled": _Running, "triton": _Merged}
+
+
 class _SoftAverage(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, rows: Tensor, columns: Tensor, scale: Tensor, ranks: Ranks
+        ctx: Any,
+        values: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        ranks: Ranks,
+        impl: str,
     ) -> tuple[Tensor, Tensor]:
         # In the wider dtype of both, to which `cat` takes them.
         arriving = ranks.others(torch.cat((columns, values), 1))
-        running, G = _Running(rows, scale, values.shape[1]), columns.shape[1]
+        running, G = _FOLD[impl](rows, scale, values.shape[1]), columns.shape[1]
         running.fold(columns, values)
         for _, block in arriving:
             running.fold(block[:, :G], block[:, G:])
         average, negative_entropy, lse = running.result()
         ctx.save_for_backward(rows, columns, scale, lse)
-        ctx.ranks, ctx.dtype = ranks, values.dtype
+        ctx.ranks, ctx.dtype, ctx.impl = ranks, values.dtype, impl
         ctx.mark_non_differentiable(negative_entropy)
         return average, negative_entropy
 
@@ -98,23 +135,36 @@ class _SoftAverage(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise second_derivative_refused("soft_average")
         with autocast_disabled(daverage.device):
-            dvalues = _gradient_of_values(daverage, ctx.ranks, *ctx.saved_tensors)
-        return dvalues.to(ctx.dtype), None, None, None, None
+            dvalues = _gradient_of_values(daverage, ctx.ranks, ctx.impl, *ctx.saved_tensors)
+        return dvalues.to(ctx.dtype), None, None, None, None, None
 
 
 def _gradient_of_values(
-    daverage: Tensor, ranks: Ranks, rows: Tensor, columns: Tensor, scale: Tensor, lse: Tensor
+    daverage: Tensor,
+    ranks: Ranks,
+    impl: str,
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    lse: Tensor,
 ) -> Tensor:
     """Compute sum_i P_ij daverage_i over the rows of all ranks."""
     dvalues, G = daverage.new_zeros(len(columns), daverage.shape[1]), rows.shape[1]
     own = torch.cat((rows.to(daverage.dtype), daverage, lse[:, None]), 1)
     for block in _own_and_others(own, ranks):
-        tiles = Tiles(block[:, :G], columns, scale, DEFAULT_TILE)
-        for stripe in tiles.stripes():
-            for panel in tiles.panels():
-                weights = tiles.logits(stripe, panel).sub_(block[stripe, -1:]).exp_()
-                dvalues[panel].addmm_(weights.T, block[stripe, G:-1])
+        of_rows, d, of_lse = block[:, :G].to(rows.dtype), block[:, G:-1], block[:, -1]
+        if impl == "triton":
+            dvalues += softmax_average_gradient(of_rows, columns, scale, of_lse, d)
+        else:
+            _add_tiles(dvalues, Tiles(of_rows, columns, scale, DEFAULT_TILE), of_lse, d)
     return dvalues
+
+
+def _add_tiles(dvalues: Tensor, tiles: Tiles, lse: Tensor, daverage: Tensor) -> None:
+    for stripe in tiles.stripes():
+        for panel in tiles.panels():
+            weights = tiles.logits(stripe, panel).sub_(lse[stripe, None]).exp_()
+            dvalues[panel].addmm_(weights.T, daverage[stripe])
 
 
 def _own_and_others(own: Tensor, ranks: Ranks) -> Iterator[Tensor]:
