@@ -56,7 +56,7 @@ def interpreted(*families: str) -> str:
 
 
 def test_in_the_interpreter() -> None:
-    printed = interpreted(*FAMILIES)
+    printed = interpreted(*FAMILIES, "sizes")
     compiled = int(printed.split("compiled kernels: ")[1].split()[0])
     assert compiled <= MOST_KERNELS, "each is a compilation on the GPU"
 

@@ -300,7 +300,8 @@ def test_an_unknown_exchange_is_named(build: Any) -> None:
 
 
 if __name__ == "__main__":
-    # Once for all three; the first call of an op imports it.
-    import_module("torch._dynamo")
+    # Once for all three; the first call of an op imports torch._dynamo.
+    for name in ("torch._dynamo", "fast_interpreter"):
+        import_module(name)
     found = failures(interpreted, 3, Path(sys.argv[1]), start_method="fork")
     sys.exit("\n".join(found) or 0)
