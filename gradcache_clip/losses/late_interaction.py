@@ -168,8 +168,8 @@ def distributed_late_interaction(
     resolved = resolve_impl(impl, images.device, dtype)
     given = images.to(dtype), texts.to(dtype)
     if ranks.size == 1 or resolved == "reference":
-        everyone = (gather_rows(tokens, ranks.group) for tokens in given)
-        statistics = late_interaction_statistics(*everyone, logit_scale, rules, resolved)
+        images, texts = (gather_rows(tokens, ranks.group) for tokens in given)
+        statistics = late_interaction_statistics(images, texts, logit_scale, rules, resolved)
     else:
         refuse_transforms("late_interaction_loss", *given, logit_scale)
         contrast = DistributedContrast("late_interaction_loss", TokenPasses(resolved), rules, ranks)

@@ -181,7 +181,7 @@ class MaxSimLoss(ScaledLoss):
             statistics = self._statistics_of(inputs, scale, rules, impl)
             queries, back = columns_of(statistics), rows_of(statistics)
             positive, against = queries.positive, Competitors.of(queries, with_positive=True)
-        # Their id is the query's own, which excludes them among the shared ones.
+        # They have the id of their query, by which the tiles leave them out.
         own_apart = not self.share_hard_negatives or further.ids is not None
         if inputs.negatives is not None and own_apart:
             positive, against = self._with_own(inputs, scale, rules, impl, positive, against)

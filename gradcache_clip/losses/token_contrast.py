@@ -218,7 +218,7 @@ def _gathered(side: DenseTokens, ranks: Ranks) -> DenseTokens:
     return DenseTokens(*(gather_rows(each, ranks.group) for each in side))
 
 
-def _documents_first(b: int, S: int, ranks: Ranks, device: torch.device) -> Int[Tensor, " S"]:
+def _documents_first(b: int, S: int, ranks: Ranks, device: torch.device) -> Int[Tensor, " n"]:
     """Return the numbers of the documents of all ranks, then those of all hard negatives."""
     by_rank = torch.arange(ranks.size * S, device=device).view(ranks.size, S)
     return torch.cat((by_rank[:, :b].flatten(), by_rank[:, b:].flatten()))

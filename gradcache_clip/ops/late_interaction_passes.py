@@ -82,16 +82,16 @@ def statistics(tiles: TokenTiles, logit_scale: Tensor, pairing: Pairing) -> Stat
     sizes = tiles.images.samples, tiles.texts.samples
     sides = [RunningSoftmax(logit_scale, size) for size in sizes]
     positives = [logit_scale.new_zeros(size) for size in sizes]
-    masks, texts = _masks(tiles, logit_scale, pairing), slice(0, tiles.texts.samples)
+    masks, panel = _masks(tiles, logit_scale, pairing), slice(0, tiles.texts.samples)
     for stripe in tiles.stripes():
         rows, columns = _stripe_scores(tiles, stripe, logit_scale)
         both = columns if rows is None else rows, columns
-        places = (stripe, 1), (texts, 0)
+        places = (stripe, 1), (panel, 0)
         for side, positive, scores, place in zip(sides, positives, both, places, strict=True):
             logits = scores * logit_scale
-            masks.add_bias(logits, stripe, texts)
-            masks.exclude(logits, stripe, texts, -torch.inf)
-            masks.take_positives(logits, stripe, texts, positive)
+            masks.add_bias(logits, stripe, panel)
+            masks.exclude(logits, stripe, panel, -torch.inf)
+            masks.take_positives(logits, stripe, panel, positive)
             side.fold(logits, *place, scratch=logits)
     # With one positive per sample the hardest negative is the maximum; ops return no aliases.
     images, texts = (

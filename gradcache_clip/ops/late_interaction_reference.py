@@ -67,7 +67,7 @@ def token_statistics_reference(
     image_to_text = logit_scale * torch.einsum("ip,ipj->ji", images.weight, best_text)
     back = biased_reference(text_to_image if one_way else image_to_text, pairing)
     forth = biased_reference(text_to_image, pairing)
-    masks = masks_reference(pairing, *forth.shape, forth.device)
+    masks = masks_reference(pairing, len(forth), len(back.T), forth.device)
     of_images = _side(back.T, *(mask.T for mask in masks))
     return Statistics(*of_images, *_side(forth, *masks))
 
