@@ -35,7 +35,7 @@ from rank_processes import Check, failures
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradcache_clip import ClipLoss, LateInteractionLoss, SigLipLoss
+from gradcache_clip import ClipLoss, LateInteractionLoss, RetrievalLoss, SigLipLoss
 
 Checks = Iterator[tuple[str, Check]]
 
@@ -214,6 +214,12 @@ def labels_on_one_rank(build: type) -> None:
         build()(torch.ones(3, 4), torch.ones(3, 4), labels=labels)
 
 
+def a_bias_learned_on_one_rank() -> None:
+    bias = torch.zeros(3, requires_grad=dist.get_rank() == 1)
+    with pytest.raises(ValueError, match=r"column_bias.requires_grad: .* on every rank or on none"):
+        RetrievalLoss()(torch.ones(3, 4), torch.ones(3, 4), column_bias=bias)
+
+
 def second_derivative(build: type, name: str, *tokens: int) -> None:
     q = torch.randn(3, *tokens, 4, requires_grad=True)
     loss = build()(q, torch.randn(3, *tokens, 4)).loss
@@ -228,6 +234,7 @@ def refusals() -> Checks:
     for build, name, *more in (*losses, tokens):
         yield f"{name}: unequal rows", partial(unequal_rows, build, *more)
         yield f"{name}: second derivative", partial(second_derivative, build, name, *more)
+    yield "a bias learned on one rank", a_bias_learned_on_one_rank
     for build, name in losses:
         yield f"{name}: labels on one rank", partial(labels_on_one_rank, build)
 

@@ -185,13 +185,13 @@ def rules_of(
     groups = None if given.groups is None else joined(given.groups)
     bias = None
     if given.column_bias is not None:
-        wide = given.column_bias.to(dtype)
-        bias = gather_rows(wide.reshape(len(wide), -1), ranks.group).T
+        own = given.column_bias.to(dtype).reshape(len(given.column_bias), -1)
+        bias = gather_rows(own, ranks.group).T if own.requires_grad else joined(own.T)
     if given.guide is None:
         return RowRules(ids, groups, bias)
     queries, documents, *negatives = (each.to(dtype) for each in given.guide)
-    own = [each.permute(1, 2, 0) for each in negatives]
-    guide = joined(torch.cat((torch.stack((queries.T, documents.T)), *own)))
+    further = [each.permute(1, 2, 0) for each in negatives]
+    guide = joined(torch.cat((torch.stack((queries.T, documents.T)), *further)))
     pairs = torch.linalg.vecdot(guide[0], guide[1], dim=0)
     threshold = pairs - margin * (pairs.abs() if relative else 1.0)
     # Copies of a document tie with it: the rounding of a tile must not choose among them.
