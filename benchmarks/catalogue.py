@@ -76,7 +76,7 @@ BENCHMARKS = (
         needs_wordnet=True,
     ),
     Benchmark(
-        *("integrations", "integrations.py", ("integrations.csv",), 10, 1),
+        *("integrations", "integrations.py", ("integrations.csv",), 25, 1),
         quick=("clip", "--quick"),
         needs_wordnet=True,
     ),

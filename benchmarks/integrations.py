@@ -1,12 +1,13 @@
 """The drop-ins for other libraries, each beside what the library itself offers.
 
-    python benchmarks/integrations.py --wordnet /usr/share/wordnet   # some minutes on two cores
-    python benchmarks/integrations.py --quick                        # small sizes, some two minutes
+    python benchmarks/integrations.py --wordnet /usr/share/wordnet   # some 25 minutes on two cores
+    python benchmarks/integrations.py "token kl" tokens              # these; other rows stay
+    python benchmarks/integrations.py --quick                        # small sizes; ten minutes
     python benchmarks/integrations.py --redraw                       # the table of the last run
 
 Of each case: how far loss and gradients are from the library's, the time of a step against its
 step (both in one process, taking turns), and the growth of a fresh process's peak memory. Writes
-integrations.csv into benchmarks/results (or --results).
+integrations.csv into benchmarks/results (or --results), a row when its case is measured.
 """
 
 from __future__ import annotations
@@ -74,15 +75,23 @@ class Row:
     shapes: int = 0
     """Distinct shapes of chunks in a step of the drop-in, where chunks have any."""
     their_shapes: int = 0
+    origin: dict[str, str] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or with --redraw read, then print the table."""
     options = _parser().parse_args(arguments)
-    if not options.redraw:
-        rows = [_measured(name, options) for name in _chosen(options)]
-        write_rows(Row, rows, options.results / _FILE, provenance())
+    path = options.results / _FILE
+    for name in () if options.redraw else _chosen(options):
+        write_rows(Row, _with(_measured(name, options), path), path)
     show(section(options.results))
+
+
+def _with(row: Row, path: Path) -> list[Row]:
+    """The rows of earlier runs and this one, in the order of the cases."""
+    earlier = read_rows(Row, path) if path.exists() else []
+    found = {(each.drop_in, each.beside): each for each in (*earlier, row)}
+    return [found[case[:2]] for case in CASES.values() if case[:2] in found]
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[str]:
@@ -110,6 +119,7 @@ def _measured(name: str, options: argparse.Namespace) -> Row:
         **times,
         peak_growth_bytes=peaks[0],
         their_peak_growth_bytes=peaks[1],
+        origin=provenance(),
     )
 
 
@@ -478,49 +488,49 @@ CASES = {
     "directions": Case(
         "sentence_transformers.CachedMultipleNegativesRankingLoss",
         "its own: all directions, all negatives weighed, triplets",
-        256,
+        128,
         64,
         partial(_distils_or_ranks, "MultipleNegativesRankingLoss"),
     ),
     "guide": Case(
         "sentence_transformers.CachedGISTEmbedLoss",
         "sentence-transformers' loss of this name, triplets",
-        256,
+        128,
         64,
         partial(_distils_or_ranks, "GISTEmbedLoss"),
     ),
     "margins": Case(
         "sentence_transformers.CachedMarginMSELoss",
         "sentence-transformers' MarginMSELoss, one graph",
-        256,
+        128,
         64,
         partial(_distils_or_ranks, "MarginMSELoss"),
     ),
     "kl": Case(
         "sentence_transformers.CachedDistillKLDivLoss",
         "sentence-transformers' DistillKLDivLoss, one graph",
-        256,
+        128,
         64,
         partial(_distils_or_ranks, "DistillKLDivLoss"),
     ),
     "tokens": Case(
         "sentence_transformers.CachedMultiVectorMultipleNegativesRankingLoss",
         "sentence-transformers' loss of this name, triplets",
-        256,
+        128,
         64,
         partial(_over_tokens, "MultiVectorMultipleNegativesRankingLoss"),
     ),
     "token margins": Case(
         "sentence_transformers.CachedMultiVectorMarginMSELoss",
         "sentence-transformers' MultiVectorMarginMSELoss, one graph",
-        256,
+        128,
         64,
         partial(_over_tokens, "MultiVectorMarginMSELoss"),
     ),
     "token kl": Case(
         "sentence_transformers.CachedMultiVectorDistillKLDivLoss",
         "sentence-transformers' MultiVectorDistillKLDivLoss, one graph",
-        256,
+        128,
         64,
         partial(_over_tokens, "MultiVectorDistillKLDivLoss"),
     ),
@@ -578,7 +588,7 @@ def _parser() -> argparse.ArgumentParser:
     add("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)} (all)")
     add("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="(default: %(default)s)")
     add("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
-    add("--seconds", type=float, default=120.0, help="no further round after this (120)")
+    add("--seconds", type=float, default=60.0, help="no further round after this (60)")
     add("--threads", type=int, help="threads of torch (all cores)")
     add("--quick", action="store_true", help="small sizes, some two minutes")
     add("--redraw", action="store_true", help="measure nothing; show the last run again")

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import integrations
 import objectives
 from loss_figures import (
     ErrorRow,
@@ -22,7 +23,7 @@ from loss_figures import (
     write_results,
 )
 from report import BLOCKS, page
-from results import UNMEASURED
+from results import UNMEASURED, read_rows
 
 import recipes
 
@@ -254,6 +255,20 @@ def test_drop_ins_of_a_library_and_those_not_measured(tmp_path: Path):
     assert ours(tmp_path).splitlines()[2:] == [line]
     assert others(tmp_path) == UNMEASURED
     assert line in page(tmp_path)
+
+
+def test_drop_ins_that_are_not_measured_again_keep_their_rows(tmp_path: Path, monkeypatch):
+    def measured(name: str, options: Any) -> integrations.Row:
+        case, pairs = integrations.CASES[name], options.rounds
+        return integrations.Row(*case[:2], pairs, 0.0, 0.0, 1.0, 1.0, 5, 1, 1, origin=ORIGIN)
+
+    monkeypatch.setattr(integrations, "_measured", measured)
+    for given in (["lightning", "clip", "--rounds=1"], ["siglip", "clip", "--rounds=2"]):
+        integrations.main([*given, f"--results={tmp_path}"])
+    rows = read_rows(integrations.Row, tmp_path / "integrations.csv")
+    names = [each.drop_in.split(".")[1] for each in rows]
+    assert names == ["ClipLoss", "SigLipLoss", "cached_step"]
+    assert [each.pairs for each in rows] == [2, 2, 1] and rows[0].origin == ORIGIN
 
 
 def test_the_demo_keeps_the_figures_of_its_table(tmp_path: Path, monkeypatch):
