@@ -13,11 +13,11 @@ Counts come from machine code (machine_code.py), rates from NVIDIA's documents:
   H100 PCIe gave 6.9 TB/s and the A100 5.4 (its 5,120 bytes are 7.2): a GPU may have less. The L40,
   of the RTX 4090's chip, gave 5.2 TB/s, 2,100 bytes per clock, assumed for the RTX 5090 as well.
 
-What is outside the main loop counts once per tile, without the branches that most tiles skip.
-Where two blocks share a multiprocessor one's epilogue runs beside the other's products, and a tile
-takes what the busiest unit takes; where one block is alone, main loop and epilogue follow each
-other. Latencies, power limits and launch gaps are not modelled: these are bounds, and a GPU will be
-slower.
+What is outside the main loop counts once per tile, without the branches that most tiles skip. Where
+two blocks share a multiprocessor one's epilogue runs beside the other's products, and a tile takes
+what the busiest unit takes; where one block is alone, main loop and epilogue follow each other, but
+for the loads of a few steps where the loop goes on with the next tile. Latencies, power limits and
+launch gaps are not modelled: these are bounds, and a GPU will be slower.
 """
 
 from __future__ import annotations
@@ -132,8 +132,12 @@ def tile_time(
     blocks: int,
     flops: float,
     box_bytes: float = 0,
+    ahead: int = 0,
 ) -> TileTime:
-    """The tile of a kernel whose main loop runs `steps` times."""
+    """The tile of a kernel whose main loop runs `steps` times.
+
+    The loads of so many steps `ahead` begin before the tile that precedes it is stored.
+    """
     inner = {unit: n * steps for unit, n in unit_cycles(card, loop, warps, box_bytes).items()}
     # Loads ahead of the loop take the place of those that its last steps leave out.
     once = [each for each in rest if not each[0].startswith(("LDGSTS", "UTMALDG"))]
@@ -141,7 +145,11 @@ def tile_time(
     if blocks > 1:
         both = {unit: inner[unit] + outer[unit] for unit in inner}
         return TileTime(max(both.values()), _busiest(both), flops)
-    total = max(inner.values()) + max(outer.values())
+    all_of_l2, epilogue = inner["L2"] + outer["L2"], max(outer.values())
+    inner["L2"] -= min(ahead * inner["L2"] / steps, epilogue)
+    total = max(inner.values()) + epilogue
+    if all_of_l2 > total:
+        return TileTime(all_of_l2, "L2", flops)
     return TileTime(total, f"{_busiest(inner)}, then {_busiest(outer)}", flops)
 
 

@@ -30,12 +30,12 @@ class MachineCode:
     matrix_instructions: list[str]
     threads: int
     loop: list[tuple[str, str]]
-    """Opcode and operands of the main loop, the innermost one that multiplies."""
+    """Opcode and operands of a step of the main loop, the innermost one that multiplies."""
     rest: list[tuple[str, str]]
     once: list[tuple[str, str]]
     """Those of `rest` that a tile executes when it skips what forward branches let it skip."""
-    repeated: list[tuple[str, str]]
-    """The like in loops that do not multiply: an epilogue that takes its tile in parts."""
+    continues: bool
+    """Whether the main loop goes on with the next tile; what ends a tile is a branch in it."""
 
     @property
     def narrow_stores(self) -> int:
@@ -85,7 +85,7 @@ def _read(compiled: Any) -> MachineCode:
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
         instructions = _cuobjdump("-sass", file.name)
-    loop, rest, once, repeated = _parts(instructions)
+    loop, rest, once, continues = _parts(instructions)
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return MachineCode(
         registers=used["REG"],
@@ -96,16 +96,17 @@ def _read(compiled: Any) -> MachineCode:
         loop=loop,
         rest=rest,
         once=once,
-        repeated=repeated,
+        continues=continues,
     )
 
 
+Line = tuple[int, str, str, bool]
 Listed = list[tuple[str, str]]
 Spans = list[tuple[int, int]]
 
 
-def _parts(listing: str) -> tuple[Listed, Listed, Listed, Listed]:
-    """Main loop, all the rest, and what a usual tile executes of it once and repeatedly."""
+def _parts(listing: str) -> tuple[Listed, Listed, Listed, bool]:
+    """A step of the main loop, all the rest, what a usual tile executes of it, `continues`."""
     lines = [
         (int(at, 16), op, rest.strip(), bool(predicate))
         for at, predicate, op, rest in _INSTRUCTION.findall(listing)
@@ -117,18 +118,20 @@ def _parts(listing: str) -> tuple[Listed, Listed, Listed, Listed]:
     back, forward = _branches(lines)
     main = min((each for each in back if _holds(each, multiplies)), key=_length, default=(-1, -1))
     skipped = [each for each in forward if not _holds(each, multiplies + exits)]
-    loops = [each for each in back if not _holds(each, multiplies)]
-    rest = [line for line in lines if not _within(line[0], [main])]
-    usual = [line for line in rest if not _within(line[0], skipped)]
-    return (
-        _listed(line for line in lines if _within(line[0], [main])),
-        _listed(rest),
-        _listed(line for line in usual if not _within(line[0], loops)),
-        _listed(line for line in usual if _within(line[0], loops)),
-    )
+    stores = [at for at, op, *_ in lines if op.startswith("STG") and _within(at, [main])]
+    if not stores:
+        step, rest = _split(lines, [main])
+        _, once = _split(rest, skipped)
+        return _listed(step), _listed(rest), _listed(once), False
+    inside = [each for each in skipped if _within(each[0], [main])]
+    ends = [each for each in inside if not any(_contains(other, each) for other in inside)]
+    rare = [each for each in inside if each not in ends]
+    rest, step = _split(lines, [(0, main[0] - 1), *ends, (main[1] + 1, lines[-1][0])])
+    _, once = _split(_split(lines, ends)[0], rare)
+    return _listed(step), _listed(rest), _listed(once), True
 
 
-def _branches(lines: list[tuple[int, str, str, bool]]) -> tuple[Spans, Spans]:
+def _branches(lines: list[Line]) -> tuple[Spans, Spans]:
     """Spans of backward branches; what conditional forward branches jump over."""
     back, forward = [], []
     for at, op, operands, predicated in lines:
@@ -150,11 +153,21 @@ def _within(at: int, spans: Spans) -> bool:
     return any(first <= at <= last for first, last in spans)
 
 
+def _contains(span: tuple[int, int], other: tuple[int, int]) -> bool:
+    return span != other and span[0] <= other[0] and other[1] <= span[1]
+
+
+def _split(lines: list[Line], spans: Spans) -> tuple[list[Line], list[Line]]:
+    """Lines within these spans, and the others."""
+    within = [line for line in lines if _within(line[0], spans)]
+    return within, [line for line in lines if not _within(line[0], spans)]
+
+
 def _length(span: tuple[int, int]) -> int:
     return span[1] - span[0]
 
 
-def _listed(lines: Iterable[tuple[int, str, str, bool]]) -> Listed:
+def _listed(lines: Iterable[Line]) -> Listed:
     return [(op, operands) for _, op, operands, _ in lines]
 
 

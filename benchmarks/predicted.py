@@ -28,18 +28,18 @@ class Kernel:
 
     def tile(self, card: Card, D: int) -> TileTime:
         config, code = self.config, self.code
-        halves = 2 if config.descriptors else 1
         # Two loads a step, of rows and of columns.
         box_bytes = (config.BLOCK_M + config.BLOCK_N) / 2 * config.BLOCK_D * 2
         return tile_time(
             card,
             code.loop,
-            code.once + halves * code.repeated,
+            code.once,
             steps=D / config.BLOCK_D,
             warps=code.threads // 32,
             blocks=self.blocks,
             flops=2.0 * config.BLOCK_M * config.BLOCK_N * D,
             box_bytes=box_bytes,
+            ahead=config.num_stages - 1 if code.continues else 0,
         )
 
 

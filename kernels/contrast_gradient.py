@@ -12,6 +12,7 @@ from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     launch_config,
     launch_options,
+    multiprocessors,
     tile_grid,
     with_column_sums,
 )
@@ -189,7 +190,7 @@ class _Panels(Panels):
         if sums is not None:
             parts = sums.new_empty(triton.cdiv(height, self.config.BLOCK_M), self.stride)
         with torch.cuda.device_of(self.q):
-            contrast_gradient_kernel[tile_grid(self.config, height, width)](
+            contrast_gradient_kernel[self._grid(height, width)](
                 *self.operands,
                 self.logit_scale,
                 *self.rules,
@@ -211,6 +212,13 @@ class _Panels(Panels):
         if sums is not None and parts is not None:
             sums += parts[:, :width].sum(0) * self.factor
         return self.workspace[0, :height, :width]
+
+    def _grid(self, height: int, width: int) -> tuple[int]:
+        """One program for each tile; with descriptors at most one for each multiprocessor."""
+        (tiles,) = tile_grid(self.config, height, width)
+        if self.config.descriptors:
+            return (min(tiles, max(1, multiprocessors(self.q.device))),)
+        return (tiles,)
 
 
 def _sides(

@@ -1,23 +1,15 @@
-"""Backward of the softmax family: a tile of G = dloss/dS; q and k are pointers or descriptors."""
+"""Backward of the softmax family: tiles of G = dloss/dS; q and k are pointers or descriptors."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gradcache_clip.kernels.competition import (
-    RAGGED,
-    biased,
-    competing,
-    equal,
-    guide_tile,
-    meets_diagonal,
-    without_excluded,
-)
+from gradcache_clip.kernels.competition import RAGGED
+from gradcache_clip.kernels.gradient_epilogue import store_gradient
 from gradcache_clip.kernels.similarity import (
     similarity_halves,
     similarity_tile,
-    store_tile,
     tile_position,
     whole,
 )
@@ -68,26 +60,77 @@ def contrast_gradient_kernel(
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """One tile of G, and its sums over rows; maxima and thresholds in units of log 2."""
-    HALVES: tl.constexpr = 2 if DESCRIPTORS else 1
-    WIDTH: tl.constexpr = BLOCK_N // HALVES
-    tile_m, tile_n = tile_position(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-    row_start = whole(first_row) + tile_m * BLOCK_M
-    column_start = whole(first_column) + tile_n * BLOCK_N
+    """One tile of G, and its sums over rows; maxima and thresholds in units of log 2.
+
+    With descriptors a program takes one tile after another, as many as there are programs apart:
+    the loads of the next begin while this one is stored.
+    """
     if DESCRIPTORS:
-        tile, right = similarity_halves(
-            q,
-            k,
-            logit_scale_ptr,
-            row_start,
-            column_start,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-        )
+        WIDTH: tl.constexpr = BLOCK_N // 2
+        tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+        # Of the tile to store; the loop's own index is ahead of it, and would stay in registers.
+        index = tl.program_id(0)
+        for ahead in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            tile_m, tile_n = tile_position(ahead, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+            left, right = similarity_halves(
+                q,
+                k,
+                logit_scale_ptr,
+                whole(first_row) + tile_m * BLOCK_M,
+                whole(first_column) + tile_n * BLOCK_N,
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+            tile_m, tile_n = tile_position(index, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+            row_start = whole(first_row) + tile_m * BLOCK_M
+            column_start = whole(first_column) + tile_n * BLOCK_N
+            for half in tl.static_range(0, 2):
+                store_gradient(
+                    left if half == 0 else right,
+                    tile_m,
+                    2 * tile_n + half,
+                    row_start,
+                    column_start + half * WIDTH,
+                    row_labels_ptr,
+                    column_labels_ptr,
+                    row_ids_ptr,
+                    column_ids_ptr,
+                    row_threshold_ptr,
+                    column_threshold_ptr,
+                    row_groups_ptr,
+                    column_groups_ptr,
+                    row_bias_ptr,
+                    column_bias_ptr,
+                    row_guide_threshold_ptr,
+                    column_guide_threshold_ptr,
+                    row_guide_ptr,
+                    column_guide_ptr,
+                    G,
+                    row_max_ptr,
+                    row_dsum_ptr,
+                    row_dpositive_ptr,
+                    column_max_ptr,
+                    column_dsum_ptr,
+                    column_dpositive_ptr,
+                    gradient_ptr,
+                    gradient_stride,
+                    column_sums_ptr,
+                    M,
+                    N,
+                    positive_shift,
+                    SELF,
+                    BLOCK_M,
+                    WIDTH,
+                    BLOCK_D,
+                )
+            index += tl.num_programs(0)
     else:
+        tile_m, tile_n = tile_position(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+        row_start = whole(first_row) + tile_m * BLOCK_M
+        column_start = whole(first_column) + tile_n * BLOCK_N
         tile = similarity_tile(
             q,
             k,
@@ -102,101 +145,41 @@ def contrast_gradient_kernel(
             BLOCK_D,
             PRECISION,
         )
-    tile_n *= HALVES
-    for _ in range(0, HALVES):
-        row = row_start + tl.arange(0, BLOCK_M)
-        column = column_start + tl.arange(0, WIDTH)
-        # Nobody reads G beyond rows M and columns N; vectors of columns are longer than N.
-        row_clamped = tl.minimum(row, M - 1)
-        tile = biased(tile, row_bias_ptr, column_bias_ptr, row_clamped, column)
-        guide = tile
-        if row_guide_ptr is not None:
-            guide = guide_tile(
-                row_guide_ptr,
-                column_guide_ptr,
-                row_start,
-                column_start,
-                M,
-                N,
-                G,
-                BLOCK_M,
-                WIDTH,
-                BLOCK_D,
-            )
-        on_diagonal = SELF
-        if SELF and gradient_ptr.dtype.element_ty != tl.float32:
-            # Without this branch 16-bit kernels spill on sm_90; with it those of fp32 do elsewhere.
-            on_diagonal = meets_diagonal(row_start, column_start, 0, BLOCK_M, WIDTH)
-        if on_diagonal:
-            tile = tl.where(row[:, None] == column[None, :], -float("inf"), tile)
-        tile = without_excluded(
+        store_gradient(
             tile,
-            row_ids_ptr,
-            column_ids_ptr,
-            row_groups_ptr,
-            column_groups_ptr,
+            tile_m,
+            tile_n,
+            row_start,
+            column_start,
             row_labels_ptr,
             column_labels_ptr,
-            row_clamped,
-            column,
-        )
-        by_row = competing(tile, guide, row_threshold_ptr, row_guide_threshold_ptr, row_clamped, 1)
-        by_column = competing(
-            tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0
-        )
-        gradient = softmax_gradient(
-            by_row,
-            by_column,
+            row_ids_ptr,
+            column_ids_ptr,
+            row_threshold_ptr,
+            column_threshold_ptr,
+            row_groups_ptr,
+            column_groups_ptr,
+            row_bias_ptr,
+            column_bias_ptr,
+            row_guide_threshold_ptr,
+            column_guide_threshold_ptr,
+            row_guide_ptr,
+            column_guide_ptr,
+            G,
             row_max_ptr,
             row_dsum_ptr,
+            row_dpositive_ptr,
             column_max_ptr,
             column_dsum_ptr,
-            row_clamped,
-            column,
+            column_dpositive_ptr,
+            gradient_ptr,
+            gradient_stride,
+            column_sums_ptr,
+            M,
+            N,
+            positive_shift,
+            SELF,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
         )
-        if row_labels_ptr is not None:
-            positives = equal(row_labels_ptr, column_labels_ptr, row_clamped, column)
-            if SELF:
-                positives &= row[:, None] != column[None, :]
-            dpositive = tl.load(row_dpositive_ptr + row_clamped)[:, None]
-            if column_max_ptr is not None:
-                dpositive += tl.load(column_dpositive_ptr + column)[None, :]
-            gradient += tl.where(positives, dpositive, 0.0)
-        if row_labels_ptr is None:
-            near = meets_diagonal(row_start, column_start, positive_shift, BLOCK_M, WIDTH)
-            near |= meets_diagonal(row_start, column_start, positive_shift - N, BLOCK_M, WIDTH)
-            if near:
-                positive_column = row + positive_shift
-                positive_column = tl.where(
-                    positive_column < N, positive_column, positive_column - N
-                )
-                dpositive = tl.load(row_dpositive_ptr + row_clamped)
-                positives = positive_column[:, None] == column[None, :]
-                gradient = tl.where(positives, dpositive[:, None], gradient)
-        store_tile(gradient_ptr, gradient_stride, gradient, tile_m, tile_n)
-        if column_sums_ptr is not None:
-            sums = tl.sum(tl.where(row[:, None] < M, gradient, 0.0), 0)
-            place = tile_m * whole(gradient_stride) + tile_n * WIDTH + tl.arange(0, WIDTH)
-            tl.store(column_sums_ptr + place, sums)
-        if DESCRIPTORS:
-            tile = right
-            tile_n += 1
-            column_start += WIDTH
-
-
-@triton.jit
-def softmax_gradient(
-    by_row, by_column, row_max_ptr, row_dsum_ptr, column_max_ptr, column_dsum_ptr, row, column
-):
-    """dsum_i exp(S_ij - max_i), and of columns too where there are any."""
-    gradient = _one_way(by_row, row_max_ptr + row, row_dsum_ptr + row, 1)
-    if column_max_ptr is not None:
-        gradient += _one_way(by_column, column_max_ptr + column, column_dsum_ptr + column, 0)
-    return gradient
-
-
-@triton.jit
-def _one_way(tile, max_ptrs, dsum_ptrs, AXIS: tl.constexpr):
-    dsum = tl.expand_dims(tl.load(dsum_ptrs), AXIS)
-    maximum = tl.expand_dims(tl.load(max_ptrs), AXIS)
-    return tl.exp2(tile - maximum) * dsum

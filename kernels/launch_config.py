@@ -63,8 +63,8 @@ class LaunchConfig:
     workspace_bytes: int = 128 * 2**20
     """Upper bound for partial statistics in the forward, and for G in the backward."""
     descriptors: bool = False
-    """Whether TMA descriptors load the features; the epilogue then takes half a tile at a time.
-    The gradient of a contrast alone reads it."""
+    """Whether TMA descriptors load the features; a program then takes tile after tile, each in
+    halves. The gradient of a contrast alone reads it."""
 
 
 _CONSUMER_16 = LaunchConfig(128, 128, 32, num_warps=8, num_stages=3)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradcache_clip.kernels.competition import RAGGED, meets_diagonal
-from gradcache_clip.kernels.gradient_tile import softmax_gradient
+from gradcache_clip.kernels.gradient_epilogue import softmax_gradient
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,

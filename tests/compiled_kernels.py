@@ -139,7 +139,7 @@ def _used(family: str, dtype: str, machine: MachineCode) -> Used:
 
 
 def _without_code(machine: MachineCode) -> Used:
-    listings = {"loop", "rest", "once", "repeated"}
+    listings = {"loop", "rest", "once"}
     used = {name: x for name, x in vars(machine).items() if name not in listings}
     counted = ("narrow_stores", "descriptor_loads")
     return used | {name: getattr(machine, name) for name in counted}

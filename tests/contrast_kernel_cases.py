@@ -76,6 +76,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(contrast_statistics, "launch_config", lambda features, **rules: NARROW)
     monkeypatch.setattr(contrast_gradient, "launch_config", of_gradient)
+    monkeypatch.setattr(contrast_gradient, "multiprocessors", lambda device: 3)
     _count_calls(monkeypatch, count, statistics_parts.Running, "merge")
     _count_calls(monkeypatch, count, contrast_gradient._Panels, "gradient")
     return count

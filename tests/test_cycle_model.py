@@ -61,7 +61,7 @@ def test_launches_take_whole_waves_and_their_bytes() -> None:
 
 
 def test_what_a_tile_executes() -> None:
-    """The main loop; what most tiles skip; and an epilogue that takes its tile in parts."""
+    """The main loop; what most tiles skip; and an epilogue in a loop of its own."""
     listing = """
         /*0000*/ MOV R1, c[0x0][0x28] ;
         /*0010*/ HMMA.16816.F32 R4, R8, R10, R4 ;
@@ -74,11 +74,46 @@ def test_what_a_tile_executes() -> None:
         /*0080*/ EXIT ;
         /*0090*/ BRA 0x90;
     """
-    loop, rest, once, repeated = ([op for op, _ in part] for part in _parts(listing))
-    assert loop == ["HMMA.16816.F32", "BRA"]
+    *parts, continues = _parts(listing)
+    loop, rest, once = ([op for op, _ in part] for part in parts)
+    assert loop == ["HMMA.16816.F32", "BRA"] and not continues
     assert rest == ["MOV", "MUFU.EX2", "BRA", "FSEL", "STG.E.U16", "BRA", "EXIT", "BRA"]
-    assert once == ["MOV", "EXIT"]
-    assert repeated == ["MUFU.EX2", "BRA", "STG.E.U16", "BRA", "BRA"]
+    assert once == ["MOV", "MUFU.EX2", "BRA", "STG.E.U16", "BRA", "EXIT", "BRA"]
+
+
+def test_a_loop_over_tiles() -> None:
+    """A step skips what ends a tile, and that skips what most tiles do."""
+    listing = """
+        /*0000*/ MOV R1, c[0x0][0x28] ;
+        /*0010*/ HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0020*/ @P0 BRA 0x70 ;
+        /*0030*/ MUFU.EX2 R4, R4 ;
+        /*0040*/ @!P1 BRA 0x60 ;
+        /*0050*/ FSEL R4, R4, RZ, P2 ;
+        /*0060*/ STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0070*/ @P3 BRA 0x10 ;
+        /*0080*/ EXIT ;
+    """
+    *parts, continues = _parts(listing)
+    loop, rest, once = ([op for op, _ in part] for part in parts)
+    assert loop == ["HGMMA.64", "BRA", "BRA"] and continues
+    assert rest == ["MOV", "MUFU.EX2", "BRA", "FSEL", "STG.E.128", "EXIT"]
+    assert once == ["MUFU.EX2", "BRA", "STG.E.128"]
+
+
+def test_loads_ahead_hide_behind_the_epilogue() -> None:
+    """Four steps of 128 x 256, 1,267 cycles of the L2 each; 1,024 of products; 2,048 of exp2."""
+    loop = [("HGMMA.64", "x256x16.F32.BF16 R24")] * 4 + [("UTMALDG.2D", "")] * 2
+    given = {"steps": 4, "warps": 8, "blocks": 1, "flops": 1e6, "box_bytes": 192 * 64 * 2}
+    alone, ahead, far = (
+        tile_time(HOPPER, loop, [("MUFU.EX2", "")] * 128, **given, ahead=n) for n in (0, 1, 3)
+    )
+    step = 384 * 128 / (5120 / 132)
+    assert alone.cycles == pytest.approx(4 * step + 2048)
+    assert ahead.cycles == pytest.approx(4 * 1024 + 2048) and far.cycles == ahead.cycles
+    stored = [("MUFU.EX2", "")] * 128 + [("STG.E.128", "")] * 64
+    bound = tile_time(HOPPER, loop, stored, **given, ahead=3)
+    assert bound.cycles == pytest.approx(4 * step + 64 * 4096 / (5120 / 132)) and bound.unit == "L2"
 
 
 def test_descriptors_load_whole_boxes() -> None:
