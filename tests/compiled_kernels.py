@@ -40,16 +40,10 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TWO = ("bfloat16", "float32")
 # Least shared memory, and least registers a thread; kernel_resources.py prints all.
 COSTLIEST = ["labels", "labels, ids", "ids, thresholds"]
-# Pieces of image and of text tokens, with winners, and sizes of one, which Triton makes constants.
+# Pieces of image and of text tokens, with winners.
 PIECES = {
-    "bfloat16": [
-        (64, 32, False, False),
-        (64, 32, True, False),
-        (16, 16, True, False),
-        (128, 128, True, False),
-        (16, 16, True, True),
-    ],
-    "float32": [(64, 32, True, False), (16, 16, True, False)],
+    "bfloat16": [(64, 32, False), (64, 32, True), (16, 16, True), (128, 128, True)],
+    "float32": [(64, 32, True), (16, 16, True)],
 }
 
 
@@ -72,53 +66,42 @@ def prefix(architecture: int) -> Iterator[Used]:
 
 def siglip(architecture: int) -> Iterator[Used]:
     """Training with and without labels and accuracy; the scale's gradient, and the loss alone."""
-    for dtype, switches, sizes in _siglip_variants():
+    for dtype, switches in _siglip_variants():
         tiles = sigmoid._tiles(
             table_entry(architecture, getattr(torch, dtype)),
             compares=switches["LABELS"] and switches["BEST"],
         )
         scale = FLOAT16_GRADIENT_SCALE if dtype == "float16" else 1.0
-        values = launch_options(tiles.edge if switches["EDGE"] else tiles.inner) | switches | sizes
+        values = launch_options(tiles.edge if switches["EDGE"] else tiles.inner) | switches
         values |= {"PARTS": tiles.parts, "GRADIENT_SCALE": scale}
         yield _used("siglip", dtype, _compiled(sigmoid_kernel, architecture, dtype, values))
 
 
-def _siglip_variants() -> Iterator[tuple[str, dict[str, bool], dict[str, int]]]:
+def _siglip_variants() -> Iterator[tuple[str, dict[str, bool]]]:
     names = "LABELS", "EDGE", "SUMS", "GRADIENT", "BEST"
     for labels, edge, best in product((False, True), repeat=3):
         for dtype in TWO if labels == edge == best else TWO[:1]:
-            yield dtype, dict(zip(names, (labels, edge, True, True, best), strict=True)), {}
+            yield dtype, dict(zip(names, (labels, edge, True, True, best), strict=True))
     inner = [("float16", True, True, False), ("bfloat16", True, False, False),
              ("bfloat16", False, False, True), ("bfloat16", False, False, False)]  # fmt: skip
     for dtype, *rest in inner:
-        yield dtype, dict(zip(names, (False, False, *rest), strict=True)), {}
-    # Triton makes constants of arguments that are one.
-    single = dict.fromkeys(("rows", "columns", "M", "N"), 1)
-    for edge in (False, True):
-        yield "bfloat16", dict(zip(names, (True, edge, True, True, True), strict=True)), single
+        yield dtype, dict(zip(names, (False, False, *rest), strict=True))
 
 
 def tokens(architecture: int) -> Iterator[Used]:
     for dtype, pieces in PIECES.items():
         config = without_bound(table_entry(architecture, getattr(torch, dtype)))
-        for block_p, block_r, with_index, single in pieces:
+        for block_p, block_r, with_index in pieces:
             values = launch_options(config) | {"BOTH_WAYS": True, "WITH_INDEX": with_index}
             values["BLOCK_P"] = late_interaction.piece_length(block_p, config.BLOCK_M)
             values["BLOCK_R"] = late_interaction.piece_length(block_r, config.BLOCK_N)
-            values |= _one_token() if single else {}
             kernel = late_interaction._token_maxima_kernel
             yield _used("tokens", dtype, _compiled(kernel, architecture, dtype, values))
-        for single in (False, True):
-            values = {"BOTH_WAYS": True, "GRADIENT_SCALE": 1.0}
-            values |= {"BLOCK_M": late_interaction._WRITE_M, "BLOCK_N": late_interaction._WRITE_N}
-            values |= _one_token() if single else {}
-            kernel = late_interaction._token_gradient_kernel
-            machine = _compiled(kernel, architecture, dtype, values)
-            yield {**_used("tokens", dtype, machine), "multiplies": False}
-
-
-def _one_token() -> dict[str, int]:
-    return dict.fromkeys(("images", "texts", "P", "R"), 1)
+        values = {"BOTH_WAYS": True, "GRADIENT_SCALE": 1.0}
+        values |= {"BLOCK_M": late_interaction._WRITE_M, "BLOCK_N": late_interaction._WRITE_N}
+        kernel = late_interaction._token_gradient_kernel
+        machine = _compiled(kernel, architecture, dtype, values)
+        yield {**_used("tokens", dtype, machine), "multiplies": False}
 
 
 def _compiled(kernel: Any, architecture: int, dtype: str, values: dict[str, Any]) -> MachineCode:
