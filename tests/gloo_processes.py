@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,12 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# What pytest's process has started keeps the environment and the modules of its first use.
-PRELOADED = (
-    *("deepspeed", "gradcache_clip.train.run", "pytest", "timm", "torch._dynamo"),
-    *("torch.distributed.fsdp", "torch.utils.tensorboard"),
-    "transformers.models.bert.modeling_bert",
-)
 # Sharding would look for a device.
 ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 # Ranks that wait for a collective that others never reach fail, and do not hang.
@@ -33,8 +28,11 @@ PATIENCE = timedelta(seconds=60)
 def forkserver() -> ForkServerContext:
     """One server for all tests of a process: the first call starts it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED])
-    with mock.patch.dict(os.environ, ON_THE_CPU):
+    context.set_forkserver_preload(["rank_imports"])
+    # The server looks for modules where it is told here; ranks look where this process does.
+    path = os.pathsep.join(sys.path)
+    # It keeps the environment of its first use.
+    with mock.patch.dict(os.environ, ON_THE_CPU, PYTHONPATH=path):
         multiprocessing.forkserver.ensure_running()
     return context
 
@@ -67,10 +65,14 @@ def _run(
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
     os.environ.update(ON_THE_CPU, **{name: str(value) for name, value in places.items()})
     torch.set_num_threads(1)
+    # DeepSpeed collects garbage for each engine: what is imported by now is none.
+    gc.freeze()
     options = {"rank": rank, "world_size": world, "timeout": patience}
     dist.init_process_group("gloo", init_method=rendezvous, **options)
     try:
         check(*arguments)
+        # A rank that leaves early resets the connections of those that are still busy.
+        dist.barrier()
     finally:
         # An exception's traceback keeps DDP alive, and DDP its process group, whose threads would
         # still run when the process ends.

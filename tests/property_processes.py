@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import traceback
 import warnings
@@ -15,10 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_processes import ON_THE_CPU, forkserver
 from property_cases import Case
 from property_runs import run
 
-PRELOADED = "torch._dynamo", "torch.distributed.fsdp", "gradcache_clip", "property_runs"
 Mutation = Callable[[], AbstractContextManager[object]]
 
 
@@ -33,8 +32,7 @@ def outcomes(
     patience_s: float = 30.0,
 ) -> list[str]:
     """By case what `run` says; an error that is none of ours is the last."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED])
+    forkserver()
     arguments = cases, world, folder, mutation, checks, until_wrong, patience_s
     try:
         mp.start_processes(_run, arguments, nprocs=world, start_method="forkserver")
@@ -59,14 +57,9 @@ def _run(
     patience_s: float,
 ) -> None:
     warnings.simplefilter("ignore")
-    # Sharding would look for a device; the others a launcher would set, and DeepSpeed asks for.
-    os.environ.update(
-        CUDA_VISIBLE_DEVICES="",
-        DS_ACCELERATOR="cpu",
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-    )
+    # What a launcher would set, and DeepSpeed asks for.
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+    os.environ.update(ON_THE_CPU, **{name: str(value) for name, value in places.items()})
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

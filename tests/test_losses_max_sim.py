@@ -364,19 +364,19 @@ def test_padding_costs_nothing(as_masks: bool, seen: list[int]) -> None:
 
 
 def test_passes_over_packed_tokens_never_allocate_a_matrix(seen: list[int]) -> None:
-    lengths = torch.randint(1, 5, (200,)).index_fill(0, torch.tensor(7), 90)
+    lengths = torch.randint(1, 5, (100,)).index_fill(0, torch.tensor(7), 90)
     stop = lengths.cumsum(0)
     images = torch.stack((stop - lengths, stop, stop))
-    texts = torch.stack([torch.arange(200) * 3 + offset for offset in (0, 3, 3)])
+    texts = torch.stack([torch.arange(100) * 3 + offset for offset in (0, 3, 3)])
     rules = TokenRules(None, None, False, "sum", image_spans=images, text_spans=texts)
     tokens, passes = torch.randn(1, int(lengths.sum()), D), TokenPasses("tiled")
-    queries, scale = torch.randn(200, 3, D), torch.tensor(1.0)
+    queries, scale = torch.randn(100, 3, D), torch.tensor(1.0)
     with Largest() as largest:
         found = passes.statistics(tokens, queries, scale, rules)
         sides = (SideGradient(peak, peak, peak) for peak in (found.row_max, found.column_max))
         passes.gradient(tokens, queries, scale, rules, *sides, (True, True, True))
     # A stripe of at most 20 documents keeps its scores with all queries.
-    assert largest.numel <= max(tokens.numel(), queries.numel(), 400, 20 * 200)
+    assert largest.numel <= max(tokens.numel(), queries.numel(), 400, 20 * 100)
     assert max(seen) <= 400
 
 
