@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from example_runs import run_example
 from losses_over_ranks import Place, relative_errors
 from one_shot import gradient_errors, twins, worst
 from packaging import version
@@ -31,7 +30,6 @@ from gradcache_clip.integrations.open_clip import ClipLoss, OpenClipTowers, SigL
 open_clip = pytest.importorskip("open_clip")
 theirs = pytest.importorskip("open_clip.loss")
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "open_clip_training.py"
 BOTH = [(ClipLoss, theirs.ClipLoss), (SigLipLoss, theirs.SigLipLoss)]
 each_loss = pytest.mark.parametrize(("ours", "original"), BOTH, ids=["clip", "siglip"])
 LIMIT = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -329,8 +327,7 @@ def test_in_processes(world: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_example_learns(tmp_path: Path) -> None:
     make_data(tmp_path, characters=500)
-    command = [sys.executable, str(EXAMPLE), str(tmp_path), "20"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = run_example("open_clip_training", str(tmp_path), "20", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     losses = [float(line.split()[3]) for line in result.stdout.splitlines()]
     assert losses[0] == pytest.approx(math.log(256), abs=0.5)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ pytest.importorskip("accelerate", reason="the trainer of sentence-transformers n
 pytest.importorskip("datasets", reason="the trainer of sentence-transformers needs datasets")
 
 from datasets import Dataset
+from example_runs import run_example
 from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
@@ -25,8 +24,6 @@ from sentence_transformers.sentence_transformer import losses as theirs
 from tiny_sentences import columns, tiny_model
 
 from gradcache_clip.integrations.sentence_transformers import CachedMultipleNegativesRankingLoss
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +118,7 @@ def test_the_model_card_names_the_loss(folder: Path, tmp_path: Path) -> None:
 def test_an_example_learns(name: str, steps: int, kind: str, tmp_path: Path) -> None:
     if name == "llm_embedder":
         pytest.importorskip("peft")
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), str(tmp_path), str(steps)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = run_example(name, str(tmp_path), str(steps), folder=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if f" {kind}, loss " in line]
     before, after = (float(line.split()[-1]) for line in lines)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import WORST_ERROR
+from example_runs import run_example
 from one_shot import gradient_errors, worst
 from tiny_run import make_data
 from tiny_trainer import (
@@ -207,13 +206,9 @@ def test_towers_and_loss_of_your_own(tmp_path: Path):
     assert worst(gradient_errors([model], [truth]))[1] < 1e-5
 
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "trainer_training.py"
-
-
 @pytest.mark.slow
 def test_the_example_runs(tmp_path: Path):
     make_data(tmp_path, characters=220)
-    command = [sys.executable, str(EXAMPLE), str(tmp_path), "5"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    result = run_example("trainer_training", str(tmp_path), "5", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "'accuracy'" in result.stdout and "eval_image_to_text_recall_at_10" in result.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from auxiliary_models import WEIGHT, WithRouter
+from example_runs import run_example
 from lora_models import LENGTH, contrast, decoder, info_nce, texts, with_lora
 from one_shot import gradient_errors, twins, worst
 from packed_inputs import compute_in_double, vision_batch, vision_models
@@ -178,14 +177,10 @@ def test_refuses_parts_and_losses_that_the_log_has_no_place_for(tmp_path: Path):
         refused(Routed(), tmp_path, rows, loss=routed_loss, **more)
 
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "vlm_embedder.py"
-
-
 @pytest.mark.slow
 def test_the_example_learns_to_name_shapes(tmp_path: Path):
     """Chance finds one of 24 documents."""
-    command = [sys.executable, str(EXAMPLE), "30"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    result = run_example("vlm_embedder", "30", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     (found,) = re.findall(r"'eval_recall_at_1': ([\d.]+)", result.stdout)
     assert float(found) > 0.5
