@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from processes import (
@@ -222,28 +221,3 @@ def test_who_keeps_the_others_waiting_is_named():
 def test_chunk_negatives_need_one_process(data, tmp_path):
     outcome = in_processes(2, data, tmp_path / "run", "train.grad_cache=false")
     assert all("expected true with 2 processes, got false" in each for each in outcome)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells of a parent's end")
-def test_ranks_end_with_a_launcher_that_is_killed(data, tmp_path):
-    output = tmp_path / "run"
-    (tmp_path / "config.yaml").write_text("{}")
-    command = [sys.executable, "-m", "gradcache_clip.cli", "launch", "--nproc", "2", "train"]
-    settings = overrides(data, output, "train.steps=100000", "train.checkpoint_every=0")
-    launcher = subprocess.Popen([*command, str(tmp_path / "config.yaml"), *settings])
-    deadline = time.monotonic() + 120
-    while not (output / "metrics.jsonl").exists() or not logged(output, "loss"):
-        assert launcher.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    ranks = psutil.Process(launcher.pid).children(recursive=True)
-    assert len(ranks) >= 2
-    launcher.kill()
-    launcher.wait()
-    _, alive = psutil.wait_procs(ranks, timeout=30)
-    for process in alive:
-        process.kill()
-    assert not alive
-    # As after any SIGTERM, what was trained is saved.
-    assert [*(output / "checkpoints").iterdir()]
