@@ -144,7 +144,8 @@ def _in_step(step: int, fault: Callable[[], None], of: int, rank: int) -> None:
 
 def same(run: Path, expected: Path) -> bool:
     """Whether all that was logged and all that was learned is equal bit for bit."""
-    for name in ("loss", "grad_norm", "logit_scale", "learning_rate"):
+    names = "loss", "grad_norm", "logit_scale", "learning_rate", "text_to_image_mean_rank"
+    for name in names:
         if logged(run, name) != logged(expected, name):
             return False
     ours, theirs = (load_latest(path / "checkpoints") for path in (run, expected))

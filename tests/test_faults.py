@@ -199,7 +199,9 @@ KINDS: dict[str, Inject] = {
     "SIGINT to all, with workers": lambda case: _signalled(
         case, signal.SIGINT, "data.workers=2", group=True
     ),
-    "SIGTERM": lambda case: _signalled(case, signal.SIGTERM),
+    "SIGTERM to all, with workers": lambda case: _signalled(
+        case, signal.SIGTERM, "data.workers=2", group=True
+    ),
     "worker killed": lambda case: _worker(case, signal.SIGKILL),
     "worker stopped": lambda case: _worker(case, signal.SIGSTOP),
     "disk full": lambda case: _refused(case, errno.ENOSPC),
