@@ -240,6 +240,16 @@ def test_accuracies_count_similarities_and_not_what_hardness_adds() -> None:
     assert (out.query_to_document_accuracy, out.document_to_query_accuracy) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_accuracies_count_the_bias_of_own_negatives_too(shared: bool) -> None:
+    queries = torch.eye(4)
+    loss = RetrievalLoss(share_hard_negatives=shared, init_logit_scale=1.0)
+    for bias, accuracy in ((-9.0, 1.0), (9.0, 0.0)):
+        column_bias = torch.tensor([0.0, bias]).expand(4, 2)
+        out = loss(queries, queries, 0.5 * queries[:, None], column_bias=column_bias)
+        assert out.query_to_document_accuracy == accuracy
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

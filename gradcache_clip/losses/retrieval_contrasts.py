@@ -153,7 +153,8 @@ class RetrievalContrasts:
             plain = logits.detach()
             harder = logits + self.hardness.own * plain / self.logit_scale.detach()
             if self.rules.bias is not None:
-                harder = harder + self.rules.bias[1:].T
+                bias = self.rules.bias[1:].T
+                harder, plain = harder + bias, plain + bias.detach()
             if left_out is not None:
                 harder = harder.masked_fill(left_out, -torch.inf)
                 plain = plain.masked_fill(left_out, -torch.inf)
