@@ -245,12 +245,20 @@ def _statistics_of_tile(
         positives = equal(row_labels_ptr, column_labels_ptr, row_clamped, column)
         positives &= tile > -float("inf")
     by_row = competing(tile, guide, row_threshold_ptr, row_guide_threshold_ptr, row_clamped, 1)
+    # In 16 bits columns wait until the rows are stored, or sm_80 spills; in fp32 sm_120 would then.
+    EARLY: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    by_column = tile
+    if EARLY:
+        by_column = competing(
+            tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0
+        )
     if EXACT:
         store_exact(row_part_ptr, row_plane, by_row, positives, row < M, 1)
         if column_parts_ptr is not None:
-            by_column = competing(
-                tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0
-            )
+            if not EARLY:
+                by_column = competing(
+                    tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0
+                )
             store_exact(column_part_ptr, column_plane, by_column, positives, column < N, 0)
         return 0
     reference = tile_reference(tile)
@@ -258,10 +266,10 @@ def _statistics_of_tile(
     of_row = _where_competing(terms, by_row, row_threshold_ptr, row_guide_threshold_ptr)
     small = store_sums(row_part_ptr, row_plane, of_row, reference, row < M, 1)
     if column_parts_ptr is not None:
-        # Not before the rows are stored: side by side they spill on sm_80.
-        by_column = competing(
-            tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0
-        )
+        if not EARLY:
+            by_column = competing(
+                tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0
+            )
         of_column = _where_competing(
             terms, by_column, column_threshold_ptr, column_guide_threshold_ptr
         )
