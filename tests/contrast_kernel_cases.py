@@ -38,7 +38,7 @@ from gradcache_clip.kernels.launch_config import (
     panel_shape,
     stripe_rows,
 )
-from gradcache_clip.losses import InBatchDistillationLoss
+from gradcache_clip.losses import InBatchDistillationLoss, MatryoshkaLoss
 from gradcache_clip.losses.retrieval import RetrievalLoss
 from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS
 from gradcache_clip.ops import clip_loss, clip_loss_with_accuracy, contrast
@@ -419,24 +419,34 @@ def whole_distillation(rows: Tensor, columns: Tensor, scale: Tensor, *teacher: T
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="each dtype is four more kernels to compile")
+@pytest.mark.parametrize("widths", [(), (8, 24)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_budget_of_distillation(dtype: torch.dtype, narrow: Counter[str]) -> None:
+def test_error_budget_of_distillation(
+    dtype: torch.dtype, widths: tuple[int, ...], narrow: Counter[str]
+) -> None:
     """The teacher's softmax in several panels, far from zero."""
     given = [normalize(torch.randn(66, n) + 1, dim=1).to(dtype) for n in (24, 24, 40, 40)]
     scale = torch.tensor(20.0, dtype=torch.float64)
-    options = {"teacher_scale": 30.0, "symmetric": True, "normalize": False, "impl": "triton"}
+    options = {"teacher_scale": 30.0, "symmetric": True, "impl": "triton"}
+    loss: Any = InBatchDistillationLoss(normalize=bool(widths), **options)
+    loss = MatryoshkaLoss(loss, widths) if widths else loss
 
     def fused(rows: Tensor, columns: Tensor, scale: Tensor, *teacher: Tensor) -> Tensor:
         with poisoned_memory():
-            return InBatchDistillationLoss(**options)(rows, columns, *teacher, scale).loss
+            return loss(rows, columns, *teacher, scale).loss
+
+    def whole(rows: Tensor, columns: Tensor, scale: Tensor, *teacher: Tensor) -> Tensor:
+        cut = [[normalize(x[:, :w], dim=1) for x in (rows, columns)] for w in widths]
+        each = (whole_distillation(*x, scale, *teacher) for x in cut or [(rows, columns)])
+        return sum(each, torch.zeros(()))
 
     def outcome_of(loss: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         teacher = [each.to(dtype) for each in given[2:]]
         inputs = Inputs(given[0], given[1], scale).to(dtype)
         return loss_and_gradients(lambda *leaves: loss(*leaves, *teacher), inputs)
 
-    truth = outcome_of(whole_distillation, torch.float64)
-    budget = relative_errors(outcome_of(whole_distillation, dtype), truth)
+    truth = outcome_of(whole, torch.float64)
+    budget = relative_errors(outcome_of(whole, dtype), truth)
     got = relative_errors(outcome_of(fused, dtype), truth)
     tolerance = 4 * torch.finfo(dtype).eps + ROUNDED_LOGIT
     assert all(error <= plain + tolerance for error, plain in zip(got, budget, strict=True))

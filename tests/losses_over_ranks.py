@@ -146,24 +146,20 @@ class _Ruled(nn.Module):
 class _Taught(nn.Module):
     """A distillation from a teacher whose features, or scores, are made of integers."""
 
-    def __init__(self, build: Callable[..., nn.Module], **options: Any) -> None:
+    def __init__(self, of: Callable[..., nn.Module], **options: Any) -> None:
         super().__init__()
-        self.loss = build(**options)
+        self.loss = of(**options)
 
     def forward(self, seeds: Tensor, groups: Tensor, ids: Tensor, **given: Tensor) -> Any:
         angles = seeds.to(given["queries"].dtype)
-        if isinstance(self.loss, ScoreDistillationLoss):
+        if "hard_negatives" in given:
             return self.loss(**given, scores=angles[:, 1:].sin())
         unit = torch.stack((angles.cos(), angles.sin()), -1)
         return self.loss(**given, teacher_queries=unit[:, 0], teacher_documents=unit[:, 1])
 
 
 def _in_batch(**options: Any) -> nn.Module:
-    return _Taught(InBatchDistillationLoss, teacher_scale=4.0, symmetric=True, **options)
-
-
-def _scored(**options: Any) -> nn.Module:
-    return _Taught(ScoreDistillationLoss, **options)
+    return InBatchDistillationLoss(teacher_scale=4.0, symmetric=True, **options)
 
 
 def _tokens(world: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -202,10 +198,15 @@ class _Searched(nn.Module):
     """A MaxSim loss with masks or, packed, lengths; ranks then hold tokens of different numbers."""
 
     def __init__(
-        self, of: Callable[..., nn.Module], form: str, ruled: bool = False, **options: Any
+        self,
+        of: Callable[..., nn.Module],
+        form: str,
+        ruled: bool = False,
+        scored: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.loss, self.form, self.ruled = of(**options), form, ruled
+        self.loss, self.form, self.ruled, self.scored = of(**options), form, ruled, scored
 
     def forward(self, numbers: Tensor, **given: Tensor) -> Any:
         kept = {
@@ -222,7 +223,7 @@ class _Searched(nn.Module):
             kept["query_counts"][:, 0] = True
         if self.ruled:
             kept |= _token_rules(numbers)
-        if isinstance(self.loss, MaxSimDistillationLoss):
+        if self.scored:
             kept["scores"] = numbers[:, :3].to(next(iter(given.values())).dtype).sin()
         return self.loss(**given, **kept)
 
@@ -291,8 +292,8 @@ CASES = [
         _harder(hardness_mode="all_negatives", in_batch_negatives=False),
         _retrieval(ROWS, 3),
     ),
-    Case("distillation in the batch", _with(_in_batch), _numbered_pairs),
-    Case("distillation of scores", _with(_scored), _ruled),
+    Case("distillation in the batch", _with(_Taught, of=_in_batch), _numbered_pairs),
+    Case("distillation of scores", _with(_Taught, of=ScoreDistillationLoss), _ruled),
     Case("nt_xent", _with(NTXentLoss), _views),
     Case("nt_xent debiased", _with(NTXentLoss, tau_plus=0.1), _views),
     Case("sup_con", _with(SupConLoss), _classes),
@@ -319,7 +320,13 @@ CASES = [
     ),
     Case(
         "distillation of max_sim",
-        _with(_Searched, of=MaxSimDistillationLoss, form="packed", token_reduction="mean"),
+        _with(
+            _Searched,
+            of=MaxSimDistillationLoss,
+            form="packed",
+            scored=True,
+            token_reduction="mean",
+        ),
         _searched,
     ),
     Case("matryoshka clip", _matryoshka(_CLIP), _pairs()),
@@ -343,6 +350,21 @@ CASES = [
     Case("matryoshka nt_xent", _matryoshka(_with(NTXentLoss)), _views),
     Case("matryoshka sup_con", _matryoshka(_with(SupConLoss)), _classes),
     Case("matryoshka siglip", _matryoshka(_with(SigLipLoss)), _pairs(labels=5)),
+    Case(
+        "matryoshka distillation in the batch",
+        _with(_Taught, of=_matryoshka(_in_batch)),
+        _numbered_pairs,
+    ),
+    Case(
+        "matryoshka distillation of scores",
+        _with(_Taught, of=_matryoshka(ScoreDistillationLoss)),
+        _ruled,
+    ),
+    Case(
+        "matryoshka distillation of max_sim",
+        _with(_Searched, of=_matryoshka(MaxSimDistillationLoss), form="packed", scored=True),
+        _searched,
+    ),
 ]
 
 

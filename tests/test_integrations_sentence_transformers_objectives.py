@@ -244,14 +244,22 @@ class Sum(nn.Module):
         return sum(w * loss([{**each} for each in features], labels) for loss, w in pairs)
 
 
-@pytest.mark.parametrize("widths", [None, [32, 8]])
-def test_in_batch_negatives_beside_the_scores(folder: Path, widths: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    ("widths", "wrapped"), [(None, False), ([32, 8], False), ([32, 8, 3], True)]
+)
+def test_in_batch_negatives_beside_the_scores(
+    folder: Path, widths: list[int] | None, wrapped: bool
+) -> None:
+    """Of three candidates the scores stay whole, at any width."""
     ours, plain = doubles(folder)
-    options = {"in_batch_weight": 0.3, "in_batch_scale": 10.0, "matryoshka_dims": widths}
+    options = {"in_batch_weight": 0.3, "in_batch_scale": 10.0}
     parts = [theirs.MarginMSELoss(plain), theirs.MultipleNegativesRankingLoss(plain, 10.0)]
     if widths is not None:
         parts = [theirs.MatryoshkaLoss(plain, each, widths) for each in parts]
-    mine = CachedMarginMSELoss(ours, mini_batch_size=4, **options)
+    build = partial(CachedMarginMSELoss, ours, mini_batch_size=4, **options)
+    mine = (
+        theirs.MatryoshkaLoss(ours, build(), widths) if wrapped else build(matryoshka_dims=widths)
+    )
     compare(mine, Sum(plain, parts, [1.0, 0.3]), 4, scores(2))
 
 

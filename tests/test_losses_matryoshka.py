@@ -13,17 +13,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from gradcache_clip import ClipLoss, GradCache, InfoNCELoss, NTXentLoss, SupConLoss
+from gradcache_clip import (
+    ClipLoss,
+    FeatureQueue,
+    GradCache,
+    InBatchDistillationLoss,
+    InfoNCELoss,
+    LateInteractionLoss,
+    MaxSimDistillationLoss,
+    MoCoLoss,
+    NTXentLoss,
+    ScoreDistillationLoss,
+    SupConLoss,
+)
+from gradcache_clip.losses import in_batch_distillation
 from gradcache_clip.losses.matryoshka import MatryoshkaLoss
 from gradcache_clip.losses.siglip import SigLipLoss
 from gradcache_clip.ops import contrast
 
-B, D = 24, 20
+B, D, K = 24, 20, 3
 LABELS, IDS = torch.arange(B) % 7, torch.arange(B) % 11
+
+
+TEACHER = dict(
+    zip(
+        ("teacher_queries", "teacher_documents"),
+        torch.randn(2, B, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        strict=True,
+    )
+)
+SCORES = {"scores": TEACHER["teacher_queries"][:, : 1 + K]}
 
 
 class Triplet(nn.Module):
     """A loss of a person's own, which returns a tensor."""
+
+    feature_arguments = "anchors", "positives"
 
     def forward(self, anchors: Tensor, positives: Tensor, *, margin: float = 0.5) -> Tensor:
         far = anchors @ positives.T + margin - (anchors * positives).sum(1, keepdim=True)
@@ -49,6 +74,19 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], dict[str
     "nt_xent": (lambda: NTXentLoss(tau_plus=0.1), [(B, D)] * 2, {}, True),
     "sup_con": (SupConLoss, [(B, D)], {"labels": LABELS}, True),
     "siglip": (SigLipLoss, [(B, D)] * 2, {"labels": LABELS}, False),
+    "in-batch": (
+        lambda: InBatchDistillationLoss(teacher_scale=4.0, symmetric=True),
+        [(B, D)] * 2,
+        TEACHER,
+        True,
+    ),
+    "scores": (ScoreDistillationLoss, [(B, D)] * 2 + [(B, K, D)], SCORES, False),
+    "scores over tokens": (
+        MaxSimDistillationLoss,
+        [(B, 3, D), (B, 2, D), (B, K, 2, D)],
+        SCORES,
+        False,
+    ),
     "own": (Triplet, [(B, D)] * 2, {"margin": 0.3}, False),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -56,15 +94,22 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 
 @pytest.fixture
 def passes() -> Iterator[Counter[str]]:
-    """Counts passes over the tiles of several prefixes."""
+    """Counts passes over the tiles of several prefixes, and of a teacher."""
     count: Counter[str] = Counter()
-    original = contrast._PREFIX_STATISTICS["tiled"]
 
-    def counted(*arguments: Any) -> Any:
-        count["forward"] += 1
-        return original(*arguments)
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            count[name] += 1
+            return original(*arguments)
 
-    with patch.dict(contrast._PREFIX_STATISTICS, tiled=counted):
+        return call
+
+    forward = counted("forward", contrast._PREFIX_STATISTICS["tiled"])
+    taught = counted("teacher", in_batch_distillation.soft_average)
+    with (
+        patch.dict(contrast._PREFIX_STATISTICS, tiled=forward),
+        patch.object(in_batch_distillation, "soft_average", taught),
+    ):
         yield count
 
 
@@ -84,6 +129,7 @@ def test_equals_the_weighted_sum(name: str, passes: Counter[str]) -> None:
     dims, weights = [20, 5, 12], [1.0, 0.25, 0.5]
     out = MatryoshkaLoss(loss, dims, weights)(*features, **options)
     assert passes["forward"] == one_pass
+    assert passes["teacher"] == (2 if name == "in-batch" else 0)
     each = [loss(*(normalize(x[..., :d], dim=-1) for x in features), **options) for d in dims]
     losses = [x if isinstance(x, Tensor) else x.loss for x in each]
     expected = sum(w * x for w, x in zip(weights, losses, strict=True))
@@ -108,6 +154,43 @@ def test_reference_and_tiles_agree(name: str) -> None:
         out = MatryoshkaLoss(loss, [3, 20])(*features, **options)
         results.append(out if isinstance(out, Tensor) else out.loss)
     torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+@every_loss
+def test_features_by_name(name: str) -> None:
+    """They are cut as by position; what is not a feature stays whole by position, too."""
+    loss, features, options, _ = setting(name)
+    whole = MatryoshkaLoss(loss, [3, D])
+    expected = whole(*features, **options)
+    named = dict(zip(loss.feature_arguments, features, strict=False))
+    torch.testing.assert_close(whole(**named, **options), expected, rtol=0, atol=0)
+    if isinstance(loss, (InBatchDistillationLoss, ScoreDistillationLoss, MaxSimDistillationLoss)):
+        by_position = whole(*features, *options.values())
+        torch.testing.assert_close(by_position, expected, rtol=0, atol=0)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_not_passed_over() -> None:
+    class Doubled(ClipLoss):
+        def forward(self, image_features: Tensor, text_features: Tensor) -> Any:
+            output = super().forward(image_features, text_features)
+            return output._replace(loss=2 * output.loss)
+
+    features = torch.randn(2, B, D, dtype=torch.float64)
+    plain = MatryoshkaLoss(ClipLoss(), [4, D])(*features).loss
+    for loss in (Doubled(), torch.compile(Doubled(), backend="eager")):
+        torch.testing.assert_close(MatryoshkaLoss(loss, [4, D])(*features).loss, 2 * plain)
+
+
+def test_momentum_contrast_goes_around_it() -> None:
+    queries, keys = torch.randn(2, B, D).unbind()
+    queue = FeatureQueue(8, D)
+    queue.fill_at_random()
+    inner = InfoNCELoss()
+    found = MoCoLoss(MatryoshkaLoss(inner, [4, D]), [queue])(queries, keys).loss
+    parts = [[normalize(x[:, :d]) for x in (queries, keys, queue.features)] for d in (4, D)]
+    ids = torch.arange(B + 8).clamp_max(B) // B
+    expected = sum(inner(*each, ids=ids).loss for each in parts)
+    torch.testing.assert_close(found, expected)
 
 
 def test_one_full_width_is_the_wrapped_loss() -> None:
@@ -138,18 +221,74 @@ def test_fp16_features_whose_norm_overflows(name: str) -> None:
     assert got.accuracy == 1
 
 
-def test_a_cached_step_equals_the_plain_one() -> None:
+def linear(width: int) -> nn.Module:
+    return nn.Linear(width, D).double()
+
+
+def frozen(encoder: nn.Module) -> nn.Module:
+    return encoder.double().requires_grad_(False)
+
+
+# The loss, encoders, the shapes of their inputs, and arguments by name.
+STEPS: dict[str, tuple[Callable[[], nn.Module], list[nn.Module], list[tuple[int, ...]], Any]] = {
+    "clip": (ClipLoss, [linear(6), linear(9)], [(B, 6), (B, 9)], {}),
+    "a teacher": (LOSSES["in-batch"][0], [linear(6), linear(9)], [(B, 6), (B, 9)], TEACHER),
+    "a teacher's encoders": (
+        LOSSES["in-batch"][0],
+        [linear(6), linear(9), frozen(nn.Linear(6, 5)), frozen(nn.Linear(9, 5))],
+        [(B, 6), (B, 9), (B, 6), (B, 9)],
+        {},
+    ),
+    "scores": (
+        ScoreDistillationLoss,
+        [linear(6), linear(6), linear(6)],
+        [(B, 6), (B, 6), (B, K, 6)],
+        SCORES,
+    ),
+    "scores as an input": (
+        MaxSimDistillationLoss,
+        [linear(6), linear(6), linear(6), nn.Identity()],
+        [(B, 3, 6), (B, 2, 6), (B, K, 2, 6), (B, 1 + K)],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_cached_step_equals_the_plain_one(name: str) -> None:
     torch.manual_seed(0)
-    towers = [nn.Linear(6, D).double(), nn.Linear(9, D).double()]
-    inputs = [torch.randn(B, 6).double(), torch.randn(B, 9).double()]
-    loss = MatryoshkaLoss(ClipLoss(), [4, 12, D]).double()
-    parameters = [*towers[0].parameters(), *towers[1].parameters(), *loss.parameters()]
-    plain = loss(*(tower(x) for tower, x in zip(towers, inputs, strict=True)))
-    expected = torch.autograd.grad(plain.loss, parameters)
-    out = GradCache(towers, loss, chunk_size=5)(*inputs)
+    build, towers, shapes, options = STEPS[name]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    loss = MatryoshkaLoss(build(), [4, 12, D]).double()
+    trained = [x for x in nn.ModuleList([*towers, loss]).parameters() if x.requires_grad]
+    plain = loss(*(tower(x) for tower, x in zip(towers, inputs, strict=True)), **options)
+    expected = torch.autograd.grad(plain.loss, trained)
+    out = GradCache(towers, loss, chunk_size=5)(*inputs, loss_kwargs=options)
     torch.testing.assert_close(out.loss, plain.loss.detach())
-    for parameter, gradient in zip(parameters, expected, strict=True):
+    for parameter, gradient in zip(trained, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-13)
+
+
+class Nameless(nn.Module):
+    def forward(self, features: Tensor, scores: Tensor) -> Tensor:
+        return features.sum() + scores.sum()
+
+
+class Misnamed(Nameless):
+    feature_arguments = "features", "documents"
+
+
+class Parts(Nameless):
+    feature_arguments = ("features",)
+
+    def forward(self, features: Tensor, scores: Tensor) -> Any:
+        return features.sum(), scores.sum()
+
+
+class Embedding(Nameless):
+    """As losses for sentence-transformers, which embed."""
+
+    matryoshka_dims = None
 
 
 @pytest.mark.parametrize(
@@ -157,6 +296,14 @@ def test_a_cached_step_equals_the_plain_one() -> None:
     [
         ((ClipLoss, [4]), TypeError, r"loss: expected a module such as ClipLoss\(\), got"),
         ((ClipLoss(normalize=False), [4]), ValueError, "loss: expected one that normalises"),
+        ((Nameless(), [4]), TypeError, "loss: expected one that names its features.*got Nameless"),
+        ((Misnamed(), [4]), ValueError, "Misnamed, features, scores, got features, documents"),
+        ((Embedding(), [4]), TypeError, "got Embedding, which embeds texts; pass it matryoshka_d"),
+        (
+            (MoCoLoss(InfoNCELoss(), [FeatureQueue(8, 4)]), [4]),
+            TypeError,
+            r"loss: expected the contrast alone.*MoCoLoss\(MatryoshkaLoss\(InfoNCELoss\(\), d",
+        ),
         ((ClipLoss(), []), ValueError, r"dims: expected different widths.*got \[\]"),
         ((ClipLoss(), [4, 4]), ValueError, r"dims: expected different widths.*\[4, 4\]"),
         ((ClipLoss(), [0, 4]), ValueError, "dims: expected different widths of 1 or more"),
@@ -169,10 +316,21 @@ def test_bad_construction(arguments: Any, error: type[Exception], message: str) 
 
 
 @pytest.mark.parametrize("build", [ClipLoss, NTXentLoss, SigLipLoss, InfoNCELoss])
-def test_dims_beyond_the_features(build: Callable[[], nn.Module]) -> None:
-    features = torch.eye(4)
-    with pytest.raises(ValueError, match="dims: expected at most the width.*4, got 5"):
-        MatryoshkaLoss(build(), [2, 5])(features, features)
+def test_dims_beyond_the_features(build: Callable[[], Any]) -> None:
+    features, loss = torch.eye(4), MatryoshkaLoss(build(), [2, 5])
+    first, second = loss.loss.feature_arguments[:2]
+    with pytest.raises(ValueError, match=f"dims: expected at most the width of {first}, 4, got 5"):
+        loss(features, features)
+    with pytest.raises(ValueError, match=f"dims: expected at most the width of {second}, 4, got 5"):
+        loss(torch.eye(5)[:4], **{second: features})
+
+
+def test_what_it_cannot_cut_or_add() -> None:
+    loss = MatryoshkaLoss(LateInteractionLoss(), [2])
+    with pytest.raises(TypeError, match="text_tokens: expected a tensor of features, got list"):
+        loss(torch.ones(3, 2, 4), [torch.ones(2, 4)] * 3)
+    with pytest.raises(TypeError, match="loss: expected one that returns a tensor, or .*got tuple"):
+        MatryoshkaLoss(Parts(), [2])(torch.ones(3, 4), torch.ones(3))
 
 
 def test_it_says_what_it_is() -> None:

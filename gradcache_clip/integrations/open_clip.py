@@ -63,6 +63,8 @@ class ClipLoss(SoftmaxLoss):
         0.3408
     """
 
+    feature_arguments = "image_features", "text_features"
+
     def forward(
         self,
         image_features: Tensor,
@@ -116,6 +118,8 @@ class SigLipLoss(OpenClipLoss):
         >>> print(f"{loss:.4f}")
         0.6933
     """
+
+    feature_arguments = "image_features", "text_features"
 
     def __init__(
         self,

@@ -1,11 +1,8 @@
 """Losses as modules, over the ops."""
 
 from gradcache_clip.losses.clip import ClipLoss
-from gradcache_clip.losses.distillation import (
-    DistillationOutput,
-    InBatchDistillationLoss,
-    ScoreDistillationLoss,
-)
+from gradcache_clip.losses.distillation import DistillationOutput, ScoreDistillationLoss
+from gradcache_clip.losses.in_batch_distillation import InBatchDistillationLoss
 from gradcache_clip.losses.info_nce import InfoNCELoss
 from gradcache_clip.losses.late_interaction import LateInteractionLoss
 from gradcache_clip.losses.matryoshka import MatryoshkaLoss

@@ -45,6 +45,8 @@ class ClipLoss(ScaledLoss):
         (True, 1.0)
     """
 
+    feature_arguments = "image_features", "text_features"
+
     def __init__(self, *, label_smoothing: float = 0.0, **options: Unpack[ScaleOptions]) -> None:
         super().__init__(**options)
         check_share("label_smoothing", label_smoothing)

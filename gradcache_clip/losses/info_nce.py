@@ -43,6 +43,8 @@ class InfoNCELoss(ScaledLoss):
         (True, 1.0)
     """
 
+    feature_arguments = "queries", "documents", "hard_negatives"
+
     def __init__(
         self,
         *,

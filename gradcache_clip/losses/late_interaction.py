@@ -62,6 +62,8 @@ class LateInteractionLoss(ScaledLoss):
         ('0.0001', 1.0)
     """
 
+    feature_arguments = "image_tokens", "text_tokens"
+
     def __init__(
         self,
         *,

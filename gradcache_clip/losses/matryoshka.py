@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor, nn
 
+from gradcache_clip.distributed.wrappers import uncompiled
+from gradcache_clip.losses.moco import MoCoLoss
 from gradcache_clip.ops.unit import unit
-
-
-@runtime_checkable
-class _OnePass(Protocol):
-    """A loss that computes all prefixes at once."""
-
-    def prefixes(self, widths: Sequence[int], *features: Any, **options: Any) -> list[Any]: ...
 
 
 class MatryoshkaLoss(nn.Module):
@@ -24,24 +20,33 @@ class MatryoshkaLoss(nn.Module):
 
         loss = sum_p weights[p] * loss_(dims[p])
 
-    For `ClipLoss`, `InfoNCELoss`, `NTXentLoss` and `SupConLoss` the products of a prefix continue
-    those of the one before. With impl="tiled" one pass over the tiles serves all prefixes, at the
-    flops of the widest. With impl="triton" one pass serves all where each row has one positive
-    and all columns compete; with labels, ids or a margin, and in a self-contrast, it makes one pass
-    per prefix. Nothing of B x B numbers is stored unless impl="reference". Any other loss,
-    such as `SigLipLoss`, is called once per prefix. One scale serves all.
+    Only the arguments that the loss names in `feature_arguments` are cut, passed by position or by
+    name: features of the encoders in training. A teacher's features and scores, a guide, masks, a
+    bias and the scale stay whole. A loss of your own names its features in the same way:
+
+        class Triplet(nn.Module):
+            feature_arguments = "anchors", "positives"
+
+    For `ClipLoss`, `InfoNCELoss`, `RetrievalLoss`, `InBatchDistillationLoss`, `NTXentLoss` and
+    `SupConLoss` the products of a prefix continue those of the one before. With impl="tiled" one
+    pass over the tiles serves all prefixes, at the flops of the widest. With impl="triton" one pass
+    serves all where each row has one positive and all columns compete; with labels, ids or a
+    margin, and in a self-contrast, it makes one pass per prefix. Nothing of B x B numbers is stored
+    unless impl="reference". Any other loss, such as `SigLipLoss`, is called once per prefix. One
+    scale serves all.
 
     Source: Kusupati et al. 2022, "Matryoshka representation learning", equation 1.
 
     Args:
-        loss: the loss of one width, with its parameters; it must normalise.
+        loss: the loss of one width, with its parameters; it must normalise. In momentum contrast
+            `MoCoLoss` goes around this one.
         dims: widths of the prefixes, in any order, at most D.
         weights: one per width; 1 each when None.
 
     Raises:
-        TypeError: a loss that is not a module.
+        TypeError: a loss that is not a module, or does not name its features.
         ValueError: no, repeated or non-positive dims; not as many weights; a loss built with
-            normalize=False.
+            normalize=False, or that names features its `forward` does not take.
 
     Example:
         >>> import torch
@@ -61,6 +66,7 @@ class MatryoshkaLoss(nn.Module):
         weights = [1.0] * len(dims) if weights is None else list(weights)
         _check_dims(dims, weights)
         self.loss = loss
+        self._features, self._in_one_pass = _features_of(loss), _in_one_pass(loss)
         self.dims, self.weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
 
     @property
@@ -68,11 +74,12 @@ class MatryoshkaLoss(nn.Module):
         """The scale of the wrapped loss."""
         return self.loss.logit_scale
 
-    def forward(self, *features: Any, **options: Any) -> Any:
+    def forward(self, *arguments: Any, **options: Any) -> Any:
         """Call the wrapped loss for every prefix, and add up.
 
         Args:
-            features: positional arguments of the wrapped loss; features are (B, D), not normalised.
+            arguments: positional arguments of the wrapped loss; features as the encoders return
+                them, not normalised.
             options: its keyword arguments.
 
         Returns:
@@ -80,43 +87,105 @@ class MatryoshkaLoss(nn.Module):
             as `loss`; the sum alone if it returns a tensor.
 
         Raises:
-            ValueError: dims beyond D; and the errors of the wrapped loss.
+            TypeError: features that are no tensor, or a loss that returns neither a tensor nor a
+                named tuple with a `loss`.
+            ValueError: dims beyond the width of the features; and the errors of the wrapped loss.
         """
-        self._check_features(features)
-        if isinstance(self.loss, _OnePass):
-            outputs = self.loss.prefixes(self.dims, *features, **options)
+        self._check_features({**dict(enumerate(arguments)), **options})
+        if self._in_one_pass:
+            loss: Any = self.loss
+            outputs = loss.prefixes(self.dims, *arguments, **options)
         else:
-            outputs = [self._of_prefix(width, features, options) for width in self.dims]
+            outputs = [self._of_prefix(width, arguments, options) for width in self.dims]
         total = sum(
-            weight * (output if isinstance(output, Tensor) else output.loss)
-            for weight, output in zip(self.weights, outputs, strict=True)
+            weight * _loss_of(output) for weight, output in zip(self.weights, outputs, strict=True)
         )
         return total if isinstance(outputs[-1], Tensor) else outputs[-1]._replace(loss=total)
 
-    def _check_features(self, features: tuple[Any, ...]) -> None:
-        D = min((each.shape[-1] for each in features if _is_matrix(each)), default=self.dims[-1])
-        if self.dims[-1] > D:
-            raise ValueError(
-                f"dims: expected at most the width of the features, {D}, got {self.dims[-1]}; "
-                "leave out what is wider"
-            )
+    def _check_features(self, given: dict[Any, Any]) -> None:
+        for place, name in self._features.items():
+            features = given.get(place)
+            if features is None:
+                continue
+            if not isinstance(features, Tensor):
+                raise TypeError(
+                    f"{name}: expected a tensor of features, got {type(features).__name__}; let "
+                    "the wrapped loss take tensors"
+                )
+            D = features.shape[-1] if features.dim() > 1 else self.dims[-1]
+            if self.dims[-1] > D:
+                raise ValueError(
+                    f"dims: expected at most the width of {name}, {D}, got {self.dims[-1]}; leave "
+                    "out what is wider"
+                )
 
-    def _of_prefix(self, width: int, features: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        cut = (unit(each, width) if _is_matrix(each) else each for each in features)
-        return self.loss(*cut, **options)
+    def _of_prefix(self, width: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        by_position = (self._cut(*each, width) for each in enumerate(arguments))
+        by_name = {name: self._cut(name, given, width) for name, given in options.items()}
+        return self.loss(*by_position, **by_name)
+
+    def _cut(self, place: int | str, given: Any, width: int) -> Any:
+        return unit(given, width) if place in self._features and _is_matrix(given) else given
 
     def extra_repr(self) -> str:
         return f"dims={list(self.dims)}, weights={list(self.weights)}"
+
+
+def _features_of(loss: nn.Module) -> dict[int | str, str]:
+    """Return the names of the features, by the position and the name that they are passed by."""
+    names: Sequence[str] = getattr(loss, "feature_arguments", ())
+    if not names:
+        raise TypeError(
+            "loss: expected one that names its features, as in feature_arguments = ('queries', "
+            f"'documents'), got {type(loss).__name__} without; set that on the loss"
+        )
+    taken = list(inspect.signature(uncompiled(loss).forward).parameters)
+    if not set(names) <= set(taken):
+        raise ValueError(
+            f"loss: expected feature_arguments among the arguments of {type(loss).__name__}, "
+            f"{', '.join(taken)}, got {', '.join(names)}; name those that hold features"
+        )
+    return {place: name for name in names for place in (taken.index(name), name)}
+
+
+def _in_one_pass(loss: nn.Module) -> bool:
+    """Return whether the loss computes all prefixes at once, by the class that has its `forward`.
+
+    A subclass that overrides `forward` alone is called once per prefix.
+    """
+    owner = next(each for each in type(loss).__mro__ if "forward" in vars(each))
+    return "prefixes" in vars(owner)
 
 
 def _is_matrix(given: Any) -> bool:
     return isinstance(given, Tensor) and given.is_floating_point() and given.dim() > 1
 
 
+def _loss_of(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    if not isinstance(output, tuple) or not hasattr(output, "loss"):
+        raise TypeError(
+            "loss: expected one that returns a tensor, or a named tuple with a loss, got "
+            f"{type(output).__name__}; wrap each term by itself, and add them up"
+        )
+    return output.loss
+
+
 def _check_loss(loss: nn.Module) -> None:
     if not isinstance(loss, nn.Module):
         raise TypeError(
             f"loss: expected a module such as ClipLoss(), got {type(loss).__name__}; build it first"
+        )
+    if isinstance(loss, MoCoLoss):
+        raise TypeError(
+            "loss: expected the contrast alone, got MoCoLoss, whose queues hold whole keys; write "
+            "MoCoLoss(MatryoshkaLoss(InfoNCELoss(), dims), queues)"
+        )
+    if hasattr(loss, "matryoshka_dims"):
+        raise TypeError(
+            f"loss: expected a loss of features, got {type(loss).__name__}, which embeds texts; "
+            "pass it matryoshka_dims="
         )
     if getattr(loss, "normalize", True) is False:
         raise ValueError(

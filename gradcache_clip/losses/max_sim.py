@@ -76,6 +76,8 @@ class MaxSimLoss(ScaledLoss):
         0.00000
     """
 
+    feature_arguments = "query_tokens", "document_tokens", "hard_negatives"
+
     def __init__(
         self,
         *,

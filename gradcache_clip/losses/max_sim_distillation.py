@@ -39,8 +39,8 @@ class MaxSimDistillationLoss(ScaledLoss):
 
     The objectives are those of `ScoreDistillationLoss`, with the logits of `MaxSimLoss`: S_i0 of
     the query and its document, S_ik of the query and its hard negative k. ColBERTv2 trains with
-    "kl", beside `MaxSimLoss` over the batch. Source: Santhanam et al. 2022, "ColBERTv2", section
-    3.2.
+    "kl", beside `MaxSimLoss` over the batch. In `MatryoshkaLoss` tokens are cut, and the scores
+    stay whole. Source: Santhanam et al. 2022, "ColBERTv2", section 3.2.
 
     Args:
         objective: "kl" or "margin_mse".
@@ -61,6 +61,8 @@ class MaxSimDistillationLoss(ScaledLoss):
         >>> loss(tokens, tokens, torch.zeros(2, 1, 4, 6), scores).loss.item()
         0.0
     """
+
+    feature_arguments = "query_tokens", "document_tokens", "hard_negatives"
 
     def __init__(
         self,

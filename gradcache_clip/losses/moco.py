@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcache_clip.losses.info_nce import InfoNCELoss
 from gradcache_clip.losses.queue import FeatureQueue
 from gradcache_clip.ops.results import SelfContrastOutput
 
@@ -29,8 +28,8 @@ class MoCoLoss(nn.Module):
     A call changes nothing but the keys that `push` will add, so a step may be repeated.
 
     Args:
-        contrast: holds the scale, the implementation and the process group; leave its own options
-            at their defaults.
+        contrast: `InfoNCELoss`, or `MatryoshkaLoss` around one; holds the scale, the implementation
+            and the process group. Leave its own options at their defaults.
         queues: one per input of queries, of equal size; an empty one is filled at random.
 
     Example:
@@ -47,9 +46,10 @@ class MoCoLoss(nn.Module):
         4.0
     """
 
+    contrast: Any
     queues: Any
 
-    def __init__(self, contrast: InfoNCELoss, queues: Sequence[FeatureQueue]) -> None:
+    def __init__(self, contrast: nn.Module, queues: Sequence[FeatureQueue]) -> None:
         super().__init__()
         _check_queues(queues)
         self.contrast = contrast
@@ -62,7 +62,8 @@ class MoCoLoss(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """The multiplier of the similarities, with its graph."""
-        return self.contrast.logit_scale
+        scale: Tensor = self.contrast.logit_scale
+        return scale
 
     def forward(self, *features: Tensor, order: Tensor | None = None) -> SelfContrastOutput:
         """Compute the loss of the queries of all ranks.

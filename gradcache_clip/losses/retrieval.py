@@ -86,6 +86,8 @@ class RetrievalLoss(ScaledLoss):
         0.0000
     """
 
+    feature_arguments = "queries", "documents", "hard_negatives"
+
     def __init__(
         self,
         *,

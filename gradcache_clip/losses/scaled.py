@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,9 @@ class ScaledLoss(nn.Module):
         exchange: how features of other ranks arrive: "gather" holds all of them on each rank,
             "ring" passes them from rank to rank and holds those of two others at most.
     """
+
+    feature_arguments: ClassVar[tuple[str, ...]]
+    """Arguments of `forward` that are features in training, which `MatryoshkaLoss` cuts."""
 
     def __init__(
         self,

@@ -42,6 +42,8 @@ class NTXentLoss(ScaledLoss):
         0.5944 1.0
     """
 
+    feature_arguments = "features_a", "features_b"
+
     def __init__(self, *, tau_plus: float = 0.0, **options: Unpack[ScaleOptions]) -> None:
         super().__init__(**options)
         check_share("tau_plus", tau_plus)
@@ -106,6 +108,8 @@ class SupConLoss(ScaledLoss):
         >>> print(f"{out.loss:.4f} {out.accuracy:.1f}")
         0.2395 1.0
     """
+
+    feature_arguments = ("features",)
 
     def forward(
         self, features: Tensor, labels: Tensor, logit_scale: Tensor | None = None

@@ -47,6 +47,8 @@ class SigLipLoss(ScaledLoss):
         0.6933 1.0
     """
 
+    feature_arguments = "image_features", "text_features"
+
     def __init__(
         self,
         *,
