@@ -8,7 +8,7 @@ sample, often one, afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import isqrt
 
 import torch
@@ -158,17 +158,19 @@ class TokenPanels:
         x: (images, P, D) contiguous image tokens, fp32, fp16 or bf16.
         y: (texts, R, D) like x.
         both_ways: whether image tokens look for text tokens too.
+        samples: how many texts have scores, where y holds pieces of texts.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, *, both_ways: bool) -> None:
+    def __init__(self, x: Tensor, y: Tensor, *, both_ways: bool, samples: int = 0) -> None:
         self.config = config = without_bound(launch_config(x))
         self.both_ways = both_ways
         self.x, self.y = (padded(side.flatten(0, 1), config.BLOCK_D) for side in (x, y))
         (self.images, self.P, _), (self.texts, self.R, _) = x.shape, y.shape
-        self.block_p = piece_length(self.P, config.BLOCK_M)
-        self.block_r = piece_length(self.R, config.BLOCK_N)
+        self.block_p = piece_length([self.P], config.BLOCK_M)
+        self.block_r = piece_length([self.R], config.BLOCK_N)
         self.gradient_scale = FLOAT16_GRADIENT_SCALE if x.dtype == torch.float16 else 1.0
-        self.shape = panel_shape(config, max(len(x), len(y)), self.P, self.R, x.element_size())
+        B = max(len(x), len(y))
+        self.shape = panel_shape(config, B, samples or B, self.P, self.R, x.element_size())
 
     def stripes(self) -> Iterator[slice]:
         return slices(self.images, self.shape[0])
@@ -277,28 +279,32 @@ class TokenPanels:
         add_product(out.view(-1, out.shape[-1]), dsimilarity, tokens.flatten(0, 1))
 
 
-def piece_length(tokens: int, longest: int) -> int:
+def piece_lengths(tokens: Tensor, images: Sequence[int], texts: Sequence[int]) -> tuple[int, int]:
+    """The pieces into which to cut packed tokens, of images and texts of these lengths."""
+    config = launch_config(tokens)
+    return piece_length(images, config.BLOCK_M), piece_length(texts, config.BLOCK_N)
+
+
+def piece_length(samples: Sequence[int], longest: int) -> int:
     """The longest power of two that pads at most an eighth more than the shortest one does."""
     lengths = [_SHORTEST_PIECE]
     while 2 * lengths[-1] <= min(longest, _LONGEST_PIECE):
         lengths.append(2 * lengths[-1])
-    padded_tokens = [triton.cdiv(tokens, length) * length for length in lengths]
-    return max(
-        length
-        for length, size in zip(lengths, padded_tokens, strict=True)
-        if 8 * size <= 9 * padded_tokens[0]
-    )
+    sizes = {n: n * sum(-(-tokens // n) for tokens in samples) for n in lengths}
+    return max(n for n, size in sizes.items() if 8 * size <= 9 * sizes[_SHORTEST_PIECE])
 
 
-def panel_shape(config: LaunchConfig, B: int, P: int, R: int, itemsize: int) -> tuple[int, int]:
-    """Images and texts of a panel.
+def panel_shape(
+    config: LaunchConfig, B: int, scored: int, P: int, R: int, itemsize: int
+) -> tuple[int, int]:
+    """Images and texts of a panel, of B in all.
 
     A panel of gradients takes P R numbers for each pair, maxima with their indices and temporaries
-    about 32 (P + R) bytes; the forward keeps six numbers for each image of a stripe and each of B
-    texts. Each fits the workspace.
+    about 32 (P + R) bytes; the forward keeps six numbers for each image of a stripe and each text
+    that is scored. Each fits the workspace.
     """
     pairs = config.workspace_bytes // max(itemsize * P * R, 32 * (P + R))
-    images = max(1, min(B, isqrt(pairs), config.workspace_bytes // (24 * B)))
+    images = max(1, min(B, isqrt(pairs), config.workspace_bytes // (24 * scored)))
     return images, max(1, min(B, pairs // images))
 
 

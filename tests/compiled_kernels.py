@@ -93,8 +93,8 @@ def tokens(architecture: int) -> Iterator[Used]:
         config = without_bound(table_entry(architecture, getattr(torch, dtype)))
         for block_p, block_r, with_index in pieces:
             values = launch_options(config) | {"BOTH_WAYS": True, "WITH_INDEX": with_index}
-            values["BLOCK_P"] = late_interaction.piece_length(block_p, config.BLOCK_M)
-            values["BLOCK_R"] = late_interaction.piece_length(block_r, config.BLOCK_N)
+            values["BLOCK_P"] = late_interaction.piece_length([block_p], config.BLOCK_M)
+            values["BLOCK_R"] = late_interaction.piece_length([block_r], config.BLOCK_N)
             kernel = late_interaction._token_maxima_kernel
             yield _used("tokens", dtype, _compiled(kernel, architecture, dtype, values))
         values = {"BOTH_WAYS": True, "GRADIENT_SCALE": 1.0}

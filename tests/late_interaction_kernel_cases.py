@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,8 +30,10 @@ from late_interaction_inputs import (
     random_masks,
     token_inputs,
 )
+from torch import Tensor
+from torch.nn.functional import normalize
 
-from gradcache_clip import LateInteractionLoss
+from gradcache_clip import LateInteractionLoss, MaxSimDistillationLoss, MaxSimLoss
 from gradcache_clip.kernels import late_interaction as kernels
 from gradcache_clip.kernels.launch_config import INTERPRETED, LaunchConfig, launch_config
 from gradcache_clip.ops.late_interaction import (
@@ -188,6 +191,100 @@ def test_rules_of_who_competes() -> None:
     assert max(relative_errors(got, expected)) < 1e-5
 
 
+OWN = {"symmetric": True, "share_hard_negatives": False, "token_reduction": "mean"}
+# Cut into pieces of 16 tokens of documents and 32 of queries, as above: nothing else to compile.
+LENGTHS = {
+    "query_lengths": torch.tensor([32, 25, 60, 31, 29]),
+    "document_lengths": torch.tensor([1, 40, 12, 70, 16]),
+    "hard_negative_lengths": torch.tensor([[7, 33], [1, 2], [16, 3], [45, 9], [8, 5]]),
+}
+
+
+def packed_tokens(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+    tokens = [torch.randn(int(each.sum()), 40) for each in LENGTHS.values()]
+    tokens = [normalize(each, dim=1).to(DEVICE, dtype).requires_grad_() for each in tokens]
+    return tokens, {name: each.to(DEVICE) for name, each in LENGTHS.items()}
+
+
+def counting_tokens(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Queries and documents hold tokens that count and may not be found, and the reverse."""
+    shapes, found = {"query": (5, 60), "document": (5, 26), "hard_negative": (5, 2, 9)}, {}
+    tokens = [normalize(torch.randn(*shape, 40), dim=-1) for shape in shapes.values()]
+    for name, (_, *_, T) in shapes.items():
+        found[f"{name}_mask"] = (torch.rand(shapes[name]) < 0.9) & (torch.arange(T) < 0.55 * T)
+    for name in ("query", "document"):
+        found[f"{name}_counts"] = found[f"{name}_mask"].flip(1) | (torch.rand(5, 1) < 0.5)
+    leaves = [each.to(DEVICE, dtype).requires_grad_() for each in tokens]
+    return leaves, {name: each.to(DEVICE) for name, each in found.items()}
+
+
+def check_packed(
+    build: Any, leaves: list[Tensor], options: dict[str, Tensor], scores: Tensor | None = None
+) -> None:
+    def outputs(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [each.detach().to(dtype).requires_grad_() for each in leaves]
+        scale = torch.tensor(5.0, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+        given.append(scale.requires_grad_())
+        taught = [] if scores is None else [scores.to(scale)]
+        loss = build(impl=impl, normalize=False)(*given[:3], *taught, given[3], **options).loss
+        return [loss.detach(), *torch.autograd.grad(-2.5 * loss, given)]
+
+    with poisoned_memory():
+        got = outputs("triton", leaves[0].dtype)
+    errors = relative_errors(got, outputs("reference", torch.float64))
+    assert max(errors) < 8 * torch.finfo(leaves[0].dtype).eps + ROUNDED_LOGIT, errors
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "dtype"),
+    [
+        (packed_tokens, {"token_reduction": "mean"}, torch.float32),
+        (packed_tokens, OWN, torch.float32),
+        (counting_tokens, {"symmetric": True}, torch.float32),
+        *((packed_tokens, {"symmetric": True}, dtype) for dtype in DTYPES[1:]),
+    ],
+)
+def test_tokens_of_any_number(
+    make: Any, options: dict[str, Any], dtype: torch.dtype, narrow: Counter[str]
+) -> None:
+    check_packed(partial(MaxSimLoss, **options), *make(dtype))
+    assert narrow["_launch_maxima"] > 20
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_in_packed_tokens_reaches_the_loss(side: int, narrow: Counter[str]) -> None:
+    leaves, lengths = packed_tokens(torch.float32)
+    queries, documents, _ = (each.detach() for each in leaves)
+    (queries, documents)[side][-1] = math.nan
+    lengths.pop("hard_negative_lengths")
+    assert MaxSimLoss(impl="triton")(queries, documents, **lengths).loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("workspace", "dtype"),
+    [
+        (2**14, torch.float32),
+        (2**18, torch.float32),
+        pytest.param(
+            *(2**18, torch.float16),
+            marks=pytest.mark.skipif(not INTERPRETED, reason="one more kernel to compile"),
+        ),
+    ],
+)
+def test_scores_of_own_candidates(
+    workspace: int, dtype: torch.dtype, narrow: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query or less in a launch, and three or the last two."""
+    tiles = replace(kernels.launch_config(torch.empty(0)), workspace_bytes=workspace)
+    monkeypatch.setattr(kernels, "launch_config", lambda features: tiles)
+    leaves, lengths = packed_tokens(dtype)
+    build = partial(MaxSimDistillationLoss, "margin_mse")
+    check_packed(build, leaves, lengths, torch.randn(5, 3, device=DEVICE))
+    launches = {2**14: 5 + 7, 2**18: 2 + 2}[workspace]
+    assert narrow == {"_launch_maxima": 2 * launches, "dsimilarity": launches}
+
+
 def test_small_gradients_survive_float16() -> None:
     """Every weight is about exp(-16) / 2, where fp16 has two bits; the loss is scaled by 1e5."""
     tokens = torch.eye(16, dtype=torch.float16, device=DEVICE).view(8, 2, 16)
@@ -236,7 +333,7 @@ def test_panels_stay_within_the_workspace() -> None:
     for B in (1, 100, 10_000, 1_000_000):
         for P, R in ((1, 1), (49, 32), (577, 77), (4096, 4096)):
             for itemsize in (2, 4):
-                images, texts = kernels.panel_shape(config, B, P, R, itemsize)
+                images, texts = kernels.panel_shape(config, B, B, P, R, itemsize)
                 assert 1 <= images <= B and 1 <= texts <= B
                 for taken in (itemsize * P * R * texts, 32 * (P + R) * texts, 24 * B):
                     assert images * taken <= config.workspace_bytes or images == 1
@@ -245,5 +342,7 @@ def test_panels_stay_within_the_workspace() -> None:
 def test_pieces_waste_little() -> None:
     lengths = {1: 16, 17: 32, 32: 32, 49: 64, 77: 16, 196: 32, 577: 128, 100_000: 128}
     for tokens, length in lengths.items():
-        assert kernels.piece_length(tokens, 256) == length
-    assert kernels.piece_length(577, 64) == 64
+        assert kernels.piece_length([tokens], 256) == length
+    assert kernels.piece_length([577], 64) == 64
+    assert kernels.piece_length([100, 4], 256) == 16
+    assert kernels.piece_length([0, 17, 32], 256) == 32

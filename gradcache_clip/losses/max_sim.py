@@ -60,8 +60,7 @@ class MaxSimLoss(ScaledLoss):
         init_logit_scale: initial multiplier of the scores.
         max_logit_scale: its upper bound.
         **options: `normalize=True` (each token), `impl="auto"`, `group=None`, `exchange="gather"`;
-            see `ScaledLoss`. Tokens that are packed or count apart, and scores of own candidates,
-            run in "tiled" on a GPU as well, and impl="triton" raises for the first two.
+            see `ScaledLoss`.
 
     Raises:
         ValueError: options that contradict each other.
@@ -176,7 +175,8 @@ class MaxSimLoss(ScaledLoss):
                 )
 
     def _output(self, inputs: TokenInputs, scale: Tensor) -> RetrievalOutput:
-        impl, further = self._impl(inputs), inputs.further
+        further = inputs.further
+        impl = resolve_impl(self.impl, inputs.queries.tokens.device, inputs.dtype)
         rules = TokenRules(None, None, not self.symmetric, self.token_reduction)
         positive, against, back = None, None, None
         if self.in_batch_negatives:
@@ -197,32 +197,23 @@ class MaxSimLoss(ScaledLoss):
         loss = (loss + weighted_mean(joint_loss(back.positive, [other]), weights)) / 2
         return RetrievalOutput(loss, forth, accuracy(back.positive, other))
 
-    def _impl(self, inputs: TokenInputs) -> str:
-        """Choose the implementation that takes these tokens."""
-        found = resolve_impl(self.impl, inputs.queries.tokens.device, inputs.dtype)
-        if found != "triton" or not (inputs.packed or (self.symmetric and inputs.count_apart)):
-            return found
-        if self.impl == "triton":
-            raise ValueError(
-                'impl: expected "tiled" or "auto" with lengths, or with counts if symmetric, got '
-                '"triton", whose kernels do not know them'
-            )
-        return "tiled"
-
     def _statistics_of(
         self, inputs: TokenInputs, scale: Tensor, rules: TokenRules, impl: str
     ) -> Statistics:
         """Compare all queries with all documents, and with the hard negatives that are shared."""
         shared = inputs.negatives if self.share_hard_negatives else None
-        if impl == "triton":
+        padded = not inputs.packed and not (self.symmetric and inputs.count_apart)
+        if impl == "triton" and padded:
             documents = [self._padded(each) for each in (inputs.documents, shared) if each]
-            given = documents, self._padded(inputs.queries), scale, rules
-            return dense_statistics(*given, inputs.further, impl, self.ranks)
+            options = scale, rules, inputs.further, impl, self.ranks
+            return dense_statistics(documents, self._padded(inputs.queries), *options)
         queries, columns = self._batch(inputs.queries), self._batch(inputs.documents)
         if shared is not None:
             columns = columns.followed_by(self._batch(shared))
-        compute = reference_statistics if impl == "reference" else packed_statistics
-        return compute(columns, queries, scale, rules, inputs.further, self.ranks)
+        given = columns, queries, scale, rules, inputs.further
+        if impl == "reference":
+            return reference_statistics(*given, self.ranks)
+        return packed_statistics(*given, impl, self.ranks)
 
     def _with_own(
         self,

@@ -50,8 +50,7 @@ class MaxSimDistillationLoss(ScaledLoss):
         init_logit_scale: initial multiplier of the MaxSim scores.
         max_logit_scale: its upper bound.
         **options: `normalize=True` (each token), `impl="auto"`, `group=None`; see `ScaledLoss`.
-            There are no kernels for it: impl="triton" runs "tiled". Nothing is exchanged but
-            scores.
+            Nothing is exchanged but scores.
 
     Example:
         >>> import torch
@@ -144,5 +143,6 @@ class MaxSimDistillationLoss(ScaledLoss):
 
     def _logits(self, queries: TokenBatch, candidates: TokenBatch, scale: Tensor) -> Tensor:
         rules = TokenRules(None, None, one_way=True, token_reduction=self.token_reduction)
-        impl = resolve_impl(self.impl, scale.device, scale.dtype)
+        dtype = torch.promote_types(queries.values.dtype, candidates.values.dtype)
+        impl = resolve_impl(self.impl, scale.device, dtype)
         return own_logits(queries, candidates, scale, rules, impl, self.ranks)

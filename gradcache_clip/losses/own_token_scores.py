@@ -19,22 +19,23 @@ from gradcache_clip.ops.implementations import (
 from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules
 from gradcache_clip.ops.late_interaction_reference import DenseTokens, best_match
 from gradcache_clip.ops.late_interaction_tiled import TorchTiles
+from gradcache_clip.ops.late_interaction_triton import PieceTiles
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 _LOSS = "own_token_scores"
 
 
 def own_token_scores(
-    queries: Float[Tensor, "t d"], candidates: Float[Tensor, "u d"], rules: TokenRules
+    queries: Float[Tensor, "t d"], candidates: Float[Tensor, "u d"], rules: TokenRules, impl: str
 ) -> Float[Tensor, "b c"]:
     """Compute the scores of queries that look for C candidates of their own, query by query.
 
     `rules` hold the spans of b C candidates as images, and those of b queries as texts.
     """
     refuse_transforms(_LOSS, queries, candidates)
-    scores: Tensor = _OwnScores.apply(queries, candidates, rules)
+    scores: Tensor = _OwnScores.apply(queries, candidates, rules, impl)
     return scores
 
 
@@ -49,41 +50,70 @@ def own_token_scores_reference(
 
 class _OwnScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, candidates: Tensor, rules: TokenRules) -> Tensor:
-        ctx.rules = rules
+    def forward(
+        ctx: Any, queries: Tensor, candidates: Tensor, rules: TokenRules, impl: str
+    ) -> Tensor:
+        ctx.rules, ctx.impl = rules, impl
         ctx.save_for_backward(queries, candidates)
         with autocast_disabled(queries.device):
-            tiles = _tiles(queries, candidates, rules)
-            found = [tiles.maxima(*pair, winners=False).text_to_image for pair in tiles.pairs()]
+            tiles = _tiles(queries, candidates, rules, impl)
+            found = [
+                tiles.maxima(*pair, winners=False).text_to_image.gather(1, _query(tiles, *pair))
+                for pair in tiles.pairs()
+            ]
         return torch.cat(found).view(tiles.texts.samples, -1)
 
     @staticmethod
-    def backward(ctx: Any, *doutput: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *doutput: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise second_derivative_refused(_LOSS)
-        needs, dscores = ctx.needs_input_grad[:2], doutput[0].reshape(-1, 1)
-        with autocast_disabled(dscores.device):
+        with autocast_disabled(doutput[0].device):
             queries, candidates = ctx.saved_tensors
-            tiles = _tiles(queries, candidates, ctx.rules)
-            sides = tiles.texts, tiles.images
-            dqueries, dcandidates = (
-                torch.zeros_like(side.values, dtype=dscores.dtype) if needed else None
-                for side, needed in zip(sides, needs, strict=True)
-            )
-            for own, query in tiles.pairs():
-                into = (
-                    None if dcandidates is None else dcandidates[tiles.images.at(own)],
-                    None if dqueries is None else dqueries[tiles.texts.at(query)],
-                )
-                maxima = tiles.maxima(own, query, winners=True)
-                tiles.add_gradients((own, query), maxima, (None, dscores[own]), into)
-        pairs = zip((dqueries, dcandidates), ctx.saved_tensors, strict=True)
+            tiles = _tiles(queries, candidates, ctx.rules, ctx.impl)
+            found = _gradients(tiles, doutput[0].reshape(-1, 1), ctx.needs_input_grad[:2])
+        pairs = zip(found, ctx.saved_tensors, strict=True)
         dq, dc = (None if each is None else each.to(given.dtype) for each, given in pairs)
-        return dq, dc, None
+        return dq, dc, None, None
 
 
-def _tiles(queries: Tensor, candidates: Tensor, rules: TokenRules) -> TorchTiles:
+def _gradients(
+    tiles: TorchTiles | PieceTiles, dscores: Float[Tensor, "n 1"], needs: tuple[bool, bool]
+) -> list[Tensor | None]:
+    """Compute the gradients of queries and candidates, where needed, from those of the scores."""
+    sides, largest = (tiles.texts, tiles.images), dscores.abs().amax()
+    # Gradients of scores stay within 16 bits.
+    factor = largest.where(largest > 0, 1)
+    into = [
+        torch.zeros_like(side.values, dtype=dscores.dtype) if needed else None
+        for side, needed in zip(sides, needs, strict=True)
+    ]
+    for own, queries in tiles.pairs():
+        maxima = tiles.maxima(own, queries, winners=True)
+        place, found = _query(tiles, own, queries), torch.zeros_like(maxima.text_to_image)
+        found.scatter_(1, place, dscores[own] / factor)
+        dqueries, dcandidates = (
+            None if each is None else each[side.at(where)]
+            for each, side, where in zip(into, sides, (queries, own), strict=True)
+        )
+        tiles.add_gradients((own, queries), maxima, (None, found), (dcandidates, dqueries))
+    unscale = factor / tiles.gradient_scale
+    return [
+        None if each is None else side.of_tokens(each.mul_(unscale))
+        for each, side in zip(into, sides, strict=True)
+    ]
+
+
+def _query(tiles: TorchTiles | PieceTiles, own: slice, queries: slice) -> Int[Tensor, "n 1"]:
+    """Return which of these queries each of these candidates belongs to."""
+    candidate = torch.arange(own.start, own.stop, device=tiles.images.weight.device)
+    each = tiles.images.samples // tiles.texts.samples
+    return (candidate // each - queries.start)[:, None]
+
+
+def _tiles(
+    queries: Tensor, candidates: Tensor, rules: TokenRules, impl: str
+) -> TorchTiles | PieceTiles:
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    tiles = TokenPasses("tiled").tiles(candidates[None], queries[None], dtype, rules)
-    assert isinstance(tiles, TorchTiles)
+    tiles = TokenPasses(impl).tiles(candidates[None], queries[None], dtype, rules)
+    assert isinstance(tiles, (TorchTiles, PieceTiles))
     return tiles

@@ -44,6 +44,7 @@ def packed_statistics(
     logit_scale: Tensor,
     rules: TokenRules,
     further: RowArguments,
+    impl: str,
     ranks: Ranks,
 ) -> Statistics:
     """Compute the statistics of B queries and their documents in tiles, without padding."""
@@ -64,7 +65,7 @@ def packed_statistics(
         image_spans=images.spans,
         text_spans=texts.spans,
     )
-    return _over_ranks(images.tokens, texts.tokens, logit_scale, rules, "tiled", ranks)
+    return _over_ranks(images.tokens, texts.tokens, logit_scale, rules, impl, ranks)
 
 
 def dense_statistics(
@@ -139,10 +140,14 @@ def own_logits(
             scores = own_token_scores_reference(*sides)
     else:
         rules = rules._replace(
-            text_mask=queries.counts, image_spans=candidates.spans, text_spans=queries.spans
+            one_way=True,
+            text_mask=queries.counts,
+            image_spans=candidates.spans,
+            text_spans=queries.spans,
         )
         dtype = torch.promote_types(queries.values.dtype, candidates.values.dtype)
-        scores = own_token_scores(queries.values.to(dtype), candidates.values.to(dtype), rules)
+        given = queries.values.to(dtype), candidates.values.to(dtype)
+        scores = own_token_scores(*given, rules, impl)
     # Each rank scales the scores of its own queries alone.
     scale = with_summed_gradient(logit_scale, ranks.group)
     logits = scale * scores

@@ -5,6 +5,7 @@ b queries on this rank, K hard negatives of each.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class TokenInputs(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.queries.tokens.dtype, self.documents.tokens.dtype)
+        dtypes = (each.tokens.dtype for each in self[:3] if each is not None)
+        return reduce(torch.promote_types, dtypes)
 
     @property
     def packed(self) -> bool:

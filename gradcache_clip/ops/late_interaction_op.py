@@ -18,7 +18,7 @@ from gradcache_clip.ops.late_interaction_passes import (
     statistics,
 )
 from gradcache_clip.ops.late_interaction_tiled import TorchTiles
-from gradcache_clip.ops.late_interaction_triton import TritonTiles
+from gradcache_clip.ops.late_interaction_triton import PieceTiles, TritonTiles
 from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.statistics_op import register
 from gradcache_clip.ops.token_sides import PackedSide, TokenReduction, masked_tokens
@@ -42,7 +42,7 @@ class TokenRules(NamedTuple):
     image_spans: Tensor | None = None
     """(3, B) integers, for both sides or none. The tokens (B, L, D) lie one after the other; those
     of an image start at the first number, may be found up to the second and count up to the third,
-    where the mask says so. Only "tiled" knows them."""
+    where the mask says so."""
     text_spans: Tensor | None = None
 
     def packed(self) -> tuple[list[Tensor | None], list[int]]:
@@ -119,8 +119,11 @@ class TokenPasses(NamedTuple):
             tiles = self.tiles(rows, columns, logit_scale.dtype, rules)
             given = logit_scale, rules.pairing, (row_side, column_side), needs
             drows, dcolumns, dscale = gradient(tiles, *given)
-        drows = None if drows is None else drows.view(rows.shape)
-        return drows, None if dcolumns is None else dcolumns.view(columns.shape), dscale
+            if drows is not None:
+                drows = tiles.images.of_tokens(drows).view(rows.shape)
+            if dcolumns is not None:
+                dcolumns = tiles.texts.of_tokens(dcolumns).view(columns.shape)
+        return drows, dcolumns, dscale
 
     def tiles(
         self, images: Tensor, texts: Tensor, dtype: torch.dtype, rules: TokenRules
@@ -132,7 +135,8 @@ class TokenPasses(NamedTuple):
             spans = rules.image_spans, rules.text_spans
             pairs = zip(given, spans, strict=True)
             packed = (PackedSide.spanned(*side, each, *options) for side, each in pairs)
-            return TorchTiles(*packed, one_way=one_way)
+            of_packed = PieceTiles if self.impl == "triton" else TorchTiles
+            return of_packed(*packed, one_way=one_way)
         dense = [masked_tokens(*side, *options) for side in given]
         if self.impl == "triton":
             return TritonTiles(*dense, one_way=one_way)

@@ -25,6 +25,7 @@ from torch import Tensor
 from gradcache_clip.ops.masks import TileMasks
 from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.tile_statistics import RunningSoftmax
+from gradcache_clip.ops.token_pieces import Pieces
 from gradcache_clip.ops.token_sides import PackedSide, Tokens, unmasked
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ class TokenTiles(Protocol):
     """Tiles of one implementation."""
 
     @property
-    def images(self) -> Tokens | PackedSide: ...
+    def images(self) -> Tokens | PackedSide | Pieces: ...
 
     @property
-    def texts(self) -> Tokens | PackedSide: ...
+    def texts(self) -> Tokens | PackedSide | Pieces: ...
 
     one_way: bool
     gradient_scale: float

@@ -34,6 +34,10 @@ class Tokens(NamedTuple):
         """Return which of the values are theirs."""
         return samples
 
+    def of_tokens(self, dvalues: Tensor) -> Tensor:
+        """Turn the gradient of the values into that of all tokens."""
+        return dvalues
+
 
 def masked_tokens(
     tokens: Tensor, mask: Tensor | None, token_reduction: str, dtype: torch.dtype
@@ -127,6 +131,10 @@ class PackedSide(NamedTuple):
     def at(self, samples: slice) -> slice:
         """Return which of the values are theirs."""
         return slice(self.spans[samples.start].start, self.spans[samples.stop - 1].stop)
+
+    def of_tokens(self, dvalues: Tensor) -> Tensor:
+        """Turn the gradient of the values into that of all tokens."""
+        return dvalues
 
     def rows(self, samples: slice) -> Tensor:
         """Return their tokens in the dtype of the similarities."""
