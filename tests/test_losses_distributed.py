@@ -281,7 +281,10 @@ def interpreted() -> Checks:
     fp32: dict[str, Any] = {"dtype": torch.float32, "tolerance": 1e-5}
     yield from exact(cases, "triton", exchanges=["gather"], **fp32)
     # Groups, a bias and a guide, of rows and columns that change places in the backward.
-    ruled = ("retrieval rules", "distillation in the batch", "max_sim packed own")
+    ruled = (
+        *("retrieval rules", "distillation in the batch", "max_sim packed own"),
+        "matryoshka distillation in the batch",
+    )
     yield from exact([BY_NAME[name] for name in ruled], "triton", exchanges=["ring"], **fp32)
 
 
