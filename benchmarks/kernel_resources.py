@@ -18,7 +18,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -38,8 +38,10 @@ from triton.runtime import JITFunction
 from gradcache_clip.kernels.gradient_tile import contrast_gradient_kernel
 from gradcache_clip.kernels.launch_config import (
     ARCHITECTURES,
+    Described,
     LaunchConfig,
     launch_options,
+    one_part,
     second_launch,
     table_entry,
     with_column_sums,
@@ -85,11 +87,11 @@ class Case:
     def config(self) -> LaunchConfig:
         dtype = getattr(torch, self.dtype)
         rules = {"plain": self.variant == "plain", "guided": "guide" in VARIANTS[self.variant]}
-        gradient = self.kernel == "gradient"
-        entry = table_entry(self.architecture, dtype, **rules, gradient=gradient)
+        kernel: Described = "gradient" if self.kernel == "gradient" else "statistics"
+        entry = table_entry(self.architecture, dtype, **rules, kernel=kernel)
         if "sums" in VARIANTS[self.variant]:
             return with_column_sums(entry)
-        return second_launch(entry) if self.kernel == "second" else entry
+        return second_launch(one_part(entry)) if self.kernel == "second" else entry
 
 
 @dataclass(frozen=True)
@@ -175,18 +177,24 @@ def measure(case: Case) -> Resources:
 def machine_code(case: Case) -> MachineCode:
     dtype, kernel, values = getattr(torch, case.dtype), KERNELS[case.kernel], _values(case)
 
+    return compile_kernel(kernel, case.architecture, values, _types(dtype, case.config))
+
+
+def _types(dtype: torch.dtype, config: LaunchConfig) -> Callable[[str], str]:
     def type_of(name: str) -> str:
-        return _feature_type(name, dtype, case.config) or _argument_type(name, dtype)
+        if name in ("q", "k"):
+            return feature_type(name, dtype, config)
+        return _argument_type(name, dtype)
 
-    return compile_kernel(kernel, case.architecture, values, type_of)
+    return type_of
 
 
-def _feature_type(name: str, dtype: torch.dtype, config: LaunchConfig) -> str | None:
-    """Of rows and of columns that descriptors load."""
-    edges = {"q": config.BLOCK_M, "k": config.BLOCK_N}
-    if name not in edges or not config.descriptors:
-        return None
-    return f"tensordesc<{_SHORT[dtype]}[{edges[name]}, {config.BLOCK_D}]>"
+def feature_type(name: str, dtype: torch.dtype, config: LaunchConfig) -> str:
+    """Of rows `q`, or of columns `k`, as this configuration loads them."""
+    if not config.descriptors:
+        return f"*{_SHORT[dtype]}"
+    edge = config.BLOCK_M if name == "q" else config.BLOCK_N
+    return f"tensordesc<{_SHORT[dtype]}[{edge}, {config.BLOCK_D}]>"
 
 
 def _values(case: Case) -> dict[str, Any]:
@@ -196,10 +204,11 @@ def _values(case: Case) -> dict[str, Any]:
         return {"LABELLED": "labels" in rules, "WIDTH": 32, "DEPTH": 64}
     absent = {name: None for name in names if _is_absent(name, rules)}
     values = {**launch_options(case.config), "SELF": "self" in rules, **absent}
+    values["PARTS"] = case.config.parts
     if case.kernel == "maxima":
         values["flags_ptr"] = None
     if case.kernel == "gradient":
-        return {**values, "DESCRIPTORS": case.config.descriptors}
+        return values
     return {**values, "GROUP": FLAGS_PER_PROGRAM if case.kernel == "second" else 1}
 
 
@@ -217,7 +226,7 @@ def _is_absent(name: str, rules: set[str]) -> bool:
 
 
 def _argument_type(name: str, dtype: torch.dtype) -> str:
-    if name in ("q", "k", "q_ptr", "k_ptr", "gradient_ptr"):
+    if name == "gradient_ptr":
         return f"*{_SHORT[dtype]}"
     if name == "flags_ptr":
         return "*i32"
@@ -237,7 +246,9 @@ def blocks(architecture: int, used: MachineCode) -> int:
 def predicted_kernel(architecture: int, name: str) -> Kernel:
     """A tile kernel of the CLIP loss or of the sigmoid loss in bf16."""
     if name == "sigmoid":
-        tiles = sigmoid_tiles(table_entry(architecture, torch.bfloat16), compares=False)
+        tiles = sigmoid_tiles(
+            table_entry(architecture, torch.bfloat16, kernel="sigmoid"), compares=False
+        )
         used, config = _sigmoid_code(architecture, tiles.inner, tiles.parts), tiles.inner
     else:
         case = Case(architecture, "bfloat16", "plain", name)
@@ -247,10 +258,9 @@ def predicted_kernel(architecture: int, name: str) -> Kernel:
 
 def _sigmoid_code(architecture: int, config: LaunchConfig, parts: int) -> MachineCode:
     switches = {"LABELS": False, "EDGE": False, "SUMS": True, "GRADIENT": True, "BEST": False}
+    switches |= {"DESCRIPTORS": config.descriptors}
     values = launch_options(config) | switches | {"PARTS": parts, "GRADIENT_SCALE": 1.0}
-    return compile_kernel(
-        sigmoid_kernel, architecture, values, lambda name: _argument_type(name, torch.bfloat16)
-    )
+    return compile_kernel(sigmoid_kernel, architecture, values, _types(torch.bfloat16, config))
 
 
 def predict(pool: ProcessPoolExecutor, console: Console) -> list[Prediction]:

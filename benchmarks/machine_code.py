@@ -125,7 +125,9 @@ def _parts(listing: str) -> tuple[Listed, Listed, Listed, bool]:
         return _listed(step), _listed(rest), _listed(once), False
     inside = [each for each in skipped if _within(each[0], [main])]
     ends = [each for each in inside if not any(_contains(other, each) for other in inside)]
-    rare = [each for each in inside if each not in ends]
+    # Each logit has an exponential, so a branch that holds them is one that tiles take.
+    exponentials = [at for at, op, *_ in lines if op.startswith("MUFU.EX2")]
+    rare = [each for each in inside if each not in ends and not _holds(each, exponentials)]
     rest, step = _split(lines, [(0, main[0] - 1), *ends, (main[1] + 1, lines[-1][0])])
     _, once = _split(_split(lines, ends)[0], rare)
     return _listed(step), _listed(rest), _listed(once), True

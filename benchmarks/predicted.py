@@ -11,6 +11,7 @@ from machine_code import MachineCode
 
 from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
+    one_part,
     panel_shape,
     stripe_rows,
 )
@@ -73,7 +74,7 @@ def predictions(kernels: dict[tuple[int, str], Kernel]) -> Iterator[Prediction]:
 
 def _clip(card: Card, D: int, kernels: dict[str, Kernel]) -> Prediction:
     statistics, gradient = kernels["statistics"], kernels["gradient"]
-    config = statistics.config
+    config = one_part(statistics.config)
     rows = stripe_rows(config, B)
     # Partials are written by the tiles, and read by the merges, which do nothing else.
     partials = 8.0 * (1 / config.BLOCK_M + 1 / config.BLOCK_N) * rows * B

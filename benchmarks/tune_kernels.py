@@ -3,10 +3,10 @@
     python benchmarks/tune_kernels.py
     python benchmarks/tune_kernels.py --seconds 600
 
-Forward and backward in bf16 at a batch of 32,768: the CLIP loss at D = 512, 768 and 1,024, the
-sigmoid loss at 768 and prefixes at 512; the gradient of the CLIP loss alone at 768, whose features
-pointers load or TMA descriptors. The table's entry is first, then what differs from it in one
-choice, then in two of them. Every configuration is compiled by another process before it is
+Forward and backward in bf16 at a batch of 32,768: the CLIP loss at D = 512, 768 and 1,024, of which
+either the statistics or the gradient change, the sigmoid loss at 768 and prefixes at 512. Features
+come through pointers or TMA descriptors. The table's entry is first, then what differs from it in
+one choice, then in two of them. Every configuration is compiled by another process before it is
 timed; one that does not compile says so. Quotes 8 B^2 D operations, 6 for the sigmoid loss.
 
 Writes tune_kernels.csv into benchmarks/results (or --results). The table is
@@ -35,7 +35,7 @@ from gpu_card import Card, Point, section, unit_rows
 from gradcache_clip import ClipLoss, MatryoshkaLoss, SigLipLoss
 
 if TYPE_CHECKING:
-    from gradcache_clip.kernels.launch_config import LaunchConfig
+    from gradcache_clip.kernels.launch_config import Described, LaunchConfig
 
 FILE = "tune_kernels.csv"
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -57,7 +57,7 @@ class Work:
 
     Attributes:
         kernels: modules whose function `finder` says how they are launched.
-        gradient: whether only the gradient is tuned, of which descriptors may load the features.
+        kernel: whose entry of the table comes first.
         operations: of one pair and number of a feature.
     """
 
@@ -67,22 +67,23 @@ class Work:
     kernels: tuple[str, ...]
     finder: str = "launch_config"
     operations: int = 8
-    gradient: bool = False
+    kernel: Described = "gradient"
 
 
 def _prefixes(width: int, **options: Any) -> torch.nn.Module:
     return MatryoshkaLoss(ClipLoss(**options), [width // 4, width // 2, width])
 
 
-_CONTRAST = "contrast_statistics", "contrast_gradient"
+def _clip(kernel: Described, width: int) -> Work:
+    return Work(f"clip {kernel}", width, ClipLoss, (f"contrast_{kernel}",), kernel=kernel)
+
+
 _PREFIX = "prefix_statistics", "prefix_gradient"
 WORKS = (
-    Work("clip", 512, ClipLoss, _CONTRAST),
-    Work("clip", 768, ClipLoss, _CONTRAST),
-    Work("siglip", 768, SigLipLoss, ("sigmoid",), operations=6),
-    Work("clip", 1024, ClipLoss, _CONTRAST),
+    *(_clip(kernel, 768) for kernel in ("statistics", "gradient")),
+    Work("siglip", 768, SigLipLoss, ("sigmoid",), operations=6, kernel="sigmoid"),
+    *(_clip(kernel, D) for D in (512, 1024) for kernel in ("statistics", "gradient")),
     Work("prefixes", 512, partial(_prefixes, 512), _PREFIX, "prefix_config"),
-    Work("clip gradient", 768, ClipLoss, ("contrast_gradient",), gradient=True),
 )
 
 
@@ -146,12 +147,10 @@ def _of(card: Card, work: Work) -> Iterator[LaunchConfig]:
     if work.finder == "prefix_config":
         return candidates(prefix_entry(card.architecture, dtype, gradient=True))
     plain = table_entry(card.architecture, dtype)
-    if not work.gradient:
-        return candidates(plain)
-    entry = table_entry(card.architecture, dtype, gradient=True)
-    # Also the tile of the other loop, and on Blackwell descriptors that no entry has yet.
-    wide = replace(plain, BLOCK_N=2 * plain.BLOCK_N, max_registers=None, descriptors=True)
-    narrow = replace(plain, max_registers=None, descriptors=True)
+    entry = table_entry(card.architecture, dtype, kernel=work.kernel)
+    # Also the tile of the other loop, and on consumer cards descriptors that no entry has yet.
+    wide = replace(plain, BLOCK_N=256, max_registers=None, parts=4)
+    narrow = replace(plain, max_registers=None, parts=2)
     return candidates(entry, plain, *([wide, narrow] if card.architecture >= 90 else []))
 
 

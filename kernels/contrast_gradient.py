@@ -12,8 +12,7 @@ from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     launch_config,
     launch_options,
-    multiprocessors,
-    tile_grid,
+    program_grid,
     with_column_sums,
 )
 from gradcache_clip.kernels.panels import Panels, add_product, in_range_of_float16
@@ -56,7 +55,7 @@ def contrast_gradient(
     """
     if config is None:
         rules = {"plain": competition.plain, "guided": competition.guided}
-        config = launch_config(q, **rules, gradient=True)
+        config = launch_config(q, **rules, kernel="gradient")
     if column_sums is not None:
         config = with_column_sums(config)
     panels = _Panels(q, k, logit_scale, competition, rows, columns, config)
@@ -89,7 +88,7 @@ def softmax_products(
         (M, V), transposed (N, V), fp32.
     """
     competition = Competition(both_ways=False, positive_shift=2 * (len(q) + len(k)))
-    config = config or launch_config(q, plain=False, gradient=True)
+    config = config or launch_config(q, plain=False)
     ones, zeros = torch.ones_like(log_sum_exp), torch.zeros_like(log_sum_exp)
     rows = log_sum_exp, ones, zeros
     panels = _Panels(q, k, logit_scale, competition, rows, None, config)
@@ -190,7 +189,7 @@ class _Panels(Panels):
         if sums is not None:
             parts = sums.new_empty(triton.cdiv(height, self.config.BLOCK_M), self.stride)
         with torch.cuda.device_of(self.q):
-            contrast_gradient_kernel[self._grid(height, width)](
+            contrast_gradient_kernel[program_grid(self.config, height, width, self.q.device)](
                 *self.operands,
                 self.logit_scale,
                 *self.rules,
@@ -206,19 +205,12 @@ class _Panels(Panels):
                 *self.k.shape,
                 self.competition.positive_shift,
                 SELF=self.competition.self_contrast,
-                DESCRIPTORS=self.config.descriptors,
+                PARTS=self.config.parts,
                 **launch_options(self.config),
             )
         if sums is not None and parts is not None:
             sums += parts[:, :width].sum(0) * self.factor
         return self.workspace[0, :height, :width]
-
-    def _grid(self, height: int, width: int) -> tuple[int]:
-        """One program for each tile; with descriptors at most one for each multiprocessor."""
-        (tiles,) = tile_grid(self.config, height, width)
-        if self.config.descriptors:
-            return (min(tiles, max(1, multiprocessors(self.q.device))),)
-        return (tiles,)
 
 
 def _sides(

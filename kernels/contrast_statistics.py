@@ -13,17 +13,16 @@ from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     launch_config,
     launch_options,
+    one_part,
+    program_grid,
     second_launch,
     stripe_rows,
     tile_grid,
 )
 from gradcache_clip.kernels.panels import slices
-from gradcache_clip.kernels.similarity import padded
+from gradcache_clip.kernels.similarity import operands, padded
 from gradcache_clip.kernels.statistics_parts import FLAGS_PER_PROGRAM, Running
 from gradcache_clip.kernels.statistics_tile import contrast_statistics_kernel
-
-# Tiles of a program in the first launch and in the second.
-_GROUPS = 1, FLAGS_PER_PROGRAM
 
 
 def contrast_statistics(
@@ -53,36 +52,50 @@ def contrast_statistics(
         columns: (planes, N), the same for columns; None unless both ways.
         Logits and references are in units of log 2.
     """
-    config = config or launch_config(q, plain=competition.plain, guided=competition.guided)
+    if config is None:
+        rules = {"plain": competition.plain, "guided": competition.guided}
+        config = launch_config(q, **rules, kernel="statistics")
+    stored = one_part(config)
     q, k = padded(q, config.BLOCK_D), padded(k, config.BLOCK_D)
     M, (N, D) = len(q), k.shape
     labelled, self_contrast = competition.labelled, competition.self_contrast
-    stripe = min(stripe_rows(config, N, numbers=4 if labelled else 2), M)
+    stripe = min(stripe_rows(stored, N, numbers=4 if labelled else 2), M)
     positive = logit_scale.new_empty(0 if labelled else M)
-    rows, columns = _running(logit_scale, M, N, stripe, competition, config)
+    rows, columns = _running(logit_scale, M, N, stripe, competition, stored)
     flags = None
     if not (maxima or labelled):
-        flags = q.new_empty(tile_grid(config, stripe, N), dtype=torch.int32)
+        flags = q.new_empty(tile_grid(stored, stripe, N), dtype=torch.int32)
     written = positive, rows.parts, columns and columns.parts, flags
     rules = *competition.vectors(config.BLOCK_N), *competition.guides(config.BLOCK_D)
+    launches = [
+        (each, group, operands(q, k, each))
+        for each, group in _launches(config, again=flags is not None)
+    ]
     with torch.cuda.device_of(q):
         for part in slices(M, stripe):
             height, first_column = part.stop - part.start, part.start if self_contrast else 0
+            width = N - first_column
             sizes = part.start, first_column, height, M, N, D, competition.positive_shift
-            (tiles,) = tile_grid(config, height, N - first_column)
-            for group in _GROUPS[: 1 if flags is None else 2]:
-                options = launch_options(config if group == 1 else second_launch(config))
-                contrast_statistics_kernel[(triton.cdiv(tiles, group),)](
-                    *(q, k, logit_scale, *rules, *written, *sizes),
+            for each, group, features in launches:
+                (programs,) = program_grid(each, height, width, q.device)
+                contrast_statistics_kernel[(triton.cdiv(programs, group),)](
+                    *(*features, logit_scale, *rules, *written, *sizes),
                     SELF=self_contrast,
                     GROUP=group,
-                    **options,
+                    PARTS=each.parts,
+                    **launch_options(each),
                 )
-            rows.merge(part, triton.cdiv(N - first_column, config.BLOCK_N))
+            rows.merge(part, triton.cdiv(width, stored.BLOCK_N))
             if columns is not None:
-                columns.merge(slice(first_column, N), triton.cdiv(height, config.BLOCK_M))
+                columns.merge(slice(first_column, N), triton.cdiv(height, stored.BLOCK_M))
     both = columns is not None and not self_contrast
     return positive, rows.planes[0], columns.planes[0] if both else None
+
+
+def _launches(config: LaunchConfig, *, again: bool) -> list[tuple[LaunchConfig, int]]:
+    """How each is launched, and of how many tiles a program takes those with a flag (1: all)."""
+    second = second_launch(one_part(config)), FLAGS_PER_PROGRAM
+    return [(config, 1), second] if again else [(config, 1)]
 
 
 def _running(

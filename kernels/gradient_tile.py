@@ -8,7 +8,7 @@ import triton.language as tl
 from gradcache_clip.kernels.competition import RAGGED
 from gradcache_clip.kernels.gradient_epilogue import store_gradient
 from gradcache_clip.kernels.similarity import (
-    similarity_halves,
+    similarity_parts,
     similarity_tile,
     tile_position,
     whole,
@@ -58,21 +58,21 @@ def contrast_gradient_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """One tile of G, and its sums over rows; maxima and thresholds in units of log 2.
 
     With descriptors a program takes one tile after another, as many as there are programs apart:
     the loads of the next begin while this one is stored.
     """
-    if DESCRIPTORS:
-        WIDTH: tl.constexpr = BLOCK_N // 2
+    if PARTS > 1:
+        WIDTH: tl.constexpr = BLOCK_N // PARTS
         tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
         # Of the tile to store; the loop's own index is ahead of it, and would stay in registers.
         index = tl.program_id(0)
         for ahead in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             tile_m, tile_n = tile_position(ahead, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-            left, right = similarity_halves(
+            parts = similarity_parts(
                 q,
                 k,
                 logit_scale_ptr,
@@ -83,17 +83,18 @@ def contrast_gradient_kernel(
                 BLOCK_N,
                 BLOCK_D,
                 PRECISION,
+                PARTS,
             )
             tile_m, tile_n = tile_position(index, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
             row_start = whole(first_row) + tile_m * BLOCK_M
             column_start = whole(first_column) + tile_n * BLOCK_N
-            for half in tl.static_range(0, 2):
+            for part in tl.static_range(0, PARTS):
                 store_gradient(
-                    left if half == 0 else right,
+                    parts[part],
                     tile_m,
-                    2 * tile_n + half,
+                    PARTS * tile_n + part,
                     row_start,
-                    column_start + half * WIDTH,
+                    column_start + part * WIDTH,
                     row_labels_ptr,
                     column_labels_ptr,
                     row_ids_ptr,

@@ -62,9 +62,14 @@ class LaunchConfig:
     """Tile rows that walk over the columns together, so that these stay in the L2 cache."""
     workspace_bytes: int = 128 * 2**20
     """Upper bound for partial statistics in the forward, and for G in the backward."""
-    descriptors: bool = False
-    """Whether TMA descriptors load the features; a program then takes tile after tile, each in
-    halves. The gradient of a contrast alone reads it."""
+    parts: int = 1
+    """More than one (2, 4 or 8): TMA descriptors load the features, a program takes tile after
+    tile, and each is reduced, or stored, in so many parts of its columns, which take turns in the
+    registers that the tile leaves free."""
+
+    @property
+    def descriptors(self) -> bool:
+        return self.parts > 1
 
 
 _CONSUMER_16 = LaunchConfig(128, 128, 32, num_warps=8, num_stages=3)
@@ -92,12 +97,21 @@ _NOT_PLAIN: dict[tuple[int, int], LaunchConfig] = {
     (100, 16): LaunchConfig(128, 64, 64, 8, 3, max_registers=168, workspace_bytes=_LARGE),
     (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", max_registers=224, workspace_bytes=_LARGE),
 }
-# The gradient of a plain contrast, where it has a tile of its own.
-_PLAIN_GRADIENT: dict[tuple[int, int], LaunchConfig] = {}
+# Kernels that take descriptors, if nothing is asked for beside what CLIP and SigLIP have.
+Described = Literal["statistics", "gradient", "sigmoid"]
+_DESCRIBED: dict[tuple[int, int, Described], LaunchConfig] = {}
 if TensorDescriptor is not None:
-    _PLAIN_GRADIENT[90, 16] = LaunchConfig(
-        128, 256, 64, 8, 4, descriptors=True, workspace_bytes=_LARGE
-    )
+    _WIDE = LaunchConfig(128, 256, 64, 8, 4, parts=2, workspace_bytes=_LARGE)
+    _SQUARE = replace(_WIDE, BLOCK_N=128, parts=4)
+    _DESCRIBED = {
+        (90, 16, "statistics"): _WIDE,
+        (90, 16, "gradient"): _WIDE,
+        (90, 16, "sigmoid"): replace(_WIDE, parts=4),
+        # A thread holds a whole row of a part here, and what belongs to each of its columns.
+        (100, 16, "statistics"): _SQUARE,
+        (100, 16, "gradient"): replace(_WIDE, parts=8),
+        (100, 16, "sigmoid"): _SQUARE,
+    }
 ARCHITECTURES = tuple(sorted({architecture for architecture, _ in _TABLE}))
 _INTERPRETER = LaunchConfig(64, 64, 64, num_warps=4, num_stages=1)
 
@@ -108,17 +122,20 @@ def table_entry(
     *,
     plain: bool = True,
     guided: bool = False,
-    gradient: bool = False,
+    kernel: Described | None = None,
 ) -> LaunchConfig:
     """The entry of the newest known architecture that is not newer than this one (80 = 8.0).
 
-    A contrast is plain if it goes both ways with one positive for each row and no other rules; its
-    gradient may have an entry of its own.
+    A contrast is plain if it goes both ways with one positive for each row and no other rules. Its
+    kernels may have entries of their own, with descriptors.
     """
     known = max(each for each in ARCHITECTURES if each <= architecture)
     key = known, 32 if dtype == torch.float32 else 16
-    apart = _NOT_PLAIN if not plain else _PLAIN_GRADIENT if gradient else {}
-    entry = apart.get(key, _TABLE[key])
+    entry = _TABLE[key]
+    if not plain:
+        entry = _NOT_PLAIN.get(key, entry)
+    elif kernel is not None:
+        entry = _DESCRIBED.get((*key, kernel), entry)
     return _beside_a_guide(entry) if guided else entry
 
 
@@ -157,13 +174,17 @@ def _capability(features: Tensor) -> int:
 
 
 def launch_config(
-    features: Tensor, *, plain: bool = True, guided: bool = False, gradient: bool = False
+    features: Tensor,
+    *,
+    plain: bool = True,
+    guided: bool = False,
+    kernel: Described | None = None,
 ) -> LaunchConfig:
     """The configuration for features on their device, and for a contrast that is plain or not."""
     if INTERPRETED:
         return _INTERPRETER
-    rules = {"plain": plain, "guided": guided, "gradient": gradient}
-    return table_entry(_capability(features), features.dtype, **rules)
+    known = _capability(features), features.dtype
+    return table_entry(*known, plain=plain, guided=guided, kernel=kernel)
 
 
 def launch_options(config: LaunchConfig) -> dict[str, Any]:
@@ -181,6 +202,11 @@ def launch_options(config: LaunchConfig) -> dict[str, Any]:
         # Triton 3.9 warns, and later versions change the default, when this is left open.
         "enable_fp_fusion": True,
     }
+
+
+def one_part(config: LaunchConfig) -> LaunchConfig:
+    """The tile that leaves partials: a part of one that descriptors load, as pointers load it."""
+    return replace(config, BLOCK_N=config.BLOCK_N // config.parts, parts=1)
 
 
 def second_launch(config: LaunchConfig) -> LaunchConfig:
@@ -204,6 +230,12 @@ def without_bound(config: LaunchConfig) -> LaunchConfig:
 def tile_grid(config: LaunchConfig, rows: int, columns: int) -> tuple[int]:
     """One program for each tile of rows x columns."""
     return (triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N),)
+
+
+def program_grid(config: LaunchConfig, rows: int, columns: int, device: torch.device) -> tuple[int]:
+    """One program for each tile; with descriptors at most one for each multiprocessor."""
+    (tiles,) = tile_grid(config, rows, columns)
+    return (min(tiles, max(1, multiprocessors(device))) if config.descriptors else tiles,)
 
 
 def stripe_rows(config: LaunchConfig, N: int, *, numbers: int = 2) -> int:

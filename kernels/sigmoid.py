@@ -16,13 +16,13 @@ from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     launch_config,
     launch_options,
-    tile_grid,
+    program_grid,
     up_to_whole,
     without_bound,
 )
 from gradcache_clip.kernels.panels import Panels, add_product
 from gradcache_clip.kernels.sigmoid_tile import sigmoid_kernel
-from gradcache_clip.kernels.similarity import LOG2_E, padded
+from gradcache_clip.kernels.similarity import LOG2_E, operands, padded
 
 # Beyond all columns; a multiple of 16 as 0 is, or Triton would compile for both.
 _NO_POSITIVES = 2**30
@@ -54,7 +54,7 @@ def sigmoid_loss(
     Returns:
         The fields of `SigmoidPass`: fp32, None where not wanted.
     """
-    config = config or launch_config(q)
+    config = config or launch_config(q, kernel=None if labels else "sigmoid")
     panels = _Panels(q, k, logit_scale, logit_bias, labels, wanted, config, paired)
     wants_q, wants_k, wants_scale, wants_bias, wants_accuracy = wanted
     dq = torch.zeros_like(q, dtype=torch.float32) if wants_q else None
@@ -97,6 +97,7 @@ class _Panels(Panels):
         self.tiles = _tiles(config, compares=labels is not None and wanted[4])
         inner = self.tiles.inner
         super().__init__(padded(q, inner.BLOCK_D), padded(k, inner.BLOCK_D), inner)
+        self.operands = operands(self.q, self.k, inner)
         # Where sign <q, k> is largest the logit is, also of a negative scale.
         self.sign = torch.copysign(torch.ones_like(logit_scale), logit_scale)
         self.scale, self.bias, self.labels = logit_scale.abs(), logit_bias, labels
@@ -152,13 +153,12 @@ class _Panels(Panels):
     def _launch(self, rows: slice, columns: slice, height: int, width: int) -> None:
         for edge in (False, True):
             config = self.tiles.edge if edge else self.tiles.inner
-            grid = self.tiles.grid(height, width, edge, self.paired)
+            grid = self._grid(height, width, edge=edge)
             if grid == (0,):
                 continue
             with torch.cuda.device_of(self.q):
                 sigmoid_kernel[grid](
-                    self.q,
-                    self.k,
+                    *((self.q, self.k) if edge else self.operands),
                     self.scale,
                     self.bias,
                     self.sign,
@@ -178,9 +178,15 @@ class _Panels(Panels):
                     self.tiles.count(height, width)[1],
                     self.sums.shape[1],
                     EDGE=edge,
+                    DESCRIPTORS=config.descriptors,
                     **self.switches,
                     **launch_options(config),
                 )
+
+    def _grid(self, height: int, width: int, *, edge: bool) -> tuple[int]:
+        if edge:
+            return self.tiles.edge_grid(height, width, paired=self.paired)
+        return program_grid(self.tiles.inner, height, width, self.q.device)
 
     def totals(self) -> tuple[Tensor, Tensor, Tensor]:
         """The loss and its gradients of scale and bias, from the sums of the tiles."""
@@ -206,17 +212,15 @@ class _Tiles:
 
     @property
     def edge(self) -> LaunchConfig:
-        return replace(self.inner, BLOCK_N=self.inner.BLOCK_N // self.parts)
+        return replace(self.inner, BLOCK_N=self.inner.BLOCK_N // self.parts, parts=1)
 
     def count(self, height: int, width: int) -> tuple[int, int]:
         """Tile rows of a panel, and parts along its columns."""
         tiles_n = triton.cdiv(width, self.inner.BLOCK_N)
         return triton.cdiv(height, self.inner.BLOCK_M), tiles_n * self.parts
 
-    def grid(self, height: int, width: int, edge: bool, paired: bool) -> tuple[int]:
-        """Programs of a launch; on the edge: the last tile row and column, and the diagonal."""
-        if not edge:
-            return tile_grid(self.inner, height, width)
+    def edge_grid(self, height: int, width: int, *, paired: bool) -> tuple[int]:
+        """Programs on the edge: of the last tile row and column, and of the diagonal."""
         tiles_m, parts_n = self.count(height, width)
         if paired:
             diagonal = tiles_m * triton.cdiv(self.inner.BLOCK_M, self.inner.BLOCK_N)
@@ -230,4 +234,4 @@ def _tiles(config: LaunchConfig, *, compares: bool) -> _Tiles:
     config = without_bound(config)
     if compares:
         return _Tiles(replace(config, BLOCK_N=config.BLOCK_N // 2), parts=1)
-    return _Tiles(config, parts=2)
+    return _Tiles(config, parts=max(2, config.parts))

@@ -133,7 +133,7 @@ def similarity_tile(
 
 
 @triton.jit
-def similarity_halves(
+def similarity_parts(
     q,
     k,
     logit_scale_ptr,
@@ -144,12 +144,32 @@ def similarity_halves(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """`similarity_tile` through descriptors, its columns cut in half; 0 beyond the features."""
+    """`similarity_tile` through descriptors, its columns in PARTS; 0 beyond the features."""
     tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for depth in range(0, D, BLOCK_D):
         rows, columns = q.load([first_row, depth]), k.load([first_column, depth])
         tile = tl.dot(rows, columns.T, tile, input_precision=PRECISION)
     tile *= tl.load(logit_scale_ptr) * LOG2_E
-    halves = tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2))
-    return tl.split(tl.permute(halves, (0, 2, 1)))
+    left, right = _halves(tile)
+    if PARTS == 8:
+        return _quarters(left) + _quarters(right)
+    elif PARTS == 4:
+        return _halves(left) + _halves(right)
+    else:
+        tl.static_assert(PARTS == 2)
+        return left, right
+
+
+@triton.jit
+def _quarters(tile):
+    left, right = _halves(tile)
+    return _halves(left) + _halves(right)
+
+
+@triton.jit
+def _halves(tile):
+    pair = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    left, right = tl.split(tl.permute(pair, (0, 2, 1)))
+    return left, right

@@ -23,6 +23,7 @@ from machine_code import MachineCode, compile_kernel
 from gradcache_clip.kernels import late_interaction, sigmoid
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
+    LaunchConfig,
     launch_options,
     prefix_entry,
     table_entry,
@@ -51,8 +52,8 @@ def contrast(architecture: int, dtypes: list[str], variants: list[str]) -> Itera
     for case in kernel_resources.cases(architecture, dtypes, variants):
         used = asdict(kernel_resources.measure(case))
         facts = {"family": "contrast", "multiplies": case.kernel != "merge", **case.__dict__}
-        plain_gradient = (case.variant, case.kernel) == ("plain", "gradient")
-        yield {**facts, "plain_gradient": plain_gradient, **used}
+        first = case.kernel in ("statistics", "maxima", "gradient")
+        yield {**facts, "plain": first and case.variant == "plain", **used}
 
 
 def prefix(architecture: int) -> Iterator[Used]:
@@ -67,14 +68,18 @@ def prefix(architecture: int) -> Iterator[Used]:
 def siglip(architecture: int) -> Iterator[Used]:
     """Training with and without labels and accuracy; the scale's gradient, and the loss alone."""
     for dtype, switches in _siglip_variants():
-        tiles = sigmoid._tiles(
-            table_entry(architecture, getattr(torch, dtype)),
-            compares=switches["LABELS"] and switches["BEST"],
+        labels, edge = switches["LABELS"], switches["EDGE"]
+        entry = table_entry(
+            architecture, getattr(torch, dtype), kernel=None if labels else "sigmoid"
         )
+        tiles = sigmoid._tiles(entry, compares=labels and switches["BEST"])
         scale = FLOAT16_GRADIENT_SCALE if dtype == "float16" else 1.0
-        values = launch_options(tiles.edge if switches["EDGE"] else tiles.inner) | switches
+        config = tiles.edge if edge else tiles.inner
+        values = launch_options(config) | switches
         values |= {"PARTS": tiles.parts, "GRADIENT_SCALE": scale}
-        yield _used("siglip", dtype, _compiled(sigmoid_kernel, architecture, dtype, values))
+        values["DESCRIPTORS"] = config.descriptors
+        machine = _compiled(sigmoid_kernel, architecture, dtype, values, config)
+        yield {**_used("siglip", dtype, machine), "plain": not (labels or edge)}
 
 
 def _siglip_variants() -> Iterator[tuple[str, dict[str, bool]]]:
@@ -104,8 +109,16 @@ def tokens(architecture: int) -> Iterator[Used]:
         yield {**_used("tokens", dtype, machine), "multiplies": False}
 
 
-def _compiled(kernel: Any, architecture: int, dtype: str, values: dict[str, Any]) -> MachineCode:
+def _compiled(
+    kernel: Any,
+    architecture: int,
+    dtype: str,
+    values: dict[str, Any],
+    config: LaunchConfig | None = None,
+) -> MachineCode:
     def type_of(name: str) -> str:
+        if config is not None and name in ("q", "k"):
+            return kernel_resources.feature_type(name, getattr(torch, dtype), config)
         if name in ("q_ptr", "k_ptr", "x_ptr", "y_ptr", "gradient_ptr"):
             return f"*{SHORT[dtype]}"
         if name.endswith(("label_ptr", "index_ptr")):

@@ -29,12 +29,18 @@ from contrast_pairings import RULES, assert_close, outcome, pairing, unequal_inp
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gradcache_clip.kernels import contrast_gradient, contrast_statistics, statistics_parts
+from gradcache_clip.kernels import (
+    contrast_gradient,
+    contrast_statistics,
+    statistics_parts,
+)
+from gradcache_clip.kernels import launch_config as launches
 from gradcache_clip.kernels.competition import Competition
 from gradcache_clip.kernels.launch_config import (
     INTERPRETED,
     LaunchConfig,
     launch_config,
+    one_part,
     panel_shape,
     stripe_rows,
 )
@@ -57,7 +63,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # kernels differ in one conversion.
 DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 NARROW = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=4096)
-DESCRIBED = replace(NARROW, BLOCK_N=64, descriptors=True)
+DESCRIBED = replace(NARROW, BLOCK_N=64, parts=4)
 
 reference = partial(clip_loss, impl="reference")
 triton = partial(clip_loss, impl="triton")
@@ -67,16 +73,16 @@ triton = partial(clip_loss, impl="triton")
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Several stripes and panels from 70 rows on, and a count of what was launched.
 
-    Descriptors load the features of a plain gradient, as on sm_90.
+    Descriptors load the features of a plain contrast, as on sm_90.
     """
     count: Counter[str] = Counter()
 
-    def of_gradient(features: Tensor, **rules: bool) -> LaunchConfig:
-        return DESCRIBED if rules["plain"] else NARROW
+    def config(features: Tensor, *, plain: bool, **rules: object) -> LaunchConfig:
+        return DESCRIBED if plain else NARROW
 
-    monkeypatch.setattr(contrast_statistics, "launch_config", lambda features, **rules: NARROW)
-    monkeypatch.setattr(contrast_gradient, "launch_config", of_gradient)
-    monkeypatch.setattr(contrast_gradient, "multiprocessors", lambda device: 3)
+    for module in (contrast_statistics, contrast_gradient):
+        monkeypatch.setattr(module, "launch_config", config)
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: 3)
     _count_calls(monkeypatch, count, statistics_parts.Running, "merge")
     _count_calls(monkeypatch, count, contrast_gradient._Panels, "gradient")
     return count
@@ -122,11 +128,12 @@ def equals_the_reference(rules: str, size: tuple[int, int, int], dtype: torch.dt
     assert_close(got, outcome(pairs, "reference", inputs), dtype)
 
 
-def test_descriptors_load_the_features_of_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tiles are taken in halves; a right half may lie beyond the columns."""
-    monkeypatch.setattr(contrast_gradient, "launch_config", lambda features, **rules: DESCRIBED)
-    for size in SIZES[1:]:
-        equals_the_reference("self labels", size, torch.float32)
+def test_descriptors_load_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are taken in parts, of which the last ones may lie beyond the columns."""
+    for module in (contrast_statistics, contrast_gradient):
+        monkeypatch.setattr(module, "launch_config", lambda features, **rules: DESCRIBED)
+    for size in SIZES:
+        equals_the_reference("", size, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +145,8 @@ def test_several_stripes_and_panels(rules: str, dtype: torch.dtype, narrow: Coun
     M, N = (100, 100) if "self" in rules else (70, 100)
     inputs, pairs = unequal_inputs(M, N, 40, dtype, DEVICE), pairing(rules, M, N, DEVICE)
     numbers = 4 if "labels" in rules else 2
-    stripes = -(-M // stripe_rows(NARROW, N, numbers=numbers))
     config = NARROW if rules else DESCRIBED
+    stripes = -(-M // stripe_rows(one_part(config), N, numbers=numbers))
     height, width = panel_shape(config, N, inputs.q.element_size())
     assert stripes > 1 and height < M and width < N
     with poisoned_memory():
@@ -165,7 +172,7 @@ def test_one_exponential_for_rows_and_columns(rules: str) -> None:
     equals_the_reference_without_maxima(rules)
 
 
-@pytest.mark.parametrize("rules", ["shift ids thresholds groups bias guide", "self"])
+@pytest.mark.parametrize("rules", ["", "shift ids thresholds groups bias guide", "self"])
 def test_flags_of_several_stripes(rules: str, narrow: Counter[str]) -> None:
     """Each stripe of a self-contrast has fewer tiles than the one before, and flags on them."""
     equals_the_reference_without_maxima(rules)
@@ -208,7 +215,7 @@ def test_tiles_whose_logits_are_far_apart_are_computed_again(
     for side in (slice(0, 4), slice(4, 8)):
         torch.testing.assert_close(lse(found[side]), lse(truth[side]), rtol=1e-5, atol=1e-4)
     # Without the second launch most sums are lost.
-    monkeypatch.setattr(contrast_statistics, "_GROUPS", (1,))
+    monkeypatch.setattr(contrast_statistics, "_launches", lambda config, **_: [(config, 1)])
     lost = contrast.contrast_statistics("loss", q, k, scale, pairs, "triton")
     assert (lse(lost[:4]) < lse(truth[:4]) - 1).sum() > 10
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from clip_inputs import (
 from siglip_inputs import Inputs, clustered_inputs, plain_loss, random_inputs
 from torch import Tensor
 
+from gradcache_clip.kernels import launch_config as launches
 from gradcache_clip.kernels import sigmoid as kernels
 from gradcache_clip.kernels.launch_config import INTERPRETED, LaunchConfig, panel_shape
 from gradcache_clip.ops.siglip import siglip_loss, siglip_loss_with_accuracy
@@ -44,10 +46,20 @@ def tiles(rows: int, columns: int, workspace_bytes: int) -> LaunchConfig:
     )
 
 
+def use(monkeypatch: pytest.MonkeyPatch, tile: LaunchConfig, parts: int) -> None:
+    """Without labels descriptors load the features, as on sm_90, if there are several parts."""
+
+    def config(features: Tensor, kernel: str | None = None) -> LaunchConfig:
+        return tile if kernel is None else replace(tile, parts=parts)
+
+    monkeypatch.setattr(kernels, "launch_config", config)
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: 3)
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Tiles of 32 x 64 and a workspace for several panels; counts panels and products."""
-    monkeypatch.setattr(kernels, "launch_config", lambda features: tiles(32, 64, 8192))
+    use(monkeypatch, tiles(32, 64, 8192), 1)
     return counted(monkeypatch)
 
 
@@ -147,13 +159,15 @@ def test_a_block_without_positives(M: int, N: int, launched: Counter[str]) -> No
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="tiles too small for a GPU")
-@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16)])
+@pytest.mark.parametrize(
+    ("shape", "parts"), [((16, 16), 1), ((16, 64), 1), ((16, 64), 4), ((64, 16), 1)]
+)
 @pytest.mark.parametrize("workspace_bytes", [1, 8192, 2**20])
 def test_every_tile_is_computed_wherever_edges_fall(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], workspace_bytes: int
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], parts: int, workspace_bytes: int
 ) -> None:
     """Diagonal, last tile row and last tile column meet in all ways, in one panel and in many."""
-    monkeypatch.setattr(kernels, "launch_config", lambda _: tiles(*shape, workspace_bytes))
+    use(monkeypatch, tiles(*shape, workspace_bytes), parts)
     for B in (17, 48, 65) if workspace_bytes == 8192 else (65,):
         check_together(random_inputs(B, 8, torch.float32))
     check_together(random_inputs(33, 8, torch.float32, N=48), (labels_of(33), labels_of(48)))

@@ -1,4 +1,4 @@
-"""Tiles of sm_90 that are not ragged, against the reference in fp64.
+"""Tiles of sm_90 and sm_100 that are not ragged, against the reference in fp64.
 
 test_kernels.py runs this file in the interpreter, and on a GPU where there is one.
 """
@@ -29,13 +29,12 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 B, D = (1024 if INTERPRETED else 2048), 512
 
 
-@pytest.fixture(autouse=True)
-def _sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
+def launch_as_on(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        entry = partial(table_entry, 90, torch.float16)
+        entry = partial(table_entry, architecture, torch.float16)
         for module in (contrast_gradient, contrast_statistics, sigmoid):
             monkeypatch.setattr(module, "launch_config", lambda _, **rules: entry(**rules))
-        of_prefixes = partial(prefix_entry, 90, torch.float16)
+        of_prefixes = partial(prefix_entry, architecture, torch.float16)
         for module in (prefix_gradient, prefix_statistics):
             monkeypatch.setattr(module, "prefix_config", lambda _, **way: of_prefixes(**way))
 
@@ -54,7 +53,18 @@ def prefixes(q: Tensor, k: Tensor, scale: Tensor, impl: str) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", [clip_loss, clip_with_maxima, sigmoid_loss, prefixes])
-def test_whole_tiles(loss: Callable[..., Tensor]) -> None:
+def test_whole_tiles(loss: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    launch_as_on(90, monkeypatch)
+    equals_the_reference(loss)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has launches of its own")
+def test_whole_tiles_of_sm_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch_as_on(100, monkeypatch)
+    equals_the_reference(clip_loss)
+
+
+def equals_the_reference(loss: Callable[..., Tensor]) -> None:
     inputs = random_inputs(B, D, torch.float16, device=DEVICE)
     got = loss_and_gradients(partial(loss, impl="triton"), inputs)
     expected = loss_and_gradients(partial(loss, impl="reference"), inputs.to(torch.float64))
