@@ -209,7 +209,8 @@ def _values(case: Case) -> dict[str, Any]:
         values["flags_ptr"] = None
     if case.kernel == "gradient":
         return values
-    return {**values, "GROUP": FLAGS_PER_PROGRAM if case.kernel == "second" else 1}
+    group = FLAGS_PER_PROGRAM if case.kernel == "second" else 1
+    return {**values, "GROUP": group, "STACKED": case.config.stacked}
 
 
 def _is_absent(name: str, rules: set[str]) -> bool:
@@ -258,7 +259,7 @@ def predicted_kernel(architecture: int, name: str) -> Kernel:
 
 def _sigmoid_code(architecture: int, config: LaunchConfig, parts: int) -> MachineCode:
     switches = {"LABELS": False, "EDGE": False, "SUMS": True, "GRADIENT": True, "BEST": False}
-    switches |= {"DESCRIPTORS": config.descriptors}
+    switches |= {"DESCRIPTORS": config.descriptors, "STACKED": config.stacked}
     values = launch_options(config) | switches | {"PARTS": parts, "GRADIENT_SCALE": 1.0}
     return compile_kernel(sigmoid_kernel, architecture, values, _types(torch.bfloat16, config))
 

@@ -83,6 +83,7 @@ def contrast_statistics(
                     SELF=self_contrast,
                     GROUP=group,
                     PARTS=each.parts,
+                    STACKED=each.stacked,
                     **launch_options(each),
                 )
             rows.merge(part, triton.cdiv(width, stored.BLOCK_N))

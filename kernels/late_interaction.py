@@ -20,10 +20,9 @@ from gradcache_clip.kernels.competition import RAGGED
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,
-    launch_config,
     launch_options,
+    token_config,
     up_to_whole,
-    without_bound,
 )
 from gradcache_clip.kernels.panels import add_product, slices
 from gradcache_clip.kernels.similarity import padded, products, store_tile, tile_position
@@ -162,7 +161,7 @@ class TokenPanels:
     """
 
     def __init__(self, x: Tensor, y: Tensor, *, both_ways: bool, samples: int = 0) -> None:
-        self.config = config = without_bound(launch_config(x))
+        self.config = config = token_config(x, both_ways=both_ways)
         self.both_ways = both_ways
         self.x, self.y = (padded(side.flatten(0, 1), config.BLOCK_D) for side in (x, y))
         (self.images, self.P, _), (self.texts, self.R, _) = x.shape, y.shape
@@ -281,7 +280,7 @@ class TokenPanels:
 
 def piece_lengths(tokens: Tensor, images: Sequence[int], texts: Sequence[int]) -> tuple[int, int]:
     """The pieces into which to cut packed tokens, of images and texts of these lengths."""
-    config = launch_config(tokens)
+    config = token_config(tokens, both_ways=True)
     return piece_length(images, config.BLOCK_M), piece_length(texts, config.BLOCK_N)
 
 

@@ -67,6 +67,10 @@ class LaunchConfig:
     tile, and each is reduced, or stored, in so many parts of its columns, which take turns in the
     registers that the tile leaves free."""
 
+    stacked: bool = False
+    """Whether the warps that share a tile have its rows one below the other, 16 each, so that
+    nearly all of a sum over rows is a sum over warps."""
+
     @property
     def descriptors(self) -> bool:
         return self.parts > 1
@@ -101,8 +105,8 @@ _NOT_PLAIN: dict[tuple[int, int], LaunchConfig] = {
 Described = Literal["statistics", "gradient", "sigmoid"]
 _DESCRIBED: dict[tuple[int, int, Described], LaunchConfig] = {}
 if TensorDescriptor is not None:
-    _WIDE = LaunchConfig(128, 256, 64, 8, 4, parts=2, workspace_bytes=_LARGE)
-    _SQUARE = replace(_WIDE, BLOCK_N=128, parts=4)
+    _WIDE = LaunchConfig(128, 256, 64, 8, 4, parts=2, stacked=True, workspace_bytes=_LARGE)
+    _SQUARE = replace(_WIDE, BLOCK_N=128, parts=4, stacked=False)
     _DESCRIBED = {
         (90, 16, "statistics"): _WIDE,
         (90, 16, "gradient"): _WIDE,
@@ -159,6 +163,21 @@ def prefix_entry(architecture: int, dtype: torch.dtype, *, gradient: bool) -> La
     if gradient:
         return replace(entry, BLOCK_M=128, BLOCK_N=128, BLOCK_D=32)
     return replace(entry, BLOCK_M=64, BLOCK_N=128, BLOCK_D=32, num_warps=4)
+
+
+def token_entry(architecture: int, dtype: torch.dtype, *, both_ways: bool) -> LaunchConfig:
+    """The usual tile, with as many registers as the compiler wants."""
+    entry = without_bound(table_entry(architecture, dtype))
+    # Left alone, ptxas of Triton 3.9 takes 128 on sm_120, and spills 16 bytes.
+    bounded = not both_ways and architecture >= 120 and dtype != torch.float32
+    return replace(entry, max_registers=136) if bounded else entry
+
+
+def token_config(features: Tensor, *, both_ways: bool) -> LaunchConfig:
+    """`token_entry` for features on their device."""
+    if INTERPRETED:
+        return _INTERPRETER
+    return token_entry(_capability(features), features.dtype, both_ways=both_ways)
 
 
 def prefix_config(features: Tensor, *, gradient: bool) -> LaunchConfig:

@@ -94,10 +94,10 @@ def _prefix_statistics_kernel(
                 outside = (row[:, None] >= M) | (column[None, :] >= N)
                 logits = tl.where(outside, -float("inf"), logits)
             part_ptr = row_part_ptr + 2 * prefix * row_plane
-            store_exact(part_ptr, row_plane, logits, None, row < M, 1)
+            store_exact(part_ptr, row_plane, logits, None, row < M, 1, False)
             if column_parts_ptr is not None:
                 part_ptr = column_part_ptr + 2 * prefix * column_plane
-                store_exact(part_ptr, column_plane, logits, None, column < N, 0)
+                store_exact(part_ptr, column_plane, logits, None, column < N, 0, False)
             prefix += 1
             end = tl.load(ends_ptr + prefix)
 

@@ -179,6 +179,7 @@ class _Panels(Panels):
                     self.sums.shape[1],
                     EDGE=edge,
                     DESCRIPTORS=config.descriptors,
+                    STACKED=config.stacked,
                     **self.switches,
                     **launch_options(config),
                 )

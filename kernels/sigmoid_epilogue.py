@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from gradcache_clip.kernels.similarity import LOG2_E, store_tile
+from gradcache_clip.kernels.statistics_parts import max_along
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 
@@ -91,6 +92,7 @@ def store_sigmoid(
     GRADIENT_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
+    STACKED: tl.constexpr,
 ):
     """Sums of the loss, of G and of G <q, k> over a tile; G itself; the largest <q, k>.
 
@@ -121,12 +123,14 @@ def store_sigmoid(
             if EDGE:
                 best = tl.where(inside, best, -float("inf"))
             tl.store(row_slot, tl.max(best, 1), mask=row < row_end)
-            tl.store(column_slot, tl.max(best, 0), mask=column < column_end)
+            tl.store(column_slot, max_along(best, 0, STACKED), mask=column < column_end)
             best = tl.where(positive, -float("inf"), similarity)
             if EDGE:
                 best = tl.where(inside, best, -float("inf"))
         # Rows first, sm_90 spills.
-        tl.store(column_slot + slots_m * columns, tl.max(best, 0), mask=column < column_end)
+        tl.store(
+            column_slot + slots_m * columns, max_along(best, 0, STACKED), mask=column < column_end
+        )
         tl.store(row_slot + slots_n * rows, tl.max(best, 1), mask=row < row_end)
     loss, gradient_sum, scale_sum, gradient = _sums_and_gradient(
         similarity, scale, bias, positive, inside, SIGNED, EDGE, SUMS

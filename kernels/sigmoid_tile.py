@@ -110,6 +110,7 @@ def sigmoid_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    STACKED: tl.constexpr,
 ):
     """One tile; see `store_sigmoid`, of whose sums a tile has PARTS slots.
 
@@ -190,6 +191,7 @@ def sigmoid_kernel(
                         GRADIENT_SCALE,
                         BLOCK_M,
                         WIDTH,
+                        STACKED,
                     )
             index += tl.num_programs(0)
     else:
@@ -259,4 +261,5 @@ def sigmoid_kernel(
             GRADIENT_SCALE,
             BLOCK_M,
             BLOCK_N,
+            STACKED,
         )

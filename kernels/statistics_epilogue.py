@@ -52,6 +52,7 @@ def store_statistics(
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STACKED: tl.constexpr,
     WIDE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -133,18 +134,18 @@ def store_statistics(
             tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0
         )
     if EXACT:
-        store_exact(row_part_ptr, row_plane, by_row, positives, row < M, 1)
+        store_exact(row_part_ptr, row_plane, by_row, positives, row < M, 1, STACKED)
         if column_parts_ptr is not None:
             if not WIDE:
                 by_column = competing(
                     tile, guide, column_threshold_ptr, column_guide_threshold_ptr, column, 0
                 )
-            store_exact(column_part_ptr, column_plane, by_column, positives, column < N, 0)
+            store_exact(column_part_ptr, column_plane, by_column, positives, column < N, 0, STACKED)
         return 0
     reference = tile_reference(tile)
     terms = tl.exp2(tile - reference)
     of_row = _where_competing(terms, by_row, row_threshold_ptr, row_guide_threshold_ptr)
-    small = store_sums(row_part_ptr, row_plane, of_row, reference, row < M, 1)
+    small = store_sums(row_part_ptr, row_plane, of_row, reference, row < M, 1, STACKED)
     if column_parts_ptr is not None:
         if not WIDE:
             by_column = competing(
@@ -153,7 +154,9 @@ def store_statistics(
         of_column = _where_competing(
             terms, by_column, column_threshold_ptr, column_guide_threshold_ptr
         )
-        small |= store_sums(column_part_ptr, column_plane, of_column, reference, column < N, 0)
+        small |= store_sums(
+            column_part_ptr, column_plane, of_column, reference, column < N, 0, STACKED
+        )
     return small
 
 

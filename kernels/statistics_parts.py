@@ -33,26 +33,60 @@ def tile_reference(tile):
 
 
 @triton.jit
-def store_sums(part_ptr, plane, terms, reference, mask, AXIS: tl.constexpr):
+def sum_along(tile, AXIS: tl.constexpr, STACKED: tl.constexpr):
+    """`tl.sum`, quicker over rows of warps that are stacked."""
+    if STACKED and AXIS == 0:
+        return tl.sum(_spread(tl.sum(_by_warp(tile), 1)), 0)
+    else:
+        return tl.sum(tile, AXIS)
+
+
+@triton.jit
+def max_along(tile, AXIS: tl.constexpr, STACKED: tl.constexpr):
+    """`tl.max`, quicker over rows of warps that are stacked."""
+    if STACKED and AXIS == 0:
+        return tl.max(_spread(tl.max(_by_warp(tile), 1)), 0)
+    else:
+        return tl.max(tile, AXIS)
+
+
+@triton.jit
+def _by_warp(tile):
+    """A tile as (warps, rows of a warp, columns)."""
+    return tl.reshape(tile, (tile.shape[0] // 16, 16, tile.shape[1]))
+
+
+@triton.jit
+def _spread(partial):
+    """The same numbers, each in one thread; what a sum leaves is in several.
+
+    Without this step every warp adds up the partials of all warps again, column by column.
+    """
+    row = tl.arange(0, partial.shape[0])[:, None]
+    return tl.gather(partial, row + tl.zeros(partial.shape, dtype=tl.int32), 0)
+
+
+@triton.jit
+def store_sums(part_ptr, plane, terms, reference, mask, AXIS: tl.constexpr, STACKED: tl.constexpr):
     """Sums of exp2(S - reference) along one axis; whether one of them is too small."""
-    total = tl.sum(terms, AXIS)
+    total = sum_along(terms, AXIS, STACKED)
     tl.store(part_ptr, tl.zeros_like(total) + reference, mask=mask)
     tl.store(part_ptr + plane, total, mask=mask)
     return tl.max(((total < _SMALLEST_SUM) & mask).to(tl.int32))
 
 
 @triton.jit
-def store_exact(part_ptr, plane, tile, positives, mask, AXIS: tl.constexpr):
+def store_exact(part_ptr, plane, tile, positives, mask, AXIS: tl.constexpr, STACKED: tl.constexpr):
     """Maximum and sum of exp along one axis; with labels, positives' sum and hardest negative."""
     if positives is not None:
-        positive = tl.sum(tl.where(positives, tile, 0.0), AXIS)
-        hardest = tl.max(tl.where(positives, -float("inf"), tile), AXIS)
+        positive = sum_along(tl.where(positives, tile, 0.0), AXIS, STACKED)
+        hardest = max_along(tl.where(positives, -float("inf"), tile), AXIS, STACKED)
         tl.store(part_ptr + 2 * plane, positive, mask=mask)
         tl.store(part_ptr + 3 * plane, hardest, mask=mask)
-    maximum = tl.max(tile, AXIS)
+    maximum = max_along(tile, AXIS, STACKED)
     # Where everything is masked the maximum is -inf, and -inf - -inf would be NaN.
     reference = tl.where(maximum == -float("inf"), 0.0, maximum)
-    total = tl.sum(tl.exp2(tile - tl.expand_dims(reference, AXIS)), AXIS)
+    total = sum_along(tl.exp2(tile - tl.expand_dims(reference, AXIS)), AXIS, STACKED)
     tl.store(part_ptr, maximum, mask=mask)
     tl.store(part_ptr + plane, total, mask=mask)
 

@@ -55,6 +55,7 @@ def contrast_statistics_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
+    STACKED: tl.constexpr,
 ):
     """One tile; or, of GROUP > 1 tiles, those with a flag, by the exact way.
 
@@ -124,6 +125,7 @@ def contrast_statistics_kernel(
                         BLOCK_M,
                         WIDTH,
                         BLOCK_D,
+                        STACKED,
                         False,
                         flags_ptr is None,
                     )
@@ -179,6 +181,7 @@ def contrast_statistics_kernel(
                     BLOCK_N,
                     BLOCK_D,
                     PRECISION,
+                    STACKED,
                     flags_ptr is None or GROUP > 1,
                 )
                 if flags_ptr is not None and GROUP == 1:
@@ -223,6 +226,7 @@ def _statistics_of_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    STACKED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """Products of one tile, and what they leave; see `store_statistics`.
@@ -291,6 +295,7 @@ def _statistics_of_tile(
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
+        STACKED,
         q_ptr.dtype.element_ty == tl.float32,
         EXACT,
     )

@@ -27,7 +27,7 @@ from gradcache_clip.kernels.launch_config import (
     launch_options,
     prefix_entry,
     table_entry,
-    without_bound,
+    token_entry,
 )
 from gradcache_clip.kernels.prefix_gradient import _prefix_gradient_kernel
 from gradcache_clip.kernels.prefix_statistics import (
@@ -41,10 +41,15 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TWO = ("bfloat16", "float32")
 # Least shared memory, and least registers a thread; kernel_resources.py prints all.
 COSTLIEST = ["labels", "labels, ids", "ids, thresholds"]
-# Pieces of image and of text tokens, with winners.
+# Pieces of image and of text tokens, whether both look, and whether winners are kept.
 PIECES = {
-    "bfloat16": [(64, 32, False), (64, 32, True), (16, 16, True), (128, 128, True)],
-    "float32": [(64, 32, True), (16, 16, True)],
+    "bfloat16": [
+        (64, 32, True, False),
+        (64, 32, True, True),
+        (16, 16, False, True),
+        (128, 128, True, True),
+    ],
+    "float32": [(64, 32, True, True), (16, 16, True, True)],
 }
 
 
@@ -77,7 +82,7 @@ def siglip(architecture: int) -> Iterator[Used]:
         config = tiles.edge if edge else tiles.inner
         values = launch_options(config) | switches
         values |= {"PARTS": tiles.parts, "GRADIENT_SCALE": scale}
-        values["DESCRIPTORS"] = config.descriptors
+        values |= {"DESCRIPTORS": config.descriptors, "STACKED": config.stacked}
         machine = _compiled(sigmoid_kernel, architecture, dtype, values, config)
         yield {**_used("siglip", dtype, machine), "plain": not (labels or edge)}
 
@@ -95,9 +100,9 @@ def _siglip_variants() -> Iterator[tuple[str, dict[str, bool]]]:
 
 def tokens(architecture: int) -> Iterator[Used]:
     for dtype, pieces in PIECES.items():
-        config = without_bound(table_entry(architecture, getattr(torch, dtype)))
-        for block_p, block_r, with_index in pieces:
-            values = launch_options(config) | {"BOTH_WAYS": True, "WITH_INDEX": with_index}
+        for block_p, block_r, both_ways, with_index in pieces:
+            config = token_entry(architecture, getattr(torch, dtype), both_ways=both_ways)
+            values = launch_options(config) | {"BOTH_WAYS": both_ways, "WITH_INDEX": with_index}
             values["BLOCK_P"] = late_interaction.piece_length([block_p], config.BLOCK_M)
             values["BLOCK_R"] = late_interaction.piece_length([block_r], config.BLOCK_N)
             kernel = late_interaction._token_maxima_kernel
@@ -147,7 +152,10 @@ if __name__ == "__main__":
     found: dict[str, list[Iterable[Used]]] = {
         "few": [contrast(architecture, ["bfloat16"], ["plain"]), *(islice(x, 2) for x in others)],
         "all": [contrast(architecture, list(TWO), ["plain"]), *others],
-        "contrast": [contrast(architecture, list(TWO), ["plain"])],
+        "contrast": [
+            contrast(architecture, list(TWO), ["plain"]),
+            islice(tokens(architecture), 2, 3),
+        ],
         "variants": [contrast(architecture, list(TWO), COSTLIEST)],
     }
     for used in chain.from_iterable(found[which]):

@@ -63,7 +63,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # kernels differ in one conversion.
 DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 NARROW = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=4096)
-DESCRIBED = replace(NARROW, BLOCK_N=64, parts=4)
+DESCRIBED = replace(NARROW, BLOCK_N=64, parts=4, stacked=True)
 
 reference = partial(clip_loss, impl="reference")
 triton = partial(clip_loss, impl="triton")

@@ -91,7 +91,7 @@ def test_strided_tokens_and_masks() -> None:
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Several stripes, panels, tiles and pieces, and a count of what was launched."""
     tiles = LaunchConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2, workspace_bytes=16384)
-    monkeypatch.setattr(kernels, "launch_config", lambda features: tiles)
+    monkeypatch.setattr(kernels, "token_config", lambda features, **way: tiles)
     count: Counter[str] = Counter()
     for name in ("_launch_maxima", "dsimilarity"):
         original = getattr(kernels.TokenPanels, name)
@@ -276,8 +276,10 @@ def test_scores_of_own_candidates(
     workspace: int, dtype: torch.dtype, narrow: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A query or less in a launch, and three or the last two."""
-    tiles = replace(kernels.launch_config(torch.empty(0)), workspace_bytes=workspace)
-    monkeypatch.setattr(kernels, "launch_config", lambda features: tiles)
+    tiles = replace(
+        kernels.token_config(torch.empty(0), both_ways=False), workspace_bytes=workspace
+    )
+    monkeypatch.setattr(kernels, "token_config", lambda features, **way: tiles)
     leaves, lengths = packed_tokens(dtype)
     build = partial(MaxSimDistillationLoss, "margin_mse")
     check_packed(build, leaves, lengths, torch.randn(5, 3, device=DEVICE))

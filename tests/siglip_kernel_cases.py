@@ -50,7 +50,7 @@ def use(monkeypatch: pytest.MonkeyPatch, tile: LaunchConfig, parts: int) -> None
     """Without labels descriptors load the features, as on sm_90, if there are several parts."""
 
     def config(features: Tensor, kernel: str | None = None) -> LaunchConfig:
-        return tile if kernel is None else replace(tile, parts=parts)
+        return tile if kernel is None else replace(tile, parts=parts, stacked=parts > 1)
 
     monkeypatch.setattr(kernels, "launch_config", config)
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 3)
