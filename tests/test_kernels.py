@@ -108,7 +108,7 @@ def test_all_kernels_fit_and_use_the_matrix_units(architecture: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 89, 100, 120])
 def test_plain_contrasts_fit_and_use_the_matrix_units(architecture: int) -> None:
-    assert check_all_fit(architecture, "contrast") == {"contrast": 9}
+    assert check_all_fit(architecture, "contrast") == {"contrast": 9, "tokens": 1}
 
 
 @pytest.mark.slow
