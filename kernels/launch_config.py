@@ -21,6 +21,8 @@ try:
 except ImportError:  # Triton before 3.4
     TensorDescriptor = None
 
+_TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
 # Triton decides when a kernel is decorated, so the variable counts from the first import on.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
@@ -104,14 +106,18 @@ _NOT_PLAIN: dict[tuple[int, int], LaunchConfig] = {
 # Kernels that take descriptors, if nothing is asked for beside what CLIP and SigLIP have.
 Described = Literal["statistics", "gradient", "sigmoid"]
 _DESCRIBED: dict[tuple[int, int, Described], LaunchConfig] = {}
-if TensorDescriptor is not None:
-    _WIDE = LaunchConfig(128, 256, 64, 8, 4, parts=2, stacked=True, workspace_bytes=_LARGE)
-    _SQUARE = replace(_WIDE, BLOCK_N=128, parts=4, stacked=False)
+_WIDE = LaunchConfig(128, 256, 64, 8, 4, parts=2, workspace_bytes=_LARGE)
+if _TRITON >= (3, 4):
     _DESCRIBED = {
-        (90, 16, "statistics"): _WIDE,
+        (90, 16, "statistics"): replace(_WIDE, stacked=True),
         (90, 16, "gradient"): _WIDE,
-        (90, 16, "sigmoid"): replace(_WIDE, parts=4),
-        # A thread holds a whole row of a part here, and what belongs to each of its columns.
+        (90, 16, "sigmoid"): replace(_WIDE, parts=4, stacked=True),
+    }
+if _TRITON >= (3, 5):
+    # Triton 3.4 stores the parts of a tile by way of 448 KiB of shared memory. A thread holds a row
+    # of a part here, and what belongs to each of its columns: parts are many.
+    _SQUARE = replace(_WIDE, BLOCK_N=128, parts=4)
+    _DESCRIBED |= {
         (100, 16, "statistics"): _SQUARE,
         (100, 16, "gradient"): replace(_WIDE, parts=8),
         (100, 16, "sigmoid"): _SQUARE,
