@@ -87,7 +87,9 @@ class Case:
     def config(self) -> LaunchConfig:
         dtype = getattr(torch, self.dtype)
         rules = {"plain": self.variant == "plain", "guided": "guide" in VARIANTS[self.variant]}
-        kernel: Described = "gradient" if self.kernel == "gradient" else "statistics"
+        kernel: Described | None = "gradient" if self.kernel == "gradient" else "statistics"
+        if self.variant not in UNRULED:
+            kernel = None
         entry = table_entry(self.architecture, dtype, **rules, kernel=kernel)
         if "sums" in VARIANTS[self.variant]:
             return with_column_sums(entry)
@@ -141,6 +143,7 @@ VARIANTS = {
     "ids, groups, learned bias": {"columns", "ids", "groups", "bias", "sums"},
     "ids, groups, learned bias, guide": {"columns", "ids", "groups", "bias", "sums", "guide"},
 }
+UNRULED = "plain", "rows"
 _RULES = ("labels", "ids", "threshold", "groups", "bias", "sums")
 _OF_COLUMNS = ("column_parts_ptr", "column_max_ptr", "column_dsum_ptr", "column_dpositive_ptr")
 
@@ -151,11 +154,16 @@ def cases(architecture: int, dtypes: list[str], variants: list[str]) -> list[Cas
         for dtype in dtypes
         for variant in variants
         for kernel in ("statistics", "second", "maxima", "gradient")
-        if "labels" not in VARIANTS[variant] or kernel in ("maxima", "gradient")
+        if _by_one_exponential(VARIANTS[variant]) or kernel in ("maxima", "gradient")
         if "sums" not in VARIANTS[variant] or kernel == "gradient"
     ]
     merges = [each for each in ("plain", "labels") if each in variants]
     return [*tiles, *(Case(architecture, "float32", each, "merge") for each in merges)]
+
+
+def _by_one_exponential(rules: set[str]) -> bool:
+    """Whether the statistics have a first way without maxima, and so a second launch."""
+    return "columns" in rules and "labels" not in rules
 
 
 def measure(case: Case) -> Resources:

@@ -92,8 +92,12 @@ class Competition:
     @property
     def plain(self) -> bool:
         """Both ways, one positive, and everything else competes: what CLIP has."""
-        ruled = any(each is not None for each in self._vectors)
-        return self.both_ways and not self.self_contrast and not ruled
+        return self.both_ways and self.unruled
+
+    @property
+    def unruled(self) -> bool:
+        """One positive, and everything else competes, one way or both: InfoNCE, or CLIP."""
+        return not self.self_contrast and all(each is None for each in self._vectors)
 
     def vectors(self, BLOCK_N: int) -> tuple[Tensor | None, ...]:
         """What the kernels read of each row and column, in their order."""

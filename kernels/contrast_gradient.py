@@ -54,8 +54,9 @@ def contrast_gradient(
         is the gradient through both sides, and dk is None.
     """
     if config is None:
+        kernel = "gradient" if competition.unruled else None
         rules = {"plain": competition.plain, "guided": competition.guided}
-        config = launch_config(q, **rules, kernel="gradient")
+        config = launch_config(q, **rules, kernel=kernel)
     if column_sums is not None:
         config = with_column_sums(config)
     panels = _Panels(q, k, logit_scale, competition, rows, columns, config)
@@ -88,7 +89,7 @@ def softmax_products(
         (M, V), transposed (N, V), fp32.
     """
     competition = Competition(both_ways=False, positive_shift=2 * (len(q) + len(k)))
-    config = config or launch_config(q, plain=False)
+    config = config or launch_config(q, plain=False, kernel="gradient")
     ones, zeros = torch.ones_like(log_sum_exp), torch.zeros_like(log_sum_exp)
     rows = log_sum_exp, ones, zeros
     panels = _Panels(q, k, logit_scale, competition, rows, None, config)

@@ -53,8 +53,9 @@ def contrast_statistics(
         Logits and references are in units of log 2.
     """
     if config is None:
+        kernel = "statistics" if competition.unruled else None
         rules = {"plain": competition.plain, "guided": competition.guided}
-        config = launch_config(q, **rules, kernel="statistics")
+        config = launch_config(q, **rules, kernel=kernel)
     stored = one_part(config)
     q, k = padded(q, config.BLOCK_D), padded(k, config.BLOCK_D)
     M, (N, D) = len(q), k.shape
@@ -63,7 +64,8 @@ def contrast_statistics(
     positive = logit_scale.new_empty(0 if labelled else M)
     rows, columns = _running(logit_scale, M, N, stripe, competition, stored)
     flags = None
-    if not (maxima or labelled):
+    # One way, maxima cost no exponential more.
+    if columns is not None and not (maxima or labelled):
         flags = q.new_empty(tile_grid(stored, stripe, N), dtype=torch.int32)
     written = positive, rows.parts, columns and columns.parts, flags
     rules = *competition.vectors(config.BLOCK_N), *competition.guides(config.BLOCK_D)

@@ -103,7 +103,7 @@ _NOT_PLAIN: dict[tuple[int, int], LaunchConfig] = {
     (100, 16): LaunchConfig(128, 64, 64, 8, 3, max_registers=168, workspace_bytes=_LARGE),
     (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", max_registers=224, workspace_bytes=_LARGE),
 }
-# Kernels that take descriptors, if nothing is asked for beside what CLIP and SigLIP have.
+# Kernels that take descriptors, if there are no rules beside those of CLIP, InfoNCE and SigLIP.
 Described = Literal["statistics", "gradient", "sigmoid"]
 _DESCRIBED: dict[tuple[int, int, Described], LaunchConfig] = {}
 _WIDE = LaunchConfig(128, 256, 64, 8, 4, parts=2, workspace_bytes=_LARGE)
@@ -136,16 +136,16 @@ def table_entry(
 ) -> LaunchConfig:
     """The entry of the newest known architecture that is not newer than this one (80 = 8.0).
 
-    A contrast is plain if it goes both ways with one positive for each row and no other rules. Its
-    kernels may have entries of their own, with descriptors.
+    A contrast is plain if it goes both ways with one positive for each row and no other rules. A
+    kernel may have an entry of its own, with descriptors, for a contrast without rules.
     """
     known = max(each for each in ARCHITECTURES if each <= architecture)
     key = known, 32 if dtype == torch.float32 else 16
     entry = _TABLE[key]
-    if not plain:
+    if kernel is not None and (*key, kernel) in _DESCRIBED:
+        entry = _DESCRIBED[(*key, kernel)]
+    elif not plain:
         entry = _NOT_PLAIN.get(key, entry)
-    elif kernel is not None:
-        entry = _DESCRIBED.get((*key, kernel), entry)
     return _beside_a_guide(entry) if guided else entry
 
 

@@ -58,7 +58,7 @@ def contrast(architecture: int, dtypes: list[str], variants: list[str]) -> Itera
         used = asdict(kernel_resources.measure(case))
         facts = {"family": "contrast", "multiplies": case.kernel != "merge", **case.__dict__}
         first = case.kernel in ("statistics", "maxima", "gradient")
-        yield {**facts, "plain": first and case.variant == "plain", **used}
+        yield {**facts, "unruled": first and case.variant in kernel_resources.UNRULED, **used}
 
 
 def prefix(architecture: int) -> Iterator[Used]:
@@ -84,7 +84,7 @@ def siglip(architecture: int) -> Iterator[Used]:
         values |= {"PARTS": tiles.parts, "GRADIENT_SCALE": scale}
         values |= {"DESCRIPTORS": config.descriptors, "STACKED": config.stacked}
         machine = _compiled(sigmoid_kernel, architecture, dtype, values, config)
-        yield {**_used("siglip", dtype, machine), "plain": not (labels or edge)}
+        yield {**_used("siglip", dtype, machine), "unruled": not (labels or edge)}
 
 
 def _siglip_variants() -> Iterator[tuple[str, dict[str, bool]]]:
@@ -154,6 +154,7 @@ if __name__ == "__main__":
         "all": [contrast(architecture, list(TWO), ["plain"]), *others],
         "contrast": [
             contrast(architecture, list(TWO), ["plain"]),
+            contrast(architecture, ["bfloat16"], ["rows"]),
             islice(tokens(architecture), 2, 3),
         ],
         "variants": [contrast(architecture, list(TWO), COSTLIEST)],

@@ -73,12 +73,12 @@ triton = partial(clip_loss, impl="triton")
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Several stripes and panels from 70 rows on, and a count of what was launched.
 
-    Descriptors load the features of a plain contrast, as on sm_90.
+    Descriptors load the features of a contrast without rules, as on sm_90.
     """
     count: Counter[str] = Counter()
 
-    def config(features: Tensor, *, plain: bool, **rules: object) -> LaunchConfig:
-        return DESCRIBED if plain else NARROW
+    def config(features: Tensor, *, kernel: str | None = None, **rules: bool) -> LaunchConfig:
+        return NARROW if kernel is None else DESCRIBED
 
     for module in (contrast_statistics, contrast_gradient):
         monkeypatch.setattr(module, "launch_config", config)
