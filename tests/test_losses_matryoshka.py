@@ -169,16 +169,20 @@ def test_features_by_name(name: str) -> None:
         torch.testing.assert_close(by_position, expected, rtol=0, atol=0)
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_not_passed_over() -> None:
+def test_a_subclass_with_a_forward_of_its_own_is_not_passed_over(passes: Counter[str]) -> None:
     class Doubled(ClipLoss):
         def forward(self, image_features: Tensor, text_features: Tensor) -> Any:
             output = super().forward(image_features, text_features)
             return output._replace(loss=2 * output.loss)
 
     features = torch.randn(2, B, D, dtype=torch.float64)
-    plain = MatryoshkaLoss(ClipLoss(), [4, D])(*features).loss
+    plain = sum(ClipLoss()(*(normalize(x[:, :d]) for x in features)).loss for d in (4, D))
     for loss in (Doubled(), torch.compile(Doubled(), backend="eager")):
         torch.testing.assert_close(MatryoshkaLoss(loss, [4, D])(*features).loss, 2 * plain)
+    assert not passes
+    compiled = torch.compile(ClipLoss(), backend="eager")
+    torch.testing.assert_close(MatryoshkaLoss(compiled, [4, D])(*features).loss, plain)
+    assert passes["forward"] == 1
 
 
 def test_momentum_contrast_goes_around_it() -> None:
@@ -278,6 +282,15 @@ class Misnamed(Nameless):
     feature_arguments = "features", "documents"
 
 
+class Variadic(nn.Module):
+    def __init__(self, *feature_arguments: str) -> None:
+        super().__init__()
+        self.feature_arguments = feature_arguments
+
+    def forward(self, features: Tensor, *scores: Tensor, others: Tensor) -> Tensor:
+        return features.sum() + others.sum() + torch.cat(scores).sum()
+
+
 class Parts(Nameless):
     feature_arguments = ("features",)
 
@@ -298,6 +311,7 @@ class Embedding(Nameless):
         ((ClipLoss(normalize=False), [4]), ValueError, "loss: expected one that normalises"),
         ((Nameless(), [4]), TypeError, "loss: expected one that names its features.*got Nameless"),
         ((Misnamed(), [4]), ValueError, "Misnamed, features, scores, got features, documents"),
+        ((Variadic("scores"), [4]), ValueError, "of Variadic, features, others, got scores"),
         ((Embedding(), [4]), TypeError, "got Embedding, which embeds texts; pass it matryoshka_d"),
         (
             (MoCoLoss(InfoNCELoss(), [FeatureQueue(8, 4)]), [4]),
@@ -325,10 +339,20 @@ def test_dims_beyond_the_features(build: Callable[[], Any]) -> None:
         loss(torch.eye(5)[:4], **{second: features})
 
 
+def test_positions_are_those_of_positional_arguments() -> None:
+    loss, scores = MatryoshkaLoss(Variadic("features", "others"), [1]), torch.full((2, 3), 5.0)
+    assert loss(scores, scores, others=scores) == 2 + 2 + scores.sum()
+
+
 def test_what_it_cannot_cut_or_add() -> None:
     loss = MatryoshkaLoss(LateInteractionLoss(), [2])
-    with pytest.raises(TypeError, match="text_tokens: expected a tensor of features, got list"):
-        loss(torch.ones(3, 2, 4), [torch.ones(2, 4)] * 3)
+    for tokens, got in (
+        ([torch.ones(2, 4)] * 3, "list"),
+        (torch.ones(3), r"torch.float32 of shape \(3,\)"),
+        (torch.ones(3, 2, 4, dtype=torch.long), r"torch.int64 of shape \(3, 2, 4\)"),
+    ):
+        with pytest.raises(TypeError, match=f"text_tokens: expected a floating tensor.*got {got}"):
+            loss(torch.ones(3, 2, 4), tokens)
     with pytest.raises(TypeError, match="loss: expected one that returns a tensor, or .*got tuple"):
         MatryoshkaLoss(Parts(), [2])(torch.ones(3, 4), torch.ones(3))
 

@@ -12,6 +12,9 @@ from gradcache_clip.distributed.wrappers import uncompiled
 from gradcache_clip.losses.moco import MoCoLoss
 from gradcache_clip.ops.unit import unit
 
+_POSITIONAL = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+_VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
 
 class MatryoshkaLoss(nn.Module):
     """A weighted sum of one loss over prefixes of the features, so that short ones work as well.
@@ -46,7 +49,7 @@ class MatryoshkaLoss(nn.Module):
     Raises:
         TypeError: a loss that is not a module, or does not name its features.
         ValueError: no, repeated or non-positive dims; not as many weights; a loss built with
-            normalize=False, or that names features its `forward` does not take.
+            normalize=False, or that names features its `forward` does not take by name.
 
     Example:
         >>> import torch
@@ -87,8 +90,8 @@ class MatryoshkaLoss(nn.Module):
             as `loss`; the sum alone if it returns a tensor.
 
         Raises:
-            TypeError: features that are no tensor, or a loss that returns neither a tensor nor a
-                named tuple with a `loss`.
+            TypeError: features that are not floating tensors (..., D), or a loss that returns
+                neither a tensor nor a named tuple with a `loss`.
             ValueError: dims beyond the width of the features; and the errors of the wrapped loss.
         """
         self._check_features({**dict(enumerate(arguments)), **options})
@@ -107,13 +110,8 @@ class MatryoshkaLoss(nn.Module):
             features = given.get(place)
             if features is None:
                 continue
-            if not isinstance(features, Tensor):
-                raise TypeError(
-                    f"{name}: expected a tensor of features, got {type(features).__name__}; let "
-                    "the wrapped loss take tensors"
-                )
-            D = features.shape[-1] if features.dim() > 1 else self.dims[-1]
-            if self.dims[-1] > D:
+            _check_matrix(name, features)
+            if self.dims[-1] > (D := features.shape[-1]):
                 raise ValueError(
                     f"dims: expected at most the width of {name}, {D}, got {self.dims[-1]}; leave "
                     "out what is wider"
@@ -125,27 +123,30 @@ class MatryoshkaLoss(nn.Module):
         return self.loss(*by_position, **by_name)
 
     def _cut(self, place: int | str, given: Any, width: int) -> Any:
-        return unit(given, width) if place in self._features and _is_matrix(given) else given
+        return given if given is None or place not in self._features else unit(given, width)
 
     def extra_repr(self) -> str:
         return f"dims={list(self.dims)}, weights={list(self.weights)}"
 
 
 def _features_of(loss: nn.Module) -> dict[int | str, str]:
-    """Return the names of the features, by the position and the name that they are passed by."""
+    """Map each position and each name that features are passed by to their name."""
     names: Sequence[str] = getattr(loss, "feature_arguments", ())
     if not names:
         raise TypeError(
             "loss: expected one that names its features, as in feature_arguments = ('queries', "
             f"'documents'), got {type(loss).__name__} without; set that on the loss"
         )
-    taken = list(inspect.signature(uncompiled(loss).forward).parameters)
+    parameters = inspect.signature(uncompiled(loss).forward).parameters.values()
+    taken = [each.name for each in parameters if each.kind not in _VARIADIC]
     if not set(names) <= set(taken):
         raise ValueError(
             f"loss: expected feature_arguments among the arguments of {type(loss).__name__}, "
             f"{', '.join(taken)}, got {', '.join(names)}; name those that hold features"
         )
-    return {place: name for name in names for place in (taken.index(name), name)}
+    by_position = [each.name for each in parameters if each.kind in _POSITIONAL]
+    places = {place: name for place, name in enumerate(by_position) if name in names}
+    return {**places, **{name: name for name in names}}
 
 
 def _in_one_pass(loss: nn.Module) -> bool:
@@ -153,12 +154,21 @@ def _in_one_pass(loss: nn.Module) -> bool:
 
     A subclass that overrides `forward` alone is called once per prefix.
     """
-    owner = next(each for each in type(loss).__mro__ if "forward" in vars(each))
+    owner = next(each for each in type(uncompiled(loss)).__mro__ if "forward" in vars(each))
     return "prefixes" in vars(owner)
 
 
-def _is_matrix(given: Any) -> bool:
-    return isinstance(given, Tensor) and given.is_floating_point() and given.dim() > 1
+def _check_matrix(name: str, features: Any) -> None:
+    if not isinstance(features, Tensor):
+        got = type(features).__name__
+    elif not features.is_floating_point() or features.dim() < 2:
+        got = f"{features.dtype} of shape {tuple(features.shape)}"
+    else:
+        return
+    raise TypeError(
+        f"{name}: expected a floating tensor of features (..., D), got {got}; pass features as the "
+        "encoders return them"
+    )
 
 
 def _loss_of(output: Any) -> Any:
