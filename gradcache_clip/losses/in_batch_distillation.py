@@ -168,7 +168,7 @@ class InBatchDistillationLoss(ScaledLoss):
         of_rows, of_columns = (each.to(dtype) for each in teacher)
         if impl == "reference":
             return self._reference(student, of_rows, of_columns, scale)
-        factor = scale.new_tensor(self.teacher_scale)
+        factor = scale.new_full((), self.teacher_scale)
         seen = soft_average(of_rows, of_columns, values, factor, self.ranks, impl)
         averages = seen.values.split([columns.shape[1] for _, columns in student], 1)
         own_scale = with_summed_gradient(scale, self.group)
