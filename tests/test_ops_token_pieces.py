@@ -35,7 +35,7 @@ def test_each_token_is_in_a_piece_of_its_sample(
     runs = [pieces.run(part) for part in pieces.cut(slice(0, len(samples)), most)]
     assert sum(len(run.found) for run in runs) == len(samples)
     for run in runs:
-        assert run.every.numel() <= most or len(run.found) == 1
+        assert run.found.numel() <= most or len(run.found) == 1
         values, index = pieces.values[run.pieces, :, 0], run.sample[:, None]
         own = torch.zeros(len(run.found), len(side.values) + 2)
         own.index_put_((index.expand_as(values), values.long()), torch.ones(()))

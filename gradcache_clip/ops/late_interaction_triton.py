@@ -64,7 +64,7 @@ class TritonTiles:
 
 
 class PieceTiles:
-    """The same of packed tokens, whose pieces are the samples of the kernels."""
+    """Tiles of packed tokens, cut into pieces that are samples to the kernels."""
 
     def __init__(self, images: PackedSide, texts: PackedSide, *, one_way: bool) -> None:
         from gradcache_clip.kernels.late_interaction import TokenPanels, piece_lengths
@@ -85,10 +85,10 @@ class PieceTiles:
         return iter(self._cuts[1])
 
     def pairs(self) -> Iterator[tuple[slice, slice]]:
-        """Yield images, and the texts whose own they are.
+        """Yield a group of texts with the images that are their own, images first.
 
-        The texts of a group meet the images of all of them: for a group of g, g times the work in
-        1/g of the launches. A group is as large as the workspace lets it be.
+        Each text of a group is compared with the images of all: for g texts that is g times the
+        products in 1/g of the launches. The workspace bounds g.
         """
         each, most = self.images.samples // self.texts.samples, self._panels.shape
         pieces = most[0] * most[1] // self.texts.most
@@ -162,5 +162,5 @@ def _guard_of_packed(side: PackedSide) -> Tensor:
 
 
 def _lengths(side: PackedSide) -> list[int]:
-    """Return the lengths of what is cut into pieces: tokens that may be found, and the others."""
+    """Return how many tokens of each sample may be found, and how many others there are."""
     return [n for span in side.spans for n in (span.found - span.start, span.stop - span.found)]

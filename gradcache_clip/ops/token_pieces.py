@@ -1,91 +1,95 @@
-"""Packed tokens in pieces of one length, which the kernels take for samples.
+"""Packed tokens cut into pieces of one length, which are samples to the kernels.
 
-S samples, n pieces of L tokens each, D feature width; s samples of a run, and m pieces of a sample.
-Maxima over pieces are reduced to those over samples here: 1/L of the numbers of a tile.
+S samples, n pieces of L tokens, D feature width; s samples of a run with at most m pieces each.
+Maxima over pieces are reduced to maxima over samples here: 1/L of the numbers of a tile.
 
-Padding whole samples would waste more, unless they were sorted by length, and who competes follows
-their order. Offsets that the kernels read would make further variants of them.
+Padding whole samples would waste more unless they were sorted by length, but their order says who
+competes. Kernels that read offsets would need another variant of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradcache_clip.ops.token_sides import PackedSide, Span
+from gradcache_clip.ops.token_sides import PackedSide
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
 
 
 class Pieces(NamedTuple):
-    """One side in pieces, none of which lies in two samples."""
+    """One side in pieces, none of which mixes samples, or tokens that may be found with others."""
 
     values: Float[Tensor, "n l d"]
-    """Repeats of its last token fill a piece."""
+    """Repeats of the last token fill a piece."""
     weight: Float[Tensor, "n l"]
-    """Of a token in the mean or sum over its sample; 0 for repeats."""
+    """Weight of a token in the mean or sum over its sample; 0 for repeats."""
     token: Int[Tensor, "n l"]
-    """Where it was among all tokens; beyond the last for repeats."""
+    """Number of a token on its side; that of all tokens for repeats."""
+    last: Int[Tensor, " n"]
+    """Place of the last token of a piece, before its repeats."""
     tokens: int
-    """How many there are."""
-    spans: list[Span]
-    """Pieces of each sample. Tokens that may not be found have pieces of their own."""
-    bounds: Int[Tensor, "3 s"]
-    """The same on the device, for which nothing then waits."""
+    """Number of all tokens."""
+    starts: list[int]
+    """First piece of each sample, then the number of all pieces."""
+    bounds: Int[Tensor, "2 s"]
+    """First piece of each sample, and the end of those that may be found."""
     runs: dict[tuple[int, int], Run]
-    """Those that were asked for, by their samples."""
+    """Runs that were asked for, by their samples."""
     mask: None = None
 
     @staticmethod
     def of(side: PackedSide, length: int) -> Pieces:
-        spans, device = _in_pieces(side.spans, length), side.values.device
-        tokens, pieces = (torch.tensor(each, device=device).T for each in (side.spans, spans))
-        # Each sample is two stretches of tokens, of which the second may be empty.
-        start, stop, first = (x.T.flatten() for x in (tokens[:2], tokens[1:], pieces[:2]))
-        number = torch.arange(spans[-1].stop, device=device)
-        stretch = torch.searchsorted(first, number, right=True) - 1
+        """Cut two stretches of each sample: tokens that may be found, then the others, if any."""
+        start, stop = (each.T.flatten() for each in (side.bounds[:2], side.bounds[1:]))
+        count = (stop - start + length - 1) // length
+        end = count.cumsum(0)
+        first, starts = end - count, [0, *end[1::2].tolist()]
+        stretch = torch.repeat_interleave(count, output_size=starts[-1])
+        number, place = (torch.arange(n, device=end.device) for n in (starts[-1], length))
         begin = start[stretch] + (number - first[stretch]) * length
-        token = begin[:, None] + torch.arange(length, device=device)
-        last = stop[stretch, None] - 1
-        index, repeated = token.minimum(last), token > last
-        weight = side.weight[index].masked_fill_(repeated, 0)
-        token = token.masked_fill_(repeated, len(side.values))
-        return Pieces(side.values[index], weight, token, len(side.values), spans, pieces, {})
+        last = (stop[stretch] - begin).clamp_max(length) - 1
+        token = begin[:, None] + place.minimum(last[:, None])
+        values, weight, repeated = side.values[token], side.weight[token], place > last[:, None]
+        weight.masked_fill_(repeated, 0)
+        token.masked_fill_(repeated, tokens := len(side.values))
+        bounds = first.view(-1, 2).T
+        return Pieces(values, weight, token, last.int(), tokens, starts, bounds, {})
 
     @property
     def samples(self) -> int:
-        return len(self.spans)
+        return len(self.starts) - 1
 
     @property
     def most(self) -> int:
-        """Return the pieces of the longest sample."""
-        return max(span.stop - span.start for span in self.spans)
+        """Return the number of pieces of the longest sample."""
+        return _most(self.starts)
 
     def at(self, samples: slice) -> slice:
-        """Return which of the pieces are theirs."""
-        return slice(self.spans[samples.start].start, self.spans[samples.stop - 1].stop)
+        """Return the pieces of these samples."""
+        return slice(self.starts[samples.start], self.starts[samples.stop])
 
     def run(self, samples: slice) -> Run:
-        """Return what reduces maxima over their pieces."""
+        """Return the run of these samples, made once."""
         key = samples.start, samples.stop
         if key not in self.runs:
             self.runs[key] = Run.of(self, samples)
         return self.runs[key]
 
     def cut(self, samples: slice, pieces: int) -> Iterator[slice]:
-        """Cut samples into runs of at most so many pieces, were all as long as the longest."""
-        first, most = samples.start, 0
+        """Cut samples into runs of one, or of at most so many pieces if all were the longest."""
+        first, longest = samples.start, 0
         for number in range(samples.start, samples.stop):
-            span = self.spans[number]
-            longest = max(most, span.stop - span.start)
+            own = self.starts[number + 1] - self.starts[number]
+            longest = max(longest, own)
             if number > first and longest * (number + 1 - first) > pieces:
                 yield slice(first, number)
-                first, longest = number, span.stop - span.start
-            most = longest
+                first, longest = number, own
         yield slice(first, samples.stop)
 
     def of_tokens(self, dvalues: Float[Tensor, "n l d"]) -> Float[Tensor, "t d"]:
@@ -95,33 +99,28 @@ class Pieces(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Consecutive samples, whose pieces are numbered from the first of all."""
+    """Consecutive samples, which are compared in one launch; numbers count from its first piece."""
 
     pieces: slice
     sample: Int[Tensor, " n"]
-    """Of each piece."""
+    """Sample of each piece."""
     place: Int[Tensor, " n"]
-    """Of each piece in its sample."""
+    """Place of each piece in its sample."""
     last: Int[Tensor, " n"]
-    """Token of each piece, which its repeats stand for."""
+    """Place of the last token of each piece, for which its repeats stand."""
     found: Int[Tensor, "s m"]
     """Pieces of each sample that may be found; the last one again where there are fewer."""
-    every: Int[Tensor, "s m"]
-    """All its pieces, in the same way."""
-    exists: Bool[Tensor, "s m"]
-    """False for repeats among these."""
 
     @staticmethod
     def of(side: Pieces, samples: slice) -> Run:
         pieces, device = side.at(samples), side.values.device
-        start, found, stop = (side.bounds[:, samples] - pieces.start)[..., None]
-        most = max(span.stop - span.start for span in side.spans[samples])
+        start, found = side.bounds[:, samples] - pieces.start
         number = torch.arange(pieces.stop - pieces.start, device=device)
-        sample = torch.searchsorted(start[:, 0].contiguous(), number, right=True) - 1
-        last = (side.token[pieces] < side.tokens).sum(1, dtype=torch.int32) - 1
-        place = start + torch.arange(most, device=device)
-        tables = place.minimum(found - 1), place.minimum(stop - 1), place < stop
-        return Run(pieces, sample, number - start[sample, 0], last, *tables)
+        sample = torch.searchsorted(start.contiguous(), number, right=True) - 1
+        most = _most(side.starts[samples.start : samples.stop + 1])
+        table = start[:, None] + torch.arange(most, device=device)
+        table = table.minimum(found[:, None] - 1)
+        return Run(pieces, sample, number - start[sample], side.last[pieces], table)
 
     @property
     def whole(self) -> bool:
@@ -129,7 +128,7 @@ class Run(NamedTuple):
         return self.found.shape[1] == 1
 
     def best(self, best: Tensor, winner: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
-        """Take maxima over samples along `dim`; the winner is -1 in pieces that have lost."""
+        """Reduce maxima over pieces to samples along `dim`; the winner of a losing piece is -1."""
         ones = [1] * (best.ndim - 1 - dim)
         if winner is not None:
             winner = winner.minimum(self.last.view(-1, *ones))
@@ -143,17 +142,13 @@ class Run(NamedTuple):
         return value, winner.masked_fill_(lost, -1)
 
     def total(self, values: Float[Tensor, "o n"]) -> Float[Tensor, "o s"]:
-        """Add up over samples, in the order of their pieces."""
+        """Add up the pieces of each sample, in their order."""
         if self.whole:
             return values
-        spread = values.index_select(1, self.every.flatten()).unflatten(1, self.every.shape)
-        return (spread * self.exists).sum(2)
+        spread = values.new_zeros(len(values), self.found.numel())
+        spread.index_copy_(1, self.sample * self.found.shape[1] + self.place, values)
+        return spread.unflatten(1, self.found.shape).sum(2)
 
 
-def _in_pieces(spans: list[Span], length: int) -> list[Span]:
-    pieces, stop = [], 0
-    for span in spans:
-        start, found = stop, stop - (span.start - span.found) // length
-        stop = found - (span.found - span.stop) // length
-        pieces.append(Span(start, found, stop))
-    return pieces
+def _most(starts: list[int]) -> int:
+    return max(stop - start for start, stop in pairwise(starts))

@@ -89,6 +89,8 @@ class PackedSide(NamedTuple):
     weight: Float[Tensor, " t"]
     sample: Int[Tensor, " t"]
     spans: list[Span]
+    bounds: Int[Tensor, "3 s"]
+    """The spans on the device."""
     length: int
     """Of every sample; 0 if they differ."""
     mask: Bool[Tensor, "s p"] | None
@@ -99,8 +101,10 @@ class PackedSide(NamedTuple):
         (samples, length), device = tokens.weight.shape, tokens.weight.device
         number = torch.arange(samples, device=device).repeat_interleave(length)
         spans = [Span(i * length, (i + 1) * length, (i + 1) * length) for i in range(samples)]
+        start = torch.arange(samples, device=device) * length
+        bounds = torch.stack((start, start + length, start + length))
         flat = tokens.values.flatten(0, 1), tokens.weight.flatten()
-        return PackedSide(*flat, number, spans, length, tokens.mask)
+        return PackedSide(*flat, number, spans, bounds, length, tokens.mask)
 
     @staticmethod
     def spanned(
@@ -111,7 +115,7 @@ class PackedSide(NamedTuple):
         dtype: torch.dtype,
     ) -> PackedSide:
         """Take samples of any length; all their tokens count without `counts`."""
-        values, found = tokens.flatten(0, 1), [Span(*each) for each in spans.T.tolist()]
+        values, found = tokens.flatten(0, 1), list(map(Span, *spans.tolist()))
         number = torch.arange(len(values), device=values.device)
         sample = torch.searchsorted(spans[0].contiguous(), number, right=True) - 1
         weight = (number < spans[2][sample]).to(dtype)
@@ -122,7 +126,7 @@ class PackedSide(NamedTuple):
             weight = weight / total.clamp_min(1)[sample]
         length = found[0].stop
         same = all(each == (i * length, *[(i + 1) * length] * 2) for i, each in enumerate(found))
-        return PackedSide(values, weight, sample, found, length if same else 0, None)
+        return PackedSide(values, weight, sample, found, spans, length if same else 0, None)
 
     @property
     def samples(self) -> int:
