@@ -144,9 +144,9 @@ def _features_of(loss: nn.Module) -> dict[int | str, str]:
             f"loss: expected feature_arguments among the arguments of {type(loss).__name__}, "
             f"{', '.join(taken)}, got {', '.join(names)}; name those that hold features"
         )
-    by_position = [each.name for each in parameters if each.kind in _POSITIONAL]
-    places = {place: name for place, name in enumerate(by_position) if name in names}
-    return {**places, **{name: name for name in names}}
+    positional = [each.name for each in parameters if each.kind in _POSITIONAL]
+    places: list[tuple[int | str, str]] = [*enumerate(positional), *zip(names, names, strict=True)]
+    return {place: name for place, name in places if name in names}
 
 
 def _in_one_pass(loss: nn.Module) -> bool:

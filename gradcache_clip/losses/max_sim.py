@@ -45,9 +45,9 @@ class MaxSimLoss(ScaledLoss):
         loss = mean_i log sum_j exp(S_ij) - S_ii
 
     where hard negatives stand in the sum as well. This is `LateInteractionLoss` one way, with the
-    names, the order and the competitors of `RetrievalLoss`. On "tiled" padding costs nothing:
-    masked tokens are dropped, and tokens may come packed, of any number for each sample. At most a
-    tile of similarities and a stripe of scores are in memory.
+    names, the order and the competitors of `RetrievalLoss`. Tokens may come packed, of any number
+    for each sample. On "tiled" padding costs nothing, as masked tokens are dropped. At most a tile
+    of similarities and a stripe of scores are in memory.
 
     Sources: Khattab and Zaharia 2020, "ColBERT", section 3; Faysse et al. 2024, "ColPali", for
     documents that are images; Yao et al. 2021, "FILIP", for symmetric.
@@ -202,6 +202,7 @@ class MaxSimLoss(ScaledLoss):
     ) -> Statistics:
         """Compare all queries with all documents, and with the hard negatives that are shared."""
         shared = inputs.negatives if self.share_hard_negatives else None
+        # The kernels take padded tokens as they are, but with a single mask.
         padded = not inputs.packed and not (self.symmetric and inputs.count_apart)
         if impl == "triton" and padded:
             documents = [self._padded(each) for each in (inputs.documents, shared) if each]

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 class TritonTiles:
     """Tiles as large as the workspace of the launch table allows."""
 
+    images: Tokens | Pieces
+    texts: Tokens | Pieces
+    one_way: bool
+
     def __init__(self, images: Tokens, texts: Tokens, *, one_way: bool) -> None:
         from gradcache_clip.kernels.late_interaction import TokenPanels
 
@@ -60,11 +64,21 @@ class TritonTiles:
         dscores: tuple[Tensor | None, Tensor],
         dtokens: tuple[Tensor | None, Tensor | None],
     ) -> None:
-        _add_gradients(self, pair, maxima, dscores, dtokens)
+        winners = maxima.best_text_token, maxima.best_image_token
+        weights = self.images.weight[pair[0]], self.texts.weight[pair[1]]
+        dsimilarity = self._panels.dsimilarity(winners, dscores, weights)
+        dimages, dtexts = dtokens
+        if dimages is not None:
+            self._panels.add_product(dimages, dsimilarity, self.texts.values[pair[1]])
+        if dtexts is not None:
+            self._panels.add_product(dtexts, dsimilarity.T, self.images.values[pair[0]])
 
 
-class PieceTiles:
+class PieceTiles(TritonTiles):
     """Tiles of packed tokens, cut into pieces that are samples to the kernels."""
+
+    images: Pieces
+    texts: Pieces
 
     def __init__(self, images: PackedSide, texts: PackedSide, *, one_way: bool) -> None:
         from gradcache_clip.kernels.late_interaction import TokenPanels, piece_lengths
@@ -130,25 +144,7 @@ class PieceTiles:
         )
         assert column is not None
         pieces = images.pieces, texts.pieces
-        _add_gradients(self, pieces, maxima, (row, column), dtokens)
-
-
-def _add_gradients(
-    tiles: TritonTiles | PieceTiles,
-    pair: tuple[slice, slice],
-    maxima: Maxima,
-    dscores: tuple[Tensor | None, Tensor],
-    dtokens: tuple[Tensor | None, Tensor | None],
-) -> None:
-    images, texts, panels = tiles.images, tiles.texts, tiles._panels
-    winners = maxima.best_text_token, maxima.best_image_token
-    weights = images.weight[pair[0]], texts.weight[pair[1]]
-    dsimilarity = panels.dsimilarity(winners, dscores, weights)
-    dimages, dtexts = dtokens
-    if dimages is not None:
-        panels.add_product(dimages, dsimilarity, texts.values[pair[1]])
-    if dtexts is not None:
-        panels.add_product(dtexts, dsimilarity.T, images.values[pair[0]])
+        super().add_gradients(pieces, maxima, (row, column), dtokens)
 
 
 def _guard(side: Tokens) -> Tensor:
