@@ -86,14 +86,21 @@ class Case:
     @property
     def config(self) -> LaunchConfig:
         dtype = getattr(torch, self.dtype)
-        rules = {"plain": self.variant == "plain", "guided": "guide" in VARIANTS[self.variant]}
-        kernel: Described | None = "gradient" if self.kernel == "gradient" else "statistics"
-        if self.variant not in UNRULED:
-            kernel = None
-        entry = table_entry(self.architecture, dtype, **rules, kernel=kernel)
-        if "sums" in VARIANTS[self.variant]:
+        rules, kernel = VARIANTS[self.variant], self._described()
+        asked = {"plain": self.variant == "plain", "guided": "guide" in rules}
+        ruled = self.variant not in ("plain", "rows")
+        entry = table_entry(self.architecture, dtype, **asked, ruled=ruled, kernel=kernel)
+        if "sums" in rules:
             return with_column_sums(entry)
         return second_launch(one_part(entry)) if self.kernel == "second" else entry
+
+    def _described(self) -> Described | None:
+        """The kernel, if descriptors may load its features."""
+        gradient = self.kernel == "gradient"
+        others = {"self", "guide", "sums" if gradient else "labels"}
+        if others & VARIANTS[self.variant]:
+            return None
+        return "gradient" if gradient else "statistics"
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,6 @@ VARIANTS = {
     "ids, groups, learned bias": {"columns", "ids", "groups", "bias", "sums"},
     "ids, groups, learned bias, guide": {"columns", "ids", "groups", "bias", "sums", "guide"},
 }
-UNRULED = "plain", "rows"
 _RULES = ("labels", "ids", "threshold", "groups", "bias", "sums")
 _OF_COLUMNS = ("column_parts_ptr", "column_max_ptr", "column_dsum_ptr", "column_dpositive_ptr")
 

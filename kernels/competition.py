@@ -85,19 +85,19 @@ class Competition:
     def labelled(self) -> bool:
         return self.row_labels is not None
 
-    @property
-    def guided(self) -> bool:
-        return self.row_guide is not None
+    def rules(self) -> dict[str, bool]:
+        """What the table of launches asks of a contrast."""
+        ruled = self.self_contrast or any(each is not None for each in self._vectors)
+        return {
+            "plain": self.both_ways and not ruled,
+            "guided": self.row_guide is not None,
+            "ruled": ruled,
+        }
 
     @property
-    def plain(self) -> bool:
-        """Both ways, one positive, and everything else competes: what CLIP has."""
-        return self.both_ways and self.unruled
-
-    @property
-    def unruled(self) -> bool:
-        """One positive, and everything else competes, one way or both: InfoNCE, or CLIP."""
-        return not self.self_contrast and all(each is None for each in self._vectors)
+    def described(self) -> bool:
+        """Whether descriptors may load its features: not beside those of a guide."""
+        return not self.self_contrast and self.row_guide is None
 
     def vectors(self, BLOCK_N: int) -> tuple[Tensor | None, ...]:
         """What the kernels read of each row and column, in their order."""

@@ -54,9 +54,8 @@ def contrast_gradient(
         is the gradient through both sides, and dk is None.
     """
     if config is None:
-        kernel = "gradient" if competition.unruled else None
-        rules = {"plain": competition.plain, "guided": competition.guided}
-        config = launch_config(q, **rules, kernel=kernel)
+        kernel = "gradient" if competition.described and column_sums is None else None
+        config = launch_config(q, **competition.rules(), kernel=kernel)
     if column_sums is not None:
         config = with_column_sums(config)
     panels = _Panels(q, k, logit_scale, competition, rows, columns, config)

@@ -53,9 +53,9 @@ def contrast_statistics(
         Logits and references are in units of log 2.
     """
     if config is None:
-        kernel = "statistics" if competition.unruled else None
-        rules = {"plain": competition.plain, "guided": competition.guided}
-        config = launch_config(q, **rules, kernel=kernel)
+        described = competition.described and not competition.labelled
+        kernel = "statistics" if described else None
+        config = launch_config(q, **competition.rules(), kernel=kernel)
     stored = one_part(config)
     q, k = padded(q, config.BLOCK_D), padded(k, config.BLOCK_D)
     M, (N, D) = len(q), k.shape

@@ -103,15 +103,20 @@ _NOT_PLAIN: dict[tuple[int, int], LaunchConfig] = {
     (100, 16): LaunchConfig(128, 64, 64, 8, 3, max_registers=168, workspace_bytes=_LARGE),
     (100, 32): LaunchConfig(64, 128, 32, 8, 3, "tf32x3", max_registers=224, workspace_bytes=_LARGE),
 }
-# Kernels that take descriptors, if there are no rules beside those of CLIP, InfoNCE and SigLIP.
+# Kernels that take descriptors: of CLIP, InfoNCE and SigLIP, and where more rules need registers.
 Described = Literal["statistics", "gradient", "sigmoid"]
 _DESCRIBED: dict[tuple[int, int, Described], LaunchConfig] = {}
+_RULED: dict[tuple[int, int, Described], LaunchConfig] = {}
 _WIDE = LaunchConfig(128, 256, 64, 8, 4, parts=2, workspace_bytes=_LARGE)
 if _TRITON >= (3, 4):
     _DESCRIBED = {
         (90, 16, "statistics"): replace(_WIDE, stacked=True),
         (90, 16, "gradient"): _WIDE,
         (90, 16, "sigmoid"): replace(_WIDE, parts=4, stacked=True),
+    }
+    _RULED = {
+        (90, 16, "statistics"): replace(_WIDE, parts=4, stacked=True),
+        (90, 16, "gradient"): replace(_WIDE, parts=8),
     }
 if _TRITON >= (3, 5):
     # Triton 3.4 stores the parts of a tile by way of 448 KiB of shared memory. A thread holds a row
@@ -121,6 +126,11 @@ if _TRITON >= (3, 5):
         (100, 16, "statistics"): _SQUARE,
         (100, 16, "gradient"): replace(_WIDE, parts=8),
         (100, 16, "sigmoid"): _SQUARE,
+    }
+    _RULED |= {
+        (100, 16, "statistics"): _SQUARE,
+        # Left alone, ptxas takes 128 registers, and spills.
+        (100, 16, "gradient"): replace(_SQUARE, parts=8, max_registers=168),
     }
 ARCHITECTURES = tuple(sorted({architecture for architecture, _ in _TABLE}))
 _INTERPRETER = LaunchConfig(64, 64, 64, num_warps=4, num_stages=1)
@@ -132,18 +142,20 @@ def table_entry(
     *,
     plain: bool = True,
     guided: bool = False,
+    ruled: bool = False,
     kernel: Described | None = None,
 ) -> LaunchConfig:
     """The entry of the newest known architecture that is not newer than this one (80 = 8.0).
 
-    A contrast is plain if it goes both ways with one positive for each row and no other rules. A
-    kernel may have an entry of its own, with descriptors, for a contrast without rules.
+    A contrast is ruled if anything says which logits compete, beside one positive for each row, and
+    plain if it is not and goes both ways. A kernel may have entries of its own, with descriptors.
     """
     known = max(each for each in ARCHITECTURES if each <= architecture)
     key = known, 32 if dtype == torch.float32 else 16
     entry = _TABLE[key]
-    if kernel is not None and (*key, kernel) in _DESCRIBED:
-        entry = _DESCRIBED[(*key, kernel)]
+    described = _RULED if ruled else _DESCRIBED
+    if kernel is not None and (*key, kernel) in described:
+        entry = described[(*key, kernel)]
     elif not plain:
         entry = _NOT_PLAIN.get(key, entry)
     return _beside_a_guide(entry) if guided else entry
@@ -203,13 +215,14 @@ def launch_config(
     *,
     plain: bool = True,
     guided: bool = False,
+    ruled: bool = False,
     kernel: Described | None = None,
 ) -> LaunchConfig:
-    """The configuration for features on their device, and for a contrast that is plain or not."""
+    """The configuration for features on their device; see `table_entry`."""
     if INTERPRETED:
         return _INTERPRETER
     known = _capability(features), features.dtype
-    return table_entry(*known, plain=plain, guided=guided, kernel=kernel)
+    return table_entry(*known, plain=plain, guided=guided, ruled=ruled, kernel=kernel)
 
 
 def launch_options(config: LaunchConfig) -> dict[str, Any]:

@@ -57,8 +57,14 @@ def contrast(architecture: int, dtypes: list[str], variants: list[str]) -> Itera
     for case in kernel_resources.cases(architecture, dtypes, variants):
         used = asdict(kernel_resources.measure(case))
         facts = {"family": "contrast", "multiplies": case.kernel != "merge", **case.__dict__}
-        first = case.kernel in ("statistics", "maxima", "gradient")
-        yield {**facts, "unruled": first and case.variant in kernel_resources.UNRULED, **used}
+        yield {**facts, "described": _described(case), **used}
+
+
+def _described(case: kernel_resources.Case) -> bool:
+    """Whether descriptors load its features where 16 bits are."""
+    if "labels" in case.variant and case.kernel == "maxima":
+        return False
+    return case.kernel in ("statistics", "maxima", "gradient") and "self" not in case.variant
 
 
 def prefix(architecture: int) -> Iterator[Used]:
@@ -84,7 +90,7 @@ def siglip(architecture: int) -> Iterator[Used]:
         values |= {"PARTS": tiles.parts, "GRADIENT_SCALE": scale}
         values |= {"DESCRIPTORS": config.descriptors, "STACKED": config.stacked}
         machine = _compiled(sigmoid_kernel, architecture, dtype, values, config)
-        yield {**_used("siglip", dtype, machine), "unruled": not (labels or edge)}
+        yield {**_used("siglip", dtype, machine), "described": not (labels or edge)}
 
 
 def _siglip_variants() -> Iterator[tuple[str, dict[str, bool]]]:

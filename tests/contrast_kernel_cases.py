@@ -73,7 +73,7 @@ triton = partial(clip_loss, impl="triton")
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Several stripes and panels from 70 rows on, and a count of what was launched.
 
-    Descriptors load the features of a contrast without rules, as on sm_90.
+    Descriptors load the features where they do on sm_90.
     """
     count: Counter[str] = Counter()
 
@@ -128,12 +128,13 @@ def equals_the_reference(rules: str, size: tuple[int, int, int], dtype: torch.dt
     assert_close(got, outcome(pairs, "reference", inputs), dtype)
 
 
-def test_descriptors_load_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rules", ["", "shift ids thresholds groups bias"])
+def test_descriptors_load_the_features(rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are taken in parts, of which the last ones may lie beyond the columns."""
     for module in (contrast_statistics, contrast_gradient):
         monkeypatch.setattr(module, "launch_config", lambda features, **rules: DESCRIBED)
     for size in SIZES:
-        equals_the_reference("", size, torch.float32)
+        equals_the_reference(rules, size, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +146,9 @@ def test_several_stripes_and_panels(rules: str, dtype: torch.dtype, narrow: Coun
     M, N = (100, 100) if "self" in rules else (70, 100)
     inputs, pairs = unequal_inputs(M, N, 40, dtype, DEVICE), pairing(rules, M, N, DEVICE)
     numbers = 4 if "labels" in rules else 2
-    config = NARROW if rules else DESCRIBED
-    stripes = -(-M // stripe_rows(one_part(config), N, numbers=numbers))
+    config = NARROW if {"self", "guide"} & set(rules.split()) else DESCRIBED
+    forward = NARROW if "labels" in rules else config
+    stripes = -(-M // stripe_rows(one_part(forward), N, numbers=numbers))
     height, width = panel_shape(config, N, inputs.q.element_size())
     assert stripes > 1 and height < M and width < N
     with poisoned_memory():

@@ -83,8 +83,10 @@ def check_all_fit(architecture: int, which: str) -> Counter[str]:
     for each in kernels:
         assert each["spilled_bytes"] == each["narrow_stores"] == 0, each
         assert each["registers"] <= 255, each
-        # What CLIP, InfoNCE and SigLIP launch loads rows and columns through descriptors.
-        described = architecture in (90, 100) and each["dtype"] != "float32" and each.get("unruled")
+        # What losses of two sides launch loads rows and columns through descriptors.
+        described = (
+            architecture in (90, 100) and each["dtype"] != "float32" and each.get("described")
+        )
         assert each["descriptor_loads"] == (2 if described else 0), each
         assert each["shared_bytes"] <= SHARED_KIB[architecture] * 1024, each
         assert each.get("blocks_per_multiprocessor", 1) >= 1, each
