@@ -243,8 +243,13 @@ def launch_options(config: LaunchConfig) -> dict[str, Any]:
 
 
 def one_part(config: LaunchConfig) -> LaunchConfig:
-    """The tile that leaves partials: a part of one that descriptors load, as pointers load it."""
-    return replace(config, BLOCK_N=config.BLOCK_N // config.parts, parts=1)
+    """The tile that leaves partials: a part of one that descriptors load, as pointers load it.
+
+    Such parts have their flags row by row.
+    """
+    if not config.descriptors:
+        return config
+    return replace(config, BLOCK_N=config.BLOCK_N // config.parts, parts=1, GROUP_M=1)
 
 
 def second_launch(config: LaunchConfig) -> LaunchConfig:

@@ -133,17 +133,14 @@ def contrast_statistics_kernel(
                         tl.store(flags_ptr + tile_m * tl.cdiv(columns, WIDTH) + part_n, flag)
             index += tl.num_programs(0)
     else:
-        tiles_n = tl.cdiv(columns, BLOCK_N)
         for offset in range(0, GROUP):
             index = tl.program_id(0) * GROUP + offset
-            if GROUP == 1:
-                tile_m, tile_n = tile_position(index, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-                chosen = True
-            else:
-                tile_m, tile_n = index // tiles_n, index % tiles_n
-                tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
+            chosen = True
+            if GROUP > 1:
+                tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
                 chosen = tl.load(flags_ptr + index, mask=index < tiles, other=0) != 0
             if chosen:
+                tile_m, tile_n = tile_position(index, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
                 flag = _statistics_of_tile(
                     tile_m,
                     tile_n,
@@ -185,7 +182,7 @@ def contrast_statistics_kernel(
                     flags_ptr is None or GROUP > 1,
                 )
                 if flags_ptr is not None and GROUP == 1:
-                    tl.store(flags_ptr + tile_m * tiles_n + tile_n, flag)
+                    tl.store(flags_ptr + index, flag)
 
 
 @triton.jit
