@@ -291,8 +291,9 @@ def _predictions(results: Path) -> str:
         "Predicted, not measured: forward and backward in bf16 at B = 65,536 by a model that takes "
         "instruction\ncounts from this machine code and rates from NVIDIA's documents "
         "(`benchmarks/cycle_model.py`).\nIt knows no latencies, power limits or gaps between "
-        "launches; the bandwidth of the L2, which binds on\nthe H100, is near what others measured "
-        "on an H200. A GPU will be slower. TFLOP/s count the products\nof the convention beside "
+        "launches; the bandwidth of the L2, which binds the\ngradient on the H100, is near what "
+        "others measured on an H200. A GPU will be slower. TFLOP/s count the products\nof the "
+        "convention beside "
         'them; "products" is the rate assumed for the vendor\'s.'
     )
     return f"{text}\n\n{table(head, lines, 'llrrrllr')}"

@@ -68,7 +68,6 @@ class LaunchConfig:
     """More than one (2, 4 or 8): TMA descriptors load the features, a program takes tile after
     tile, and each is reduced, or stored, in so many parts of its columns, which take turns in the
     registers that the tile leaves free."""
-
     stacked: bool = False
     """Whether the warps that share a tile have its rows one below the other, 16 each, so that
     nearly all of a sum over rows is a sum over warps."""
