@@ -9,11 +9,10 @@ from math import ceil
 from cycle_model import CARDS, Card, TileTime, launch_ms, tile_time, vendor_tflop_per_s
 from machine_code import MachineCode
 
+from gradcache_clip.kernels.cuts import panel_shape, stripe_rows
 from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     one_part,
-    panel_shape,
-    stripe_rows,
 )
 
 B, WIDTHS = 65_536, (512, 768, 1024)

@@ -7,12 +7,12 @@ import triton
 from torch import Tensor
 
 from gradcache_clip.kernels.competition import Competition, lengthened
+from gradcache_clip.kernels.cuts import program_grid
 from gradcache_clip.kernels.gradient_tile import contrast_gradient_kernel
 from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     launch_config,
     launch_options,
-    program_grid,
     with_column_sums,
 )
 from gradcache_clip.kernels.panels import Panels, add_product, in_range_of_float16

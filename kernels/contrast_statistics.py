@@ -9,15 +9,13 @@ import triton
 from torch import Tensor
 
 from gradcache_clip.kernels.competition import Competition
+from gradcache_clip.kernels.cuts import program_grid, stripe_rows, tile_grid
 from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     launch_config,
     launch_options,
     one_part,
-    program_grid,
     second_launch,
-    stripe_rows,
-    tile_grid,
 )
 from gradcache_clip.kernels.panels import slices
 from gradcache_clip.kernels.similarity import operands, padded

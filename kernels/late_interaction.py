@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gradcache_clip.kernels.competition import RAGGED
+from gradcache_clip.kernels.cuts import up_to_whole
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,
     launch_options,
     token_config,
-    up_to_whole,
 )
 from gradcache_clip.kernels.panels import add_product, slices
 from gradcache_clip.kernels.similarity import padded, products, store_tile, tile_position

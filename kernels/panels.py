@@ -9,12 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from gradcache_clip.kernels.cuts import multiprocessors, panel_shape, up_to_whole
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,
-    multiprocessors,
-    panel_shape,
-    up_to_whole,
 )
 
 

@@ -20,13 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gradcache_clip.kernels.competition import RAGGED, meets_diagonal
+from gradcache_clip.kernels.cuts import tile_grid
 from gradcache_clip.kernels.gradient_epilogue import softmax_gradient
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,
     launch_options,
     prefix_config,
-    tile_grid,
 )
 from gradcache_clip.kernels.panels import Panels, product
 from gradcache_clip.kernels.prefix_statistics import Segments

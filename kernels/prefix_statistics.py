@@ -16,12 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gradcache_clip.kernels.competition import RAGGED, meets_diagonal
+from gradcache_clip.kernels.cuts import stripe_rows, tile_grid
 from gradcache_clip.kernels.launch_config import (
     LaunchConfig,
     launch_options,
     prefix_config,
-    stripe_rows,
-    tile_grid,
 )
 from gradcache_clip.kernels.panels import slices
 from gradcache_clip.kernels.similarity import padded, tile_pointers, tile_position

@@ -11,13 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
+from gradcache_clip.kernels.cuts import program_grid, up_to_whole
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,
     launch_config,
     launch_options,
-    program_grid,
-    up_to_whole,
     without_bound,
 )
 from gradcache_clip.kernels.panels import Panels, add_product

@@ -32,17 +32,16 @@ from torch.nn.functional import normalize
 from gradcache_clip.kernels import (
     contrast_gradient,
     contrast_statistics,
+    cuts,
     statistics_parts,
 )
-from gradcache_clip.kernels import launch_config as launches
 from gradcache_clip.kernels.competition import Competition
+from gradcache_clip.kernels.cuts import panel_shape, stripe_rows
 from gradcache_clip.kernels.launch_config import (
     INTERPRETED,
     LaunchConfig,
     launch_config,
     one_part,
-    panel_shape,
-    stripe_rows,
 )
 from gradcache_clip.losses import InBatchDistillationLoss, MatryoshkaLoss
 from gradcache_clip.losses.retrieval import RetrievalLoss
@@ -82,7 +81,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     for module in (contrast_statistics, contrast_gradient):
         monkeypatch.setattr(module, "launch_config", config)
-    monkeypatch.setattr(launches, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(cuts, "multiprocessors", lambda device: 3)
     _count_calls(monkeypatch, count, statistics_parts.Running, "merge")
     _count_calls(monkeypatch, count, contrast_gradient._Panels, "gradient")
     return count

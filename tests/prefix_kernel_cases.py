@@ -32,12 +32,11 @@ from torch.nn.functional import normalize
 
 from gradcache_clip import ClipLoss, InfoNCELoss, NTXentLoss, SupConLoss
 from gradcache_clip.kernels import prefix_gradient, prefix_statistics, statistics_parts
+from gradcache_clip.kernels.cuts import panel_shape, stripe_rows
 from gradcache_clip.kernels.launch_config import (
     INTERPRETED,
     LaunchConfig,
-    panel_shape,
     prefix_config,
-    stripe_rows,
 )
 from gradcache_clip.kernels.prefix_statistics import Segments
 

@@ -25,9 +25,13 @@ from clip_inputs import (
 from siglip_inputs import Inputs, clustered_inputs, plain_loss, random_inputs
 from torch import Tensor
 
-from gradcache_clip.kernels import launch_config as launches
+from gradcache_clip.kernels import cuts
 from gradcache_clip.kernels import sigmoid as kernels
-from gradcache_clip.kernels.launch_config import INTERPRETED, LaunchConfig, panel_shape
+from gradcache_clip.kernels.cuts import panel_shape
+from gradcache_clip.kernels.launch_config import (
+    INTERPRETED,
+    LaunchConfig,
+)
 from gradcache_clip.ops.siglip import siglip_loss, siglip_loss_with_accuracy
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -53,7 +57,7 @@ def use(monkeypatch: pytest.MonkeyPatch, tile: LaunchConfig, parts: int) -> None
         return tile if kernel is None else replace(tile, parts=parts, stacked=parts > 1)
 
     monkeypatch.setattr(kernels, "launch_config", config)
-    monkeypatch.setattr(launches, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(cuts, "multiprocessors", lambda device: 3)
 
 
 @pytest.fixture

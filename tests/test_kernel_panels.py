@@ -12,7 +12,11 @@ import torch
 pytest.importorskip("triton")
 
 from gradcache_clip.kernels import panels
-from gradcache_clip.kernels.launch_config import LaunchConfig, panel_shape, table_entry
+from gradcache_clip.kernels.cuts import panel_shape
+from gradcache_clip.kernels.launch_config import (
+    LaunchConfig,
+    table_entry,
+)
 from gradcache_clip.kernels.similarity import padded
 
 
