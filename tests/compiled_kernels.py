@@ -155,14 +155,15 @@ def _without_code(machine: MachineCode) -> Used:
 if __name__ == "__main__":
     architecture, which = int(sys.argv[1]), sys.argv[2]
     others = prefix(architecture), siglip(architecture), tokens(architecture)
+    # What has launches of its own there.
+    apart: dict[int, Iterable[Used]] = {
+        100: contrast(architecture, ["bfloat16"], ["rows"]),
+        120: islice(tokens(architecture), 2, 3),
+    }
     found: dict[str, list[Iterable[Used]]] = {
         "few": [contrast(architecture, ["bfloat16"], ["plain"]), *(islice(x, 2) for x in others)],
         "all": [contrast(architecture, list(TWO), ["plain"]), *others],
-        "contrast": [
-            contrast(architecture, list(TWO), ["plain"]),
-            contrast(architecture, ["bfloat16"], ["rows"]),
-            islice(tokens(architecture), 2, 3),
-        ],
+        "contrast": [contrast(architecture, list(TWO), ["plain"]), apart.get(architecture, ())],
         "variants": [contrast(architecture, list(TWO), COSTLIEST)],
     }
     for used in chain.from_iterable(found[which]):

@@ -127,7 +127,17 @@ def equals_the_reference(rules: str, size: tuple[int, int, int], dtype: torch.dt
     assert_close(got, outcome(pairs, "reference", inputs), dtype)
 
 
-@pytest.mark.parametrize("rules", ["", "shift ids thresholds groups bias"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "",
+        "shift ids thresholds groups bias",
+        pytest.param(
+            "rows",
+            marks=pytest.mark.skipif(not INTERPRETED, reason="two more kernels to compile"),
+        ),
+    ],
+)
 def test_descriptors_load_the_features(rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are taken in parts, of which the last ones may lie beyond the columns."""
     for module in (contrast_statistics, contrast_gradient):
