@@ -3,12 +3,14 @@
     python benchmarks/kernel_resources.py [--architecture 90 ...] [--dtype ...] [--variant ...]
     python benchmarks/kernel_resources.py --predict     # times by the model of cycle_model.py
     python benchmarks/kernel_resources.py --check       # 1 if something spills or a mark is missed
+    python benchmarks/kernel_resources.py --tiles --architecture 90 --variant plain rows ids
 
 Of the softmax family: statistics by one exponential, their second launch for flagged tiles,
 maxima, gradient. Prints, for each architecture, dtype and variant: registers a thread,
 bytes spilled, shared memory a block and its limit, the matrix instructions found, and how many
 blocks fit a multiprocessor. `--results FOLDER` writes kernel_resources.csv there; `--json` prints
-one list and no table.
+one list and no table. `--tiles` prints the predicted TFLOP/s of tile kernels in bf16 instead, with
+`--pointers` as if the launch table had no descriptors.
 """
 
 from __future__ import annotations
@@ -27,14 +29,16 @@ from typing import Any
 
 import torch
 import triton
+from cycle_model import CARDS, Card
 from machine_code import MachineCode, compile_kernel
-from predicted import Kernel, Prediction, markdown, missed_marks, predictions
+from predicted import WIDTHS, Kernel, Prediction, markdown, missed_marks, predictions
 from results import provenance
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.runtime import JITFunction
 
+from gradcache_clip.kernels import launch_config
 from gradcache_clip.kernels.gradient_tile import contrast_gradient_kernel
 from gradcache_clip.kernels.launch_config import (
     ARCHITECTURES,
@@ -288,6 +292,28 @@ def predict(pool: ProcessPoolExecutor, console: Console) -> list[Prediction]:
     return found
 
 
+def tile_rates(options: argparse.Namespace) -> Table:
+    """Predicted TFLOP/s of each tile kernel in bf16, on the card of its architecture."""
+    if options.pointers:
+        launch_config._DESCRIBED.clear()
+        launch_config._RULED.clear()
+    table = Table("GPU", "variant", "kernel", "tile", *(f"D = {D}" for D in WIDTHS))
+    for card in CARDS:
+        if card.architecture in options.architecture:
+            for case in cases(card.architecture, ["bfloat16"], options.variant):
+                if case.kernel not in ("merge", "second"):
+                    table.add_row(card.name, *_rates(case, card))
+    return table
+
+
+def _rates(case: Case, card: Card) -> Iterator[str]:
+    used, config = machine_code(case), case.config
+    kernel = Kernel(config, used, blocks(case.architecture, used))
+    yield from (case.variant, case.kernel, f"{config.BLOCK_M} x {config.BLOCK_N}")
+    for D in WIDTHS:
+        yield f"{kernel.tile(card, D).tflop_per_s(card):.0f}"
+
+
 def _table(measured: list[Resources]) -> Table:
     table = Table(title=f"Triton {triton.__version__}: resources of the kernels")
     for heading in ("sm", "dtype", "variant", "kernel", "tile", "warps", "regs", "spilled"):
@@ -320,12 +346,17 @@ def main() -> int:
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON list, no table")
+    parser.add_argument("--tiles", action="store_true", help="predicted rates of kernels alone")
+    parser.add_argument("--pointers", action="store_true", help="with --tiles: no descriptors")
     parser.add_argument("--predict", action="store_true", help="predicted times alone")
     parser.add_argument(
         "--check", action="store_true", help="1 for a spill, a 2-byte store or a missed mark"
     )
     parser.add_argument("--results", type=Path, help="folder for kernel_resources.csv (none)")
     options = parser.parse_args()
+    if options.tiles:
+        Console(width=110).print(tile_rates(options))
+        return 0
     todo = [
         case
         for architecture in options.architecture

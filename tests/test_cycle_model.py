@@ -141,3 +141,19 @@ def test_predictions_of_what_is_compiled_reach_the_marks() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| CLIP | H100 SXM | 768 |" in done.stdout
+
+
+@pytest.mark.slow
+def test_descriptors_and_sums_over_stacked_warps_pay() -> None:
+    """Without either, statistics would be at most a fifth faster than by pointers."""
+    assert statistics_rate() > 1.25 * statistics_rate("--pointers")
+
+
+def statistics_rate(*options: str) -> float:
+    """Predicted TFLOP/s of the statistics of CLIP on the H100 at D = 768."""
+    script = HERE.parent / "benchmarks" / "kernel_resources.py"
+    wanted = "--tiles", "--architecture", "90", "--variant", "plain"
+    command = [sys.executable, str(script), *wanted, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (row,) = (line for line in done.stdout.splitlines() if " statistics " in line)
+    return float(row.split("│")[6])
