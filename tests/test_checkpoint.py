@@ -30,6 +30,7 @@ from gradcache_clip.train.checkpoint import (
     load_latest,
     restore_rng,
     save_checkpoint,
+    seed_rng,
 )
 from gradcache_clip.train.checkpoint import files as checkpoint_files
 
@@ -169,6 +170,14 @@ class TestRandomState:
             random.random(),
             random.gauss(0, 1),
         ]
+
+    def test_every_generator_repeats_after_a_seed(self) -> None:
+        seed_rng(2**40 + 3)
+        expected = self.draw()
+        seed_rng(2**40 + 3)
+        assert self.draw() == expected
+        seed_rng(2**40 + 4)
+        assert not any(a == b for a, b in zip(self.draw(), expected, strict=True))
 
     def test_every_generator_repeats_after_a_round_through_a_file(self, tmp_path: Path) -> None:
         # One Gaussian leaves half a Box-Muller pair behind, which is part of the state.

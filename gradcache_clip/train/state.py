@@ -18,6 +18,7 @@ from gradcache_clip.train.checkpoint import (
     load_latest,
     restore_rng,
     save_checkpoint,
+    seed_rng,
 )
 from gradcache_clip.train.checkpoint.files import sha256_of
 from gradcache_clip.train.config_errors import ConfigError
@@ -201,7 +202,7 @@ def start(
     if checkpoint is not None:
         # It has all weights: none that the configuration names are loaded.
         program.config = run.trained(config)
-    torch.manual_seed(config.train.seed)
+    seed_rng(config.train.seed)
     device = choose_device(config.train.device)
     if config.data.validation:
         program.check_data()
@@ -220,7 +221,7 @@ def start(
     state = TrainState(run, peers, encoder, engine, loss, ema, loader, program.on_save, settings)
     if not peers.is_first:
         # Ranks draw different dropout masks. Weights, built above, are equal on all of them.
-        torch.manual_seed(config.train.seed + peers.rank)
+        seed_rng(config.train.seed + peers.rank)
     if checkpoint is not None:
         state.restore(checkpoint)
     # After restoring, because cached features depend on the weights.

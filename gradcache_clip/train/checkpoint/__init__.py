@@ -10,7 +10,7 @@ from gradcache_clip.train.checkpoint.folders import (
     load_latest,
     save_checkpoint,
 )
-from gradcache_clip.train.checkpoint.rng import capture_rng, restore_rng
+from gradcache_clip.train.checkpoint.rng import capture_rng, restore_rng, seed_rng
 
 __all__ = [
     "Checkpoint",
@@ -21,4 +21,5 @@ __all__ = [
     "load_latest",
     "restore_rng",
     "save_checkpoint",
+    "seed_rng",
 ]
