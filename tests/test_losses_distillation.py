@@ -127,5 +127,8 @@ def test_wrong_teachers() -> None:
         loss(q, d, t[1:], u[1:])
     with pytest.raises(ValueError, match="teacher_queries: expected constants"):
         loss(q, d, t.requires_grad_(), u)
+    for build in (InBatchDistillationLoss, ScoreDistillationLoss):
+        with pytest.raises(ValueError, match="teacher_scale: expected a finite number, got nan"):
+            build(teacher_scale=float("nan"))
     with pytest.raises(ValueError, match="objective: expected kl or margin_mse, got 'mse'"):
         ScoreDistillationLoss("mse")

@@ -321,6 +321,8 @@ class Embedding(Nameless):
         ((ClipLoss(), []), ValueError, r"dims: expected different widths.*got \[\]"),
         ((ClipLoss(), [4, 4]), ValueError, r"dims: expected different widths.*\[4, 4\]"),
         ((ClipLoss(), [0, 4]), ValueError, "dims: expected different widths of 1 or more"),
+        ((ClipLoss(), [True, 4]), ValueError, r"dims: expected different widths.*\[True, 4\]"),
+        ((ClipLoss(), [4], [float("nan")]), ValueError, "weights: expected a number above zero"),
         ((ClipLoss(), [4, 8], [1.0]), ValueError, "weights: expected one for each of the 2 dims"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradcache_clip import FeatureQueue, GradCache, InfoNCELoss
+from gradcache_clip import ClipLoss, FeatureQueue, GradCache, InfoNCELoss
 from gradcache_clip.losses import MoCoLoss
 
 
@@ -185,6 +185,26 @@ def test_the_engine_embeds_keys_once_and_is_exact():
 def test_queues_that_no_loss_is_for(sizes, message):
     with pytest.raises(ValueError, match=message):
         MoCoLoss(InfoNCELoss(), [FeatureQueue(size, 3) for size in sizes])
+
+
+@pytest.mark.parametrize("contrast", [InfoNCELoss(symmetric=True), ClipLoss()])
+def test_contrasts_that_look_for_queries_too(contrast):
+    with pytest.raises(ValueError, match=r"contrast: expected InfoNCELoss\(symmetric=False\), or"):
+        MoCoLoss(contrast, [FeatureQueue(4, 3)])
+
+
+def test_wrong_use():
+    queue, loss = FeatureQueue(4, 3), moco()
+    with pytest.raises(ValueError, match=r"queues: .* each its own, got sizes \[4, 4\]"):
+        MoCoLoss(InfoNCELoss(), [queue, queue])
+    with pytest.raises(ValueError, match="false_negative_margin: expected a finite .* nan"):
+        InfoNCELoss(false_negative_margin=math.nan)
+    with pytest.raises(ValueError, match="size: expected a positive integer, got 2.5"):
+        FeatureQueue(2.5, 3)
+    with pytest.raises(TypeError, match="order: expected a tensor of integers, got torch.float32"):
+        loss(rows(), rows(), order=torch.ones(4))
+    with pytest.raises(ValueError, match="push: expected a loss before it, got none since"):
+        loss.push()
 
 
 def test_another_number_of_features():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -145,15 +147,16 @@ def test_equals_the_whole_matrices(
 @pytest.mark.parametrize("name", ["ids", "groups", "column_bias", "guide"])
 @pytest.mark.parametrize("K", [0, K])
 def test_each_rule_alone(name: str, K: int) -> None:
-    options = {"directions": DIRECTIONS, "guide_margin": 0.1}
-    compare(features(K), "tiled", {name: further(K)[name]}, options)
-    relative = {**options, "relative_guide_margin": True}
-    compare(features(K), "tiled", {name: further(K)[name]}, relative)
-    compare(features(K), "tiled", {name: further(K)[name]}, {**options, **ALONE})
+    plain, given = {"directions": DIRECTIONS}, {name: further(K)[name]}
+    margin = {"guide_margin": 0.1} if name == "guide" else {}
+    compare(features(K), "tiled", given, {**plain, **margin})
+    compare(features(K), "tiled", given, {**plain, **margin, **ALONE})
+    if margin:
+        compare(features(K), "tiled", given, {**plain, **margin, "relative_guide_margin": True})
     # What is said of the rows must matter.
-    inner = RetrievalLoss(init_logit_scale=SCALE, **options).double()
-    with_rule = inner(*features(K), **{name: further(K)[name]}).loss
-    assert abs(with_rule - inner(*features(K)).loss) > 1e-3
+    build = partial(RetrievalLoss, init_logit_scale=SCALE, **plain)
+    with_rule = build(**margin).double()(*features(K), **given).loss
+    assert abs(with_rule - build().double()(*features(K)).loss) > 1e-3
 
 
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
@@ -174,6 +177,17 @@ def test_own_negatives_alone(mode: str | None) -> None:
     compare(features(), "tiled", {}, options)
     given = {name: further(K)[name] for name in ("column_bias", "guide", "row_weights")}
     compare(features(), "tiled", given, options)
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_nothing_competes_with_some_queries(in_batch: bool) -> None:
+    """Their gradients are zero, and not NaN."""
+    bias = further(K)["column_bias"].detach()
+    bias[:2, 1:] = -torch.inf
+    given = {"column_bias": bias.requires_grad_(), "groups": torch.arange(B)}
+    directions = DIRECTIONS if in_batch else DIRECTIONS[:1]
+    options = {"in_batch_negatives": in_batch, "directions": directions}
+    compare(features(), "tiled", given, {**options, "share_hard_negatives": False})
 
 
 @pytest.mark.parametrize("mode", HARDNESS)
@@ -226,6 +240,8 @@ def test_a_matrix_of_negatives_belongs_query_by_query() -> None:
         loss(queries, documents, flat)
     with pytest.raises(ValueError, match=r"got \(18, 8\) with negatives_per_query=2"):
         loss(queries, documents, flat, negatives_per_query=2)
+    with pytest.raises(ValueError, match=r"negatives_per_query: expected a positive .* got 3\.0"):
+        loss(queries, documents, flat, negatives_per_query=3.0)
     with pytest.raises(ValueError, match="negatives_per_query: expected None without"):
         loss(queries, documents, negatives_per_query=2)
 
@@ -234,10 +250,11 @@ def test_accuracies_count_similarities_and_not_what_hardness_adds() -> None:
     queries = torch.eye(4, dtype=torch.float64)
     documents = queries + 0.6 * queries.roll(1, 0)
     options = {"hardness_mode": "all_negatives", "hardness_strength": 50.0}
-    out = RetrievalLoss(directions=DIRECTIONS[:2], impl="tiled", **options).double()(
-        queries, documents
-    )
-    assert (out.query_to_document_accuracy, out.document_to_query_accuracy) == (1.0, 1.0)
+    loss = RetrievalLoss(directions=DIRECTIONS[:2], impl="tiled", **options).double()
+    # A bias of all candidates changes no order.
+    for bias in (None, torch.full((4,), -90.0)):
+        out = loss(queries, documents, column_bias=bias)
+        assert (out.query_to_document_accuracy, out.document_to_query_accuracy) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -262,6 +279,14 @@ def test_accuracies_count_the_bias_of_own_negatives_too(shared: bool) -> None:
         ({"hardness_mode": "hard"}, "hardness_mode: expected None or one of in_batch_negatives"),
         ({"hardness_strength": 1.0}, "hardness_strength: expected 0 or more, and 0 without"),
         (
+            {"hardness_mode": "all_negatives", "hardness_strength": math.nan},
+            "hardness_strength: expected a finite number, got nan; such as 9.0",
+        ),
+        ({"guide_margin": math.nan}, "guide_margin: expected a finite number, got nan"),
+        ({"directions": None}, "directions: expected query_to_doc, .* got None; pass a tuple"),
+        ({"in_batch_negatives": "no"}, "in_batch_negatives: expected True or False, got 'no'"),
+        ({"init_logit_scale": "7"}, "init_logit_scale: expected 0 < .* got 7"),
+        (
             {"hardness_mode": "all_negatives", "hardness_strength": -1.0},
             "hardness_strength: expected 0 or more",
         ),
@@ -271,8 +296,8 @@ def test_accuracies_count_the_bias_of_own_negatives_too(shared: bool) -> None:
         ),
     ],
 )
-def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
         RetrievalLoss(**options)
 
 
@@ -285,5 +310,9 @@ def test_wrong_rows() -> None:
         loss(queries, documents, row_weights=torch.ones(6, requires_grad=True))
     with pytest.raises(TypeError, match="row_weights: expected float16"):
         loss(queries, documents, row_weights=torch.ones(6, dtype=torch.long))
+    with pytest.raises(ValueError, match="guide: expected features of queries, .* Tensor"):
+        loss(queries, documents, guide=queries)
+    with pytest.raises(ValueError, match="guide: expected features with guide_margin=0.1"):
+        RetrievalLoss(guide_margin=0.1).double()(queries, documents)
     with pytest.raises(ValueError, match="hard_negatives: expected some with in_batch_negatives"):
         RetrievalLoss(in_batch_negatives=False).double()(queries, documents)

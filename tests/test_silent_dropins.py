@@ -47,12 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"scale": float("inf")}, "scale: expected a number above zero, got inf"),
         ({"scale": "20"}, "scale: expected a number above zero, got '20'"),
         ({"scale": nn.Parameter(torch.tensor(20.0))}, "got Parameter; .*learnable_scale=True"),
-        ({"directions": "query_to_doc"}, r"directions: expected a tuple .* got 'query_to_doc'"),
+        ({"directions": "query_to_doc"}, "directions: .*got 'query_to_doc'; pass a tuple"),
         ({"matryoshka_dims": 16}, "matryoshka_dims: expected different widths .* got 16"),
         ({"matryoshka_dims": [64]}, "matryoshka_dims: expected at most .* model, 32, got 64"),
         (
             {"matryoshka_dims": [16], "matryoshka_weights": [1, 2]},
-            "matryoshka_weights: expected one for each of the 1 matryoshka_dims, got 2",
+            "matryoshka_weights: expected one for each of the 1 matryoshka_dims, got .1, 2",
         ),
         (
             {"matryoshka_dims": [16], "matryoshka_weights": [-1.0]},

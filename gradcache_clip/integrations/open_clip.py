@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from gradcache_clip import losses
 from gradcache_clip.distributed.exchange import Exchange
-from gradcache_clip.integrations.arguments import check_positive_int
 from gradcache_clip.integrations.open_clip_base import (
     OpenClipLoss,
     SoftmaxLoss,
@@ -21,6 +20,7 @@ from gradcache_clip.integrations.open_clip_base import (
 )
 from gradcache_clip.integrations.open_clip_two_losses import CoCaLoss, DistillClipLoss
 from gradcache_clip.losses import ContrastiveOutput
+from gradcache_clip.losses.options import check_positive_int
 
 __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "OpenClipTowers", "SigLipLoss"]
 

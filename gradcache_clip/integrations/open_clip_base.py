@@ -15,8 +15,8 @@ from gradcache_clip import losses
 from gradcache_clip.distributed import world_size as processes
 from gradcache_clip.distributed.collectives import gather_rows, with_summed_gradient
 from gradcache_clip.distributed.exchange import Exchange
-from gradcache_clip.integrations.arguments import check_positive_int
 from gradcache_clip.losses import ContrastiveOutput
+from gradcache_clip.losses.options import check_positive_int
 
 
 class OpenClipLoss(nn.Module):

@@ -25,6 +25,7 @@ from gradcache_clip.integrations.sentence_transformers_tokens import (
     max_sim,
 )
 from gradcache_clip.losses import MaxSimDistillationLoss, MaxSimLoss
+from gradcache_clip.losses.options import check_flags
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -142,7 +143,7 @@ class Distillation(_ColBERTLoss):
         normalize_scores: bool = True,
         **options: Unpack[TokenOptions],
     ) -> None:
-        checks.check_flags(normalize_scores=normalize_scores)
+        check_flags(normalize_scores=normalize_scores)
         contrast = MaxSimDistillationLoss("kl", unit_range=normalize_scores, normalize=False)
         # The mean over the rows of all processes is what data parallelism gives anyway.
         super().__init__(model, contrast, score_metric, {**options, "gather_across_devices": True})

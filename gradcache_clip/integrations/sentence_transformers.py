@@ -25,6 +25,7 @@ from gradcache_clip.integrations.sentence_transformers_distillation import (
 )
 from gradcache_clip.integrations.sentence_transformers_guided import CachedGISTEmbedLoss
 from gradcache_clip.losses import RetrievalLoss
+from gradcache_clip.losses.options import check_flags
 from gradcache_clip.losses.retrieval import HardnessMode, PartitionMode
 
 if TYPE_CHECKING:
@@ -115,8 +116,7 @@ class CachedMultipleNegativesRankingLoss(CachedLoss):
     ) -> None:
         checks.check_scale(scale)
         checks.check_similarity(similarity_fct, cos_sim)
-        checks.check_directions(directions)
-        checks.check_flags(learnable_scale=learnable_scale)
+        check_flags(learnable_scale=learnable_scale)
         contrast = RetrievalLoss(
             directions=directions,
             partition_mode=partition_mode,

@@ -18,6 +18,7 @@ from gradcache_clip.integrations import sentence_transformers_checks as checks
 from gradcache_clip.integrations import sentence_transformers_inputs as inputs
 from gradcache_clip.integrations.sentence_transformers_steps import Chunking, ColumnSteps, Compare
 from gradcache_clip.losses import MatryoshkaLoss
+from gradcache_clip.losses.options import check_flags
 
 
 class CacheOptions(TypedDict, total=False):
@@ -68,7 +69,7 @@ class CachedLoss(nn.Module):
         super().__init__()
         checks.check_model(model)
         checks.check_chunking(mini_batch_size, mini_batch_num_tokens, options)
-        checks.check_flags(
+        check_flags(
             gather_across_devices=gather_across_devices, show_progress_bar=show_progress_bar
         )
         self.model = model

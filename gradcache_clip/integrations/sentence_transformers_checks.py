@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -15,7 +13,8 @@ from gradcache_clip.cache.checks import one_of
 from gradcache_clip.cache.graph_budget import checked_budget
 from gradcache_clip.distributed import world_size
 from gradcache_clip.distributed.wrappers import innermost, wrapper_in
-from gradcache_clip.integrations.arguments import check_flag, check_positive, check_positive_int
+from gradcache_clip.losses.matryoshka import check_dims
+from gradcache_clip.losses.options import check_finite, check_positive, check_positive_int
 
 _OPTIONS = (
     *("matryoshka_dims", "matryoshka_weights", "pad_to_multiple_of"),
@@ -43,11 +42,6 @@ def check_scale(scale: Any) -> None:
 
 def check_temperature(name: str, temperature: Any) -> None:
     check_positive(name, temperature, "such as 0.05, which is a scale of 20")
-
-
-def check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        check_flag(name, value)
 
 
 def check_chunking(rows: Any, tokens: Any, options: Mapping[str, Any]) -> None:
@@ -82,18 +76,9 @@ def check_similarity(similarity_fct: Any, *known: Callable[..., Any]) -> None:
         )
 
 
-def check_directions(directions: Any) -> None:
-    if isinstance(directions, str):
-        raise ValueError(
-            f"directions: expected a tuple such as ('query_to_doc',), got {directions!r}; put it "
-            "into one"
-        )
-
-
 def check_margin(strategy: Any, margin: Any) -> None:
     one_of("margin_strategy", strategy, ("absolute", "relative"))
-    if isinstance(margin, bool) or not isinstance(margin, Real) or not math.isfinite(margin):
-        raise ValueError(f"margin: expected a finite number, got {margin!r}; such as 0.05")
+    check_finite("margin", margin, "such as 0.05")
 
 
 def check_in_batch(weight: Any, scale: Any) -> None:
@@ -113,24 +98,12 @@ def check_widths(
         )
     if dims is None:
         return
-    several = isinstance(dims, (list, tuple)) and len(set(dims)) == len(dims) > 0
-    if not several or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in dims):
-        raise ValueError(
-            f"matryoshka_dims: expected different widths of 1 or more, got {dims!r}; for example "
-            "[768, 256, 64]"
-        )
+    check_dims(dims, weights, prefix="matryoshka_")
     width = getattr(model, "get_embedding_dimension", lambda: None)()
     if width is not None and max(dims) > width:
         raise ValueError(
             f"matryoshka_dims: expected at most the width of the model, {width}, got {max(dims)}; "
             "leave out wider ones"
-        )
-    for weight in weights or []:
-        check_positive("matryoshka_weights", weight, "leave out widths without weight")
-    if weights is not None and len(weights) != len(dims):
-        raise ValueError(
-            f"matryoshka_weights: expected one for each of the {len(dims)} matryoshka_dims, got "
-            f"{len(weights)}; leave them out for 1 each"
         )
 
 

@@ -28,6 +28,7 @@ from gradcache_clip.integrations.sentence_transformers_teacher_checks import (
     token_rows,
 )
 from gradcache_clip.losses import RetrievalLoss
+from gradcache_clip.losses.options import check_flags
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,7 +89,7 @@ class CachedGISTEmbedLoss(CachedLoss):
     ) -> None:
         checks.check_temperature("temperature", temperature)
         checks.check_margin(margin_strategy, margin)
-        checks.check_flags(contrast_anchors=contrast_anchors, contrast_positives=contrast_positives)
+        check_flags(contrast_anchors=contrast_anchors, contrast_positives=contrast_positives)
         further = {"query_to_query": contrast_anchors, "doc_to_doc": contrast_positives}
         contrast = RetrievalLoss(
             directions=("query_to_doc", *(name for name, wanted in further.items() if wanted)),

@@ -24,6 +24,7 @@ from gradcache_clip.integrations.sentence_transformers_tokens import (
     max_sim,
 )
 from gradcache_clip.losses import MaxSimDistillationLoss, MaxSimLoss
+from gradcache_clip.losses.options import check_positive
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,7 +118,7 @@ class CachedMultiVectorMultipleNegativesRankingLoss(_MultiVectorLoss):
         score_mini_batch_size: int | None = None,
         **options: Unpack[TokenOptions],
     ) -> None:
-        checks.check_positive("scale", scale, "1.0 is a temperature of 1")
+        check_positive("scale", scale, "1.0 is a temperature of 1")
         checks.check_score_rows(score_mini_batch_size)
         similarity, reduction = _similarity(similarity_fct, "colbert_scores")
         contrast = MaxSimLoss(token_reduction=reduction, normalize=False)

@@ -35,20 +35,18 @@ class Competitors(NamedTuple):
 
     def plus(self, bias: Float[Tensor, " b"]) -> Competitors:
         """Add a number to all logits of each row."""
-        # Where nothing competes the gradient that arrives is NaN.
-        added = bias.where(self.log_sum_exp > -torch.inf, 0)
         hardest = self.hardest + bias.detach()
-        return self._replace(log_sum_exp=self.log_sum_exp + added, hardest=hardest)
+        return self._replace(log_sum_exp=self.log_sum_exp + bias, hardest=hardest)
 
     def joined(self, logits: Float[Tensor, "b k"], hardest: Float[Tensor, " b"]) -> Competitors:
         """Add K logits that compete with each query."""
-        both = torch.logaddexp(self.log_sum_exp, logits.logsumexp(1))
+        both = _log_sum_exp(torch.cat((self.log_sum_exp[:, None], logits), 1))
         return self._replace(log_sum_exp=both, hardest=torch.maximum(self.hardest, hardest))
 
 
 def joint_loss(positive: Tensor, directions: Sequence[Competitors]) -> Float[Tensor, " b"]:
     """Return log(Z_1 + ... + Z_n) - p, with Z_d the denominator of direction d."""
-    total = torch.stack([each.log_sum_exp for each in directions]).logsumexp(0)
+    total = _log_sum_exp(torch.stack([each.log_sum_exp for each in directions], 1))
     # log(P exp(p) + exp(N)) - p with P positives: small losses keep their digits.
     positives = math.log(sum(each.with_positive for each in directions))
     return positives + one_positive_loss(total - positive - positives)
@@ -63,6 +61,13 @@ def mean_loss(positive: Tensor, directions: Sequence[Competitors]) -> Float[Tens
 def accuracy(positive: Tensor, against: Competitors) -> Float[Tensor, ""]:
     """Return the share of queries whose positive is above all negatives; a tie is wrong."""
     return (positive.detach() > against.hardest).to(positive.dtype).mean()
+
+
+def _log_sum_exp(logits: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
+    """Reduce each row; where nothing competes, its gradient is zero and not NaN."""
+    empty = (logits == -torch.inf).all(1)
+    found = logits.masked_fill(empty[:, None], 0).logsumexp(1)
+    return found.masked_fill(empty, -torch.inf)
 
 
 def with_gradient_times(features: Tensor, factor: Tensor) -> Tensor:

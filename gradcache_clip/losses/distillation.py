@@ -16,6 +16,7 @@ from gradcache_clip.distributed.collectives import (
     gather_rows,
     with_summed_gradient,
 )
+from gradcache_clip.losses.options import check_finite
 from gradcache_clip.losses.retrieval_arguments import negatives_of
 from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions
 from gradcache_clip.ops.arguments import check_floating, check_same_device
@@ -78,6 +79,7 @@ class ScoreDistillationLoss(ScaledLoss):
     ) -> None:
         super().__init__(**options)
         check_objective(objective)
+        check_finite("teacher_scale", teacher_scale, "1.0 takes the scores as they are")
         self.objective = objective
         self.teacher_scale = teacher_scale
 

@@ -17,6 +17,7 @@ from gradcache_clip.distributed.collectives import (
     with_summed_gradient,
 )
 from gradcache_clip.losses.distillation import DistillationOutput
+from gradcache_clip.losses.options import check_finite, check_flags
 from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.losses.soft_average import soft_average
 from gradcache_clip.ops.arguments import check_pairs, check_same_device
@@ -75,6 +76,8 @@ class InBatchDistillationLoss(ScaledLoss):
         **options: Unpack[ScaleOptions],
     ) -> None:
         super().__init__(**options)
+        check_finite("teacher_scale", teacher_scale, "pass the teacher's own logit scale")
+        check_flags(symmetric=symmetric, cross_entropy=cross_entropy)
         self.teacher_scale = teacher_scale
         self.symmetric = symmetric
         self.cross_entropy = cross_entropy

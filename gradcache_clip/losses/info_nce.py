@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere
+from gradcache_clip.losses.options import check_finite, check_flags
 from gradcache_clip.losses.retrieval_batch import RetrievalBatch
 from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
 from gradcache_clip.ops.arguments import check_share
@@ -54,7 +55,10 @@ class InfoNCELoss(ScaledLoss):
         **options: Unpack[ScaleOptions],
     ) -> None:
         super().__init__(**options)
+        check_flags(symmetric=symmetric)
         check_share("tau_plus", tau_plus)
+        if false_negative_margin is not None:
+            check_finite("false_negative_margin", false_negative_margin, "None keeps all columns")
         self.symmetric = symmetric
         self.false_negative_margin = false_negative_margin
         self.tau_plus = tau_plus

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradcache_clip.distributed.wrappers import uncompiled
 from gradcache_clip.losses.moco import MoCoLoss
+from gradcache_clip.losses.options import check_positive, is_positive_int
 from gradcache_clip.ops.unit import unit
 
 _POSITIONAL = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -66,8 +67,8 @@ class MatryoshkaLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_loss(loss)
-        weights = [1.0] * len(dims) if weights is None else list(weights)
-        _check_dims(dims, weights)
+        check_dims(dims, weights)
+        weights = [1.0] * len(dims) if weights is None else weights
         self.loss = loss
         self._features, self._in_one_pass = _features_of(loss), _in_one_pass(loss)
         self.dims, self.weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
@@ -204,14 +205,20 @@ def _check_loss(loss: nn.Module) -> None:
         )
 
 
-def _check_dims(dims: Sequence[int], weights: Sequence[float]) -> None:
-    if not dims or min(dims) < 1 or len(set(dims)) < len(dims):
+def check_dims(dims: Any, weights: Any, *, prefix: str = "") -> None:
+    """Raise unless they are different widths, with one weight above zero for each."""
+    whole = isinstance(dims, Sequence) and all(map(is_positive_int, dims))
+    if not whole or not dims or len(set(dims)) < len(dims):
         raise ValueError(
-            f"dims: expected different widths of 1 or more, got {list(dims)}; "
-            "for example [64, 128, 256, 512]"
+            f"{prefix}dims: expected different widths of 1 or more, got {dims!r}; for example "
+            "[768, 256, 64]"
         )
-    if len(weights) != len(dims):
+    if weights is None:
+        return
+    if not isinstance(weights, Sequence) or len(weights) != len(dims):
         raise ValueError(
-            f"weights: expected one for each of the {len(dims)} dims, got {len(weights)}; "
-            "leave them out for 1 each"
+            f"{prefix}weights: expected one for each of the {len(dims)} {prefix}dims, got "
+            f"{weights!r}; leave them out for 1 each"
         )
+    for weight in weights:
+        check_positive(f"{prefix}weights", weight, "leave out widths without weight")

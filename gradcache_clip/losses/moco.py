@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.losses.queue import FeatureQueue
+from gradcache_clip.ops.arguments import check_features, check_integers
 from gradcache_clip.ops.results import SelfContrastOutput
 
 
@@ -29,7 +30,7 @@ class MoCoLoss(nn.Module):
 
     Args:
         contrast: `InfoNCELoss`, or `MatryoshkaLoss` around one; holds the scale, the implementation
-            and the process group. Leave its own options at their defaults.
+            and the process group. Not symmetric.
         queues: one per input of queries, of equal size; an empty one is filled at random.
 
     Example:
@@ -52,6 +53,7 @@ class MoCoLoss(nn.Module):
     def __init__(self, contrast: nn.Module, queues: Sequence[FeatureQueue]) -> None:
         super().__init__()
         _check_queues(queues)
+        _check_contrast(contrast)
         self.contrast = contrast
         self.queues = nn.ModuleList(queues)
         self._keys: list[Tensor] = []
@@ -75,7 +77,11 @@ class MoCoLoss(nn.Module):
         Raises:
             ValueError: a wrong number of features, an empty queue, and what the contrast raises.
         """
+        for each in features:
+            check_features("features", each)
         queries, keys = self._halves(features)
+        if order is not None:
+            check_integers("order", order, (len(keys[0]),), keys[0].device)
         keys = [each.detach() if order is None else each.detach()[order] for each in keys]
         self._keys = keys[::-1]
         sides = zip(queries, self._keys, self.queues, strict=True)
@@ -86,6 +92,11 @@ class MoCoLoss(nn.Module):
 
     def push(self) -> None:
         """Append the keys of the last call, of all ranks, to the queues; call after the step."""
+        if not self._keys:
+            raise ValueError(
+                "push: expected a loss before it, got none since the last push; call it once, "
+                "after the step"
+            )
         for queue, keys in zip(self.queues, self._keys, strict=True):
             queue.push(keys)
         self._keys = []
@@ -113,10 +124,21 @@ class MoCoLoss(nn.Module):
         return features[:count], features[count:]
 
 
-def _check_queues(queues: Sequence[FeatureQueue]) -> None:
-    sizes = [queue.size for queue in queues]
-    if len(sizes) not in (1, 2) or len(set(sizes)) != 1:
+def _check_queues(queues: Any) -> None:
+    several = isinstance(queues, (list, tuple)) and all(isinstance(q, FeatureQueue) for q in queues)
+    sizes = [queue.size for queue in queues] if several else type(queues).__name__
+    different = several and len(set(sizes)) == 1 and len(set(queues)) == len(queues)
+    if not different or len(queues) > 2:
         raise ValueError(
-            f"queues: expected one, or two of one size for two modalities, got sizes {sizes}; pass "
-            "e.g. [FeatureQueue(size=65536, width=128)]"
+            f"queues: expected one, or two of one size for two modalities, each its own, got sizes "
+            f"{sizes}; pass e.g. [FeatureQueue(size=65536, width=128)]"
+        )
+
+
+def _check_contrast(contrast: Any) -> None:
+    inner = getattr(contrast, "loss", contrast)
+    if getattr(inner, "symmetric", None) is not False:
+        raise ValueError(
+            "contrast: expected InfoNCELoss(symmetric=False), or MatryoshkaLoss around one, got "
+            f"{inner!r}; a queue holds keys alone, for which no queries compete"
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import gather_rows
 from gradcache_clip.distributed.exchange import Ranks
+from gradcache_clip.losses.options import check_flags, check_positive_int
 from gradcache_clip.ops.arguments import check_features, check_integers
 from gradcache_clip.ops.unit import unit
 
@@ -49,10 +50,9 @@ class FeatureQueue(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if size < 1 or width < 1:
-            raise ValueError(
-                f"size, width: expected at least 1, got {size} and {width}; MoCo keeps 65,536 rows"
-            )
+        check_positive_int("size", size, "MoCo keeps 65,536 rows")
+        check_positive_int("width", width, "take that of the projection")
+        check_flags(normalize=normalize)
         self.size, self.normalize, self.group = size, normalize, group
         self.register_buffer("features_of_all", torch.zeros(size, width))
         self.register_buffer("ids_of_all", torch.full((size,), -1))

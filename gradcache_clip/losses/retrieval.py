@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from gradcache_clip.losses.competitors import accuracy, joint_loss, mean_loss
+from gradcache_clip.losses.options import check_finite, check_flags
 from gradcache_clip.losses.retrieval_arguments import (
     Guide,
     RowArguments,
@@ -104,6 +105,13 @@ class RetrievalLoss(ScaledLoss):
     ) -> None:
         super().__init__(**options)
         check_options(directions, partition_mode, hardness_mode, hardness_strength)
+        check_flags(
+            in_batch_negatives=in_batch_negatives,
+            share_hard_negatives=share_hard_negatives,
+            negatives_in_doc_to_doc=negatives_in_doc_to_doc,
+            relative_guide_margin=relative_guide_margin,
+        )
+        check_finite("guide_margin", guide_margin, "such as 0.05")
         if not in_batch_negatives and tuple(directions) != DIRECTIONS[:1]:
             raise ValueError(
                 f"directions: expected query_to_doc alone with in_batch_negatives=False, got "
@@ -150,7 +158,7 @@ class RetrievalLoss(ScaledLoss):
                 require a gradient, which is complete for this rank's rows.
             guide: features of the same inputs by a frozen model, normalised: (b, G) of queries
                 and documents and, with hard negatives, (b, K, G) of these.
-            row_weights: (b,) weights of the queries in the mean, 0 or more.
+            row_weights: (b,) weights of the queries in the mean, 0 or more, of which one is not 0.
 
         Raises:
             TypeError: features, ids or weights of a wrong type.
@@ -191,6 +199,11 @@ class RetrievalLoss(ScaledLoss):
             raise ValueError(
                 "hard_negatives: expected some with in_batch_negatives=False, got None; nothing "
                 "else competes"
+            )
+        if further.guide is None and (self.guide_margin or self.relative_guide_margin):
+            raise ValueError(
+                f"guide: expected features with guide_margin={self.guide_margin}, got None; pass "
+                "those of the guide, or build the loss without its margin"
             )
         check_rows(self.group, inputs[0], negatives, further)
         if negatives is None:

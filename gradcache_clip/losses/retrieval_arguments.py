@@ -14,8 +14,10 @@ from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere, gather_rows
 from gradcache_clip.distributed.exchange import Ranks
+from gradcache_clip.losses.options import check_finite, check_positive_int
 from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS, RowRules
 from gradcache_clip.ops.arguments import (
+    check_features,
     check_floating,
     check_integers,
     check_pairs,
@@ -42,10 +44,11 @@ class RowArguments(NamedTuple):
 def check_options(
     directions: Sequence[str], partition_mode: str, hardness_mode: str | None, strength: float
 ) -> None:
-    if not set(directions) <= set(DIRECTIONS) or "query_to_doc" not in directions:
+    several = isinstance(directions, (list, tuple)) and all(d in DIRECTIONS for d in directions)
+    if not several or "query_to_doc" not in directions:
         raise ValueError(
             f"directions: expected query_to_doc, and any of {', '.join(DIRECTIONS[1:])}, got "
-            f"{list(directions)}"
+            f"{directions!r}; pass a tuple of names"
         )
     if partition_mode not in PARTITION_MODES:
         raise ValueError(
@@ -60,6 +63,7 @@ def check_options(
     if hardness_mode not in (None, *HARDNESS_MODES):
         names = ", ".join(HARDNESS_MODES)
         raise ValueError(f"hardness_mode: expected None or one of {names}, got {hardness_mode!r}")
+    check_finite("hardness_strength", strength, "such as 9.0")
     if strength < 0 or (strength > 0 and hardness_mode is None):
         raise ValueError(
             f"hardness_strength: expected 0 or more, and 0 without a hardness_mode, got {strength}"
@@ -80,7 +84,9 @@ def negatives_of(
     check_floating("hard_negatives", hard_negatives)
     check_same_device(("queries", "hard_negatives"), queries, hard_negatives)
     (b, D), shape = queries.shape, tuple(hard_negatives.shape)
-    if per_query is not None and per_query > 0 and shape == (b * per_query, D):
+    if per_query is not None:
+        check_positive_int("negatives_per_query", per_query, "pass the K of (b * K, D) negatives")
+    if per_query is not None and shape == (b * per_query, D):
         return hard_negatives.unflatten(0, (b, per_query))
     if per_query is not None or len(shape) != 3 or shape != (b, shape[1], D) or shape[1] == 0:
         raise ValueError(
@@ -97,7 +103,7 @@ def check_rows(
     """Raise unless all of it fits the queries, here and on every other rank."""
     K = 0 if negatives is None else negatives.shape[1]
     check_vectors(queries, (len(queries), K), given, learned_bias=True)
-    guides, bias = given.guide or (), given.column_bias
+    guides, bias = () if given.guide is None else given.guide, given.column_bias
     if given.guide is not None:
         _check_guide(guides, queries, K)
     # Its gradient takes an exchange, which a rank that wants none would not join.
@@ -158,11 +164,13 @@ def _check_constant(name: str, values: Tensor) -> None:
 def _check_guide(guides: Sequence[Tensor], queries: Tensor, K: int) -> None:
     b = len(queries)
     parts = ("queries", "documents", "hard negatives")[: 2 + (K > 0)]
-    if len(guides) != len(parts):
+    several = isinstance(guides, (list, tuple))
+    if not several or len(guides) != len(parts):
         raise ValueError(
-            f"guide: expected features of {', '.join(parts)} by the guide, got {len(guides)} "
-            "tensors; pass one for each input"
+            f"guide: expected features of {', '.join(parts)} by the guide, got "
+            f"{len(guides) if several else type(guides).__name__}; pass a tuple, one for each input"
         )
+    check_features("guide", guides[0])
     G = guides[0].shape[-1]
     for part, each in zip(parts, guides, strict=True):
         shape = (b, K, G) if part == "hard negatives" else (b, G)

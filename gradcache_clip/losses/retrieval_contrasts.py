@@ -117,14 +117,15 @@ class RetrievalContrasts:
         both_ways = "doc_to_query" in self.directions and not extra
         rules = self._pairing(self._of_queries(), self._of_columns())
         statistics = self.statistics(q, k, scale, rules._replace(both_ways=both_ways))
+        rows = [rows_of(each) for each in statistics]
         found = [
-            Compared(rows_of(each).positive, {"query_to_doc": _rows(each, share)})
-            for each in statistics
+            Compared(each.positive, {"query_to_doc": Competitors.of(each, with_positive=True)})
+            for each in rows
         ]
         for each, one in zip(found, statistics if both_ways else [], strict=both_ways):
             back = Competitors.of(columns_of(one), with_positive=True)
             each.directions["doc_to_query"] = back
-        return self._with_own(self._with_positive(found) if extra else found)
+        return self._with_own(self._with_positive(found, share) if extra else found)
 
     def _own_alone(self) -> list[Compared]:
         """A query's own negatives, and nothing of the batch."""
@@ -136,13 +137,16 @@ class RetrievalContrasts:
         ]
         return self._with_own(found)
 
-    def _with_positive(self, found: list[Compared]) -> list[Compared]:
+    def _with_positive(self, found: list[Compared], share: Tensor) -> list[Compared]:
         """Replace the logits of the pairs, which hardness does not weigh."""
-        logits = self._positives()
-        return [
-            each._replace(positive=positive[:, 0])
-            for each, positive in zip(found, logits, strict=True)
-        ]
+        plain = []
+        for (weighed, directions), logits in zip(found, self._positives(), strict=True):
+            positive, against = logits[:, 0], directions["query_to_doc"]
+            # The hardest negative as far from the pair as if hardness weighed neither.
+            hardest = positive.detach() + share * (against.hardest - weighed.detach())
+            directions["query_to_doc"] = against._replace(hardest=hardest)
+            plain.append(Compared(positive, directions))
+        return plain
 
     def _with_own(self, found: list[Compared]) -> list[Compared]:
         """Add the negatives of each query alone, where they are no columns for all."""
@@ -293,9 +297,3 @@ class RetrievalContrasts:
         return [
             gather_rows(own_negative_logits(q, own, scale), self.ranks.group) for q, own in pairs
         ]
-
-
-def _rows(statistics: Statistics, share: Tensor) -> Competitors:
-    """Return the negatives of the rows; the hardest one without what hardness added to it."""
-    found = Competitors.of(rows_of(statistics), with_positive=True)
-    return found._replace(hardest=found.hardest * share)

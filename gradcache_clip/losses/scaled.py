@@ -16,6 +16,7 @@ from gradcache_clip.losses.distributed_softmax import (
     distributed_prefix_statistics,
     distributed_statistics,
 )
+from gradcache_clip.losses.options import check_flags, is_number
 from gradcache_clip.ops.arguments import check_widths, scalar_tensor
 from gradcache_clip.ops.implementations import Impl
 from gradcache_clip.ops.pairing import Pairing, Statistics
@@ -71,7 +72,9 @@ class ScaledLoss(nn.Module):
         exchange: Exchange = "gather",
     ) -> None:
         super().__init__()
-        if not 0 < init_logit_scale <= max_logit_scale:
+        check_flags(normalize=normalize)
+        numbers = is_number(init_logit_scale) and is_number(max_logit_scale)
+        if not numbers or not 0 < init_logit_scale <= max_logit_scale:
             raise ValueError(
                 f"init_logit_scale: expected 0 < init_logit_scale <= max_logit_scale "
                 f"({max_logit_scale}), got {init_logit_scale}; CLIP starts at 1/0.07"
