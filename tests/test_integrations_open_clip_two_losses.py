@@ -162,6 +162,27 @@ def test_captions_that_are_not_shifted() -> None:
         ours.CoCaLoss(**CAPTIONS)(**(given | {"labels": given["labels"][:, 1:]}))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ClipLoss", {"image_features": None}, "image_features: .* floating tensor, got NoneType"),
+        ("DistillClipLoss", {"dist_text_features": None}, "dist_text_features: .* got NoneType"),
+        ("CoCaLoss", {"labels": torch.ones(4, 5)}, "labels: expected .* int64, got torch.float32"),
+    ],
+)
+def test_what_no_loss_can_take(name: str, change: dict[str, Any], message: str) -> None:
+    given = batch(4, 3) if name == "ClipLoss" else given_to(name, 4, 3, torch.float64)
+    with pytest.raises(TypeError, match=message):
+        both_ways(name)[0](**(given | change))
+
+
+def test_a_weight_that_would_leave_the_contrast_out() -> None:
+    with pytest.raises(ValueError, match="clip_loss_weight: expected a finite number, got None"):
+        ours.CoCaLoss(1.0, None)
+    with pytest.raises(TypeError, match="local_loss: expected True or False, got 'no'"):
+        ours.ClipLoss(local_loss="no")
+
+
 def test_a_teacher_under_gradcache() -> None:
     """As docs/integrations/open_clip.md has it: the gradients of DistillClipLoss."""
     (mine,), (true,) = twins(model().double())

@@ -15,6 +15,7 @@ from gradcache_clip.distributed.exchange import Exchange
 from gradcache_clip.integrations.open_clip_base import (
     OpenClipLoss,
     SoftmaxLoss,
+    check_features,
     check_scalars,
     scaled,
 )
@@ -164,6 +165,7 @@ class SigLipLoss(OpenClipLoss):
         logit_bias: Tensor | None = None,
     ) -> Tensor:
         """Return the logits of these images and texts, for evaluation; the loss never does."""
+        check_features(image_features=image_features, text_features=text_features)
         check_scalars(logit_scale=logit_scale, logit_bias=logit_bias)
         return scaled(image_features @ text_features.T, logit_scale, logit_bias)
 

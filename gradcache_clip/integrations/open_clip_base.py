@@ -16,7 +16,7 @@ from gradcache_clip.distributed import world_size as processes
 from gradcache_clip.distributed.collectives import gather_rows, with_summed_gradient
 from gradcache_clip.distributed.exchange import Exchange
 from gradcache_clip.losses import ContrastiveOutput
-from gradcache_clip.losses.options import check_positive_int
+from gradcache_clip.losses.options import check_flags, check_positive_int
 
 
 class OpenClipLoss(nn.Module):
@@ -73,6 +73,7 @@ class OpenClipLoss(nn.Module):
     def for_ddp(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features, whose gradients will be multiplied by W."""
         self._check_ranks()
+        check_features(image_features=image_features, text_features=text_features)
         _check_from_a_model(image_features=image_features, text_features=text_features)
         # DDP averages over W ranks where the sum is needed; open_clip's gather also multiplies.
         images = _ScaleGradient.apply(image_features, processes())
@@ -110,6 +111,7 @@ class SoftmaxLoss(OpenClipLoss):
                 "use_horovod: expected False, got True; processes exchange features through "
                 "torch.distributed: start them with torchrun"
             )
+        check_flags(local_loss=local_loss)
         loss = losses.ClipLoss(normalize=False, exchange=exchange)
         super().__init__(loss, cache_labels, rank, world_size)
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
@@ -128,6 +130,7 @@ class SoftmaxLoss(OpenClipLoss):
         rank's (b, B). Gradients are those of `gather_with_grad=True`.
         """
         self._check_ranks()
+        check_features(image_features=image_features, text_features=text_features)
         check_scalars(logit_scale=logit_scale, logit_bias=logit_bias)
         all_images, all_texts = (
             with_summed_gradient(gather_rows(each)) for each in (image_features, text_features)
@@ -144,6 +147,13 @@ def scaled(products: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> 
     """Return logits in the dtype of the features' products."""
     logits = logit_scale * products
     return logits if logit_bias is None else logits + logit_bias
+
+
+def check_features(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected a floating tensor, got {got}; pass the model's own")
 
 
 def check_scalars(**given: Any) -> None:

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from gradcache_clip import losses
 from gradcache_clip.distributed.exchange import Exchange
 from gradcache_clip.integrations.arguments import translate_errors
-from gradcache_clip.integrations.open_clip_base import SoftmaxLoss, check_scalars
+from gradcache_clip.integrations.open_clip_base import (
+    SoftmaxLoss,
+    check_features,
+    check_scalars,
+)
+from gradcache_clip.losses.options import check_finite
 
 _NAMES = {
     "teacher_queries": "dist_image_features",
@@ -58,6 +63,9 @@ class CoCaLoss(SoftmaxLoss):
         *,
         exchange: Exchange = "gather",
     ) -> None:
+        remedy = "1.0 leaves the loss as it is"
+        check_finite("caption_loss_weight", caption_loss_weight, remedy)
+        check_finite("clip_loss_weight", clip_loss_weight, remedy)
         flags = local_loss, gather_with_grad, cache_labels
         super().__init__(*flags, rank, world_size, use_horovod, exchange=exchange)
         self.clip_loss_weight, self.caption_loss_weight = clip_loss_weight, caption_loss_weight
@@ -145,6 +153,9 @@ class DistillClipLoss(SoftmaxLoss):
                 `ClipLoss` raises.
             TypeError: a scale that is not a tensor.
         """
+        check_features(
+            dist_image_features=dist_image_features, dist_text_features=dist_text_features
+        )
         check_scalars(dist_logit_scale=dist_logit_scale)
         contrastive = self.contrastive(image_features, text_features, logit_scale)
         wide = torch.promote_types(dist_image_features.dtype, torch.float32)
@@ -169,6 +180,11 @@ class DistillClipLoss(SoftmaxLoss):
 
 
 def _check_captions(logits: Tensor, labels: Tensor) -> None:
+    check_features(logits=logits)
+    # Those that torch's cross-entropy takes.
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.uint8):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected a tensor of int64, got {got}; convert with .long()")
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
         raise ValueError(
             f"labels: expected shape (b, L) with logits (b, L, V), got {tuple(labels.shape)} with "
