@@ -8,7 +8,6 @@ sample, often one, afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from math import isqrt
 
 import torch
@@ -24,10 +23,10 @@ from gradcache_clip.kernels.launch_config import (
     launch_options,
     token_config,
 )
-from gradcache_clip.kernels.panels import add_product, slices
+from gradcache_clip.kernels.panels import add_product
+from gradcache_clip.kernels.pieces import SHORTEST, piece_length
 from gradcache_clip.kernels.similarity import padded, products, store_tile, tile_position
 
-_LONGEST_PIECE, _SHORTEST_PIECE = 128, 16
 # A gradient tile is written without products: any small shape whose rows are whole lines does.
 _WRITE_M, _WRITE_N = 16, 128
 
@@ -157,10 +156,10 @@ class TokenPanels:
         x: (images, P, D) contiguous image tokens, fp32, fp16 or bf16.
         y: (texts, R, D) like x.
         both_ways: whether image tokens look for text tokens too.
-        samples: how many texts have scores, where y holds pieces of texts.
+        samples: how many texts have scores; fewer where y holds pieces of them.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, *, both_ways: bool, samples: int = 0) -> None:
+    def __init__(self, x: Tensor, y: Tensor, *, both_ways: bool, samples: int) -> None:
         self.config = config = token_config(x, both_ways=both_ways)
         self.both_ways = both_ways
         self.x, self.y = (padded(side.flatten(0, 1), config.BLOCK_D) for side in (x, y))
@@ -169,13 +168,7 @@ class TokenPanels:
         self.block_r = piece_length([self.R], config.BLOCK_N)
         self.gradient_scale = FLOAT16_GRADIENT_SCALE if x.dtype == torch.float16 else 1.0
         B = max(len(x), len(y))
-        self.shape = panel_shape(config, B, samples or B, self.P, self.R, x.element_size())
-
-    def stripes(self) -> Iterator[slice]:
-        return slices(self.images, self.shape[0])
-
-    def panels(self) -> Iterator[slice]:
-        return slices(self.texts, self.shape[1])
+        self.shape = panel_shape(config, B, samples, self.P, self.R, x.element_size())
 
     def maxima(
         self, stripe: slice, panel: slice, *, with_index: bool
@@ -278,19 +271,10 @@ class TokenPanels:
         add_product(out.view(-1, out.shape[-1]), dsimilarity, tokens.flatten(0, 1))
 
 
-def piece_lengths(tokens: Tensor, images: Sequence[int], texts: Sequence[int]) -> tuple[int, int]:
-    """The pieces into which to cut packed tokens, of images and texts of these lengths."""
+def piece_limits(tokens: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The longest and the shortest piece of packed tokens, of images and of texts."""
     config = token_config(tokens, both_ways=True)
-    return piece_length(images, config.BLOCK_M), piece_length(texts, config.BLOCK_N)
-
-
-def piece_length(samples: Sequence[int], longest: int) -> int:
-    """The longest power of two that pads at most an eighth more than the shortest one does."""
-    lengths = [_SHORTEST_PIECE]
-    while 2 * lengths[-1] <= min(longest, _LONGEST_PIECE):
-        lengths.append(2 * lengths[-1])
-    sizes = {n: n * sum(-(-tokens // n) for tokens in samples) for n in lengths}
-    return max(n for n, size in sizes.items() if 8 * size <= 9 * sizes[_SHORTEST_PIECE])
+    return (config.BLOCK_M, SHORTEST), (config.BLOCK_N, SHORTEST)
 
 
 def panel_shape(

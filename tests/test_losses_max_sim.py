@@ -21,7 +21,7 @@ from gradcache_clip import (
 )
 from gradcache_clip.ops import late_interaction_tiled
 from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules
-from gradcache_clip.ops.late_interaction_tiled import TorchTiles
+from gradcache_clip.ops.late_interaction_tiled import TorchPanels
 from gradcache_clip.ops.pairing import SideGradient
 
 B, K, D, SCALE = 7, 2, 6, 3.0
@@ -337,20 +337,20 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(late_interaction_tiled, "_SIDE", 20)
     monkeypatch.setattr(late_interaction_tiled, "_ELEMENTS", 400)
     tiles: list[int] = []
-    buffer = TorchTiles._buffer
+    buffer = TorchPanels._buffer
 
-    def recorded(self: TorchTiles, name: str, rows: int, columns: int) -> Tensor:
+    def recorded(self: TorchPanels, name: str, rows: int, columns: int) -> Tensor:
         if name == "similarity":
             tiles.append(rows * columns)
         return buffer(self, name, rows, columns)
 
-    monkeypatch.setattr(TorchTiles, "_buffer", recorded)
+    monkeypatch.setattr(TorchPanels, "_buffer", recorded)
     return tiles
 
 
 @pytest.mark.parametrize("as_masks", [False, True])
 def test_padding_costs_nothing(as_masks: bool, seen: list[int]) -> None:
-    """One document of 90 tokens among short ones: padded to it, 22 times the work."""
+    """One document of 90 tokens among short ones: padded to it, 22 times the work, not 9 / 8."""
     lengths = torch.randint(1, 5, (60,)).index_fill(0, torch.tensor(7), 90)
     queries, tokens = torch.randn(60, 3, D), torch.randn(int(lengths.sum()), D)
     options: dict[str, Tensor] = {"document_lengths": lengths}
@@ -359,7 +359,7 @@ def test_padding_costs_nothing(as_masks: bool, seen: list[int]) -> None:
         tokens = torch.randn(60, 90, D)
     leaves = queries.requires_grad_(), tokens.requires_grad_()
     MaxSimLoss(impl="tiled")(*leaves, **options).loss.backward()
-    assert sum(seen) == 2 * int(lengths.sum()) * 60 * 3
+    assert 1 <= sum(seen) / (2 * int(lengths.sum()) * 60 * 3) <= 9 / 8
     assert max(seen) <= 400
 
 
@@ -376,7 +376,7 @@ def test_passes_over_packed_tokens_never_allocate_a_matrix(seen: list[int]) -> N
         sides = (SideGradient(peak, peak, peak) for peak in (found.row_max, found.column_max))
         passes.gradient(tokens, queries, scale, rules, *sides, (True, True, True))
     # A stripe of at most 20 documents keeps its scores with all queries.
-    assert largest.numel <= max(tokens.numel(), queries.numel(), 400, 20 * 100)
+    assert largest.numel <= max(tokens.numel() + D, queries.numel(), 400, 20 * 100)
     assert max(seen) <= 400
 
 

@@ -30,7 +30,7 @@ from gradcache_clip.ops.late_interaction_op import TokenRules
 from gradcache_clip.ops.pairing import Statistics
 from gradcache_clip.ops.results import RetrievalOutput
 from gradcache_clip.ops.softmax import columns_of, rows_of, weighted_mean
-from gradcache_clip.ops.token_sides import TokenReduction
+from gradcache_clip.ops.token_pieces import TokenReduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

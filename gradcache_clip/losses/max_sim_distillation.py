@@ -25,7 +25,7 @@ from gradcache_clip.losses.token_contrast import own_logits
 from gradcache_clip.ops.implementations import resolve_impl
 from gradcache_clip.ops.late_interaction import check_token_reduction
 from gradcache_clip.ops.late_interaction_op import TokenRules
-from gradcache_clip.ops.token_sides import TokenReduction
+from gradcache_clip.ops.token_pieces import TokenReduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

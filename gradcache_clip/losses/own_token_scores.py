@@ -18,8 +18,7 @@ from gradcache_clip.ops.implementations import (
 )
 from gradcache_clip.ops.late_interaction_op import TokenPasses, TokenRules
 from gradcache_clip.ops.late_interaction_reference import DenseTokens, best_match
-from gradcache_clip.ops.late_interaction_tiled import TorchTiles
-from gradcache_clip.ops.late_interaction_triton import PieceTiles
+from gradcache_clip.ops.late_interaction_tiles import TokenTiles
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -77,7 +76,7 @@ class _OwnScores(torch.autograd.Function):
 
 
 def _gradients(
-    tiles: TorchTiles | PieceTiles, dscores: Float[Tensor, "n 1"], needs: tuple[bool, bool]
+    tiles: TokenTiles, dscores: Float[Tensor, "n 1"], needs: tuple[bool, bool]
 ) -> list[Tensor | None]:
     """Compute the gradients of queries and candidates, where needed, from those of the scores."""
     sides, largest = (tiles.texts, tiles.images), dscores.abs().amax()
@@ -96,24 +95,20 @@ def _gradients(
             for each, side, where in zip(into, sides, (queries, own), strict=True)
         )
         tiles.add_gradients((own, queries), maxima, (None, found), (dcandidates, dqueries))
-    unscale = factor / tiles.gradient_scale
+    unscale = factor / tiles.panels.gradient_scale
     return [
         None if each is None else side.of_tokens(each.mul_(unscale))
         for each, side in zip(into, sides, strict=True)
     ]
 
 
-def _query(tiles: TorchTiles | PieceTiles, own: slice, queries: slice) -> Int[Tensor, "n 1"]:
+def _query(tiles: TokenTiles, own: slice, queries: slice) -> Int[Tensor, "n 1"]:
     """Return which of these queries each of these candidates belongs to."""
     candidate = torch.arange(own.start, own.stop, device=tiles.images.weight.device)
     each = tiles.images.samples // tiles.texts.samples
     return (candidate // each - queries.start)[:, None]
 
 
-def _tiles(
-    queries: Tensor, candidates: Tensor, rules: TokenRules, impl: str
-) -> TorchTiles | PieceTiles:
+def _tiles(queries: Tensor, candidates: Tensor, rules: TokenRules, impl: str) -> TokenTiles:
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    tiles = TokenPasses(impl).tiles(candidates[None], queries[None], dtype, rules)
-    assert isinstance(tiles, (TorchTiles, PieceTiles))
-    return tiles
+    return TokenPasses(impl).tiles(candidates[None], queries[None], dtype, rules)

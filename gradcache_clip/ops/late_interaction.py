@@ -32,7 +32,7 @@ from gradcache_clip.ops.softmax import (
     one_positive_loss,
     weighted_mean,
 )
-from gradcache_clip.ops.token_sides import TokenReduction
+from gradcache_clip.ops.token_pieces import TokenReduction
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

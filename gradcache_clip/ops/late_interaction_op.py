@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from gradcache_clip.ops.implementations import autocast_disabled
-from gradcache_clip.ops.late_interaction_passes import (
-    TokenTiles,
-    gradient,
-    statistics,
-)
-from gradcache_clip.ops.late_interaction_tiled import TorchTiles
-from gradcache_clip.ops.late_interaction_triton import PieceTiles, TritonTiles
+from gradcache_clip.ops.late_interaction_passes import gradient, statistics
+from gradcache_clip.ops.late_interaction_tiled import TorchPanels
+from gradcache_clip.ops.late_interaction_tiles import TokenTiles
+from gradcache_clip.ops.late_interaction_triton import TritonPanels
 from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.statistics_op import register
-from gradcache_clip.ops.token_sides import PackedSide, TokenReduction, masked_tokens
+from gradcache_clip.ops.token_pieces import Pieces, TokenReduction
 
 
 class TokenRules(NamedTuple):
@@ -129,18 +126,12 @@ class TokenPasses(NamedTuple):
         self, images: Tensor, texts: Tensor, dtype: torch.dtype, rules: TokenRules
     ) -> TokenTiles:
         """Return the tiles of these tokens, with scores in `dtype`."""
-        given = (images, rules.image_mask), (texts, rules.text_mask)
-        options, one_way = (rules.token_reduction, dtype), rules.one_way
-        if rules.image_spans is not None and rules.text_spans is not None:
-            spans = rules.image_spans, rules.text_spans
-            pairs = zip(given, spans, strict=True)
-            packed = (PackedSide.spanned(*side, each, *options) for side, each in pairs)
-            of_packed = PieceTiles if self.impl == "triton" else TorchTiles
-            return of_packed(*packed, one_way=one_way)
-        dense = [masked_tokens(*side, *options) for side in given]
-        if self.impl == "triton":
-            return TritonTiles(*dense, one_way=one_way)
-        return TorchTiles(*map(PackedSide.padded, dense), one_way=one_way)
+        of_impl = TritonPanels if self.impl == "triton" else TorchPanels
+        limits, reduction = of_impl.piece_limits(images), rules.token_reduction
+        of_images = images, rules.image_mask, rules.image_spans, reduction, limits[0], dtype
+        of_texts = texts, rules.text_mask, rules.text_spans, reduction, limits[1], dtype
+        sides, one_way = (Pieces.of(*of_images), Pieces.of(*of_texts)), rules.one_way
+        return TokenTiles(*sides, of_impl(*sides, one_way=one_way), one_way=one_way)
 
     def shapes(self, images: int, texts: int, rules: TokenRules) -> list[tuple[int, ...]]:
         """Return the shapes of the fields of `Statistics`."""

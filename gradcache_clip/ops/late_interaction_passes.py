@@ -16,62 +16,15 @@ each tile again. Its gradient has one entry for each maximum, P + R of P R for e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradcache_clip.ops.late_interaction_tiles import Maxima, TokenTiles
 from gradcache_clip.ops.masks import TileMasks
 from gradcache_clip.ops.pairing import Gradients, Needs, Pairing, SideGradient, Statistics
 from gradcache_clip.ops.tile_statistics import RunningSoftmax
-from gradcache_clip.ops.token_pieces import Pieces
-from gradcache_clip.ops.token_sides import PackedSide, Tokens, unmasked
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-
-
-class Maxima(NamedTuple):
-    """The scores of a tile, and for the backward the token that won each maximum.
-
-    How winners are numbered and laid out is up to the tiles, which take them back.
-    """
-
-    image_to_text: Float[Tensor, "i j"] | None
-    """None if one way, as `best_text_token` is."""
-    text_to_image: Float[Tensor, "i j"]
-    best_text_token: Tensor | None = None
-    best_image_token: Tensor | None = None
-
-
-class TokenTiles(Protocol):
-    """Tiles of one implementation."""
-
-    @property
-    def images(self) -> Tokens | PackedSide | Pieces: ...
-
-    @property
-    def texts(self) -> Tokens | PackedSide | Pieces: ...
-
-    one_way: bool
-    gradient_scale: float
-    """`add_gradients` adds the gradient times this factor."""
-
-    def stripes(self) -> Iterator[slice]: ...
-
-    def panels(self) -> Iterator[slice]: ...
-
-    def maxima(self, stripe: slice, panel: slice, *, winners: bool) -> Maxima: ...
-
-    def add_gradients(
-        self,
-        pair: tuple[slice, slice],
-        maxima: Maxima,
-        dscores: tuple[Tensor | None, Tensor],
-        dtokens: tuple[Tensor | None, Tensor | None],
-    ) -> None:
-        """Add to `dtokens` of the stripe's images and of the panel's texts, where not None."""
 
 
 def statistics(tiles: TokenTiles, logit_scale: Tensor, pairing: Pairing) -> Statistics:
@@ -116,7 +69,7 @@ def _stripe_scores(tiles: TokenTiles, stripe: slice, like: Tensor) -> tuple[Tens
     """Compute the scores of a stripe of images with all texts, in both directions."""
     shape = stripe.stop - stripe.start, tiles.texts.samples
     rows, columns = None if tiles.one_way else like.new_empty(shape), like.new_empty(shape)
-    for panel in tiles.panels():
+    for panel in tiles.text_panels():
         maxima = tiles.maxima(stripe, panel, winners=False)
         columns[:, panel] = maxima.text_to_image
         if rows is not None and maxima.image_to_text is not None:
@@ -139,11 +92,11 @@ def gradient(
     dlogit_scale = torch.zeros_like(logit_scale)
     sides, factor = _in_units(sides)
     masks = _masks(tiles, logit_scale, pairing)
-    unscale = factor * logit_scale / tiles.gradient_scale
+    unscale = factor * logit_scale / tiles.panels.gradient_scale
     for stripe in tiles.stripes():
         own = images.at(stripe)
         rows = torch.zeros_like(images.values[own], dtype=dtype) if needs_images else None
-        for panel in tiles.panels():
+        for panel in tiles.text_panels():
             maxima = tiles.maxima(stripe, panel, winners=needs_images or needs_texts)
             scores = _Scores(maxima, (stripe, panel), logit_scale, masks)
             dscores = scores.gradient(sides, dlogit_scale)
@@ -151,10 +104,9 @@ def gradient(
                 columns = None if dtexts is None else dtexts[texts.at(panel)]
                 tiles.add_gradients((stripe, panel), maxima, dscores, (rows, columns))
         if dimages is not None and rows is not None:
-            mask = None if images.mask is None else images.mask[stripe]
-            dimages[own] = unmasked(rows, mask).mul_(unscale)
+            dimages[own] = rows.mul_(unscale)
     if dtexts is not None:
-        dtexts = unmasked(dtexts, texts.mask).mul_(unscale).to(texts.values.dtype)
+        dtexts = dtexts.mul_(unscale).to(texts.values.dtype)
     return dimages, dtexts, dlogit_scale.mul_(factor) if needs_scale else None
 
 

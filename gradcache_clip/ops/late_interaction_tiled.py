@@ -1,7 +1,6 @@
 """Late interaction in plain PyTorch, on any device: tiles from matrix products.
 
-P image tokens, R text tokens, D feature width; I images and J texts of a tile. Samples may have any
-number of tokens, which lie one after the other: no tile holds padding.
+P image tokens, R text tokens, D feature width; I pieces of images and J of texts of a tile.
 
 The gradient of a tile has one entry for each maximum: a list of (image token, text token, weight)
 is sorted, and each token sums its partners in that order, 4 I J (P + R) D flops. Two dense products
@@ -11,94 +10,100 @@ took twice as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from gradcache_clip.ops.late_interaction_passes import Maxima
-from gradcache_clip.ops.token_sides import PackedSide
+from gradcache_clip.ops.late_interaction_tiles import Maxima
+from gradcache_clip.ops.token_pieces import Pieces, Run
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # Tokens along the image side of a tile, and all its similarities: 4 MB in fp32.
 _SIDE, _ELEMENTS = 1024, 2**20
+# The longest and the shortest piece of packed tokens.
+_PIECES = 16, 1
 
 
-class TorchTiles:
+class TorchPanels:
     """Tiles from matrix products, in buffers that stay in the cache."""
 
-    gradient_scale = 1.0
+    gradient_scale, ignores_nan = 1.0, False
 
-    def __init__(self, images: PackedSide, texts: PackedSide, *, one_way: bool) -> None:
+    def __init__(self, images: Pieces, texts: Pieces, *, one_way: bool) -> None:
         self.images, self.texts, self.one_way = images, texts, one_way
-        own = (images.at(stripe) for stripe in self.stripes())
-        self._columns = _ELEMENTS // max(tokens.stop - tokens.start for tokens in own)
+        P, R = images.values.shape[1], texts.values.shape[1]
+        stripe = max(1, _SIDE // P)
+        self.shape = stripe, max(1, _ELEMENTS // (max(stripe, images.most) * P * R))
         self._buffers: dict[str, Tensor] = {}
 
-    def stripes(self) -> Iterator[slice]:
-        return self.images.cut(slice(0, self.images.samples), _SIDE)
+    @staticmethod
+    def piece_limits(tokens: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        return _PIECES, _PIECES
 
-    def panels(self) -> Iterator[slice]:
-        return self.texts.cut(slice(0, self.texts.samples), self._columns)
+    def texts_at_once(self, images: int, texts: int) -> int:
+        return 1
 
-    def pairs(self) -> Iterator[tuple[slice, slice]]:
-        """Yield each text and, as many as fit a tile, the images that are its own."""
-        each = self.images.samples // self.texts.samples
-        for text in range(self.texts.samples):
-            for own in self.images.cut(slice(text * each, (text + 1) * each), _SIDE):
-                yield own, slice(text, text + 1)
-
-    def maxima(self, stripe: slice, panel: slice, *, winners: bool) -> Maxima:
-        rows, columns = self.images.rows(stripe), self.texts.rows(panel)
+    def maxima(
+        self, stripe: slice, panel: slice, *, with_index: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        P, R = self.images.values.shape[1], self.texts.values.shape[1]
+        rows, columns = self._rows(self.images, stripe), self._rows(self.texts, panel)
         shape = len(rows), len(columns)
         tile = torch.mm(rows, columns.T, out=self._buffer("similarity", *shape))
-        scratch = self._buffer("scratch", *shape) if winners else None
-        best_image, image_token = _best(tile, scratch, self.images, stripe)
-        text_to_image = self.texts.total(best_image, panel)
+        scratch = self._buffer("scratch", *shape) if with_index else None
+        best_image, image_token = _best(tile, scratch, P, R)
         if self.one_way:
-            return Maxima(None, text_to_image, None, image_token)
+            return None, None, best_image, image_token
         turned = None if scratch is None else scratch.T
-        best_text, text_token = _best(tile.T, turned, self.texts, panel)
-        image_to_text = self.images.total(best_text, stripe).T
-        return Maxima(image_to_text, text_to_image, text_token, image_token)
+        found = _best(tile.T, turned, R, P)
+        best_text, text_token = (None if x is None else x.permute(1, 2, 0) for x in found)
+        return best_text, text_token, best_image, image_token
 
     def add_gradients(
         self,
-        pair: tuple[slice, slice],
+        runs: tuple[Run, Run],
         maxima: Maxima,
         dscores: tuple[Tensor | None, Tensor],
         dtokens: tuple[Tensor | None, Tensor | None],
     ) -> None:
-        image, text, weight = self._entries(pair, maxima, dscores)
+        image, text, weight = self._entries(runs, maxima, dscores)
         dimages, dtexts = dtokens
         if dimages is not None:
-            _add_sums(dimages, image, text, weight, self.texts.rows(pair[1]))
+            _add_sums(dimages, image, text, weight, self._rows(self.texts, runs[1].pieces))
         if dtexts is not None:
-            _add_sums(dtexts, text, image, weight, self.images.rows(pair[0]))
+            _add_sums(dtexts, text, image, weight, self._rows(self.images, runs[0].pieces))
 
     def _entries(
         self,
-        pair: tuple[slice, slice],
+        runs: tuple[Run, Run],
         maxima: Maxima,
         dscores: tuple[Tensor | None, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (image token, text token, weight) of each maximum, numbered within the tile."""
-        (stripe, panel), (row, column), won = pair, dscores, maxima.best_image_token
+        (images, texts), (row, column), won = runs, dscores, maxima.best_image_token
         assert won is not None
-        image, text = (
-            torch.arange(where.stop - where.start, dtype=won.dtype, device=won.device)
-            for where in (self.images.at(stripe), self.texts.at(panel))
+        (image, image_weight), (text, text_weight) = (
+            _numbered(side.weight[run.pieces], won.dtype)
+            for side, run in zip((self.images, self.texts), runs, strict=True)
         )
-        found = [(won, text.expand_as(won), self.texts.spread(column, panel))]
+        won = images.tokens(won, 0, image.shape[1])
+        weight = texts.spread(column, 1)[:, :, None] * text_weight
+        found = [(won, text.expand_as(won), weight)]
         if row is not None and (won := maxima.best_text_token) is not None:
-            found.append((image.expand_as(won), won, self.images.spread(row.T, stripe)))
+            won = texts.tokens(won, 2, text.shape[1])
+            weight = images.spread(row, 0)[:, None] * image_weight[:, :, None]
+            found.append((image[:, :, None].expand_as(won), won, weight))
         flat = [[each.flatten() for each in entry] for entry in found]
         image, text, weight = (torch.cat(each) for each in zip(*flat, strict=True))
         return image, text, weight
+
+    def _rows(self, side: Pieces, pieces: slice) -> Tensor:
+        """Return their tokens in the dtype of the similarities."""
+        return side.values[pieces].flatten(0, 1).to(side.weight.dtype)
 
     def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
         if name not in self._buffers or self._buffers[name].numel() < rows * columns:
@@ -107,22 +112,19 @@ class TorchTiles:
 
 
 def _best(
-    tile: Float[Tensor, "t o"], scratch: Tensor | None, side: PackedSide, samples: slice
-) -> tuple[Float[Tensor, "s o"], Int[Tensor, "s o"] | None]:
-    """Return the maxima over the tokens of each sample and, with scratch, the rows that won."""
-    shape = samples.stop - samples.start, tile.shape[1]
-    best, token = tile.new_empty(shape), None
+    tile: Float[Tensor, "t o"], scratch: Tensor | None, length: int, other: int
+) -> tuple[Float[Tensor, "n o l"], Int[Tensor, "n o l"] | None]:
+    """Return the maxima over the tokens of each piece and, with scratch, the tokens that won."""
+    block, token = tile.unflatten(0, (-1, length)), None
+    best = block.amax(1)
     if scratch is not None:
-        token = tile.new_empty(shape, dtype=torch.int32)
-    for own, rows in side.blocks(samples):
-        many = own.stop - own.start
-        block = tile[rows].unflatten(0, (many, -1))
-        torch.amax(block, 1, out=best[own])
-        if scratch is not None and token is not None:
-            winner = _winners(block, best[own], scratch[rows].unflatten(0, (many, -1)))
-            first = torch.arange(many, dtype=token.dtype, device=token.device)[:, None]
-            token[own] = winner + (first * block.shape[1] + rows.start)
-    return best, token
+        token = _winners(block, best, scratch.unflatten(0, (-1, length))).unflatten(1, (-1, other))
+    return best.unflatten(1, (-1, other)), token
+
+
+def _numbered(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    number = torch.arange(weight.numel(), dtype=dtype, device=weight.device)
+    return number.view_as(weight), weight
 
 
 def _winners(block: Tensor, best: Tensor, scratch: Tensor) -> Tensor:
@@ -138,6 +140,7 @@ def _winners(block: Tensor, best: Tensor, scratch: Tensor) -> Tensor:
 
 def _add_sums(out: Tensor, to: Tensor, source: Tensor, weight: Tensor, tokens: Tensor) -> None:
     """out[to] += weight * tokens[source], in the order of entries: deterministic."""
+    out = out.view(-1, out.shape[-1])
     to, order = to.sort(stable=True)
     first = torch.arange(len(out), dtype=to.dtype, device=to.device)
     offsets = torch.searchsorted(to, first, out_int32=True)

@@ -1,7 +1,8 @@
-"""Packed tokens cut into pieces of one length, which are samples to the kernels.
+"""The tokens of one side of late interaction in pieces of one length, and what becomes of them.
 
-S samples, n pieces of L tokens, D feature width; s samples of a run with at most m pieces each.
-Maxima over pieces are reduced to maxima over samples here: 1/L of the numbers of a tile.
+S samples, n pieces of L tokens, D feature width; T tokens of a sample or of all; s samples of a run
+with at most m pieces each. Maxima are taken over pieces, then over the pieces of a sample: 1/L of
+the numbers of a tile.
 
 Padding whole samples would waste more unless they were sorted by length, but their order says who
 competes. Kernels that read offsets would need another variant of each.
@@ -11,42 +12,97 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradcache_clip.ops.token_sides import PackedSide
+from gradcache_clip.kernels.pieces import piece_length
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
+
+TokenReduction = Literal["mean", "sum"]
 
 
 class Pieces(NamedTuple):
     """One side in pieces, none of which mixes samples, or tokens that may be found with others."""
 
     values: Float[Tensor, "n l d"]
-    """Repeats of the last token fill a piece."""
+    """Repeats of the last token fill a piece, so that maxima need no mask."""
     weight: Float[Tensor, "n l"]
-    """Weight of a token in the mean or sum over its sample; 0 for repeats."""
-    token: Int[Tensor, "n l"]
-    """Number of a token on its side; that of all tokens for repeats."""
-    last: Int[Tensor, " n"]
-    """Place of the last token of a piece, before its repeats."""
-    tokens: int
-    """Number of all tokens."""
-    starts: list[int]
-    """First piece of each sample, then the number of all pieces."""
+    """Of a token in the mean or sum over its sample; 0 for repeats."""
+    sample: Int[Tensor, " n"]
     bounds: Int[Tensor, "2 s"]
     """First piece of each sample, and the end of those that may be found."""
+    starts: list[int]
+    """First piece of each sample, then the number of all pieces."""
     runs: dict[tuple[int, int], Run]
     """Runs that were asked for, by their samples."""
-    mask: None = None
+    tokens: int
+    """How many were given."""
+    last: Int[Tensor, " n"] | None = None
+    """Place of the last token of a piece, before its repeats; None if there are none."""
+    token: Int[Tensor, "n l"] | None = None
+    """Which of the given tokens each is, the number of all for repeats; None if in their order."""
 
     @staticmethod
-    def of(side: PackedSide, length: int) -> Pieces:
+    def of(
+        tokens: Float[Tensor, "s t d"],
+        mask: Bool[Tensor, "s t"] | None,
+        spans: Int[Tensor, "3 s"] | None,
+        token_reduction: str,
+        limits: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Pieces:
+        """Take padded tokens or, with spans, packed ones, in pieces between the limits."""
+        if spans is None:
+            pieces = Pieces.padded(tokens, mask, dtype)
+        else:
+            counts = None if mask is None else mask.flatten()
+            pieces = Pieces.packed(tokens.flatten(0, 1), counts, spans, limits, dtype)
+        return pieces.averaged() if token_reduction == "mean" else pieces
+
+    @staticmethod
+    def padded(
+        tokens: Float[Tensor, "s t d"], mask: Bool[Tensor, "s t"] | None, dtype: torch.dtype
+    ) -> Pieces:
+        """Take samples of one length, each a piece; copy them only where there is a mask."""
+        samples, length, _ = tokens.shape
+        number = torch.arange(samples, device=tokens.device)
+        starts, bounds = list(range(samples + 1)), torch.stack((number, number + 1))
+        ones = torch.ones(tokens.shape[:2], dtype=dtype, device=tokens.device)
+        whole = Pieces(tokens.contiguous(), ones, number, bounds, starts, {}, samples * length)
+        return whole if mask is None else whole._masked(mask)
+
+    def _masked(self, mask: Bool[Tensor, "s t"]) -> Pieces:
+        """Put valid tokens first, then repeats of the last one; a sample without any gets zeros."""
+        length = mask.shape[1]
+        place = torch.arange(length, device=mask.device)
+        last, order = mask.sum(1, keepdim=True) - 1, (~mask).byte().argsort(dim=1, stable=True)
+        index = order.gather(1, place.minimum(last.clamp_min(0))) + self.sample[:, None] * length
+        given = self.values.flatten(0, 1), index, place > last, self.weight.dtype
+        values, weight, token = _filled(*given)
+        values.masked_fill_((last < 0)[:, :, None], 0)
+        last = last[:, 0].clamp_min(0).int()
+        return self._replace(values=values, weight=weight, last=last, token=token)
+
+    @staticmethod
+    def packed(
+        tokens: Float[Tensor, "t d"],
+        counts: Bool[Tensor, " t"] | None,
+        spans: Int[Tensor, "3 s"],
+        limits: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Pieces:
         """Cut two stretches of each sample: tokens that may be found, then the others, if any."""
-        start, stop = (each.T.flatten() for each in (side.bounds[:2], side.bounds[1:]))
+        start, stop = (each.T.flatten() for each in (spans[:2], spans[1:]))
+        lengths = (stop - start).tolist()
+        if len(set(lengths[::2])) == 1 and not any(lengths[1::2]) and sum(lengths) == len(tokens):
+            whole = Pieces.padded(tokens.unflatten(0, (-1, lengths[0])), None, dtype)
+            weight = whole.weight if counts is None else counts.view_as(whole.weight).to(dtype)
+            return whole._replace(weight=weight)
+        length = piece_length(lengths, *limits)
         count = (stop - start + length - 1) // length
         end = count.cumsum(0)
         first, starts = end - count, [0, *end[1::2].tolist()]
@@ -54,12 +110,12 @@ class Pieces(NamedTuple):
         number, place = (torch.arange(n, device=end.device) for n in (starts[-1], length))
         begin = start[stretch] + (number - first[stretch]) * length
         last = (stop[stretch] - begin).clamp_max(length) - 1
-        token = begin[:, None] + place.minimum(last[:, None])
-        values, weight, repeated = side.values[token], side.weight[token], place > last[:, None]
-        weight.masked_fill_(repeated, 0)
-        token.masked_fill_(repeated, tokens := len(side.values))
-        bounds = first.view(-1, 2).T
-        return Pieces(values, weight, token, last.int(), tokens, starts, bounds, {})
+        index = begin[:, None] + place.minimum(last[:, None])
+        values, weight, token = _filled(tokens, index, place > last[:, None], dtype)
+        if counts is not None:
+            weight *= counts[index]
+        given = values, weight, stretch // 2, first.view(-1, 2).T
+        return Pieces(*given, starts, {}, len(tokens), last.int(), token)
 
     @property
     def samples(self) -> int:
@@ -69,6 +125,18 @@ class Pieces(NamedTuple):
     def most(self) -> int:
         """Return the number of pieces of the longest sample."""
         return _most(self.starts)
+
+    def averaged(self) -> Pieces:
+        """Divide the weights by their sum over each sample."""
+        total = self._sums(self.weight).clamp_min(1)
+        return self._replace(weight=self.weight / total[self.sample, None])
+
+    def guard(self) -> Float[Tensor, " s"]:
+        """Return 0 for each sample, NaN where one of its tokens is not finite."""
+        return self._sums(self.values.sum(2, dtype=self.weight.dtype).mul_(0))
+
+    def _sums(self, each: Float[Tensor, "n l"]) -> Float[Tensor, " s"]:
+        return each.new_zeros(self.samples).index_add_(0, self.sample, each.sum(1))
 
     def at(self, samples: slice) -> slice:
         """Return the pieces of these samples."""
@@ -82,72 +150,116 @@ class Pieces(NamedTuple):
         return self.runs[key]
 
     def cut(self, samples: slice, pieces: int) -> Iterator[slice]:
-        """Cut samples into runs of one, or of at most so many pieces if all were the longest."""
+        """Cut samples into runs of one, or of at most so many pieces.
+
+        If all were the longest of a run they would be twice as many at most.
+        """
         first, longest = samples.start, 0
         for number in range(samples.start, samples.stop):
             own = self.starts[number + 1] - self.starts[number]
             longest = max(longest, own)
-            if number > first and longest * (number + 1 - first) > pieces:
+            many = self.starts[number + 1] - self.starts[first]
+            if number > first and max(2 * many, longest * (number + 1 - first)) > 2 * pieces:
                 yield slice(first, number)
                 first, longest = number, own
         yield slice(first, samples.stop)
 
     def of_tokens(self, dvalues: Float[Tensor, "n l d"]) -> Float[Tensor, "t d"]:
-        """Turn the gradient of the pieces into that of all tokens."""
-        out = dvalues.new_zeros(self.tokens + 1, dvalues.shape[2])
-        return out.index_copy_(0, self.token.flatten(), dvalues.flatten(0, 1))[:-1]
+        """Turn the gradient of the pieces into that of the given tokens."""
+        flat = dvalues.flatten(0, 1)
+        if self.token is None:
+            return flat
+        out = flat.new_zeros(self.tokens + 1, flat.shape[1])
+        return out.index_copy_(0, self.token.flatten(), flat)[:-1]
 
 
 class Run(NamedTuple):
-    """Consecutive samples, which are compared in one launch; numbers count from its first piece."""
+    """Consecutive samples, which are compared in one tile."""
 
     pieces: slice
+    last: Int[Tensor, " n"] | None
+    """Place of the last token of each piece, for which its repeats stand."""
+    split: Split | None
+    """None if every sample is a single piece."""
+
+    @staticmethod
+    def of(side: Pieces, samples: slice) -> Run:
+        pieces = side.at(samples)
+        most = _most(side.starts[samples.start : samples.stop + 1])
+        split = Split.of(side, samples, most) if most > 1 else None
+        return Run(pieces, None if side.last is None else side.last[pieces], split)
+
+    def best(self, best: Tensor, winner: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+        """Reduce maxima over pieces to samples along `dim`; the winner of a losing piece is -1."""
+        if winner is not None and self.last is not None:
+            winner = winner.minimum(self.last.view(_along(dim, best)))
+        return (best, winner) if self.split is None else self.split.best(best, winner, dim)
+
+    def tokens(self, winner: Int[Tensor, ...], dim: int, length: int) -> Int[Tensor, ...]:
+        """Number the tokens that won for each sample, from the first of the run."""
+        pieces = self.pieces.stop - self.pieces.start
+        first = torch.arange(pieces, dtype=winner.dtype, device=winner.device) * length
+        token = winner + first.view(_along(dim, winner))
+        if self.split is None:
+            return token
+        return self.split.best(token.masked_fill_(winner < 0, -1), None, dim)[0]
+
+    def spread(self, scores: Tensor, dim: int) -> Tensor:
+        """Repeat what a sample has for each of its pieces."""
+        return scores if self.split is None else scores.index_select(dim, self.split.sample)
+
+    def total(self, values: Float[Tensor, "o n"]) -> Float[Tensor, "o s"]:
+        """Add up the pieces of each sample, in their order."""
+        return values if self.split is None else self.split.total(values)
+
+
+class Split(NamedTuple):
+    """Which pieces the samples of a run are in; numbers count from its first."""
+
     sample: Int[Tensor, " n"]
     """Sample of each piece."""
     place: Int[Tensor, " n"]
     """Place of each piece in its sample."""
-    last: Int[Tensor, " n"]
-    """Place of the last token of each piece, for which its repeats stand."""
     found: Int[Tensor, "s m"]
     """Pieces of each sample that may be found; the last one again where there are fewer."""
 
     @staticmethod
-    def of(side: Pieces, samples: slice) -> Run:
+    def of(side: Pieces, samples: slice, most: int) -> Split:
         pieces, device = side.at(samples), side.values.device
-        start, found = side.bounds[:, samples] - pieces.start
-        number = torch.arange(pieces.stop - pieces.start, device=device)
-        sample = torch.searchsorted(start.contiguous(), number, right=True) - 1
-        most = _most(side.starts[samples.start : samples.stop + 1])
-        table = start[:, None] + torch.arange(most, device=device)
-        table = table.minimum(found[:, None] - 1)
-        return Run(pieces, sample, number - start[sample], side.last[pieces], table)
-
-    @property
-    def whole(self) -> bool:
-        """Say whether every sample is a single piece."""
-        return self.found.shape[1] == 1
+        start, found = side.bounds[:, samples, None] - pieces.start
+        sample = side.sample[pieces] - samples.start
+        place = torch.arange(len(sample), device=device) - start[sample, 0]
+        table = (start + torch.arange(most, device=device)).minimum(found - 1)
+        return Split(sample, place, table)
 
     def best(self, best: Tensor, winner: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
-        """Reduce maxima over pieces to samples along `dim`; the winner of a losing piece is -1."""
-        ones = [1] * (best.ndim - 1 - dim)
-        if winner is not None:
-            winner = winner.minimum(self.last.view(-1, *ones))
-        if self.whole:
-            return best, winner
         spread = best.index_select(dim, self.found.flatten()).unflatten(dim, self.found.shape)
         if winner is None:
             return spread.amax(dim + 1), None
         value, place = spread.max(dim + 1)
-        lost = place.index_select(dim, self.sample) != self.place.view(-1, *ones)
+        lost = place.index_select(dim, self.sample) != self.place.view(_along(dim, best))
         return value, winner.masked_fill_(lost, -1)
 
     def total(self, values: Float[Tensor, "o n"]) -> Float[Tensor, "o s"]:
-        """Add up the pieces of each sample, in their order."""
-        if self.whole:
-            return values
         spread = values.new_zeros(len(values), self.found.numel())
         spread.index_copy_(1, self.sample * self.found.shape[1] + self.place, values)
         return spread.unflatten(1, self.found.shape).sum(2)
+
+
+def _filled(
+    tokens: Float[Tensor, "t d"],
+    index: Int[Tensor, "n l"],
+    repeated: Bool[Tensor, "n l"],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens of pieces, the weights and the numbers of those that are not repeated."""
+    values = tokens.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return values, (~repeated).to(dtype), index.masked_fill(repeated, len(tokens))
+
+
+def _along(dim: int, like: Tensor) -> list[int]:
+    """Return the shape of a vector along this dimension."""
+    return [-1 if place == dim else 1 for place in range(like.ndim)]
 
 
 def _most(starts: list[int]) -> int:
