@@ -39,8 +39,12 @@ def test_each_token_is_in_a_piece_of_its_sample(
         own.index_put_((index.expand_as(values), values.long()), torch.ones(()))
         # No two samples share a token, and a maximum is over those that may be found.
         assert own.sum(0).max() == 1
+        length = values.shape[1]
         best, winner = run.best(values, torch.zeros_like(values, dtype=torch.int32), 0)
-        assert winner is not None and (winner == 0).sum() == best.numel()
+        assert winner is not None
+        won = run.in_run(winner, 0, length)
+        assert torch.equal(values.gather(0, won.long() // length), best)
+        assert (run.in_pieces(winner, 0, length) == 0).sum() == best.numel()
         assert len(taken) <= most or len(best) == 1
     found = [run.best(pieces.values[run.pieces, :, 0].amax(1), None, 0)[0] for run in runs]
     assert torch.equal(torch.cat(found), spans[1].float())

@@ -46,8 +46,8 @@ class MaxSimLoss(ScaledLoss):
 
     where hard negatives stand in the sum as well. This is `LateInteractionLoss` one way, with the
     names, the order and the competitors of `RetrievalLoss`. Tokens may come packed, of any number
-    for each sample. On "tiled" padding costs nothing, as masked tokens are dropped. At most a tile
-    of similarities and a stripe of scores are in memory.
+    for each sample. On "tiled" padding costs nearly nothing, as masked tokens are dropped. At most
+    a tile of similarities and a stripe of scores are in memory.
 
     Sources: Khattab and Zaharia 2020, "ColBERT", section 3; Faysse et al. 2024, "ColPali", for
     documents that are images; Yao et al. 2021, "FILIP", for symmetric.

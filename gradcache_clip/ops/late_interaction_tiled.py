@@ -90,11 +90,11 @@ class TorchPanels:
             _numbered(side.weight[run.pieces], won.dtype)
             for side, run in zip((self.images, self.texts), runs, strict=True)
         )
-        won = images.tokens(won, 0, image.shape[1])
+        won = images.in_run(won, 0, image.shape[1])
         weight = texts.spread(column, 1)[:, :, None] * text_weight
         found = [(won, text.expand_as(won), weight)]
         if row is not None and (won := maxima.best_text_token) is not None:
-            won = texts.tokens(won, 2, text.shape[1])
+            won = texts.in_run(won, 2, text.shape[1])
             weight = images.spread(row, 0)[:, None] * image_weight[:, :, None]
             found.append((image[:, :, None].expand_as(won), won, weight))
         flat = [[each.flatten() for each in entry] for entry in found]

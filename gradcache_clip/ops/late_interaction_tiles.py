@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 
 
 class Maxima(NamedTuple):
-    """The scores of a tile, and for the backward the token that won each maximum.
-
-    What looked for images won none of a piece that lost to another one of its image: -1 there.
-    """
+    """The scores of a tile, and for the backward the token that won each maximum."""
 
     image_to_text: Float[Tensor, "I J"] | None
     """None if one way, as `best_text_token` is."""
     text_to_image: Float[Tensor, "I J"]
-    best_text_token: Int[Tensor, "i p j"] | None = None
-    best_image_token: Int[Tensor, "i j r"] | None = None
+    best_text_token: Int[Tensor, "i p J"] | None = None
+    best_image_token: Int[Tensor, "I j r"] | None = None
+    """Winners as `Run.best` numbers them: within the run, or the piece where none is split."""
 
 
 class Panels(Protocol):

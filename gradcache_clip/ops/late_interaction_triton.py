@@ -49,7 +49,12 @@ class TritonPanels:
             None if each is None else texts.spread(images.spread(each, 0), 1) for each in dscores
         )
         assert column is not None
-        winners = maxima.best_text_token, maxima.best_image_token
+        text_token, image_token = maxima.best_text_token, maxima.best_image_token
+        assert image_token is not None
+        winners = (
+            None if text_token is None else texts.in_pieces(text_token, 2, self._panels.R),
+            images.in_pieces(image_token, 0, self._panels.P),
+        )
         weights = self.images.weight[images.pieces], self.texts.weight[texts.pieces]
         dsimilarity = self._panels.dsimilarity(winners, (row, column), weights)
         dimages, dtexts = dtokens

@@ -190,19 +190,25 @@ class Run(NamedTuple):
         return Run(pieces, None if side.last is None else side.last[pieces], split)
 
     def best(self, best: Tensor, winner: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
-        """Reduce maxima over pieces to samples along `dim`; the winner of a losing piece is -1."""
+        """Reduce maxima over pieces, and who won them, to samples along `dim`."""
         if winner is not None and self.last is not None:
             winner = winner.minimum(self.last.view(_along(dim, best)))
         return (best, winner) if self.split is None else self.split.best(best, winner, dim)
 
-    def tokens(self, winner: Int[Tensor, ...], dim: int, length: int) -> Int[Tensor, ...]:
+    def in_run(self, winner: Tensor, dim: int, length: int) -> Tensor:
         """Number the tokens that won for each sample, from the first of the run."""
-        pieces = self.pieces.stop - self.pieces.start
-        first = torch.arange(pieces, dtype=winner.dtype, device=winner.device) * length
-        token = winner + first.view(_along(dim, winner))
+        return winner if self.split else winner + self._first(winner, dim, length)
+
+    def in_pieces(self, winner: Tensor, dim: int, length: int) -> Tensor:
+        """Number the tokens that won for each piece, from its own first."""
         if self.split is None:
-            return token
-        return self.split.best(token.masked_fill_(winner < 0, -1), None, dim)[0]
+            return winner
+        return winner.index_select(dim, self.split.sample) - self._first(winner, dim, length)
+
+    def _first(self, winner: Tensor, dim: int, length: int) -> Tensor:
+        stop = (self.pieces.stop - self.pieces.start) * length
+        first = torch.arange(0, stop, length, dtype=winner.dtype, device=winner.device)
+        return first.view(_along(dim, winner))
 
     def spread(self, scores: Tensor, dim: int) -> Tensor:
         """Repeat what a sample has for each of its pieces."""
@@ -223,6 +229,11 @@ class Split(NamedTuple):
     found: Int[Tensor, "s m"]
     """Pieces of each sample that may be found; the last one again where there are fewer."""
 
+    start: Int[Tensor, " s"]
+    """First piece of each sample."""
+    length: int
+    """Of a piece."""
+
     @staticmethod
     def of(side: Pieces, samples: slice, most: int) -> Split:
         pieces, device = side.at(samples), side.values.device
@@ -230,15 +241,15 @@ class Split(NamedTuple):
         sample = side.sample[pieces] - samples.start
         place = torch.arange(len(sample), device=device) - start[sample, 0]
         table = (start + torch.arange(most, device=device)).minimum(found - 1)
-        return Split(sample, place, table)
+        return Split(sample, place, table, start[:, 0], side.values.shape[1])
 
     def best(self, best: Tensor, winner: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
         spread = best.index_select(dim, self.found.flatten()).unflatten(dim, self.found.shape)
         if winner is None:
             return spread.amax(dim + 1), None
-        value, place = spread.max(dim + 1)
-        lost = place.index_select(dim, self.sample) != self.place.view(_along(dim, best))
-        return value, winner.masked_fill_(lost, -1)
+        value, piece = spread.max(dim + 1)
+        piece += self.start.view(_along(dim, piece))
+        return value, winner.gather(dim, piece).add_(piece, alpha=self.length)
 
     def total(self, values: Float[Tensor, "o n"]) -> Float[Tensor, "o s"]:
         spread = values.new_zeros(len(values), self.found.numel())
