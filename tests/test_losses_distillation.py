@@ -130,5 +130,5 @@ def test_wrong_teachers() -> None:
     for build in (InBatchDistillationLoss, ScoreDistillationLoss):
         with pytest.raises(ValueError, match="teacher_scale: expected a finite number, got nan"):
             build(teacher_scale=float("nan"))
-    with pytest.raises(ValueError, match="objective: expected kl or margin_mse, got 'mse'"):
+    with pytest.raises(ValueError, match="objective: expected 'kl' or 'margin_mse', got 'mse'"):
         ScoreDistillationLoss("mse")

@@ -306,7 +306,7 @@ def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("build", [ClipLoss, SigLipLoss, LateInteractionLoss])
 def test_an_unknown_exchange_is_named(build: Any) -> None:
-    with pytest.raises(ValueError, match='exchange: expected "gather" or "ring", got \'tree\''):
+    with pytest.raises(ValueError, match="exchange: expected 'gather' or 'ring', got 'tree'"):
         build(exchange="tree")
 
 

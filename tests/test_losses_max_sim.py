@@ -526,7 +526,7 @@ def test_bad_types_and_settings_are_named() -> None:
         MaxSimLoss(in_batch_negatives=False)(TOKENS, TOKENS)
     with pytest.raises(ValueError, match="token_reduction: expected"):
         MaxSimLoss(token_reduction="max")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="objective: expected kl or margin_mse"):
+    with pytest.raises(ValueError, match="objective: expected 'kl' or 'margin_mse'"):
         MaxSimDistillationLoss("mse")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"scores: expected constants of shape \(3, 2\)"):
         MaxSimDistillationLoss()(TOKENS, TOKENS, TOKENS[:, None], torch.ones(3, 3))

@@ -271,12 +271,18 @@ def test_accuracies_count_the_bias_of_own_negatives_too(shared: bool) -> None:
     ("options", "message"),
     [
         ({"directions": ("query_to_query",)}, "directions: expected query_to_doc, and any of"),
-        ({"partition_mode": "both"}, "partition_mode: expected joint or per_direction"),
+        (
+            {"partition_mode": "both"},
+            "partition_mode: expected 'joint' or 'per_direction'",
+        ),
         (
             {"directions": DIRECTIONS, "partition_mode": "per_direction"},
             'partition_mode: expected "joint" with doc_to_doc and query_to_query',
         ),
-        ({"hardness_mode": "hard"}, "hardness_mode: expected None or one of in_batch_negatives"),
+        (
+            {"hardness_mode": "hard"},
+            "hardness_mode: expected None, 'in_batch_negatives'",
+        ),
         ({"hardness_strength": 1.0}, "hardness_strength: expected 0 or more, and 0 without"),
         (
             {"hardness_mode": "all_negatives", "hardness_strength": math.nan},

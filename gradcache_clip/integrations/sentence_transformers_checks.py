@@ -61,6 +61,16 @@ def check_chunking(rows: Any, tokens: Any, options: Mapping[str, Any]) -> None:
     one_of("replay_check", options.get("replay_check", "error"), ("error", "warn", "off"))
 
 
+def temperatures(temperature: Any, student: Any, teacher: Any) -> tuple[float, float]:
+    """Return those of student and teacher, which are `temperature` where they are None."""
+    check_temperature("temperature", temperature)
+    student = temperature if student is None else student
+    teacher = temperature if teacher is None else teacher
+    check_temperature("student_temperature", student)
+    check_temperature("teacher_temperature", teacher)
+    return student, teacher
+
+
 def check_score_rows(rows: Any) -> None:
     if rows is not None:
         check_positive_int("score_mini_batch_size", rows, "leave it out: it has no effect")

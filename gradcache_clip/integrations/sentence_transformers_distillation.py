@@ -233,11 +233,9 @@ class CachedDistillKLDivLoss(_CachedDistillation):
         in_batch_scale: float = 20.0,
         **options: Unpack[CacheOptions],
     ) -> None:
-        student = temperature if student_temperature is None else student_temperature
-        teacher = temperature if teacher_temperature is None else teacher_temperature
-        checks.check_temperature("temperature", temperature)
-        checks.check_temperature("student_temperature", student)
-        checks.check_temperature("teacher_temperature", teacher)
+        student, teacher = checks.temperatures(
+            temperature, student_temperature, teacher_temperature
+        )
         super().__init__(
             model,
             similarity_fct,

@@ -202,11 +202,9 @@ class CachedMultiVectorDistillKLDivLoss(_MultiVectorLoss):
         teacher_temperature: float | None = None,
         **options: Unpack[TokenOptions],
     ) -> None:
-        student = temperature if student_temperature is None else student_temperature
-        teacher = temperature if teacher_temperature is None else teacher_temperature
-        checks.check_temperature("temperature", temperature)
-        checks.check_temperature("student_temperature", student)
-        checks.check_temperature("teacher_temperature", teacher)
+        student, teacher = checks.temperatures(
+            temperature, student_temperature, teacher_temperature
+        )
         similarity, reduction = _similarity(similarity_fct, "colbert_kd_scores")
         contrast = MaxSimDistillationLoss(
             "kl", teacher_scale=1 / teacher, token_reduction=reduction, normalize=False

@@ -16,7 +16,7 @@ from gradcache_clip.distributed.collectives import (
     gather_rows,
     with_summed_gradient,
 )
-from gradcache_clip.losses.options import check_finite
+from gradcache_clip.losses.options import check_choice, check_finite
 from gradcache_clip.losses.retrieval_arguments import negatives_of
 from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions
 from gradcache_clip.ops.arguments import check_floating, check_same_device
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Objective = Literal["kl", "margin_mse"]
-_OBJECTIVES = "kl", "margin_mse"
 
 
 class DistillationOutput(NamedTuple):
@@ -135,8 +134,7 @@ def score_distillation(
 
 
 def check_objective(objective: str) -> None:
-    if objective not in _OBJECTIVES:
-        raise ValueError(f"objective: expected kl or margin_mse, got {objective!r}")
+    check_choice("objective", objective, ("kl", "margin_mse"))
 
 
 def check_scores(scores: Tensor, beside: tuple[str, Tensor], shape: tuple[int, int]) -> None:

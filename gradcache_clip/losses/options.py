@@ -34,8 +34,16 @@ def check_flags(**flags: Any) -> None:
             )
 
 
+def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    """Raise ValueError unless `value` is one of them."""
+    if value not in choices:
+        *most, last = map(repr, choices)
+        expected = f"{', '.join(most)} or {last}"
+        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}; pass one of them")
+
+
 def is_positive_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def is_number(value: Any) -> bool:

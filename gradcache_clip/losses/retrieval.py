@@ -200,12 +200,12 @@ class RetrievalLoss(ScaledLoss):
                 "hard_negatives: expected some with in_batch_negatives=False, got None; nothing "
                 "else competes"
             )
+        check_rows(self.group, inputs[0], negatives, further)
         if further.guide is None and (self.guide_margin or self.relative_guide_margin):
             raise ValueError(
                 f"guide: expected features with guide_margin={self.guide_margin}, got None; pass "
                 "those of the guide, or build the loss without its margin"
             )
-        check_rows(self.group, inputs[0], negatives, further)
         if negatives is None:
             check_has_negatives(len(inputs[0]) * self.ranks.size)
         rest = [] if negatives is None else [negatives]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere, gather_rows
 from gradcache_clip.distributed.exchange import Ranks
-from gradcache_clip.losses.options import check_finite, check_positive_int
+from gradcache_clip.losses.options import check_choice, check_finite, check_positive_int
 from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS, RowRules
 from gradcache_clip.ops.arguments import (
     check_features,
@@ -25,8 +25,6 @@ from gradcache_clip.ops.arguments import (
 )
 from gradcache_clip.ops.groups import dense_groups
 
-PARTITION_MODES = "joint", "per_direction"
-HARDNESS_MODES = "in_batch_negatives", "hard_negatives", "all_negatives"
 Guide = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
@@ -50,19 +48,15 @@ def check_options(
             f"directions: expected query_to_doc, and any of {', '.join(DIRECTIONS[1:])}, got "
             f"{directions!r}; pass a tuple of names"
         )
-    if partition_mode not in PARTITION_MODES:
-        raise ValueError(
-            f"partition_mode: expected {' or '.join(PARTITION_MODES)}, got {partition_mode!r}"
-        )
+    check_choice("partition_mode", partition_mode, ("joint", "per_direction"))
     without = sorted(set(directions) & {"query_to_query", "doc_to_doc"})
     if partition_mode == "per_direction" and without:
         raise ValueError(
             f'partition_mode: expected "joint" with {" and ".join(without)}, got "per_direction"; '
             "a softmax without the positive would reward any drift of its negatives"
         )
-    if hardness_mode not in (None, *HARDNESS_MODES):
-        names = ", ".join(HARDNESS_MODES)
-        raise ValueError(f"hardness_mode: expected None or one of {names}, got {hardness_mode!r}")
+    modes = None, "in_batch_negatives", "hard_negatives", "all_negatives"
+    check_choice("hardness_mode", hardness_mode, modes)
     check_finite("hardness_strength", strength, "such as 9.0")
     if strength < 0 or (strength > 0 and hardness_mode is None):
         raise ValueError(

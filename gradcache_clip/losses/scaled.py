@@ -16,7 +16,7 @@ from gradcache_clip.losses.distributed_softmax import (
     distributed_prefix_statistics,
     distributed_statistics,
 )
-from gradcache_clip.losses.options import check_flags, is_number
+from gradcache_clip.losses.options import check_choice, check_flags, is_number
 from gradcache_clip.ops.arguments import check_widths, scalar_tensor
 from gradcache_clip.ops.implementations import Impl
 from gradcache_clip.ops.pairing import Pairing, Statistics
@@ -84,11 +84,7 @@ class ScaledLoss(nn.Module):
         self.normalize = normalize
         self.impl = impl
         self.group = group
-        if exchange not in ("gather", "ring"):
-            raise ValueError(
-                f'exchange: expected "gather" or "ring", got {exchange!r}; "gather" is faster '
-                "where the features of all ranks fit"
-            )
+        check_choice("exchange", exchange, ("gather", "ring"))
         self.exchange = exchange
 
     @property
