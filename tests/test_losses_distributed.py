@@ -35,7 +35,13 @@ from rank_processes import Check, failures
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradcache_clip import ClipLoss, LateInteractionLoss, RetrievalLoss, SigLipLoss
+from gradcache_clip import (
+    ClipLoss,
+    InBatchDistillationLoss,
+    LateInteractionLoss,
+    RetrievalLoss,
+    SigLipLoss,
+)
 
 Checks = Iterator[tuple[str, Check]]
 
@@ -182,7 +188,7 @@ def traffic() -> Checks:
     world = dist.get_world_size()
     features, numbers = 8 * ROWS * WIDTH, 8 * ROWS
     # Rows, width and dtype of four arguments, int64.
-    agreed = (ALL_GATHER, 4 * 3 * 8)
+    agreed = (ALL_GATHER, 4 * 4 * 8)
     gathered, passed = (ALL_GATHER, features), ("batch_isend_irecv", features)
     ring = [passed] * (world - 1)
     rows = (ALL_GATHER, 3 * numbers)
@@ -214,10 +220,19 @@ def labels_on_one_rank(build: type) -> None:
         build()(torch.ones(3, 4), torch.ones(3, 4), labels=labels)
 
 
-def a_bias_learned_on_one_rank() -> None:
-    bias = torch.zeros(3, requires_grad=dist.get_rank() == 1)
-    with pytest.raises(ValueError, match=r"column_bias.requires_grad: .* on every rank or on none"):
-        RetrievalLoss()(torch.ones(3, 4), torch.ones(3, 4), column_bias=bias)
+def learned_on_one_rank(name: str) -> None:
+    given = {"documents": torch.ones(3, 4), "column_bias": torch.zeros(3)}
+    given[name].requires_grad_(dist.get_rank() == 1)
+    with pytest.raises(ValueError, match=rf"{name}: .* gradient .* got constants on ranks \[0\]"):
+        RetrievalLoss()(torch.ones(3, 4), **given)
+
+
+def documents_of_two_dtypes() -> None:
+    q, dtype = torch.ones(3, 4), (torch.float32, torch.float64)[dist.get_rank()]
+    with pytest.raises(ValueError, match="documents: expected the same width and dtype on every"):
+        RetrievalLoss()(q, q.to(dtype))
+    with pytest.raises(ValueError, match="documents: expected the same width and dtype on every"):
+        InBatchDistillationLoss(teacher_scale=1.0)(q, q.to(dtype), q, q)
 
 
 def second_derivative(build: type, name: str, *tokens: int) -> None:
@@ -234,7 +249,9 @@ def refusals() -> Checks:
     for build, name, *more in (*losses, tokens):
         yield f"{name}: unequal rows", partial(unequal_rows, build, *more)
         yield f"{name}: second derivative", partial(second_derivative, build, name, *more)
-    yield "a bias learned on one rank", a_bias_learned_on_one_rank
+    for name in ("documents", "column_bias"):
+        yield f"{name} learned on one rank", partial(learned_on_one_rank, name)
+    yield "documents of two dtypes", documents_of_two_dtypes
     for build, name in losses:
         yield f"{name}: labels on one rank", partial(labels_on_one_rank, build)
 

@@ -65,7 +65,8 @@ def gather_rows(features: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     """
     if world_size(group) == 1:
         return features
-    check_same_everywhere(group, features=features)
+    # Its backward is no exchange: a rank may have constants.
+    check_same_everywhere(group, features=features.detach())
     rows: Tensor = _GatherRows.apply(features, group)
     return rows
 
@@ -89,7 +90,8 @@ def check_same_everywhere(group: dist.ProcessGroup | None = None, **given: Tenso
         given: arguments by name; at least one is a tensor. The devices wait for each other once.
 
     Raises:
-        ValueError: an argument that some ranks lack, or whose rows, width or dtype differ.
+        ValueError: an argument that some ranks lack, whose rows, width or dtype differ, or that
+            requires a gradient on some ranks alone, where others would wait for an exchange.
     """
     if world_size(group) == 1:
         return
@@ -102,15 +104,20 @@ def check_same_everywhere(group: dist.ProcessGroup | None = None, **given: Tenso
         _check_equal(name, *zip(*by_rank, strict=True))
 
 
-def _description(given: Tensor | None) -> tuple[int, int, int]:
-    """Rows, width and dtype."""
+def _description(given: Tensor | None) -> tuple[int, int, int, bool]:
+    """Rows, width, dtype, and whether it requires a gradient."""
     if given is None:
-        return -1, -1, -1
-    return len(given), math.prod(given.shape[1:]), _DTYPES.index(given.dtype)
+        return -1, -1, -1, False
+    width, dtype = math.prod(given.shape[1:]), _DTYPES.index(given.dtype)
+    return len(given), width, dtype, given.requires_grad
 
 
 def _check_equal(
-    name: str, rows: Sequence[int], widths: Sequence[int], dtypes: Sequence[int]
+    name: str,
+    rows: Sequence[int],
+    widths: Sequence[int],
+    dtypes: Sequence[int],
+    learned: Sequence[int],
 ) -> None:
     if min(dtypes) < 0 <= max(dtypes):
         lacking = [rank for rank, dtype in enumerate(dtypes) if dtype < 0]
@@ -128,6 +135,12 @@ def _check_equal(
         raise ValueError(
             f"{name}: expected the same width and dtype on every rank, got {list(widths)} and "
             f"{names} by rank; run the same model in the same precision everywhere"
+        )
+    if min(learned) != max(learned):
+        constant = [rank for rank, each in enumerate(learned) if not each]
+        raise ValueError(
+            f"{name}: expected a gradient to be required on every rank or on none, got constants "
+            f"on ranks {constant}; freeze the same parameters everywhere"
         )
 
 

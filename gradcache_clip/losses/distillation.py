@@ -110,7 +110,8 @@ class ScoreDistillationLoss(ScaledLoss):
         if negatives is None:
             raise ValueError("hard_negatives: expected some, got None; scores compare candidates")
         check_scores(scores, ("queries", queries), (len(queries), 1 + negatives.shape[1]))
-        check_same_everywhere(self.group, queries=queries, negatives=negatives, scores=scores)
+        features = {"queries": queries, "documents": documents, "negatives": negatives}
+        check_same_everywhere(self.group, **features, scores=scores)
         queries, documents, negatives = self._prepared(None, queries, documents, negatives)
         scale = self._scale_for(logit_scale, queries, documents, negatives)
         candidates = torch.cat((documents[:, None], negatives), 1)

@@ -129,7 +129,8 @@ class InBatchDistillationLoss(ScaledLoss):
         check_pairs(("queries", "documents"), *student)
         check_pairs(("teacher_queries", "teacher_documents"), *teacher)
         _check_teacher(*teacher, student[0])
-        check_same_everywhere(self.group, queries=student[0], teacher_queries=teacher[0])
+        of_student = {"queries": student[0], "documents": student[1]}
+        check_same_everywhere(self.group, **of_student, teacher_queries=teacher[0])
         check_has_negatives(len(student[0]) * self.ranks.size)
         q, d = self._prepared(widths, *student)
         scale = self._scale_for(logit_scale, q, d)

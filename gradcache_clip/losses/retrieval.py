@@ -200,7 +200,7 @@ class RetrievalLoss(ScaledLoss):
                 "hard_negatives: expected some with in_batch_negatives=False, got None; nothing "
                 "else competes"
             )
-        check_rows(self.group, inputs[0], negatives, further)
+        check_rows(self.group, *inputs[:2], negatives, further)
         if further.guide is None and (self.guide_margin or self.relative_guide_margin):
             raise ValueError(
                 f"guide: expected features with guide_margin={self.guide_margin}, got None; pass "

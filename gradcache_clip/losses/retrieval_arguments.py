@@ -92,26 +92,27 @@ def negatives_of(
 
 
 def check_rows(
-    group: dist.ProcessGroup | None, queries: Tensor, negatives: Tensor | None, given: RowArguments
+    group: dist.ProcessGroup | None,
+    queries: Tensor,
+    documents: Tensor,
+    negatives: Tensor | None,
+    given: RowArguments,
 ) -> None:
     """Raise unless all of it fits the queries, here and on every other rank."""
     K = 0 if negatives is None else negatives.shape[1]
     check_vectors(queries, (len(queries), K), given, learned_bias=True)
-    guides, bias = () if given.guide is None else given.guide, given.column_bias
     if given.guide is not None:
-        _check_guide(guides, queries, K)
-    # Its gradient takes an exchange, which a rank that wants none would not join.
-    learned = bias if bias is not None and bias.requires_grad else None
+        _check_guide(given.guide, queries, K)
     check_same_everywhere(
         group,
         queries=queries,
+        documents=documents,
         negatives=negatives,
         ids=given.ids,
         groups=given.groups,
         column_bias=given.column_bias,
         row_weights=given.row_weights,
-        guide=guides[0] if guides else None,
-        **{"column_bias.requires_grad": learned},
+        guide=None if given.guide is None else given.guide[0],
     )
 
 
