@@ -9,37 +9,33 @@ from typing import Any
 
 def check_positive_int(name: str, value: Any, remedy: str) -> None:
     """Raise ValueError unless `value` is a positive integer."""
-    if not is_positive_int(value):
-        raise ValueError(f"{name}: expected a positive integer, got {_shown(value)}; {remedy}")
+    _expect(is_positive_int(value), name, "a positive integer", value, remedy)
 
 
 def check_positive(name: str, value: Any, remedy: str) -> None:
     """Raise ValueError unless `value` is a finite number above zero."""
-    if not is_number(value) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a number above zero, got {_shown(value)}; {remedy}")
+    right = is_number(value) and 0 < value < math.inf
+    _expect(right, name, "a number above zero", value, remedy)
 
 
 def check_finite(name: str, value: Any, remedy: str) -> None:
     """Raise ValueError unless `value` is a finite number."""
-    if not is_number(value) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {_shown(value)}; {remedy}")
+    right = is_number(value) and math.isfinite(value)
+    _expect(right, name, "a finite number", value, remedy)
 
 
 def check_flags(**flags: Any) -> None:
     """Raise TypeError unless all are True or False."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(
-                f"{name}: expected True or False, got {_shown(value)}; pass one of them"
-            )
+        right = isinstance(value, bool)
+        _expect(right, name, "True or False", value, "pass one of them", TypeError)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
     """Raise ValueError unless `value` is one of them."""
-    if value not in choices:
-        *most, last = map(repr, choices)
-        expected = f"{', '.join(most)} or {last}"
-        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}; pass one of them")
+    *most, last = map(repr, choices)
+    expected = f"{', '.join(most)} or {last}"
+    _expect(value in choices, name, expected, value, "pass one of them")
 
 
 def is_positive_int(value: Any) -> bool:
@@ -51,6 +47,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
-    short = value is None or isinstance(value, (Real, str, tuple, list))
-    return repr(value) if short else type(value).__name__
+def _expect(
+    right: bool, name: str, expected: str, value: Any, remedy: str, error: type = ValueError
+) -> None:
+    if not right:
+        short = value is None or isinstance(value, (Real, str, tuple, list))
+        got = repr(value) if short else type(value).__name__
+        raise error(f"{name}: expected {expected}, got {got}; {remedy}")

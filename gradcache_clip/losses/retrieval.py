@@ -63,8 +63,8 @@ class RetrievalLoss(ScaledLoss):
         partition_mode: "joint", one softmax over all directions, or "per_direction", the mean of
             one for each, which all must hold the positive: no "query_to_query" or "doc_to_doc".
         hardness_mode: whose logits grow by hardness_strength * their similarity, a constant to
-            autograd, in "query_to_doc": "in_batch_negatives", "hard_negatives" (a query's own) or
-            "all_negatives"; None for nobody's.
+            autograd, in "query_to_doc": "in_batch_negatives", "hard_negatives" (a query's own, if
+            there are any) or "all_negatives"; None for nobody's. Accuracies leave it out.
         hardness_strength: 0 or more; 9 in LLaVE.
         in_batch_negatives: False lets the own hard negatives of a query alone compete.
         share_hard_negatives: whether they compete for the other queries, too.
@@ -154,8 +154,10 @@ class RetrievalLoss(ScaledLoss):
             groups: (b,) integers, such as numbers of tasks; only queries and candidates of one
                 group compete.
             column_bias: (b,), with hard negatives (b, 1 + K), added to the logits of documents;
-                minus the logarithm of their sampling probability corrects a sampled softmax. It may
-                require a gradient, which is complete for this rank's rows.
+                minus the logarithm of their sampling probability corrects a sampled softmax, and
+                -inf leaves a hard negative out. It may require a gradient, which is complete for
+                this rank's rows. Accuracies count it, under weighed in-batch negatives the share
+                logit_scale / (logit_scale + hardness_strength) of it.
             guide: features of the same inputs by a frozen model, normalised: (b, G) of queries
                 and documents and, with hard negatives, (b, K, G) of these.
             row_weights: (b,) weights of the queries in the mean, 0 or more, of which one is not 0.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gradcache_clip.distributed.collectives import gather_rows, with_summed_gradient
 from gradcache_clip.distributed.exchange import Ranks
@@ -115,7 +116,8 @@ class RetrievalContrasts:
             # A logit grows by extra * similarity, through which no gradient flows.
             q, k = with_gradient_times(q, share), with_gradient_times(k, share)
         both_ways = "doc_to_query" in self.directions and not extra
-        rules = self._pairing(self._of_queries(), self._of_columns())
+        columns = self._of_candidates(self._shared_negatives, owned=self._own_excluded)
+        rules = self._pairing(self._of_queries(), columns)
         statistics = self.statistics(q, k, scale, rules._replace(both_ways=both_ways))
         rows = [rows_of(each) for each in statistics]
         found = [
@@ -174,10 +176,9 @@ class RetrievalContrasts:
         return torch.einsum("gb,kgb->bk", guide[0], guide[2:]) > threshold[:, None]
 
     def _doc_to_query(self) -> list[Competitors]:
-        rows = self._of_documents()
+        rows = self._of_candidates(0)
         rules = self._pairing(rows, self._of_queries())
-        statistics = self.statistics(self.documents, self.queries, self.logit_scale, rules)
-        found = [Competitors.of(rows_of(each), with_positive=True) for each in statistics]
+        found = self._against(self.documents, self.queries, rules, with_positive=True)
         # All that competes for a document has its bias, as its positive has.
         return found if rows.bias is None else [each.plus(rows.bias) for each in found]
 
@@ -186,14 +187,12 @@ class RetrievalContrasts:
 
     def _doc_to_doc(self) -> list[Competitors]:
         """All documents of other queries."""
-        if self.negatives is None or not (self.shared and self.negatives_in_doc_to_doc):
-            return self._among(self.documents, self._of_documents())
-        columns = self._of_columns(owned=True)
-        rules = self._pairing(self._of_documents(owned=True), columns)
-        assert columns.ids is not None
-        rules = rules.without_positives(self._pairs, len(columns.ids))
-        statistics = self.statistics(self.documents, self._columns(), self.logit_scale, rules)
-        return [Competitors.of(rows_of(each), with_positive=False) for each in statistics]
+        K = self._shared_negatives
+        if not (K and self.negatives_in_doc_to_doc):
+            return self._among(self.documents, self._of_candidates(0))
+        sides = (self._of_candidates(each, owned=True) for each in (0, K))
+        rules = self._pairing(*sides).without_positives(self._pairs, self._pairs * (1 + K))
+        return self._against(self.documents, self._columns(), rules)
 
     def _among(self, features: Tensor, side: _Side) -> list[Competitors]:
         """Compare rows with each other; none has a positive."""
@@ -203,13 +202,23 @@ class RetrievalContrasts:
             # A bias of columns alone is not symmetric: the row itself is left out by its id.
             numbers = self._ids(owned=True)
             rules = rules._replace(row_ids=numbers, column_ids=numbers)
-        statistics = self.statistics(features, features, self.logit_scale, rules)
-        return [Competitors.of(rows_of(each), with_positive=False) for each in statistics]
+        return self._against(features, features, rules)
+
+    def _against(
+        self, rows: Tensor, columns: Tensor, rules: Pairing, *, with_positive: bool = False
+    ) -> list[Competitors]:
+        statistics = self.statistics(rows, columns, self.logit_scale, rules)
+        return [Competitors.of(rows_of(each), with_positive=with_positive) for each in statistics]
 
     def _columns(self) -> Tensor:
         if self.negatives is None or not self.shared:
             return self.documents
         return torch.cat((self.documents, self.negatives.flatten(0, 1)))
+
+    @property
+    def _shared_negatives(self) -> int:
+        """How many of each query are columns for all."""
+        return 0 if self.negatives is None or not self.shared else self.negatives.shape[1]
 
     def _pairing(self, rows: _Side, columns: _Side) -> Pairing:
         """Return the rules of one direction."""
@@ -231,35 +240,16 @@ class RetrievalContrasts:
         ids, groups = self._ids(owned=self._own_excluded), self.rules.groups
         return _Side(ids, groups, None, None if guide is None else guide[0], self.rules.threshold)
 
-    def _of_documents(self, *, owned: bool = False) -> _Side:
-        bias, guide = self.rules.bias, self.rules.guide
-        return _Side(
-            self._ids(owned=owned),
-            self.rules.groups,
-            None if bias is None else bias[0],
-            None if guide is None else guide[1],
-            self.rules.threshold,
-        )
-
-    def _of_columns(self, *, owned: bool = False) -> _Side:
-        """Documents, then the negatives that all queries share, query by query."""
-        documents = self._of_documents(owned=owned or self._own_excluded)
-        if self.negatives is None or not self.shared:
-            return documents
-        ids, groups, bias, guide, threshold = documents
-        K, further = self.negatives.shape[1], self.rules
-        if ids is not None:
-            ids = torch.cat((ids, ids.repeat_interleave(K)))
-        if groups is not None:
-            groups = torch.cat((groups, groups.repeat_interleave(K)))
-        if bias is not None and further.bias is not None:
-            bias = torch.cat((bias, further.bias[1:].T.flatten()))
-        if guide is not None and further.guide is not None:
-            guide = torch.cat((guide, further.guide[2:].permute(1, 2, 0).flatten(1)), 1)
-        if threshold is not None:
-            # A negative is nobody's pair: nothing exceeds its threshold.
-            threshold = torch.cat((threshold, threshold.new_full((K * len(threshold),), torch.inf)))
-        return _Side(ids, groups, bias, guide, threshold)
+    def _of_candidates(self, K: int, *, owned: bool = False) -> _Side:
+        """Documents, then K negatives of each query, query by query."""
+        ids, (_, groups, bias, guide, limit) = self._ids(owned=owned), self.rules
+        if bias is not None:
+            bias = torch.cat((bias[0], bias[1 : 1 + K].T.flatten()))
+        if guide is not None:
+            guide = torch.cat((guide[1], guide[2 : 2 + K].permute(1, 2, 0).flatten(1)), 1)
+        # A negative is nobody's pair: nothing exceeds its threshold.
+        limit = None if limit is None else pad(limit, (0, K * len(limit)), value=torch.inf)
+        return _Side(_spread(ids, K), _spread(groups, K), bias, guide, limit)
 
     def _ids(self, *, owned: bool) -> Tensor | None:
         """Return the ids of the queries; their numbers if they must have one."""
@@ -276,7 +266,7 @@ class RetrievalContrasts:
     @property
     def _own_excluded(self) -> bool:
         """Whether shared negatives compete with their own query apart."""
-        return self.shared and self.negatives is not None and self._own_apart
+        return self._shared_negatives > 0 and self._own_apart
 
     @property
     def _pairs(self) -> int:
@@ -297,3 +287,8 @@ class RetrievalContrasts:
         return [
             gather_rows(own_negative_logits(q, own, scale), self.ranks.group) for q, own in pairs
         ]
+
+
+def _spread(values: Tensor | None, K: int) -> Tensor | None:
+    """Append, for K candidates of each row, what its row has."""
+    return None if values is None else torch.cat((values, values.repeat_interleave(K)))
