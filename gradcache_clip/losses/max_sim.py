@@ -13,12 +13,10 @@ from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere
 from gradcache_clip.losses.competitors import Competitors, accuracy, joint_loss
-from gradcache_clip.losses.padded_tokens import PaddedTokens
 from gradcache_clip.losses.retrieval_arguments import RowArguments
 from gradcache_clip.losses.scaled import LossOptions, ScaledLoss, check_has_negatives
 from gradcache_clip.losses.token_batch import GivenTokens, TokenBatch
 from gradcache_clip.losses.token_contrast import (
-    dense_statistics,
     own_logits,
     packed_statistics,
     reference_statistics,
@@ -46,8 +44,8 @@ class MaxSimLoss(ScaledLoss):
 
     where hard negatives stand in the sum as well. This is `LateInteractionLoss` one way, with the
     names, the order and the competitors of `RetrievalLoss`. Tokens may come packed, of any number
-    for each sample. On "tiled" padding costs nearly nothing, as masked tokens are dropped. At most
-    a tile of similarities and a stripe of scores are in memory.
+    for each sample; masked ones are dropped, so padding costs next to nothing. At most a tile of
+    similarities and a stripe of scores are in memory.
 
     Sources: Khattab and Zaharia 2020, "ColBERT", section 3; Faysse et al. 2024, "ColPali", for
     documents that are images; Yao et al. 2021, "FILIP", for symmetric.
@@ -202,12 +200,6 @@ class MaxSimLoss(ScaledLoss):
     ) -> Statistics:
         """Compare all queries with all documents, and with the hard negatives that are shared."""
         shared = inputs.negatives if self.share_hard_negatives else None
-        # The kernels take padded tokens as they are, but with a single mask.
-        padded = not inputs.packed and not (self.symmetric and inputs.count_apart)
-        if impl == "triton" and padded:
-            documents = [self._padded(each) for each in (inputs.documents, shared) if each]
-            options = scale, rules, inputs.further, impl, self.ranks
-            return dense_statistics(documents, self._padded(inputs.queries), *options)
         queries, columns = self._batch(inputs.queries), self._batch(inputs.documents)
         if shared is not None:
             columns = columns.followed_by(self._batch(shared))
@@ -244,12 +236,6 @@ class MaxSimLoss(ScaledLoss):
         """Drop the padding, then normalise."""
         batch = given.batch(both_ways=self.symmetric)
         return batch._replace(values=self._unit(batch.values))
-
-    def _padded(self, given: GivenTokens) -> PaddedTokens:
-        """Flatten hard negatives; keep the padding."""
-        tokens = self._unit(given.tokens).flatten(0, -3)
-        mask = given.mask if given.counts is None else given.counts
-        return PaddedTokens(tokens, None if mask is None else mask.flatten(0, -2))
 
     def extra_repr(self) -> str:
         own = f"symmetric={self.symmetric}, token_reduction={self.token_reduction!r}"

@@ -5,7 +5,6 @@ b queries on this rank, s documents and hard negatives, S on all ranks, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from gradcache_clip.distributed.collectives import (
 from gradcache_clip.distributed.exchange import Ranks
 from gradcache_clip.losses.distributed_contrast import DistributedContrast
 from gradcache_clip.losses.own_token_scores import own_token_scores, own_token_scores_reference
-from gradcache_clip.losses.padded_tokens import PaddedTokens, as_long_everywhere, of_all_ranks
+from gradcache_clip.losses.padded_tokens import of_all_ranks
 from gradcache_clip.losses.retrieval_arguments import RowArguments
 from gradcache_clip.losses.token_batch import TokenBatch
 from gradcache_clip.losses.token_inputs import token_pairing, vectors_of
@@ -65,33 +64,6 @@ def packed_statistics(
         image_spans=images.spans,
         text_spans=texts.spans,
     )
-    return _over_ranks(images.tokens, texts.tokens, logit_scale, rules, impl, ranks)
-
-
-def dense_statistics(
-    documents: Sequence[PaddedTokens],
-    queries: PaddedTokens,
-    logit_scale: Tensor,
-    rules: TokenRules,
-    further: RowArguments,
-    impl: str,
-    ranks: Ranks,
-) -> Statistics:
-    """Compute the same from padded tokens: documents, then hard negatives."""
-    longest = max(each.tokens.shape[1] for each in documents)
-    masked = any(each.mask is not None or each.tokens.shape[1] < longest for each in documents)
-    padded = [each.padded(longest, masked=masked) for each in documents]
-    masks = [each.mask for each in padded if each.mask is not None]
-    joined = PaddedTokens(
-        torch.cat([each.tokens for each in padded]), torch.cat(masks) if masks else None
-    )
-    images, texts = as_long_everywhere((joined, queries), ranks)
-    named = {"document_tokens": images.tokens, "query_tokens": texts.tokens}
-    check_same_everywhere(ranks.group, **named, **vectors_of(further))
-    image_mask, text_mask = (of_all_ranks(each.mask, ranks) for each in (images, texts))
-    shared = len(images.tokens) // len(texts.tokens) - 1
-    pairing = token_pairing(further, shared, logit_scale.dtype, ranks)
-    rules = rules._replace(image_mask=image_mask, text_mask=text_mask, pairing=pairing)
     return _over_ranks(images.tokens, texts.tokens, logit_scale, rules, impl, ranks)
 
 

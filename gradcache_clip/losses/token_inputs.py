@@ -36,14 +36,6 @@ class TokenInputs(NamedTuple):
         dtypes = (each.tokens.dtype for each in self[:3] if each is not None)
         return reduce(torch.promote_types, dtypes)
 
-    @property
-    def packed(self) -> bool:
-        return any(each is not None and each.lengths is not None for each in self[:3])
-
-    @property
-    def count_apart(self) -> bool:
-        return any(each is not None and each.counts is not None for each in self[:3])
-
     def own_bias(self, candidates: slice) -> Tensor | None:
         """Return the bias of the document (0) and the hard negatives of each query, (b, C)."""
         bias = self.further.column_bias
