@@ -47,10 +47,12 @@ class Benchmark:
         return " ".join(["python", f"benchmarks/{self.script}", *self.full])
 
 
-_CPU = tuple(f"loss_cpu_fp32_{kind}.csv" for kind in ("times", "memory", "errors"))
+PAIR_LOSSES = tuple(f"loss_cpu_fp32_{kind}.csv" for kind in ("times", "memory", "errors"))
+RETRIEVAL, LATE_INTERACTION = "retrieval_losses.csv", "late_interaction.csv"
+"""What loss.py writes, for the sections of the page."""
 _PEERS = (
-    *("cut-cross-entropy", "info-nce-pytorch", "liger-kernel", "lightly"),
-    *("open_clip_torch", "pytorch-metric-learning", "sentence-transformers"),
+    *("cut-cross-entropy", "info-nce-pytorch", "liger-kernel", "lightly", "open_clip_torch"),
+    *("pytorch-metric-learning", "sentence-transformers", "pylate", "late-interaction-kernels"),
 )
 _ONE_KERNEL = ("--architecture", "90", "--dtype", "bfloat16", "--variant", "plain")
 _THREE_METHODS = ("--methods", "plain", "checkpointed", "cached")
@@ -61,14 +63,10 @@ BENCHMARKS = (
     ),
     Benchmark("predicted", "memory_predicted.py", ("memory_predicted.csv",), 3, 0.4),
     Benchmark("distributed", "distributed.py", ("distributed.csv",), 5, 1),
-    Benchmark("loss", "loss.py", _CPU, 40, 1.1, full=("--full",), peers=_PEERS),
     Benchmark(
-        *("retrieval", "retrieval_losses.py", ("retrieval_losses.csv",), 5, 0.5),
-        peers=("sentence-transformers",),
-    ),
-    Benchmark(
-        *("late_interaction", "late_interaction.py", ("late_interaction.csv",), 5, 0.2),
-        peers=("pylate", "late-interaction-kernels"),
+        *("loss", "loss.py", (*PAIR_LOSSES, RETRIEVAL, LATE_INTERACTION), 55, 1.5),
+        full=("--full",),
+        peers=_PEERS,
     ),
     Benchmark(
         *("engine", "engine.py", ("engine.json",), 40, 1.1),

@@ -1,63 +1,85 @@
-"""Contestants of one task: each measured in a fresh process, then all timed in turns."""
+"""A loss and its contestants, as the files that have some describe them."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from statistics import median
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from fresh_process import Limits, call_in_fresh_process, median_ratio
+import torch
 from results import installed
 
-Row = TypeVar("Row", bound=Any)
-Measure = Callable[[dict[str, Any]], dict[str, Any]]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ON_GPU = ("cuda",)
+NEEDS_GPU = "needs an NVIDIA GPU"
+Step = Callable[[Any], object]
+"""Forward and backward of given inputs."""
 
 
-def compared(
-    row_of: Callable[..., Row],
-    packages: Mapping[str, str],
-    measure_point: Measure,
-    measure_times: Measure,
-    shared: dict[str, Any],
-    options: argparse.Namespace,
-) -> Iterator[Row]:
-    """Yield a row for each contestant; the first is the one that times are divided by.
-
-    Args:
-        row_of: makes a row from contestant, version, status and what `measure_point` returns. Its
-            status is "measured", or why not.
-        packages: which package each contestant comes from.
-        measure_point: called with `shared` and "name"; may return its "failure" alone.
-        measure_times: called with `shared`, "names", "rounds" and "seconds"; returns "rounds", of
-            milliseconds of each name.
-        options: of the command: `rounds`, `seconds`, `threads`.
-    """
-    limits = Limits(seconds=1800, threads=options.threads)
-    rows: dict[str, Row] = {}
-    for name, package in packages.items():
-        rows[name] = _measured(row_of, name, installed(package), measure_point, shared, limits)
-    names = [name for name, row in rows.items() if row.status == "measured"]
-    given = {**shared, "names": names, "rounds": options.rounds, "seconds": options.seconds}
-    rounds = call_in_fresh_process(measure_times, given, limits).values["rounds"]
-    times = dict(zip(names, zip(*rounds, strict=True), strict=True))
-    for name, row in rows.items():
-        yield row if name not in times else _timed(row, times[name], times[names[0]])
+class NotOffered(Exception):
+    """The installed version of a package lacks what the adapter calls."""
 
 
-def _measured(
-    row_of: Callable[..., Row], name: str, version: str, measure: Measure,
-    shared: dict[str, Any], limits: Limits,
-) -> Row:  # fmt: skip
-    if not version:
-        return row_of(name, version, "not installed")
-    found = call_in_fresh_process(measure, {**shared, "name": name}, limits)
-    if failure := found.failure or found.values.get("failure", ""):
-        return row_of(name, version, failure)
-    return row_of(name, version, "measured", **found.values)
+@dataclass(frozen=True)
+class Contestant:
+    """One implementation of one loss."""
+
+    name: str
+    loss: str
+    build: Callable[..., Any]
+    """Imports the package and returns what its `Task` calls."""
+    package: str = "torch"
+    """Distribution on the package index."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    normalises: bool = False
+    """L2-normalises inside, so the gradient is that of the normalised features."""
+    largest: int = 2**20
+    """Batches beyond it are not tried."""
+    note: str = ""
+
+    def obstacle(self, device: str) -> str:
+        """Why it cannot run here, empty if it can."""
+        if device not in self.devices:
+            return NEEDS_GPU
+        return "" if self.version() else "not installed"
+
+    def version(self) -> str:
+        return installed(self.package)
 
 
-def _timed(row: Row, times: Sequence[float], of_first: Sequence[float]) -> Row:
-    ratio = median_ratio(times, of_first)
-    return replace(row, milliseconds=median(times), time_ratio=ratio)
+@dataclass(frozen=True)
+class Task:
+    """A loss and its inputs; it is pickled for every process."""
+
+    title: str
+    """Names it in the rows."""
+    dtype: str
+    device: str
+
+    small: ClassVar[int]
+    """Size of the warm-up, so that code and thread pools are no part of what is measured."""
+    cases: ClassVar[tuple[str, ...]] = ("",)
+    """Inputs at which errors are measured."""
+
+    def contestants(self) -> list[Contestant]:
+        """Those that compute this loss, in the order of the tables."""
+        raise NotImplementedError
+
+    def step(self, contestant: Contestant) -> Step:
+        """Build a contestant."""
+        raise NotImplementedError
+
+    def inputs(self, size: int) -> Any:
+        """The same tensors for every contestant."""
+        raise NotImplementedError
+
+    def errors(self, contestant: Contestant, case: str) -> dict[str, float]:
+        """Errors against fp64 by name."""
+        raise NotImplementedError
+
+    def product(self, times: int) -> Callable[[], object] | None:
+        """A matrix product, that often, with whose rate steps are compared."""
+        return None
+
+    def find(self, name: str) -> Contestant:
+        return next(one for one in self.contestants() if one.name == name)

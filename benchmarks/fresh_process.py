@@ -1,7 +1,8 @@
 """One measurement in a process of its own: nothing that ran before can blur it.
 
-Run as a script, this file is the child: it reads JSON from stdin, calls one function of one file
-and prints what it returned as JSON.
+Run as a script, this file is the child of `call_in_fresh_process`: it reads JSON from stdin, calls
+one function of one file and prints what it returned as JSON. `call_in_fork` is for many short
+measurements: its processes share the imports of one that computes nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from statistics import median
+from tempfile import NamedTemporaryFile
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +32,9 @@ if TYPE_CHECKING:
 # Messages of torch, NumPy and the C++ library when an allocation fails.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "MemoryError")
 _KILLED = -9
+_FORKS = get_context("forkserver")
+# Two threads that poll for the end of one process would lose its exit code.
+_FORKING = Lock()
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,91 @@ def call_in_fresh_process(
     raise RuntimeError(
         f"{function.__name__}: expected exit code 0, got {done.returncode}:\n{done.stderr[-2000:]}"
     )
+
+
+def call_in_fork(
+    function: Callable[..., dict[str, Any]], arguments: Sequence[Any], limits: Limits
+) -> Outcome:
+    """`function(*arguments)` in a process forked off the one of `prepare_forks`.
+
+    Whatever happens there is an outcome: the failure of a process that died is the last line that
+    it wrote.
+    """
+    receiver, sender = _FORKS.Pipe(duplex=False)
+    with NamedTemporaryFile("r", errors="replace") as written:
+        given = function, tuple(arguments), limits, sender, written.name
+        process = _FORKS.Process(target=_answer, args=given)
+        with _FORKING:
+            process.start()
+        sender.close()
+        try:
+            if not receiver.poll(limits.seconds):
+                return Outcome(failure="timed out")
+            return Outcome(values=receiver.recv())
+        except EOFError:
+            with _FORKING:
+                process.join()
+            return Outcome(failure=_last_words(process.exitcode, written.read()))
+        finally:
+            with _FORKING:
+                process.kill()
+                process.join()
+
+
+def prepare_forks(modules: Sequence[str]) -> None:
+    """Import modules in the process that others are forked off; it computes nothing.
+
+    If the import of one ends that process, torch alone is imported, and each fork sees to its own.
+    """
+    for preloaded in (["torch", *modules], ["torch"]):
+        _FORKS.set_forkserver_preload(preloaded)
+        with _silent():
+            ensure_running()
+        with suppress(EOFError, OSError):
+            call_in_fork(dict, (), Limits())
+            return
+
+
+def _answer(
+    function: Callable[..., dict[str, Any]],
+    arguments: tuple[Any, ...],
+    limits: Limits,
+    sender: Connection,
+    words: str,
+) -> None:
+    """In the fork: send what the function returns; what it prints goes to a file."""
+    descriptor = os.open(words, os.O_WRONLY | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    if limits.threads:
+        import torch
+
+        torch.set_num_threads(limits.threads)
+    limit_data(limits.data_bytes)
+    sender.send(function(*arguments))
+
+
+def _last_words(code: int | None, written: str) -> str:
+    if code == _KILLED or any(word in written for word in _OUT_OF_MEMORY):
+        return "out of memory"
+    lines = written.strip().splitlines() or [f"expected exit code 0, got {code}"]
+    return lines[-1]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Processes started inside inherit no terminal to write to."""
+    kept = [(standard, os.dup(standard)) for standard in (1, 2)]
+    null = os.open(os.devnull, os.O_WRONLY)
+    for standard, _ in kept:
+        os.dup2(null, standard)
+    try:
+        yield
+    finally:
+        for standard, copy in kept:
+            os.dup2(copy, standard)
+            os.close(copy)
+        os.close(null)
 
 
 class PeakGrowth:
@@ -157,7 +252,7 @@ def _time_ms(step: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def _limit_data(data_bytes: int | None) -> None:
+def limit_data(data_bytes: int | None) -> None:
     """Let allocations fail beyond a limit, as they would on a smaller machine."""
     if data_bytes is None or sys.platform != "linux":
         return
@@ -177,7 +272,7 @@ def _main(path: str, name: str) -> None:
     # dataclasses look their module up by name while the file is being executed.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    _limit_data(request["data_bytes"])
+    limit_data(request["data_bytes"])
     print(json.dumps(getattr(module, name)(request["arguments"])))
 
 

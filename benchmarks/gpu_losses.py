@@ -19,9 +19,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from contestants import DTYPES, Contestant, NotOffered
 from gpu_card import MEASURED, Card, Point, section, unit_rows
-from loss import OPERATIONS
-from loss_peers import CONTESTANTS, DTYPES, SIGLIP_BIAS, Contestant, NotOffered, ours
+from loss_pairs import OPERATIONS
+from loss_peers import CONTESTANTS, SIGLIP_BIAS, ours
 from results import bytes_text, paragraph, read_rows, table
 
 FILE = "gpu_losses.csv"

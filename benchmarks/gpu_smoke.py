@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from gpu_card import Card, Point, section, unit_rows
-from loss import relative_error
+from loss_pairs import relative_error
 from torch import Tensor, nn
 
 from gradcache_clip import (

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from results import installed
+from contestants import DTYPES, ON_GPU, Contestant, NotOffered
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
@@ -25,15 +25,12 @@ Leaves = tuple[Tensor, ...]
 """q and k (B, D), the scale of the logits and, for the sigmoid loss, their bias."""
 LossFunction = Callable[..., Tensor]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = {
     "clip": ("loss", "dq", "dk", "dscale"),
     "siglip": ("loss", "dq", "dk", "dscale", "dbias"),
     "nt_xent": ("loss", "dq", "dk", "dscale"),
 }
 SIGLIP_BIAS = -10.0
-_GPU = ("cuda",)
-NEEDS_GPU = "needs an NVIDIA GPU"
 
 
 @dataclass(frozen=True)
@@ -110,37 +107,6 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
 # Adapters
 
 
-class NotOffered(Exception):
-    """The installed version of a package lacks what the adapter calls."""
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One implementation of one loss."""
-
-    name: str
-    loss: str
-    build: Callable[[float], LossFunction]
-    """From the scale of the logits (for those that take a number) to the adapter."""
-    package: str = "torch"
-    """Distribution on the package index."""
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    normalises: bool = False
-    """L2-normalises inside, so the gradient is that of the normalised features."""
-    largest: int = 2**20
-    """Batches beyond it are not tried."""
-    note: str = ""
-
-    def obstacle(self, device: str) -> str:
-        """Why it cannot run here, empty if it can."""
-        if device not in self.devices:
-            return NEEDS_GPU
-        return "" if self.version() else "not installed"
-
-    def version(self) -> str:
-        return installed(self.package)
-
-
 def ours(device: str) -> str:
     """Name of the contestant that the others are compared with."""
     return _our_name("triton" if device == "cuda" else "tiled")
@@ -157,7 +123,7 @@ def _of_ours(loss: str) -> list[Contestant]:
 
     return [
         Contestant(_our_name("tiled"), loss, partial(build, "tiled"), "gradcache-clip"),
-        Contestant(_our_name("triton"), loss, partial(build, "triton"), "gradcache-clip", _GPU),
+        Contestant(_our_name("triton"), loss, partial(build, "triton"), "gradcache-clip", ON_GPU),
         Contestant(_our_name("reference"), loss, partial(build, "reference"), "gradcache-clip"),
     ]
 
@@ -334,7 +300,7 @@ CONTESTANTS = [
         "clip",
         partial(_cut_cross_entropy, "cce"),
         "cut-cross-entropy",
-        _GPU,
+        ON_GPU,
         note=_TWICE,
     ),
     Contestant("liger-kernel scaled CE", "clip", _liger, "liger-kernel", note=_TWICE),
@@ -350,9 +316,11 @@ CONTESTANTS = [
         largest=256,
         note=f"memory B^3; {_FIXED}",
     ),
-    Contestant("memeff", "clip", partial(_memeff, True), "memeff", _GPU, note=_FIXED),
-    Contestant("memeff stable=False", "clip", partial(_memeff, False), "memeff", _GPU, note=_FIXED),
-    Contestant("inf-cl flash", "clip", _inf_cl, "inf-cl", _GPU, note=_TWICE),
+    Contestant("memeff", "clip", partial(_memeff, True), "memeff", ON_GPU, note=_FIXED),
+    Contestant(
+        "memeff stable=False", "clip", partial(_memeff, False), "memeff", ON_GPU, note=_FIXED
+    ),
+    Contestant("inf-cl flash", "clip", _inf_cl, "inf-cl", ON_GPU, note=_TWICE),
     *_of_ours("siglip"),
     Contestant("plain loss", "siglip", lambda _: PLAIN["siglip"]),
     Contestant("open_clip SigLipLoss", "siglip", partial(_open_clip_siglip, 0), "open_clip_torch"),
@@ -362,7 +330,7 @@ CONTESTANTS = [
         partial(_open_clip_siglip, 512),
         "open_clip_torch",
     ),
-    Contestant("siglip-kernel", "siglip", _siglip_kernel, "siglip-kernel", _GPU),
+    Contestant("siglip-kernel", "siglip", _siglip_kernel, "siglip-kernel", ON_GPU),
     *_of_ours("nt_xent"),
     Contestant("plain loss", "nt_xent", lambda _: PLAIN["nt_xent"]),
     Contestant("lightly NTXentLoss", "nt_xent", _lightly, "lightly", normalises=True, note=_FIXED),

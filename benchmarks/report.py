@@ -35,7 +35,7 @@ import negatives
 import objectives
 import retrieval_losses
 import scaling
-from catalogue import BENCHMARKS, find
+from catalogue import BENCHMARKS, LATE_INTERACTION, PAIR_LOSSES, RETRIEVAL, find
 from results import FOLDER, ROOT, origin_words, paragraph, parser, read_csv, read_json, table
 
 import recipes
@@ -339,7 +339,7 @@ SECTIONS = (
     Section("Memory of a training step", "memory", memory_vs_batch.section, "memory_vs_batch.png"),
     Section("Memory on named GPUs", "predicted", memory_predicted.section, "memory_predicted.png"),
     Section("A training step beside other engines", "engine", engine.section, "engine_budget.png"),
-    Section("The losses, on the CPU in fp32", "loss", loss_figures.section("cpu", "fp32")),
+    Section("The losses, on the CPU in fp32", "loss", loss_figures.section, files=PAIR_LOSSES),
     Section(
         "The losses, on a GPU", "gpu", _of_suite(gpu_losses.page), files=_suite(gpu_losses.FILE)
     ),
@@ -349,8 +349,12 @@ SECTIONS = (
         _of_suite(gpu_plan.page),
         files=_suite(gpu_plan.STEPS, gpu_plan.FILE),
     ),
-    Section("Objectives of retrieval, on the CPU", "retrieval", retrieval_losses.section),
-    Section("Late interaction, on the CPU", "late_interaction", late_interaction.section),
+    Section(
+        "Objectives of retrieval, on the CPU", "loss", retrieval_losses.section, files=(RETRIEVAL,)
+    ),
+    Section(
+        "Late interaction, on the CPU", "loss", late_interaction.section, files=(LATE_INTERACTION,)
+    ),
     Section("What large batches buy", "negatives", negatives.section, "negatives.png"),
     Section("One batch on several processes", "distributed", distributed.section),
     Section("Drop-ins for other libraries", "integrations", integrations.section),

@@ -1,45 +1,30 @@
-"""Objectives of retrieval losses beside PyTorch and sentence-transformers, on the CPU.
+"""Objectives of retrieval losses beside PyTorch and sentence-transformers, for loss.py.
 
-    python benchmarks/retrieval_losses.py            # 2,048 pairs; five minutes
-    python benchmarks/retrieval_losses.py --quick    # one objective at 512 pairs; under a minute
-
-A step is the loss of given features and their gradients in fp32, without an encoder: directions,
-hardness weights, groups with a column bias, a guide, and distillation in the batch. Memory is the
-growth of the peak of a fresh process, times are medians over rounds in which all contestants of an
-objective take turns in one process, errors those of all gradients against the whole matrix in
-fp64. Writes retrieval_losses.csv into benchmarks/results (or --results).
+A step is the loss of given features and their gradients, without an encoder: directions, hardness
+weights, groups with a column bias, a guide, and distillation in the batch. Errors are those of all
+gradients against the whole matrix in fp64. Rows are written to retrieval_losses.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from contestants import compared
-from fresh_process import PeakGrowth, distance, interleaved_times_ms
-from results import (
-    bytes_text,
-    paragraph,
-    parser,
-    power,
-    provenance,
-    read_rows,
-    show,
-    table,
-    write_rows,
-)
+from contestants import DTYPES, Contestant, Task
+from contests import MEASURED, Contest, Found, file, read_file, write_file
+from fresh_process import distance
+from results import bytes_text, paragraph, power, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
 
-_FILE = "retrieval_losses.csv"
+_STEM = "retrieval_losses"
 _WIDTH, _GUIDE_WIDTH, _SCALE, _STRENGTH = 256, 384, 20.0, 5.0
-_ERROR_PAIRS, _WARM_UP_PAIRS = 256, 64
+_PAIRS, _QUICK_PAIRS, _ERROR_PAIRS = 2048, 1024, 256
 _DIRECTIONS = "query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"
 # Rows of a chunk, the default of sentence-transformers.
 _CHUNK = 32
@@ -77,20 +62,21 @@ class Row:
     memory_bytes: int = 0
     milliseconds: float = 0.0
     time_ratio: float = 0.0
-    """Over the first contestant's, within a round."""
+    """Over ours, within a round."""
     error: float = 0.0
 
 
-def make_batch(pairs: int, dtype: torch.dtype = torch.float32) -> Batch:
+def make_batch(pairs: int, dtype: torch.dtype, device: str = "cpu") -> Batch:
     generator = torch.Generator().manual_seed(0)
 
     def unit(width: int) -> Tensor:
-        return normalize(torch.randn(pairs, width, generator=generator), dim=1).to(dtype)
+        made = normalize(torch.randn(pairs, width, generator=generator), dim=1)
+        return made.to(device, dtype)
 
     queries, documents = (unit(_WIDTH).requires_grad_() for _ in range(2))
     guide = unit(_GUIDE_WIDTH), unit(_GUIDE_WIDTH)
-    bias = torch.randn(pairs, generator=generator).to(dtype)
-    return Batch(queries, documents, guide, torch.arange(pairs) % 4, bias)
+    bias = torch.randn(pairs, generator=generator).to(device, dtype)
+    return Batch(queries, documents, guide, torch.arange(pairs, device=device) % 4, bias)
 
 
 # Contestants
@@ -133,13 +119,14 @@ def _plain(objective: str) -> Step:
 def plain(objective: str, batch: Batch) -> Tensor:
     """The loss of an objective, from whole matrices."""
     queries, documents = (normalize(each, dim=1) for each in batch.leaves)
-    own, similarity = torch.arange(len(queries)), queries @ documents.T
+    own = torch.arange(len(queries), device=queries.device)
+    similarity = queries @ documents.T
     if objective == "distillation":
         teacher, student = _SCALE * batch.guide[0] @ batch.guide[1].T, _SCALE * similarity
         pair = log_softmax(student, 1), log_softmax(teacher, 1)
         return kl_div(*pair, reduction="batchmean", log_target=True)
     logits = _SCALE * similarity
-    others = ~torch.eye(len(queries), dtype=torch.bool)
+    others = own[:, None] != own
     if objective == "hardness":
         logits = logits + _STRENGTH * similarity.detach() * others
     if objective == "groups, bias":
@@ -205,82 +192,75 @@ def _cached_gist() -> Step:
     return step
 
 
-CONTESTANTS: dict[str, tuple[str, Callable[[str], Step]]] = {
-    "gradcache_clip": ("torch", _ours),
-    "plain PyTorch": ("torch", _plain),
-    "sentence-transformers cached": ("sentence-transformers", _cached),
-}
 _CACHED = "query to document", "four directions", "hardness", "guide"
 OBJECTIVES = *_CACHED, "groups, bias", "distillation"
+NAMES = {each.replace(",", "").replace(" ", "_"): each for each in OBJECTIVES}
+"""By what --losses calls them."""
+_OURS, _PEER = "gradcache_clip", "sentence-transformers"
 
 
-# Measurements, each in a fresh process
+@dataclass(frozen=True)
+class Objective(Task):
+    """An objective over features; `title` is one of `OBJECTIVES`."""
+
+    small: ClassVar[int] = _ERROR_PAIRS
+
+    def contestants(self) -> list[Contestant]:
+        """The library offers some of them over features, none with a matrix of given scores."""
+        found = [
+            Contestant(_OURS, self.title, partial(_ours, self.title)),
+            Contestant("plain PyTorch", self.title, partial(_plain, self.title)),
+            Contestant(f"{_PEER} cached", self.title, partial(_cached, self.title), _PEER),
+        ]
+        return found if self.title in _CACHED else found[:2]
+
+    def step(self, contestant: Contestant) -> Step:
+        return contestant.build()
+
+    def inputs(self, size: int) -> Batch:
+        return make_batch(size, DTYPES[self.dtype], self.device)
+
+    def errors(self, contestant: Contestant, case: str) -> dict[str, float]:
+        few = self.inputs(_ERROR_PAIRS)
+        return {"error": distance(self.step(contestant)(few), _plain(self.title)(_exact(few)))}
 
 
-def measure_point(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Memory of a step and, at a small batch, the error of its gradients."""
-    _prepare()
-    step = _step(arguments["name"], arguments["objective"])
-    few = make_batch(_ERROR_PAIRS)
-    exact = Batch(
-        *(each.detach().double().requires_grad_() for each in few.leaves),
-        (few.guide[0].double(), few.guide[1].double()),
-        few.groups,
-        few.bias.double(),
-    )
-    error = distance(step(few), _plain(arguments["objective"])(exact))
-    batch = make_batch(arguments["pairs"])
-    with PeakGrowth() as growth:
-        step(batch)
-    return {"memory_bytes": growth.bytes, "error": error}
+def _exact(batch: Batch) -> Batch:
+    queries, documents = (each.detach().double().requires_grad_() for each in batch.leaves)
+    guide = batch.guide[0].double(), batch.guide[1].double()
+    return Batch(queries, documents, guide, batch.groups, batch.bias.double())
 
 
-def measure_times(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of rounds in which all contestants take turns."""
-    _prepare()
-    steps = [_step(name, arguments["objective"]) for name in arguments["names"]]
-    small, batch = make_batch(_WARM_UP_PAIRS), make_batch(arguments["pairs"])
-    for step in steps:
-        step(small)
-    turns = [partial(step, batch) for step in steps]
-    return {"rounds": interleaved_times_ms(turns, arguments["rounds"], arguments["seconds"])}
+def contests(options: argparse.Namespace) -> list[Contest]:
+    """Those of --losses."""
+    size = _QUICK_PAIRS if options.quick else _PAIRS
+    titles = [title for name, title in NAMES.items() if name in options.losses]
+    tasks = [Objective(title, options.dtype, options.device) for title in titles]
+    return [Contest(task, (size,), _OURS, task, size) for task in tasks]
 
 
-def _step(name: str, objective: str) -> Step:
-    return CONTESTANTS[name][1](objective)
+# Rows and the page
 
 
-def _prepare() -> None:
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
+def files(results: Path, device: str = "cpu", dtype: str = "fp32") -> list[Path]:
+    """Those that `write` writes."""
+    return [file(results, _STEM, device, dtype)]
 
 
-def _measured(options: argparse.Namespace) -> Iterator[Row]:
-    for objective in ["guide"] if options.quick else OBJECTIVES:
-        shared = {"objective": objective, "pairs": options.pairs}
-        row_of, packages = partial(Row, objective, options.pairs), _packages(objective)
-        yield from compared(row_of, packages, measure_point, measure_times, shared, options)
+def write(found: Iterable[Found], options: argparse.Namespace, origin: Mapping[str, str]) -> None:
+    write_file(Row, _STEM, found, options, origin)
 
 
-def _packages(objective: str) -> dict[str, str]:
-    """Of those that offer it over features, without a matrix of given scores."""
-    names = list(CONTESTANTS) if objective in _CACHED else list(CONTESTANTS)[:2]
-    return {name: CONTESTANTS[name][0] for name in names}
-
-
-# The page and the command
-
-
-def section(results: Path) -> str:
+def section(results: Path, device: str = "cpu", dtype: str = "fp32") -> str:
     """The table, and how it was measured."""
-    rows = read_rows(Row, results / _FILE)
+    rows, where = read_file(Row, file(results, _STEM, device, dtype))
     head = "objective", "pairs", "loss", "memory", "ms", "time over ours", "error"
     text = (
-        f"Features of width {_WIDTH}, of the guide and the teacher {_GUIDE_WIDTH}, fp32, one "
-        "thread; a step is the loss of given features and their gradients, without an encoder. "
-        "Memory: growth of the peak of a fresh process. Time: medians over rounds in which all "
-        "contestants of an objective take turns. Error: of all gradients against the whole matrix "
-        f"in fp64, at {_ERROR_PAIRS} pairs; with a guide the 1e-4 of ours is one candidate within "
+        f"Features of width {_WIDTH}, of the guide and the teacher {_GUIDE_WIDTH}, {where}; a step "
+        "is the loss of given features and their gradients, without an encoder. Memory: growth of "
+        "the peak of a process of its own. Time: medians over rounds in which all contestants of "
+        "an objective take turns. Error: of all gradients against the whole matrix in fp64, "
+        f"at {_ERROR_PAIRS} pairs; with a guide the 1e-4 of ours is one candidate within "
         "eight roundings of its pair, a tie that stays a negative. The library's losses take "
         f"{_CHUNK} rows at a time, its default; it has no groups, no bias, and no distillation in "
         "the batch over features."
@@ -289,33 +269,10 @@ def section(results: Path) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    version = "" if CONTESTANTS[row.contestant][0] == "torch" else row.version
+    version = row.version if row.contestant.startswith(_PEER) else ""
     head = [row.objective, f"{row.pairs:,}", f"{row.contestant} {version}".strip()]
-    if row.status != "measured":
+    if row.status != MEASURED:
         return [*head, row.status, *[""] * 3]
-    times = f"{row.milliseconds:,.0f}", f"{row.time_ratio:.2f}"
+    ratio = f"{row.time_ratio:.2f}" if row.time_ratio else ""
+    times = f"{row.milliseconds:,.0f}", ratio
     return [*head, bytes_text(row.memory_bytes), *times, power(row.error)]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure all objectives, write the CSV and print its table."""
-    options = _parser().parse_args(arguments)
-    options.pairs = options.pairs or (512 if options.quick else 2048)
-    path = write_rows(Row, _measured(options), options.results / _FILE, provenance())
-    show(section(options.results))
-    print(path)
-
-
-def _parser() -> argparse.ArgumentParser:
-    made = parser(__doc__)
-    add = made.add_argument
-    add("--quick", action="store_true", help="one objective at 512 pairs; under a minute")
-    add("--pairs", type=int, help="rows of the batch (2048)")
-    add("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
-    add("--seconds", type=float, default=60.0, help="no further round after this (60)")
-    add("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
-    return made
-
-
-if __name__ == "__main__":
-    main()

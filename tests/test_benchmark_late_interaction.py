@@ -6,23 +6,25 @@ from pathlib import Path
 
 import late_interaction
 import pytest
-from late_interaction import Row, measure_point, measure_times
+from contestant_process import measure_point, measure_times
+from late_interaction import Row, TokenLoss
 from results import write_rows
 
-SHAPE = {"queries": 5, "shortest": 2, "longest": 9}
+TASK = TokenLoss("short", "fp32", "cpu", shortest=2, longest=9)
 NAMES = "MaxSimLoss", "MaxSimLoss, packed", "plain PyTorch"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_whole_matrix(name: str):
-    found = measure_point({"shape": SHAPE, "name": name})
-    assert found["error"] < 1e-5
-    assert found["factor"] == pytest.approx(1, abs=1e-5)
+    found = measure_point(TASK, name, 5, with_errors=True)
+    assert found["memory"] >= 0
+    assert found["errors"][""]["error"] < 1e-5
+    assert found["errors"][""]["factor"] == pytest.approx(1, abs=1e-5)
 
 
 def test_contestants_take_turns():
-    given = {"shape": SHAPE, "names": [*NAMES], "rounds": 2, "seconds": 60.0}
-    assert [len(each) for each in measure_times(given)["rounds"]] == [3, 3]
+    steps = measure_times(TASK, NAMES, 5, rounds=2, seconds=60.0, products=1)["steps"]
+    assert {name: len(each) for name, each in steps.items()} == dict.fromkeys(NAMES, 2)
 
 
 def test_what_failed_is_told(tmp_path: Path):

@@ -8,48 +8,44 @@ import os
 import subprocess
 import sys
 import warnings
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import contests
+import late_interaction
 import loss
 import loss_peers
 import pytest
+import retrieval_losses
 import torch
+from contestant_process import failure_line
+from contestants import Contestant, NotOffered
+from contests import Turns
 from fresh_process import Outcome
-from loss import (
-    errors,
-    failure_line,
+from loss_figures import remark
+from loss_pairs import (
+    PairLoss,
     outputs,
     relative_errors,
     share_of_matmul,
     time_values,
     truth,
 )
-from loss_figures import (
+from loss_peers import CASES, CONTESTANTS, OUTPUTS, PLAIN, make_leaves
+from loss_picture import draw, finding
+from loss_rows import (
     ErrorRow,
     MemoryRow,
     Results,
     TimeRow,
     bytes_text,
-    draw,
-    finding,
     read_origin,
     read_results,
-    remark,
     time_text,
     write_results,
 )
-from loss_peers import (
-    CASES,
-    CONTESTANTS,
-    OUTPUTS,
-    PLAIN,
-    Contestant,
-    NotOffered,
-    make_leaves,
-)
+from results import installed, read_rows
 from torch import Tensor
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +60,6 @@ _ORIGIN = {
     "commit": "abc",
     "date": "2026-01-01",
 }
-_TINY = {"error_batch": 65, "error_width": 32, "dtype": "fp32", "device": "cpu"}
 
 
 def _results() -> Results:
@@ -103,14 +98,16 @@ def _failing(_: float) -> Any:
     raise NotImplementedError("no bfloat16 here\nsecond line")
 
 
+def _call_instead(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
+    """No fork."""
+    monkeypatch.setattr(loss, "prepare_forks", lambda modules: None)
+    monkeypatch.setattr(contests, "call_in_fork", call)
+
+
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Points are measured here, where injected contestants exist."""
-
-    def call(function: Any, arguments: dict[str, Any], limits: Any) -> Outcome:
-        return Outcome(function({**arguments, "threads": None}))
-
-    monkeypatch.setattr(loss, "call_in_fresh_process", call)
+    _call_instead(monkeypatch, lambda function, arguments, _: Outcome(function(*arguments)))
 
 
 def _small(results: Path, *more: str) -> list[str]:
@@ -169,7 +166,8 @@ def test_adapters_agree_with_fp64_where_the_peer_is_right(contestant: Contestant
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = {case: errors(contestant, CASES[case], _TINY) for case in CASES}
+            task = PairLoss(contestant.loss, "fp32", "cpu", width=32, error_batch=65)
+            found = {case: task.errors(contestant, case) for case in CASES}
         except NotOffered as reason:
             pytest.skip(str(reason))
     for case in ("random", "gap"):
@@ -207,8 +205,7 @@ def test_a_wrong_contestant_is_called_wrong_and_a_failing_one_says_why(
         Contestant("elsewhere", "clip", _failing, devices=("cuda",)),
     ]
     known = [one for one in CONTESTANTS if one.name in (_OURS, _PLAIN)]
-    for module in (loss, loss_peers):
-        monkeypatch.setattr(module, "CONTESTANTS", [*known, *mine])
+    monkeypatch.setattr(loss_peers, "CONTESTANTS", [*known, *mine])
     loss.main(_small(tmp_path))
     shown = " ".join(capsys.readouterr().out.split())
     assert "WRONG in random (d" in shown and "half the gradient" in shown
@@ -227,18 +224,46 @@ def test_a_wrong_contestant_is_called_wrong_and_a_failing_one_says_why(
     assert timed == {_OURS, _PLAIN, "half the gradient", "not a number"}
 
 
+@pytest.mark.usefixtures("same_process")
+def test_one_command_shows_every_loss_and_a_failure_ends_no_other(tmp_path, monkeypatch, capsys):
+    def failing(objective: str) -> Any:
+        raise NotImplementedError(f"no {objective}")
+
+    monkeypatch.setattr(retrieval_losses, "_QUICK_PAIRS", 32)
+    monkeypatch.setattr(retrieval_losses, "_cached", failing)
+    monkeypatch.setitem(late_interaction._SHAPES, "ColBERT", ((2, 9), 5, 3))
+    chosen = ("--losses", "siglip", "hardness", "groups_bias", "colbert")
+    loss.main([*_small(tmp_path), *chosen])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Sigmoid loss" in shown and "CLIP loss" not in shown
+    version = installed("sentence-transformers")
+    why = f"{version} NotImplementedError: no hardness" if version else "not installed"
+    assert f"hardness 32 sentence-transformers cached {why}" in shown
+    rows = read_rows(retrieval_losses.Row, tmp_path / "retrieval_losses.csv")
+    ran = [(row.objective, row.contestant) for row in rows if row.status == "measured"]
+    names = "gradcache_clip", "plain PyTorch"
+    assert ran == [(each, name) for each in ("hardness", "groups, bias") for name in names]
+    assert all(row.error < 1e-5 and row.milliseconds > 0 for row in rows if row.error)
+    tokens = read_rows(late_interaction.Row, tmp_path / "late_interaction.csv")
+    assert [(row.shape, row.queries) for row in tokens] == [("ColBERT", 3)] * 5
+    assert "needs an NVIDIA GPU" in {row.status for row in tokens}
+    with pytest.raises(SystemExit):
+        loss.main(["--losses", "none", "--results", str(tmp_path)])
+    assert "query_to_document" in capsys.readouterr().err
+
+
 def test_what_would_not_fit_is_neither_run_nor_timed(tmp_path, monkeypatch, capsys):
     asked: list[tuple[str, int]] = []
 
-    def call(function: Any, arguments: dict[str, Any], limits: Any) -> Outcome:
+    def call(function: Any, arguments: tuple[Any, ...], limits: Any) -> Outcome:
         if function.__name__ == "measure_times":
-            assert arguments["names"] == [_OURS]
-            return Outcome({"names": [_OURS], "rounds": [[(1.0, 2.0)]], "failures": {}})
-        asked.append((arguments["name"], arguments["batch_size"]))
-        grows = arguments["batch_size"] ** 2 if arguments["name"] == _PLAIN else 1
-        return Outcome({"memory": 4 * grows, "errors": {}, "error_failures": {}})
+            assert arguments[1] == [_OURS]
+            return Outcome({"steps": {_OURS: [2.0]}, "products": {_OURS: [1.0]}})
+        _, name, batch_size, _ = arguments
+        asked.append((name, batch_size))
+        return Outcome({"memory": 4 * (batch_size**2 if name == _PLAIN else 1)})
 
-    monkeypatch.setattr(loss, "call_in_fresh_process", call)
+    _call_instead(monkeypatch, call)
     sizes = ["--batches", "64", "128", "1024", "2048", "--time-batch", "4096", "--cap-gib", "0.001"]
     loss.main(_small(tmp_path, "--only", "plain", *sizes))
     assert [batch for name, batch in asked if name == _PLAIN] == [64, 128]
@@ -251,10 +276,7 @@ def test_what_would_not_fit_is_neither_run_nor_timed(tmp_path, monkeypatch, caps
 
 
 def test_a_process_that_died_is_shown_with_its_last_line(tmp_path, monkeypatch, capsys):
-    def call(function: Any, arguments: dict[str, Any], limits: Any) -> Outcome:
-        raise RuntimeError("measure_point: expected exit code 0, got -11:\nillegal access\n")
-
-    monkeypatch.setattr(loss, "call_in_fresh_process", call)
+    _call_instead(monkeypatch, lambda *_: Outcome(failure="illegal access"))
     loss.main(_small(tmp_path, "--only", "plain"))
     assert " ".join(capsys.readouterr().out.split()).count("illegal access") == 2
 
@@ -285,15 +307,12 @@ def test_redrawing_without_a_csv_says_what_to_do(tmp_path):
 
 def test_ratios_are_taken_within_a_round():
     # The second round ran on a machine half as fast.
-    values = {
-        "names": [_OURS, _PLAIN],
-        "rounds": [[(1.0, 10.0), (1.0, 20.0)], [(2.0, 20.0), (2.0, 40.0)], [(1.0, 10), (1.0, 30)]],
-    }
-    found = time_values("clip", 4096, values, Namespace(device="cpu", time_width=64))
-    assert found[_OURS]["time_over_ours"] == 1 and found[_PLAIN]["time_over_ours"] == 2
-    assert (found[_PLAIN]["lowest_ratio"], found[_PLAIN]["highest_ratio"]) == (2, 3)
-    assert found[_OURS]["share_of_matmul"] == pytest.approx(0.4)
-    assert found[_OURS]["milliseconds"] == 10 and found[_OURS]["rounds"] == 3
+    own = (10.0, 20.0, 10.0)
+    turns = Turns("measured", (20.0, 40.0, 30.0), own, products=(2.0, 4.0, 2.0))
+    found = time_values("clip", 4096, 64, turns)
+    assert (found["time_over_ours"], found["lowest_ratio"], found["highest_ratio"]) == (2, 2, 3)
+    assert found["share_of_matmul"] == pytest.approx(0.4)
+    assert found["milliseconds"] == 30 and found["rounds"] == 3
 
 
 def test_the_share_counts_the_same_operations_for_all():
@@ -342,6 +361,7 @@ def test_quick_end_to_end_in_fresh_processes(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     script = str(_ROOT / "benchmarks" / "loss.py")
     options = _small(tmp_path, "--only", "plain", "--batches", "2048", "--jobs", "2")
+    options += ["--losses", "clip", "hardness"]
     done = subprocess.run(
         [sys.executable, script, *options], capture_output=True, text=True, env=environment
     )
@@ -357,6 +377,8 @@ def test_quick_end_to_end_in_fresh_processes(tmp_path):
     assert len(results.errors) == 2 * len(CASES)
     png = tmp_path / "loss_cpu_fp32_clip.png"
     assert str(png) in done.stdout and png.read_bytes().startswith(b"\x89PNG")
+    ours, plain = read_rows(retrieval_losses.Row, tmp_path / "retrieval_losses.csv")
+    assert 0 < ours.memory_bytes < plain.memory_bytes and plain.error < 1e-6
     redrawn = subprocess.run(
         [sys.executable, script, "--redraw", "--results", str(tmp_path)],
         capture_output=True,

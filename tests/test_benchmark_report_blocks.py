@@ -13,15 +13,8 @@ from typing import Any
 
 import integrations
 import objectives
-from loss_figures import (
-    ErrorRow,
-    MemoryRow,
-    Results,
-    TimeRow,
-    contestants,
-    quoted_losses,
-    write_results,
-)
+from loss_figures import contestants, quoted_losses
+from loss_rows import ErrorRow, MemoryRow, Results, TimeRow, write_results
 from report import BLOCKS, page
 from results import UNMEASURED, read_rows
 

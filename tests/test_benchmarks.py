@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from fresh_process import (
     Limits,
+    Outcome,
+    call_in_fork,
     call_in_fresh_process,
     interleaved_times_ms,
 )
@@ -56,6 +58,30 @@ def test_too_long_a_step_is_an_outcome():
 def test_any_other_failure_shows_its_traceback():
     with pytest.raises(RuntimeError, match="no such encoder"):
         call_in_fresh_process(fail, {})
+
+
+def die() -> None:
+    os.write(2, b"more\nillegal access\n")
+    os._exit(3)
+
+
+def test_whatever_happens_in_a_fork_is_an_outcome():
+    # Fresh processes import this file, but cannot import others beside it.
+    from gloo_processes import forkserver
+
+    def outcome(function: Any, *arguments: Any, **limits: Any) -> Outcome:
+        return call_in_fork(function, arguments, Limits(**limits))
+
+    # Later tests of this process fork off the same server.
+    forkserver()
+    found = outcome(add, {"a": 2, "b": 3})
+    assert found.values["sum"] == 5 and found.values["process"] != os.getpid()
+    assert outcome(die).failure == "illegal access"
+    assert outcome(fail, {}).failure == "KeyError: 'no such encoder'"
+    assert outcome(sleep, {"seconds": 60}, seconds=0.1).failure == "timed out"
+    if sys.platform == "linux":
+        given = {"bytes": _GIB}
+        assert outcome(allocate, given, data_bytes=_GIB // 4).failure == "out of memory"
 
 
 def test_steps_take_turns_and_the_warm_up_is_dropped():
