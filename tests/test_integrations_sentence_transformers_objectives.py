@@ -302,8 +302,13 @@ def test_what_they_refuse(folder: Path) -> None:
 def test_options_cannot_be_replaced_without_effect(folder: Path) -> None:
     model = tiny_model(folder)
     loss = CachedMultipleNegativesRankingLoss(model)
-    with pytest.raises(AttributeError, match="directions: expected that of the constructor"):
-        loss.directions = ALL
+    for name, value in (("directions", ALL), ("matryoshka_dims", [8])):
+        with pytest.raises(AttributeError, match=f"{name}: expected that of the constructor"):
+            setattr(loss, name, value)
+    guided = CachedGISTEmbedLoss(model, tiny_guide(folder))
+    guided.temperature = 0.0
+    with pytest.raises(ValueError, match="temperature: expected a number above zero, got 0.0"):
+        gradients(guided, 2)
     loss.scale = 5.0
     got, expected = (
         gradients(loss, 2),

@@ -88,7 +88,8 @@ class CachedLoss(nn.Module):
         self._steps = self.kind_of_steps(type(self).__name__, self.compute_loss_from_embeddings)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.fixed_options and name in vars(self):
+        fixed = *self.fixed_options, "matryoshka_dims", "matryoshka_weights"
+        if name in fixed and name in vars(self):
             raise AttributeError(
                 f"{name}: expected that of the constructor, got {value!r} afterwards; build a new "
                 "loss"
@@ -158,7 +159,8 @@ class CachedLoss(nn.Module):
 
     def _take_widths(self, dims: Sequence[int] | None, weights: Sequence[float] | None) -> None:
         checks.check_widths(dims, weights, self.model)
-        self.matryoshka_dims, self.matryoshka_weights = dims, weights
+        # Not by name, for those of a MatryoshkaLoss around this one replace them.
+        vars(self).update(matryoshka_dims=dims, matryoshka_weights=weights)
         for name in self._contrasts if dims is not None else ():
             contrast = getattr(self, name)
             # As the library does, whatever the similarity of the whole width is.

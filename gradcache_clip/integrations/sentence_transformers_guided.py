@@ -115,6 +115,7 @@ class CachedGISTEmbedLoss(CachedLoss):
 
     def beside(self, columns: list[Features], labels: Tensor | None) -> Tensor:
         """Embed the columns by the guide: (C, b, G), normalised."""
+        checks.check_temperature("temperature", self.temperature)
         # Modules write their outputs into what they are given.
         texts = [self._retokenized(each) if self.must_retokenize else {**each} for each in columns]
         alone = LocalStrategy(reduce_myself=True)
