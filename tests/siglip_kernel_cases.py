@@ -162,7 +162,7 @@ def test_a_block_without_positives(M: int, N: int, launched: Counter[str]) -> No
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="tiles too small for a GPU")
+@pytest.mark.skipif(not INTERPRETED, reason="no GPU is given such tiles")
 @pytest.mark.parametrize(
     ("shape", "parts"), [((16, 16), 1), ((16, 64), 1), ((16, 64), 4), ((64, 16), 1)]
 )
