@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradcache_clip import (
     ClipLoss,
     InBatchDistillationLoss,
+    InfoNCELoss,
     LateInteractionLoss,
     RetrievalLoss,
     SigLipLoss,
@@ -235,6 +236,12 @@ def documents_of_two_dtypes() -> None:
         InBatchDistillationLoss(teacher_scale=1.0)(q, q.to(dtype), q, q)
 
 
+def negatives_on_one_rank(build: type) -> None:
+    negatives = torch.ones(3, 2, 4) if dist.get_rank() == 1 else None
+    with pytest.raises(ValueError, match=r"hard_negatives: .* every rank or on none.*ranks \[0\]"):
+        build()(torch.ones(3, 4), torch.ones(3, 4), negatives)
+
+
 def second_derivative(build: type, name: str, *tokens: int) -> None:
     q = torch.randn(3, *tokens, 4, requires_grad=True)
     loss = build()(q, torch.randn(3, *tokens, 4)).loss
@@ -252,6 +259,8 @@ def refusals() -> Checks:
     for name in ("documents", "column_bias"):
         yield f"{name} learned on one rank", partial(learned_on_one_rank, name)
     yield "documents of two dtypes", documents_of_two_dtypes
+    for build in (InfoNCELoss, RetrievalLoss):
+        yield f"{build.__name__}: negatives", partial(negatives_on_one_rank, build)
     for build, name in losses:
         yield f"{name}: labels on one rank", partial(labels_on_one_rank, build)
 

@@ -110,7 +110,7 @@ class ScoreDistillationLoss(ScaledLoss):
         if negatives is None:
             raise ValueError("hard_negatives: expected some, got None; scores compare candidates")
         check_scores(scores, ("queries", queries), (len(queries), 1 + negatives.shape[1]))
-        features = {"queries": queries, "documents": documents, "negatives": negatives}
+        features = {"queries": queries, "documents": documents, "hard_negatives": negatives}
         check_same_everywhere(self.group, **features, scores=scores)
         queries, documents, negatives = self._prepared(None, queries, documents, negatives)
         scale = self._scale_for(logit_scale, queries, documents, negatives)

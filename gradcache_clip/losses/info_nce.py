@@ -135,7 +135,8 @@ class InfoNCELoss(ScaledLoss):
         """Check everything; return the features of this rank with the ids of all ranks."""
         rules = RetrievalRules(ids, self.false_negative_margin, self.symmetric, self.tau_plus)
         columns, own = retrieval_columns(queries, documents, hard_negatives, rules)
-        check_same_everywhere(self.group, queries=queries, columns=columns, own=own, ids=ids)
+        features = {"queries": queries, "documents": documents, "hard_negatives": hard_negatives}
+        check_same_everywhere(self.group, **features, ids=ids)
         if hard_negatives is None:
             check_has_negatives(len(queries) * self.ranks.size)
         queries, columns, *rest = self._prepared(

@@ -107,7 +107,7 @@ def check_rows(
         group,
         queries=queries,
         documents=documents,
-        negatives=negatives,
+        hard_negatives=negatives,
         ids=given.ids,
         groups=given.groups,
         column_bias=given.column_bias,
