@@ -78,12 +78,12 @@ class ClipLoss(ScaledLoss):
             TypeError: labels or ids that are not integers.
             ValueError: shapes differ, or the whole batch is a single pair.
         """
-        given = image_features, text_features, logit_scale, logit_bias, labels, ids
-        return self._outputs(None, *given)[0]
+        given = image_features, text_features, logit_scale, logit_bias
+        return self.prefixes(None, *given, labels=labels, ids=ids)[0]
 
     def prefixes(
         self,
-        widths: Sequence[int],
+        widths: Sequence[int] | None,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | None = None,
@@ -92,20 +92,7 @@ class ClipLoss(ScaledLoss):
         labels: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> list[ContrastiveOutput]:
-        """Compute `forward` for each prefix of the features, normalised; see `MatryoshkaLoss`."""
-        given = image_features, text_features, logit_scale, logit_bias, labels, ids
-        return self._outputs(widths, *given)
-
-    def _outputs(
-        self,
-        widths: Sequence[int] | None,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | None,
-        logit_bias: Tensor | None,
-        labels: Tensor | None,
-        ids: Tensor | None,
-    ) -> list[ContrastiveOutput]:
+        """Compute `forward`, or with widths that of each prefix; see `MatryoshkaLoss`."""
         labels, ids = self._checked(image_features, text_features, labels, ids)
         q, k = self._prepared(widths, image_features, text_features)
         scale, pairing = self._scale_for(logit_scale, q, k), Pairing(labels, labels, ids, ids)

@@ -103,36 +103,27 @@ class InBatchDistillationLoss(ScaledLoss):
             TypeError: features of a wrong type.
             ValueError: shapes that do not fit together, or the whole batch is a single pair.
         """
-        teacher = teacher_queries, teacher_documents
-        return self._outputs(None, (queries, documents), teacher, logit_scale)[0]
+        given = queries, documents, teacher_queries, teacher_documents
+        return self.prefixes(None, *given, logit_scale)[0]
 
     def prefixes(
         self,
-        widths: Sequence[int],
+        widths: Sequence[int] | None,
         queries: Tensor,
         documents: Tensor,
         teacher_queries: Tensor,
         teacher_documents: Tensor,
         logit_scale: Tensor | None = None,
     ) -> list[DistillationOutput]:
-        """Compute `forward` for each prefix of the student's features; see `MatryoshkaLoss`."""
+        """Compute `forward`, or with widths that of each prefix of the student."""
         teacher = teacher_queries, teacher_documents
-        return self._outputs(widths, (queries, documents), teacher, logit_scale)
-
-    def _outputs(
-        self,
-        widths: Sequence[int] | None,
-        student: Sides,
-        teacher: Sides,
-        logit_scale: Tensor | None,
-    ) -> list[DistillationOutput]:
-        check_pairs(("queries", "documents"), *student)
+        check_pairs(("queries", "documents"), queries, documents)
         check_pairs(("teacher_queries", "teacher_documents"), *teacher)
-        _check_teacher(*teacher, student[0])
-        of_student = {"queries": student[0], "documents": student[1]}
-        check_same_everywhere(self.group, **of_student, teacher_queries=teacher[0])
-        check_has_negatives(len(student[0]) * self.ranks.size)
-        q, d = self._prepared(widths, *student)
+        _check_teacher(*teacher, queries)
+        of_student = {"queries": queries, "documents": documents}
+        check_same_everywhere(self.group, **of_student, teacher_queries=teacher_queries)
+        check_has_negatives(len(queries) * self.ranks.size)
+        q, d = self._prepared(widths, queries, documents)
         scale = self._scale_for(logit_scale, q, d)
         pairing = Pairing(both_ways=self.symmetric)
         each = self._statistics("in_batch_distillation_loss", q, d, scale, pairing, widths)

@@ -89,11 +89,11 @@ class InfoNCELoss(ScaledLoss):
             ValueError: shapes that do not fit together, or the whole batch is a single pair without
                 hard negatives.
         """
-        return self._outputs(None, queries, documents, hard_negatives, logit_scale, ids)[0]
+        return self.prefixes(None, queries, documents, hard_negatives, logit_scale, ids=ids)[0]
 
     def prefixes(
         self,
-        widths: Sequence[int],
+        widths: Sequence[int] | None,
         queries: Tensor,
         documents: Tensor,
         hard_negatives: Tensor | None = None,
@@ -101,18 +101,7 @@ class InfoNCELoss(ScaledLoss):
         *,
         ids: Tensor | None = None,
     ) -> list[RetrievalOutput]:
-        """Compute `forward` for each prefix of the features, normalised; see `MatryoshkaLoss`."""
-        return self._outputs(widths, queries, documents, hard_negatives, logit_scale, ids)
-
-    def _outputs(
-        self,
-        widths: Sequence[int] | None,
-        queries: Tensor,
-        documents: Tensor,
-        hard_negatives: Tensor | None,
-        logit_scale: Tensor | None,
-        ids: Tensor | None,
-    ) -> list[RetrievalOutput]:
+        """Compute `forward`, or with widths that of each prefix; see `MatryoshkaLoss`."""
         batch = self._batch(widths, queries, documents, hard_negatives, ids)
         scale = self._scale_for(logit_scale, batch.queries, batch.columns)
         each = [batch] if widths is None else [batch.of_prefix(width) for width in widths]

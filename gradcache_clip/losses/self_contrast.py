@@ -62,25 +62,16 @@ class NTXentLoss(ScaledLoss):
         Raises:
             ValueError: shapes differ, or the whole batch is a single pair.
         """
-        return self._outputs(None, features_a, features_b, logit_scale)[0]
+        return self.prefixes(None, features_a, features_b, logit_scale)[0]
 
     def prefixes(
-        self,
-        widths: Sequence[int],
-        features_a: Tensor,
-        features_b: Tensor,
-        logit_scale: Tensor | None = None,
-    ) -> list[SelfContrastOutput]:
-        """Compute `forward` for each prefix of the features, normalised; see `MatryoshkaLoss`."""
-        return self._outputs(widths, features_a, features_b, logit_scale)
-
-    def _outputs(
         self,
         widths: Sequence[int] | None,
         features_a: Tensor,
         features_b: Tensor,
-        logit_scale: Tensor | None,
+        logit_scale: Tensor | None = None,
     ) -> list[SelfContrastOutput]:
+        """Compute `forward`, or with widths that of each prefix; see `MatryoshkaLoss`."""
         check_pairs(("features_a", "features_b"), features_a, features_b)
         check_same_everywhere(self.group, features_a=features_a, features_b=features_b)
         check_has_negatives(len(features_a) * self.ranks.size)
@@ -125,25 +116,16 @@ class SupConLoss(ScaledLoss):
             TypeError: labels that are not integers.
             ValueError: shapes that do not fit together, or the whole batch has less than 3 rows.
         """
-        return self._outputs(None, features, labels, logit_scale)[0]
+        return self.prefixes(None, features, labels, logit_scale)[0]
 
     def prefixes(
-        self,
-        widths: Sequence[int],
-        features: Tensor,
-        labels: Tensor,
-        logit_scale: Tensor | None = None,
-    ) -> list[SelfContrastOutput]:
-        """Compute `forward` for each prefix of the features, normalised; see `MatryoshkaLoss`."""
-        return self._outputs(widths, features, labels, logit_scale)
-
-    def _outputs(
         self,
         widths: Sequence[int] | None,
         features: Tensor,
         labels: Tensor,
-        logit_scale: Tensor | None,
+        logit_scale: Tensor | None = None,
     ) -> list[SelfContrastOutput]:
+        """Compute `forward`, or with widths that of each prefix; see `MatryoshkaLoss`."""
         check_features("features", features)
         check_integers("labels", labels, (len(features),), features.device)
         check_same_everywhere(self.group, features=features, labels=labels)
