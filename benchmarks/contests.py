@@ -106,22 +106,44 @@ def points(contest: Contest, contestant: Contestant, options: argparse.Namespace
     # CUDA reserves address space far beyond what it uses.
     data_bytes = None if task.device == "cuda" else options.cap
     limits = Limits(options.timeout, data_bytes, options.threads)
-    fitting = [size for size in contest.sizes if size <= contestant.largest]
-    for size in fitting or [contestant.largest]:
+    sizes = [size for size in contest.sizes if size <= contestant.largest]
+    for size in sizes or [contestant.largest]:
         if (before := found.largest()) and predicted_bytes(*before, size) > options.cap:
             found.memory[size] = OVER_CAP, _NAN
-            return found
-        given = task, contestant.name, size, not found.memory
-        outcome = call_in_fork(measure_point, given, limits)
-        failure = outcome.failure or outcome.values.get("memory_failure", "")
-        found.memory[size] = (failure or MEASURED, outcome.values.get("memory", _NAN))
-        for case, errors in outcome.values.get("errors", {}).items():
-            found.errors[case] = MEASURED, errors
-        for case, line in outcome.values.get("error_failures", {}).items():
-            found.errors[case] = line, {}
-        if failure:
+        else:
+            _measure(found, size, limits)
+        if found.memory[size][0] != MEASURED:
             break
     return found
+
+
+def _measure(found: Found, size: int, limits: Limits) -> None:
+    """Add memory at a size, with errors if it is the first."""
+    given = found.contest.task, found.contestant.name, size, not found.memory
+    outcome = call_in_fork(measure_point, given, limits)
+    failure = outcome.failure or outcome.values.get("memory_failure", "")
+    found.memory[size] = failure or MEASURED, outcome.values.get("memory", _NAN)
+    for case, errors in outcome.values.get("errors", {}).items():
+        found.errors[case] = MEASURED, errors
+    for case, line in outcome.values.get("error_failures", {}).items():
+        found.errors[case] = line, {}
+
+
+def fitting(contest: Contest, every: Sequence[Found], options: argparse.Namespace) -> list[Found]:
+    """Those that ran and would fit at the size of the times; the turns of others say so.
+
+    Args:
+        options: of the command: `cap`.
+    """
+    size, chosen = contest.time_size, []
+    for each in every:
+        if largest := each.largest():
+            held = predicted_bytes(*largest, size) * contest.widening
+            if size <= each.contestant.largest and held <= options.cap:
+                chosen.append(each)
+            else:
+                each.turns[size] = Turns(OVER_CAP)
+    return chosen
 
 
 def predicted_bytes(size: int, held: float, other: int) -> float:
@@ -138,41 +160,30 @@ def take_turns(
     products: int = 1,
     seconds: float = 0.0,
 ) -> None:
-    """Time all that ran and would fit at this size, in one process.
+    """Time them at this size, in one process.
 
     Args:
-        options: of the command: `cap`, `timeout`, `threads`, `rounds`, `seconds`.
+        options: of the command: `timeout`, `threads`, `rounds`, `seconds`.
         seconds: in place of those of the command.
     """
-    ran = {each.contestant.name: each for each in every if each.largest()}
-    fitting = {name: each for name, each in ran.items() if _fits(each, size, options)}
-    limits = Limits(options.timeout * max(1, len(fitting)), None, options.threads)
-    given = contest.timed, [*fitting], size, options.rounds, seconds or options.seconds, products
+    names = [each.contestant.name for each in every]
+    limits = Limits(options.timeout * max(1, len(names)), None, options.threads)
+    given = contest.timed, names, size, options.rounds, seconds or options.seconds, products
     outcome = call_in_fork(measure_times, given, limits)
     steps, failures = outcome.values.get("steps", {}), outcome.values.get("failures", {})
-    for name, each in ran.items():
+    for name, each in zip(names, every, strict=True):
         if name in steps:
             own = steps.get(contest.ours, ())
-            turns = Turns(MEASURED, steps[name], own, outcome.values["products"][name])
-        elif name in fitting:
-            turns = Turns(outcome.failure or failures[name])
+            each.turns[size] = Turns(MEASURED, steps[name], own, outcome.values["products"][name])
         else:
-            turns = Turns(OVER_CAP)
-        each.turns[size] = turns
-
-
-def _fits(found: Found, size: int, options: argparse.Namespace) -> bool:
-    largest = found.largest()
-    if largest is None or size > found.contestant.largest:
-        return False
-    return predicted_bytes(*largest, size) * found.contest.widening <= options.cap
+            each.turns[size] = Turns(outcome.failure or failures[name])
 
 
 # Results of losses that are measured at one size: a file, with a row for each contestant
 
 
-def file(results: Path, stem: str, device: str = "cpu", dtype: str = "fp32") -> Path:
-    """Those of fp32 on the CPU have the plain name."""
+def file(stem: str, results: Path, device: str = "cpu", dtype: str = "fp32") -> Path:
+    """Fp32 on the CPU has the plain name."""
     end = "" if (device, dtype) == ("cpu", "fp32") else f"_{device}_{dtype}"
     return results / f"{stem}{end}.csv"
 
@@ -193,14 +204,20 @@ def write_file(
         )
         for each in found
     ]
-    path = file(options.results, stem, options.device, options.dtype)
+    path = file(stem, options.results, options.device, options.dtype)
     write_rows(kind, rows, path, {"dtype": options.dtype, **origin})
 
 
 def read_file(kind: type[Any], path: Path) -> tuple[list[Any], str]:
     """The rows, and where they were measured, such as "fp32, 2 threads"."""
     origin = read_csv(path)[0]
-    threads = origin.get("used_threads", "1")
-    on_cpu = "one thread" if threads == "1" else f"{threads} threads"
-    where = f"{origin.get('dtype', 'fp32')}, {origin.get('gpu') or on_cpu}"
-    return read_rows(kind, path), where
+    device = origin.get("gpu") or threads(origin.get("used_threads", "1"))
+    return read_rows(kind, path), f"{origin.get('dtype', 'fp32')}, {device}"
+
+
+def threads(count: str) -> str:
+    """Example:
+    >>> threads("1"), threads("2")
+    ('one thread', '2 threads')
+    """
+    return "one thread" if count == "1" else f"{count} threads"

@@ -8,7 +8,7 @@ written to late_interaction.csv.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from contestants import DTYPES, ON_GPU, Contestant, Task
-from contests import MEASURED, Contest, Found, file, read_file, write_file
+from contests import MEASURED, Contest, file, read_file
 from fresh_process import distance
 from results import bytes_text, paragraph, power, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-_STEM = "late_interaction"
+STEM = "late_interaction"
+"""Name of the file of the rows."""
 _ERROR_QUERIES = 8
 _QUERY_TOKENS, _WIDTH = 32, 128
 # Queries of which PyLate scores all documents at a time, and which it takes as one chunk.
@@ -220,21 +221,12 @@ def _contest(title: str, options: argparse.Namespace) -> Contest:
     return Contest(task, (size,), _OURS, task, size)
 
 
-# Rows and the page
-
-
-def files(results: Path, device: str = "cpu", dtype: str = "fp32") -> list[Path]:
-    """Those that `write` writes."""
-    return [file(results, _STEM, device, dtype)]
-
-
-def write(found: Iterable[Found], options: argparse.Namespace, origin: Mapping[str, str]) -> None:
-    write_file(Row, _STEM, found, options, origin)
+# The page
 
 
 def section(results: Path, device: str = "cpu", dtype: str = "fp32") -> str:
     """The table, and how it was measured."""
-    rows, where = read_file(Row, file(results, _STEM, device, dtype))
+    rows, where = read_file(Row, file(STEM, results, device, dtype))
     head = "shape", "queries", "loss", "memory", "ms", "time over ours", "gradients", "error"
     text = (
         "32 query tokens, a document and a hard negative for each query, of 20 to 300 (ColBERT) or "

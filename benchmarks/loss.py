@@ -24,7 +24,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import late_interaction
 import loss_figures
@@ -33,7 +35,16 @@ import loss_rows
 import retrieval_losses
 import torch
 from contestants import Contestant
-from contests import MEASURED, Contest, Found, points, take_turns
+from contests import (
+    MEASURED,
+    Contest,
+    Found,
+    file,
+    fitting,
+    points,
+    take_turns,
+    write_file,
+)
 from fresh_process import prepare_forks
 from loss_picture import draw_all
 from loss_rows import FULL_BATCH, read_results, stem
@@ -44,7 +55,7 @@ from rich.progress import Progress
 # A call takes minutes at that batch, so only ours is timed there and what torch itself offers.
 _FULL_RIVAL = "torch linear_cross_entropy x 2"
 _SLOW_IMPORT = "sentence_transformers.sentence_transformer.losses"
-_NEED_IT = {"sentence-transformers", "pylate"}
+_IMPORTED_BY = {"sentence-transformers", "pylate"}
 _QUICK = {
     "batches": [4096],
     "width": 64,
@@ -53,7 +64,7 @@ _QUICK = {
     "time_width": 64,
     "rounds": 3,
     "seconds": 15.0,
-    # On a busy machine too, the same threads are fast from step to step.
+    # On a busy machine several would wait for each other.
     "threads": 1,
     "jobs": os.cpu_count() or 1,
 }
@@ -63,6 +74,7 @@ _QUICK = {
 class Part:
     """Losses that share their inputs and files."""
 
+    title: str
     names: tuple[str, ...]
     contests: Callable[[argparse.Namespace], list[Contest]]
     write: Callable[[Iterable[Found], argparse.Namespace, Mapping[str, str]], object]
@@ -70,7 +82,16 @@ class Part:
     section: Callable[[Path, str, str], str]
 
 
+def _of_one_file(title: str, module: Any) -> Part:
+    def files(*place: Any) -> list[Path]:
+        return [file(module.STEM, *place)]
+
+    write = partial(write_file, module.Row, module.STEM)
+    return Part(title, tuple(module.NAMES), module.contests, write, files, module.section)
+
+
 PAIRS = Part(
+    "Losses of pairs",
     loss_pairs.NAMES,
     loss_pairs.contests,
     loss_pairs.write,
@@ -79,10 +100,8 @@ PAIRS = Part(
 )
 PARTS = (
     PAIRS,
-    *(
-        Part(tuple(each.NAMES), each.contests, each.write, each.files, each.section)
-        for each in (retrieval_losses, late_interaction)
-    ),
+    _of_one_file("Objectives of retrieval", retrieval_losses),
+    _of_one_file("Late interaction", late_interaction),
 )
 _NAMES = [name for part in PARTS for name in part.names]
 
@@ -131,16 +150,18 @@ def _entered(contest: Contest, options: argparse.Namespace) -> list[Contestant]:
 
 
 def _imports(entered: Iterable[Contestant], device: str) -> list[str]:
-    """Once for all processes, but not where it might start CUDA, which no fork could use then."""
-    is_needed = any(one.package in _NEED_IT for one in entered)
+    """Modules to import once for all processes."""
+    is_needed = any(one.package in _IMPORTED_BY for one in entered)
+    # On a GPU the import might start CUDA, which forks cannot use afterwards.
     return [_SLOW_IMPORT] if is_needed and device == "cpu" else []
 
 
 def _time(contest: Contest, found: list[Found], options: argparse.Namespace) -> None:
-    """At the batch of the times, and with --full of two at a huge one."""
-    take_turns(contest, found, contest.time_size, options)
+    """Time all at the batch for times, and with --full two of them at a huge one."""
+    take_turns(contest, fitting(contest, found, options), contest.time_size, options)
     if options.full and contest.task.title == "clip":
-        few = [each for each in found if each.contestant.name in (contest.ours, _FULL_RIVAL)]
+        names = contest.ours, _FULL_RIVAL
+        few = [each for each in found if each.contestant.name in names and each.largest()]
         # The warm-up of a step this long counts, so one call each; the product needs more.
         take_turns(contest, few, FULL_BATCH, options, products=20, seconds=1.0)
 
@@ -160,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         measure(parts, options)
     for part in parts:
-        show(part.section(*place))
+        show(f"## {part.title}\n\n{part.section(*place)}")
     if PAIRS in parts:
         for row in read_results(stem(*place)).times:
             if row.batch_size == FULL_BATCH and row.status == MEASURED:

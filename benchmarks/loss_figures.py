@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from contestants import NEEDS_GPU
-from contests import MEASURED, OVER_CAP, predicted_bytes
+from contests import MEASURED, OVER_CAP, predicted_bytes, threads
 from loss_peers import CASES, CONTESTANTS, ours
 from loss_rows import (
     FULL_BATCH,
@@ -39,8 +39,8 @@ _NO_MATRIX = 0.1
 def section(results: Path, device: str = "cpu", dtype: str = "fp32") -> str:
     """A table for each loss that was measured on a device in a dtype."""
     begin = stem(results, device, dtype)
-    found, threads = read_results(begin), read_origin(begin)["used_threads"]
-    parts = [paragraph(_LEGEND.format(threads=threads))]
+    found, used = read_results(begin), read_origin(begin)["used_threads"]
+    parts = [paragraph(_LEGEND.format(threads=threads(used)))]
     for name, title in TITLES.items():
         if (own := found.of(name)).memory:
             parts += [f"### {title}", f"![{title}]({FOLDER}/{begin.name}_{name}.png)"]
@@ -49,7 +49,7 @@ def section(results: Path, device: str = "cpu", dtype: str = "fp32") -> str:
 
 
 _LEGEND = (
-    "Forward and backward with {threads} threads. Time: median of rounds in which all take turns, "
+    "Forward and backward with {threads}. Time: median of rounds in which all take turns, "
     "and over ours with its lowest and highest ratio. Rate: operations over time (whatever a "
     "contestant really does), over the rate of a matrix product in the same rounds. Memory: growth "
     "of the peak over the inputs in a process of its own. Error: the worst of loss and gradients "

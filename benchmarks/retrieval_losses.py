@@ -8,7 +8,7 @@ gradients against the whole matrix in fp64. Rows are written to retrieval_losses
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from contestants import DTYPES, Contestant, Task
-from contests import MEASURED, Contest, Found, file, read_file, write_file
+from contests import MEASURED, Contest, file, read_file
 from fresh_process import distance
 from results import bytes_text, paragraph, power, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
 
-_STEM = "retrieval_losses"
+STEM = "retrieval_losses"
+"""Name of the file of the rows."""
 _WIDTH, _GUIDE_WIDTH, _SCALE, _STRENGTH = 256, 384, 20.0, 5.0
 _PAIRS, _QUICK_PAIRS, _ERROR_PAIRS = 2048, 1024, 256
 _DIRECTIONS = "query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"
@@ -239,21 +240,12 @@ def contests(options: argparse.Namespace) -> list[Contest]:
     return [Contest(task, (size,), _OURS, task, size) for task in tasks]
 
 
-# Rows and the page
-
-
-def files(results: Path, device: str = "cpu", dtype: str = "fp32") -> list[Path]:
-    """Those that `write` writes."""
-    return [file(results, _STEM, device, dtype)]
-
-
-def write(found: Iterable[Found], options: argparse.Namespace, origin: Mapping[str, str]) -> None:
-    write_file(Row, _STEM, found, options, origin)
+# The page
 
 
 def section(results: Path, device: str = "cpu", dtype: str = "fp32") -> str:
     """The table, and how it was measured."""
-    rows, where = read_file(Row, file(results, _STEM, device, dtype))
+    rows, where = read_file(Row, file(STEM, results, device, dtype))
     head = "objective", "pairs", "loss", "memory", "ms", "time over ours", "error"
     text = (
         f"Features of width {_WIDTH}, of the guide and the teacher {_GUIDE_WIDTH}, {where}; a step "
