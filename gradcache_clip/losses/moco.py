@@ -33,6 +33,9 @@ class MoCoLoss(nn.Module):
             and the process group. Not symmetric.
         queues: one per input of queries, of equal size; an empty one is filled at random.
 
+    Raises:
+        ValueError: another contrast, or queues that are not one or two of one size.
+
     Example:
         >>> import torch
         >>> from gradcache_clip.losses import FeatureQueue, InfoNCELoss, MoCoLoss
@@ -91,7 +94,7 @@ class MoCoLoss(nn.Module):
         )
 
     def push(self) -> None:
-        """Append the keys of the last call, of all ranks, to the queues; call after the step."""
+        """Append the keys of the last call, of all ranks, to the queues; once, after the step."""
         if not self._keys:
             raise ValueError(
                 "push: expected a loss before it, got none since the last push; call it once, "
