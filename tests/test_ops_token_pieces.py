@@ -29,12 +29,14 @@ def test_each_token_is_in_a_piece_of_its_sample(
     pieces = Pieces.of(tokens, None, spans, "mean", limits, torch.float32)
     place = torch.arange(tokens.numel())
     used = ((place >= spans[0][:, None]) & (place < spans[2][:, None])).any(0)
-    assert torch.equal(pieces.of_tokens(pieces.values)[used], tokens[0, used])
-    assert not pieces.of_tokens(pieces.values)[~used].any() or pieces.token is None
+    values = pieces.values(pieces.all)
+    if pieces.last is not None:
+        values[torch.arange(values.shape[1]) > pieces.last[:, None]] = 0
+    assert torch.equal(pieces.of_given(values), tokens[0] * used[:, None])
     runs = [pieces.run(part) for part in pieces.cut(slice(0, len(samples)), most)]
     for run in runs:
         taken = torch.arange(run.pieces.start, run.pieces.stop)
-        values, index = pieces.values[taken, :, 0], pieces.sample[taken, None]
+        values, index = pieces.values(run.pieces)[:, :, 0], pieces.sample[taken, None]
         own = torch.zeros(len(samples), tokens.numel() + 2)
         own.index_put_((index.expand_as(values), values.long()), torch.ones(()))
         # No two samples share a token, and a maximum is over those that may be found.
@@ -46,7 +48,7 @@ def test_each_token_is_in_a_piece_of_its_sample(
         assert torch.equal(values.gather(0, won.long() // length), best)
         assert (run.in_pieces(winner, 0, length) == 0).sum() == best.numel()
         assert len(taken) <= most or len(best) == 1
-    found = [run.best(pieces.values[run.pieces, :, 0].amax(1), None, 0)[0] for run in runs]
+    found = [run.best(pieces.values(run.pieces)[:, :, 0].amax(1), None, 0)[0] for run in runs]
     assert torch.equal(torch.cat(found), spans[1].float())
     weights = [run.total(pieces.weight[run.pieces].sum(1)[None])[0] for run in runs]
     torch.testing.assert_close(torch.cat(weights), torch.ones(len(samples)))

@@ -83,8 +83,7 @@ def _gradients(
     # Gradients of scores stay within 16 bits.
     factor = largest.where(largest > 0, 1)
     into = [
-        torch.zeros_like(side.values, dtype=dscores.dtype) if needed else None
-        for side, needed in zip(sides, needs, strict=True)
+        side.zeros(side.all) if needed else None for side, needed in zip(sides, needs, strict=True)
     ]
     for own, queries in tiles.pairs():
         maxima = tiles.maxima(own, queries, winners=True)
@@ -97,7 +96,7 @@ def _gradients(
         tiles.add_gradients((own, queries), maxima, (None, found), (dcandidates, dqueries))
     unscale = factor / tiles.panels.gradient_scale
     return [
-        None if each is None else side.of_tokens(each.mul_(unscale))
+        None if each is None else side.of_given(each.mul_(unscale))
         for each, side in zip(into, sides, strict=True)
     ]
 

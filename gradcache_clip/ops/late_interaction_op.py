@@ -116,10 +116,8 @@ class TokenPasses(NamedTuple):
             tiles = self.tiles(rows, columns, logit_scale.dtype, rules)
             given = logit_scale, rules.pairing, (row_side, column_side), needs
             drows, dcolumns, dscale = gradient(tiles, *given)
-            if drows is not None:
-                drows = tiles.images.of_tokens(drows).view(rows.shape)
-            if dcolumns is not None:
-                dcolumns = tiles.texts.of_tokens(dcolumns).view(columns.shape)
+        drows = None if drows is None else drows.view(rows.shape)
+        dcolumns = None if dcolumns is None else dcolumns.view(columns.shape)
         return drows, dcolumns, dscale
 
     def tiles(

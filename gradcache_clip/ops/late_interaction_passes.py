@@ -86,16 +86,16 @@ def gradient(
 ) -> Gradients:
     """Run the backward from the gradients of both sides' statistics."""
     needs_images, needs_texts, needs_scale = needs
-    images, texts, dtype = tiles.images, tiles.texts, logit_scale.dtype
-    dimages = torch.zeros_like(images.values) if needs_images else None
-    dtexts = torch.zeros_like(texts.values, dtype=dtype) if needs_texts else None
+    images, texts = tiles.images, tiles.texts
+    dimages = torch.zeros_like(images.given) if needs_images else None
+    dtexts = texts.zeros(texts.all) if needs_texts else None
     dlogit_scale = torch.zeros_like(logit_scale)
     sides, factor = _in_units(sides)
     masks = _masks(tiles, logit_scale, pairing)
     unscale = factor * logit_scale / tiles.panels.gradient_scale
     for stripe in tiles.stripes():
         own = images.at(stripe)
-        rows = torch.zeros_like(images.values[own], dtype=dtype) if needs_images else None
+        rows = images.zeros(own) if needs_images else None
         for panel in tiles.text_panels():
             maxima = tiles.maxima(stripe, panel, winners=needs_images or needs_texts)
             scores = _Scores(maxima, (stripe, panel), logit_scale, masks)
@@ -104,9 +104,9 @@ def gradient(
                 columns = None if dtexts is None else dtexts[texts.at(panel)]
                 tiles.add_gradients((stripe, panel), maxima, dscores, (rows, columns))
         if dimages is not None and rows is not None:
-            dimages[own] = rows.mul_(unscale)
+            images.put(rows.mul_(unscale), own, dimages)
     if dtexts is not None:
-        dtexts = dtexts.mul_(unscale).to(texts.values.dtype)
+        dtexts = texts.of_given(dtexts.mul_(unscale))
     return dimages, dtexts, dlogit_scale.mul_(factor) if needs_scale else None
 
 

@@ -35,10 +35,11 @@ class TorchPanels:
 
     def __init__(self, images: Pieces, texts: Pieces, *, one_way: bool) -> None:
         self.images, self.texts, self.one_way = images, texts, one_way
-        P, R = images.values.shape[1], texts.values.shape[1]
+        P, R = images.weight.shape[1], texts.weight.shape[1]
         stripe = max(1, _SIDE // P)
         self.shape = stripe, max(1, _ELEMENTS // (max(stripe, images.most) * P * R))
         self._buffers: dict[str, Tensor] = {}
+        self._stripe: tuple[slice, Tensor] | None = None
 
     @staticmethod
     def piece_limits(tokens: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -50,8 +51,8 @@ class TorchPanels:
     def maxima(
         self, stripe: slice, panel: slice, *, with_index: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        P, R = self.images.values.shape[1], self.texts.values.shape[1]
-        rows, columns = self._rows(self.images, stripe), self._rows(self.texts, panel)
+        P, R = self.images.weight.shape[1], self.texts.weight.shape[1]
+        rows, columns = self._stripe_rows(stripe), self._rows(self.texts, panel)
         shape = len(rows), len(columns)
         tile = torch.mm(rows, columns.T, out=self._buffer("similarity", *shape))
         scratch = self._buffer("scratch", *shape) if with_index else None
@@ -75,7 +76,7 @@ class TorchPanels:
         if dimages is not None:
             _add_sums(dimages, image, text, weight, self._rows(self.texts, runs[1].pieces))
         if dtexts is not None:
-            _add_sums(dtexts, text, image, weight, self._rows(self.images, runs[0].pieces))
+            _add_sums(dtexts, text, image, weight, self._stripe_rows(runs[0].pieces))
 
     def _entries(
         self,
@@ -101,9 +102,15 @@ class TorchPanels:
         image, text, weight = (torch.cat(each) for each in zip(*flat, strict=True))
         return image, text, weight
 
+    def _stripe_rows(self, pieces: slice) -> Tensor:
+        """Return the image tokens, kept for the other panels of a stripe."""
+        if self._stripe is None or self._stripe[0] != pieces:
+            self._stripe = pieces, self._rows(self.images, pieces)
+        return self._stripe[1]
+
     def _rows(self, side: Pieces, pieces: slice) -> Tensor:
         """Return their tokens in the dtype of the similarities."""
-        return side.values[pieces].flatten(0, 1).to(side.weight.dtype)
+        return side.values(pieces).flatten(0, 1).to(side.weight.dtype)
 
     def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
         if name not in self._buffers or self._buffers[name].numel() < rows * columns:

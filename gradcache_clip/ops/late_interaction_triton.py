@@ -23,8 +23,9 @@ class TritonPanels:
     def __init__(self, images: Pieces, texts: Pieces, *, one_way: bool) -> None:
         from gradcache_clip.kernels.late_interaction import TokenPanels
 
-        self.images, self.texts, both = images, texts, (images.values, texts.values)
-        self._panels = TokenPanels(*both, both_ways=not one_way, samples=texts.samples)
+        self.images, self.texts = images, texts
+        self._values = images.values(images.all), texts.values(texts.all)
+        self._panels = TokenPanels(*self._values, both_ways=not one_way, samples=texts.samples)
         self.shape, self.gradient_scale = self._panels.shape, self._panels.gradient_scale
         self.maxima = self._panels.maxima
 
@@ -59,6 +60,6 @@ class TritonPanels:
         dsimilarity = self._panels.dsimilarity(winners, (row, column), weights)
         dimages, dtexts = dtokens
         if dimages is not None:
-            self._panels.add_product(dimages, dsimilarity, self.texts.values[texts.pieces])
+            self._panels.add_product(dimages, dsimilarity, self._values[1][texts.pieces])
         if dtexts is not None:
-            self._panels.add_product(dtexts, dsimilarity.T, self.images.values[images.pieces])
+            self._panels.add_product(dtexts, dsimilarity.T, self._values[0][images.pieces])

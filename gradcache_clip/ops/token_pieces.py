@@ -28,8 +28,8 @@ TokenReduction = Literal["mean", "sum"]
 class Pieces(NamedTuple):
     """One side in pieces, none of which mixes samples, or tokens that may be found with others."""
 
-    values: Float[Tensor, "n l d"]
-    """Repeats of the last token fill a piece, so that maxima need no mask."""
+    given: Float[Tensor, "t d"]
+    """All tokens."""
     weight: Float[Tensor, "n l"]
     """Of a token in the mean or sum over its sample; 0 for repeats."""
     sample: Int[Tensor, " n"]
@@ -39,12 +39,13 @@ class Pieces(NamedTuple):
     """First piece of each sample, then the number of all pieces."""
     runs: dict[tuple[int, int], Run]
     """Runs that were asked for, by their samples."""
-    tokens: int
-    """How many were given."""
+    token: Int[Tensor, "n l"] | None = None
+    """Which token each is; repeats of the last one fill a piece, so that maxima need no mask. None
+    if all stand in their order."""
     last: Int[Tensor, " n"] | None = None
     """Place of the last token of a piece, before its repeats; None if there are none."""
-    token: Int[Tensor, "n l"] | None = None
-    """Which of the given tokens each is, the number of all for repeats; None if in their order."""
+    empty: Bool[Tensor, " n"] | None = None
+    """Pieces without a token that counts, which hold zeros; None if there are none."""
 
     @staticmethod
     def of(
@@ -67,25 +68,25 @@ class Pieces(NamedTuple):
     def padded(
         tokens: Float[Tensor, "s t d"], mask: Bool[Tensor, "s t"] | None, dtype: torch.dtype
     ) -> Pieces:
-        """Take samples of one length, each a piece; copy them only where there is a mask."""
-        samples, length, _ = tokens.shape
+        """Take samples of one length, each a piece."""
+        samples = len(tokens)
         number = torch.arange(samples, device=tokens.device)
         starts, bounds = list(range(samples + 1)), torch.stack((number, number + 1))
         ones = torch.ones(tokens.shape[:2], dtype=dtype, device=tokens.device)
-        whole = Pieces(tokens.contiguous(), ones, number, bounds, starts, {}, samples * length)
+        whole = Pieces(tokens.contiguous().flatten(0, 1), ones, number, bounds, starts, {})
         return whole if mask is None else whole._masked(mask)
 
     def _masked(self, mask: Bool[Tensor, "s t"]) -> Pieces:
-        """Put valid tokens first, then repeats of the last one; a sample without any gets zeros."""
-        length = mask.shape[1]
-        place = torch.arange(length, device=mask.device)
+        """Put valid tokens first, then repeats of the last one."""
+        place = torch.arange(mask.shape[1], device=mask.device)
         last, order = mask.sum(1, keepdim=True) - 1, (~mask).byte().argsort(dim=1, stable=True)
-        index = order.gather(1, place.minimum(last.clamp_min(0))) + self.sample[:, None] * length
-        given = self.values.flatten(0, 1), index, place > last, self.weight.dtype
-        values, weight, token = _filled(*given)
-        values.masked_fill_((last < 0)[:, :, None], 0)
-        last = last[:, 0].clamp_min(0).int()
-        return self._replace(values=values, weight=weight, last=last, token=token)
+        index = order.gather(1, place.minimum(last.clamp_min(0)))
+        return self._replace(
+            weight=(place <= last).to(self.weight.dtype),
+            token=index + self.sample[:, None] * mask.shape[1],
+            last=last[:, 0].clamp_min(0).int(),
+            empty=last[:, 0] < 0,
+        )
 
     @staticmethod
     def packed(
@@ -110,12 +111,12 @@ class Pieces(NamedTuple):
         number, place = (torch.arange(n, device=end.device) for n in (starts[-1], length))
         begin = start[stretch] + (number - first[stretch]) * length
         last = (stop[stretch] - begin).clamp_max(length) - 1
-        index = begin[:, None] + place.minimum(last[:, None])
-        values, weight, token = _filled(tokens, index, place > last[:, None], dtype)
+        token = begin[:, None] + place.minimum(last[:, None])
+        weight = (place <= last[:, None]).to(dtype)
         if counts is not None:
-            weight *= counts[index]
-        given = values, weight, stretch // 2, first.view(-1, 2).T
-        return Pieces(*given, starts, {}, len(tokens), last.int(), token)
+            weight *= counts[token]
+        sample, bounds = stretch // 2, first.view(-1, 2).T
+        return Pieces(tokens, weight, sample, bounds, starts, {}, token, last.int())
 
     @property
     def samples(self) -> int:
@@ -133,14 +134,10 @@ class Pieces(NamedTuple):
 
     def guard(self) -> Float[Tensor, " s"]:
         """Return 0 for each sample, NaN where one of its tokens is not finite."""
-        return self._sums(self.values.sum(2, dtype=self.weight.dtype).mul_(0))
+        return self._sums(self.values(self.all).sum(2, dtype=self.weight.dtype).mul_(0))
 
     def _sums(self, each: Float[Tensor, "n l"]) -> Float[Tensor, " s"]:
         return each.new_zeros(self.samples).index_add_(0, self.sample, each.sum(1))
-
-    def at(self, samples: slice) -> slice:
-        """Return the pieces of these samples."""
-        return slice(self.starts[samples.start], self.starts[samples.stop])
 
     def run(self, samples: slice) -> Run:
         """Return the run of these samples, made once."""
@@ -164,13 +161,45 @@ class Pieces(NamedTuple):
                 first, longest = number, own
         yield slice(first, samples.stop)
 
-    def of_tokens(self, dvalues: Float[Tensor, "n l d"]) -> Float[Tensor, "t d"]:
-        """Turn the gradient of the pieces into that of the given tokens."""
-        flat = dvalues.flatten(0, 1)
+    @property
+    def all(self) -> slice:
+        return slice(0, len(self.weight))
+
+    def values(self, pieces: slice) -> Float[Tensor, "n l d"]:
+        """Return the tokens of these pieces."""
         if self.token is None:
-            return flat
-        out = flat.new_zeros(self.tokens + 1, flat.shape[1])
-        return out.index_copy_(0, self.token.flatten(), flat)[:-1]
+            return self.given.view(*self.weight.shape, -1)[pieces]
+        token = self.token[pieces]
+        values = self.given.index_select(0, token.flatten()).unflatten(0, token.shape)
+        return self._emptied(values, pieces)
+
+    def zeros(self, pieces: slice) -> Float[Tensor, "n l d"]:
+        """Return room for the gradients of `values`."""
+        return self.weight.new_zeros(*self.weight[pieces].shape, self.given.shape[1])
+
+    def put(self, dvalues: Float[Tensor, "n l d"], pieces: slice, dgiven: Tensor) -> None:
+        """Write the gradients of `values`, 0 for repeats, to those of all tokens."""
+        if self.token is None:
+            dgiven.view(*self.weight.shape, -1)[pieces] = dvalues
+            return
+        flat = self._emptied(dvalues, pieces).flatten(0, 1).to(dgiven.dtype)
+        # Of the numbers that are added up all but one are zeros, so their order does not matter.
+        dgiven.index_add_(0, self.token[pieces].flatten(), flat)
+
+    def of_given(self, dvalues: Float[Tensor, "n l d"]) -> Float[Tensor, "t d"]:
+        """Turn the gradients of all `values` into those of the tokens."""
+        dgiven = torch.zeros_like(self.given)
+        self.put(dvalues, self.all, dgiven)
+        return dgiven
+
+    def _emptied(self, values: Float[Tensor, "n l d"], pieces: slice) -> Float[Tensor, "n l d"]:
+        if self.empty is None:
+            return values
+        return values.masked_fill_(self.empty[pieces, None, None], 0)
+
+    def at(self, samples: slice) -> slice:
+        """Return the pieces of these samples."""
+        return slice(self.starts[samples.start], self.starts[samples.stop])
 
 
 class Run(NamedTuple):
@@ -236,12 +265,12 @@ class Split(NamedTuple):
 
     @staticmethod
     def of(side: Pieces, samples: slice, most: int) -> Split:
-        pieces, device = side.at(samples), side.values.device
+        pieces, device = side.at(samples), side.weight.device
         start, found = side.bounds[:, samples, None] - pieces.start
         sample = side.sample[pieces] - samples.start
         place = torch.arange(len(sample), device=device) - start[sample, 0]
         table = (start + torch.arange(most, device=device)).minimum(found - 1)
-        return Split(sample, place, table, start[:, 0], side.values.shape[1])
+        return Split(sample, place, table, start[:, 0], side.weight.shape[1])
 
     def best(self, best: Tensor, winner: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
         spread = best.index_select(dim, self.found.flatten()).unflatten(dim, self.found.shape)
@@ -255,17 +284,6 @@ class Split(NamedTuple):
         spread = values.new_zeros(len(values), self.found.numel())
         spread.index_copy_(1, self.sample * self.found.shape[1] + self.place, values)
         return spread.unflatten(1, self.found.shape).sum(2)
-
-
-def _filled(
-    tokens: Float[Tensor, "t d"],
-    index: Int[Tensor, "n l"],
-    repeated: Bool[Tensor, "n l"],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tokens of pieces, the weights and the numbers of those that are not repeated."""
-    values = tokens.index_select(0, index.flatten()).unflatten(0, index.shape)
-    return values, (~repeated).to(dtype), index.masked_fill(repeated, len(tokens))
 
 
 def _along(dim: int, like: Tensor) -> list[int]:
