@@ -64,7 +64,7 @@ BENCHMARKS = (
     Benchmark("predicted", "memory_predicted.py", ("memory_predicted.csv",), 3, 0.4),
     Benchmark("distributed", "distributed.py", ("distributed.csv",), 5, 1),
     Benchmark(
-        *("loss", "loss.py", (*PAIR_LOSSES, RETRIEVAL, LATE_INTERACTION), 55, 1.5),
+        *("loss", "loss.py", (*PAIR_LOSSES, RETRIEVAL, LATE_INTERACTION), 55, 2),
         full=("--full",),
         peers=_PEERS,
     ),

@@ -1,7 +1,7 @@
 """Every loss of gradcache_clip beside its peers: memory, time and error.
 
     python benchmarks/loss.py                  # fp32 on the CPU; 45 minutes on two cores
-    python benchmarks/loss.py --quick          # small batches; a minute and a half
+    python benchmarks/loss.py --quick          # small batches; two minutes
     python benchmarks/loss.py --losses clip hardness colbert    # these
     python benchmarks/loss.py --full           # also times ours and torch's at batch 65,536
     python benchmarks/loss.py --device cuda    # bf16 on a GPU; --dtype fp32 for the other
@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, help="threads of torch (all cores; one with --quick)")
     add("--jobs", type=int, help="memory points at a time; times always run alone (1)")
     add("--cap-gib", type=float, help="memory a point may use; by default 80 %% of what is free")
-    add("--quick", action="store_true", help="small batches; a minute and a half on two cores")
+    add("--quick", action="store_true", help="small batches; two minutes on two cores")
     add("--full", action="store_true", help=f"the CLIP loss at batch {FULL_BATCH:,}; minutes more")
     add("--redraw", action="store_true", help="measure nothing; show the CSVs of --results again")
     sizes = made.add_argument_group("sizes of the CLIP, sigmoid and NT-Xent losses")
