@@ -140,8 +140,10 @@ def _check_queues(queues: Any) -> None:
 
 def _check_contrast(contrast: Any) -> None:
     inner = getattr(contrast, "loss", contrast)
-    if getattr(inner, "symmetric", None) is not False:
+    symmetric = getattr(inner, "symmetric", None)
+    if symmetric is not False:
         raise ValueError(
             "contrast: expected InfoNCELoss(symmetric=False), or MatryoshkaLoss around one, got "
-            f"{inner!r}; a queue holds keys alone, for which no queries compete"
+            f"{type(inner).__name__} with symmetric={symmetric}; a queue holds keys alone, for "
+            "which no queries compete"
         )
