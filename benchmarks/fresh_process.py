@@ -2,7 +2,7 @@
 
 Run as a script, this file is the child of `call_in_fresh_process`: it reads JSON from stdin, calls
 one function of one file and prints what it returned as JSON. `call_in_fork` is for many short
-measurements: its processes share the imports of one that computes nothing.
+measurements, which need not import anything again.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def call_in_fresh_process(
 def call_in_fork(
     function: Callable[..., dict[str, Any]], arguments: Sequence[Any], limits: Limits
 ) -> Outcome:
-    """`function(*arguments)` in a process forked off the one of `prepare_forks`.
+    """`function(*arguments)` in a process forked from the server of `prepare_forks`.
 
-    Whatever happens there is an outcome: the failure of a process that died is the last line that
-    it wrote.
+    Whatever happens there is an outcome: the failure of a process that died is the last line it
+    wrote.
     """
     receiver, sender = _FORKS.Pipe(duplex=False)
     with NamedTemporaryFile("r", errors="replace") as written:
@@ -126,9 +126,9 @@ def call_in_fork(
 
 
 def prepare_forks(modules: Sequence[str]) -> None:
-    """Import modules in the process that others are forked off; it computes nothing.
+    """Start a server that imports modules and computes nothing, for processes to be forked from.
 
-    If the import of one ends that process, torch alone is imported, and each fork sees to its own.
+    If an import ends the server, a new one imports torch alone, and forks import what they need.
     """
     for preloaded in (["torch", *modules], ["torch"]):
         _FORKS.set_forkserver_preload(preloaded)

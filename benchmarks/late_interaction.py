@@ -190,7 +190,7 @@ class TokenLoss(Task):
         return Batch(*documents, (mask(), mask()))
 
     def errors(self, contestant: Contestant, case: str) -> dict[str, float]:
-        """How many times the true ones the gradients are, and what remains after division by it."""
+        """Gradients over the true ones: "factor"; what remains after division by it: "error"."""
         few = self.inputs(_ERROR_QUERIES)
         found = torch.cat([each.flatten().double() for each in self.step(contestant)(few)[1]])
         exact = Batch(*(each.detach().double().requires_grad_() for each in few.leaves), few.masks)
@@ -205,7 +205,7 @@ _SHAPES = {
     "ColPali": ((768, 1030), 32, 8),
 }
 NAMES = {title.lower(): title for title in _SHAPES}
-"""By what --losses calls them."""
+"""Titles by the names that --losses takes."""
 
 
 def contests(options: argparse.Namespace) -> list[Contest]:

@@ -14,7 +14,8 @@ a process of its own for each contestant and batch, times in interleaved rounds 
 in one process, errors against fp64 at the same numbers.
 
 Writes loss_DEVICE_DTYPE_{times,memory,errors}.csv, loss_DEVICE_DTYPE_LOSS.{png,svg},
-retrieval_losses.csv and late_interaction.csv into benchmarks/results (or --results).
+retrieval_losses.csv and late_interaction.csv into benchmarks/results, with --quick into
+runs/benchmarks-quick (or --results). They hold the losses of the last run alone.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from contests import (
 from fresh_process import prepare_forks
 from loss_picture import draw_all
 from loss_rows import FULL_BATCH, read_results, stem
-from results import available_bytes, parser, provenance, show
+from results import QUICK, RESULTS, available_bytes, parser, provenance, show
 from rich.console import Console
 from rich.progress import Progress
 
@@ -206,6 +207,7 @@ def _origin(options: argparse.Namespace) -> dict[str, str]:
 def _complete(options: argparse.Namespace) -> None:
     """Values that depend on others; what the caller gave stays."""
     usual = {
+        "results": QUICK if options.quick else RESULTS,
         "losses": _NAMES,
         "dtype": "bf16" if options.device == "cuda" else "fp32",
         "batches": [2048, 4096, 8192, 16384],
@@ -232,6 +234,7 @@ def _free(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     made = parser(__doc__)
+    made.set_defaults(results=None)
     add = made.add_argument
     add("--losses", nargs="+", choices=_NAMES, metavar="LOSS", help=f"{', '.join(_NAMES)} (all)")
     add("--only", nargs="+", help="contestants whose names contain one of these, and ours")

@@ -19,6 +19,8 @@ from typing import Any, TypeVar, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+QUICK = ROOT / "runs" / "benchmarks-quick"
+"""Results of quick runs, which no page shows."""
 FOLDER = "../benchmarks/results"
 """The same, seen from a page in docs."""
 UNMEASURED = "(not measured yet)"

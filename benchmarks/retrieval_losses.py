@@ -196,7 +196,7 @@ def _cached_gist() -> Step:
 _CACHED = "query to document", "four directions", "hardness", "guide"
 OBJECTIVES = *_CACHED, "groups, bias", "distillation"
 NAMES = {each.replace(",", "").replace(" ", "_"): each for each in OBJECTIVES}
-"""By what --losses calls them."""
+"""Titles by the names that --losses takes."""
 _OURS, _PEER = "gradcache_clip", "sentence-transformers"
 
 

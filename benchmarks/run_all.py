@@ -26,12 +26,11 @@ from functools import cache
 from pathlib import Path
 
 from catalogue import BENCHMARKS, WORDNET, Benchmark, find
-from results import RESULTS, ROOT, installed, parser, provenance, show, table, write_json
+from results import QUICK, RESULTS, ROOT, installed, parser, provenance, show, table, write_json
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from watched_process import run_watched
 
-QUICK = ROOT / "runs" / "benchmarks-quick"
 INTERRUPTED = 130
 STATE = "run_all.json"
 MEASURED, KEPT = "measured", "measured before"
