@@ -300,9 +300,12 @@ def test_results_survive_their_csv_with_these_columns(tmp_path):
         assert list(csv.DictReader(file))[1]["dscale_error"] == "", "unknown is empty, not zero"
 
 
-def test_redrawing_without_a_csv_says_what_to_do(tmp_path):
+def test_redrawing_without_a_csv_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="run without --redraw"):
         loss.main(["--redraw", "--results", str(tmp_path)])
+    monkeypatch.setattr(loss, "QUICK", tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        loss.main(["--redraw", "--quick"])
 
 
 def test_ratios_are_taken_within_a_round():
