@@ -91,6 +91,8 @@ def test_bad_input_is_named(arguments: Any, options: Any, message: str) -> None:
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match="token_reduction: expected"):
         LateInteractionLoss(token_reduction="max")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="one_way: expected True or False, got 1"):
+        LateInteractionLoss(one_way=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="init_logit_scale: expected 0 <"):
         LateInteractionLoss(init_logit_scale=101.0)
     assert "one_way=False, token_reduction='mean', normalize=True" in repr(LateInteractionLoss())

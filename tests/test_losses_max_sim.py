@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -522,6 +523,10 @@ def test_bad_types_and_settings_are_named() -> None:
         MaxSimLoss()(TOKENS[:, 0], TOKENS, query_lengths=ONES.float())
     with pytest.raises(ValueError, match="symmetric: expected False with in_batch_negatives"):
         MaxSimLoss(symmetric=True, in_batch_negatives=False)
+    with pytest.raises(TypeError, match="symmetric: expected True or False, got 'no'"):
+        MaxSimLoss(symmetric="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="teacher_scale: expected a finite number, got nan"):
+        MaxSimDistillationLoss(teacher_scale=math.nan)
     with pytest.raises(ValueError, match="hard_negatives: expected some with in_batch"):
         MaxSimLoss(in_batch_negatives=False)(TOKENS, TOKENS)
     with pytest.raises(ValueError, match="token_reduction: expected"):

@@ -307,6 +307,13 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
         RetrievalLoss(**options)
 
 
+def test_a_guide_that_is_not_finite_does_not_go_unseen() -> None:
+    queries, documents, _ = features()
+    guide = queries.detach().clone()
+    guide[2, 0] = torch.nan
+    assert RetrievalLoss().double()(queries, documents, guide=(guide, guide)).loss.isnan()
+
+
 def test_wrong_rows() -> None:
     queries, documents, _ = features()
     loss = RetrievalLoss().double()

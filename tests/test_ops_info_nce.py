@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -290,6 +291,8 @@ THREE = torch.arange(3)
         ),
         ({"ids": THREE.to("meta")}, ValueError, "ids: expected device cpu, got meta; move"),
         ({"tau_plus": 1.0}, ValueError, "tau_plus: expected a share.*got 1.0; 0 turns it off"),
+        ({"tau_plus": None}, ValueError, "tau_plus: expected a share.*got None; 0 turns it off"),
+        ({"false_negative_margin": math.nan}, ValueError, "false_negative_margin: .*got nan; None"),
         ({"tau_plus": -0.1}, ValueError, "tau_plus: expected a share.*got -0.1; 0 turns it off"),
         (
             {"tau_plus": 0.1, "false_negative_margin": 0.1},
@@ -311,6 +314,7 @@ def test_bad_options_are_named(
     [
         ((EYE.bool(), EYE, 1.0), TypeError, "queries: expected float16.*bool; convert"),
         ((EYE, EYE[:2], 1.0), ValueError, r"documents: .*queries \(3, 3\), got \(2, 3\); row i"),
+        ((EYE.to_sparse(), EYE, 1.0), TypeError, "queries: expected a dense tensor.*to_dense"),
         ((EYE, EYE, None), TypeError, "logit_scale: expected a number.*NoneType; pass"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradcache_clip.distributed.collectives import check_same_everywhere, gather_rows
 from gradcache_clip.distributed.exchange import Ranks
 from gradcache_clip.losses.distributed_contrast import DistributedContrast
+from gradcache_clip.losses.options import check_flags
 from gradcache_clip.losses.padded_tokens import PaddedTokens, as_long_everywhere, of_all_ranks
 from gradcache_clip.losses.retrieval_arguments import RowArguments, check_vectors
 from gradcache_clip.losses.scaled import ScaledLoss, ScaleOptions, check_has_negatives
@@ -73,6 +74,7 @@ class LateInteractionLoss(ScaledLoss):
     ) -> None:
         super().__init__(**options)
         check_token_reduction(token_reduction)
+        check_flags(one_way=one_way)
         self.one_way = one_way
         self.token_reduction: TokenReduction = token_reduction
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradcache_clip.distributed.collectives import check_same_everywhere
 from gradcache_clip.losses.competitors import Competitors, accuracy, joint_loss
+from gradcache_clip.losses.options import check_flags
 from gradcache_clip.losses.retrieval_arguments import RowArguments
 from gradcache_clip.losses.scaled import LossOptions, ScaledLoss, check_has_negatives
 from gradcache_clip.losses.token_batch import GivenTokens, TokenBatch
@@ -90,6 +91,11 @@ class MaxSimLoss(ScaledLoss):
             init_logit_scale=init_logit_scale, max_logit_scale=max_logit_scale, **options
         )
         check_token_reduction(token_reduction)
+        check_flags(
+            symmetric=symmetric,
+            in_batch_negatives=in_batch_negatives,
+            share_hard_negatives=share_hard_negatives,
+        )
         if symmetric and not in_batch_negatives:
             raise ValueError(
                 "symmetric: expected False with in_batch_negatives=False, got True; for a document "

@@ -19,6 +19,7 @@ from gradcache_clip.losses.distillation import (
     check_scores,
     score_distillation,
 )
+from gradcache_clip.losses.options import check_finite, check_flags
 from gradcache_clip.losses.scaled import LossOptions, ScaledLoss
 from gradcache_clip.losses.token_batch import GivenTokens, TokenBatch, check_token_inputs
 from gradcache_clip.losses.token_contrast import own_logits
@@ -79,6 +80,8 @@ class MaxSimDistillationLoss(ScaledLoss):
         )
         check_objective(objective)
         check_token_reduction(token_reduction)
+        check_finite("teacher_scale", teacher_scale, "1.0 takes the scores as they are")
+        check_flags(unit_range=unit_range)
         self.objective: Objective = objective
         self.teacher_scale = teacher_scale
         self.token_reduction: TokenReduction = token_reduction

@@ -214,6 +214,10 @@ class RetrievalLoss(ScaledLoss):
         features = self._prepared(widths, *inputs[:2], *rest)
         scale = self._scale_for(logit_scale, *features)
         margin = self.guide_margin, self.relative_guide_margin
+        rules = rules_of(self.ranks, further, scale.dtype, margin[0], relative=margin[1])
+        if rules.guide is not None:
+            # NaN is above no threshold: such a guide would mask nothing, unseen.
+            scale = scale + 0 * rules.guide.sum().to(scale.dtype)
         contrasts = RetrievalContrasts(
             partial(self._statistics, _NAME, widths=widths),
             self.ranks,
@@ -221,7 +225,7 @@ class RetrievalLoss(ScaledLoss):
             features[1],
             features[2] if rest else None,
             scale,
-            rules_of(self.ranks, further, scale.dtype, margin[0], relative=margin[1]),
+            rules,
             self._hardness(),
             self.directions,
             self.share_hard_negatives,

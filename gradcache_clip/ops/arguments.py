@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ def check_floating(name: str, features: Tensor) -> None:
     """Raise unless `features` is a tensor of a floating dtype that the ops take."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
+    if features.layout != torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got {features.layout}; convert with .to_dense()"
+        )
     if features.dtype not in _DTYPES:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64, got {features.dtype}; "
@@ -97,8 +102,10 @@ def scalar_tensor(
 
 def check_share(name: str, value: float) -> None:
     """Raise unless 0 <= value < 1."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a share from 0 to below 1, got {value}; 0 turns it off")
+    if not isinstance(value, Real) or not 0 <= value < 1:
+        raise ValueError(
+            f"{name}: expected a share from 0 to below 1, got {value!r}; 0 turns it off"
+        )
 
 
 def check_widths(name: str, widths: Sequence[int], D: int) -> None:

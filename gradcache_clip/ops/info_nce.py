@@ -5,6 +5,8 @@ B queries, H shared and K own hard negatives, D feature width.
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -285,6 +287,11 @@ def _check_options(queries: Tensor, columns: Tensor, rules: RetrievalRules) -> N
     if rules.ids is not None:
         check_integers("ids", rules.ids, (len(queries), len(columns)), queries.device)
     check_share("tau_plus", rules.tau_plus)
+    margin = rules.false_negative_margin
+    if margin is not None and not (isinstance(margin, Real) and math.isfinite(margin)):
+        raise ValueError(
+            f"false_negative_margin: expected a finite number, got {margin!r}; None turns it off"
+        )
     if rules.false_negative_margin is not None and rules.tau_plus > 0:
         raise ValueError(
             f"tau_plus: expected 0 beside a false_negative_margin, got {rules.tau_plus}; debiasing "
