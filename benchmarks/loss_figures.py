@@ -1,13 +1,18 @@
-"""What the pages show of the CLIP, sigmoid and NT-Xent losses: tables and quoted sentences."""
+"""What pages show of the CLIP, sigmoid and NT-Xent losses, and quote of all losses."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import late_interaction
+import retrieval_losses
 from contestants import NEEDS_GPU
-from contests import MEASURED, OVER_CAP, predicted_bytes, threads
+from contests import MEASURED, OVER_CAP, file, predicted_bytes, read_file, threads
 from loss_peers import CASES, CONTESTANTS, ours
 from loss_rows import (
     FULL_BATCH,
@@ -25,6 +30,7 @@ from loss_rows import (
     time_text,
 )
 from results import FOLDER, bold, paragraph, table
+from results import bytes_text as binary_text
 
 _QUOTED = "cpu", "fp32"
 _NAMES = {"clip": "CLIP", "siglip": "SigLIP", "nt_xent": "NT-Xent"}
@@ -32,6 +38,7 @@ _LIBRARIES = {"torch linear_cross_entropy x 2": "torch's `linear_cross_entropy`"
 _CORES = {"1": "one CPU core", "2": "two CPU cores"}
 # A library that takes less than this share of the plain loss's memory stores no matrix.
 _NO_MATRIX = 0.1
+_PLAIN_TORCH, _OBJECTIVE_PEERS = "plain PyTorch", ("sentence-transformers", "PyLate")
 
 # The section of docs/benchmarks.md: all contestants of every loss
 
@@ -232,4 +239,47 @@ def bf16_errors(results: Path) -> str:
     )
 
 
-BLOCKS = {"loss": quoted_losses, "loss-full": full_batch, "loss-bf16": bf16_errors}
+def quoted_objectives(results: Path) -> str:
+    """Objectives of retrieval and late interaction beside the plain loss and a library."""
+    kinds: tuple[tuple[type[Any], str, str], ...] = (
+        (retrieval_losses.Row, retrieval_losses.STEM, "pairs"),
+        (late_interaction.Row, late_interaction.STEM, "queries"),
+    )
+    lines = []
+    for kind, name, unit in kinds:
+        rows, where = read_file(kind, file(name, results, *_QUOTED))
+        for (title, size), each in groupby(rows, _title_and_size):
+            lines.append([f"{title}, {size:,} {unit}", *_objective_cells(list(each))])
+    head = "loss", "memory", "plain", "time of the plain loss", "of the library's"
+    setting = paragraph(f"Objectives of retrieval, and MaxSim with hard negatives ({where}):")
+    return f"{setting}\n\n{table(head, lines)}"
+
+
+def _ratio(row: Any) -> str:
+    return f"{row.time_ratio:.0f}" if row.time_ratio >= 10 else f"{row.time_ratio:.2f}"
+
+
+def _title_and_size(row: Any) -> tuple[str, int]:
+    title, size, *_ = astuple(row)
+    return title, size
+
+
+def _objective_cells(rows: Sequence[Any]) -> list[str]:
+    """The first row is ours."""
+    ran = {row.contestant: row for row in rows if row.status == MEASURED}
+    plain = ran.pop(_PLAIN_TORCH)
+    rivals = [row for name, row in ran.items() if name.split()[0] in _OBJECTIVE_PEERS]
+    return [
+        bold(binary_text(rows[0].memory_bytes)),
+        binary_text(plain.memory_bytes),
+        f"{_ratio(plain)} x ours",
+        ", ".join(f"{_ratio(row)} x ({_library(row)})" for row in rivals),
+    ]
+
+
+BLOCKS = {
+    "loss": quoted_losses,
+    "loss-full": full_batch,
+    "loss-bf16": bf16_errors,
+    "loss-objectives": quoted_objectives,
+}

@@ -15,7 +15,7 @@ from gradcache_clip import ClipLoss
 
 ROWS, WIDTH = 12, 32
 # Beside the formulas a step exchanges the shapes of its inputs and the gradient of the scale.
-_CHECK_BYTES = 4 * 3 * 8
+_CHECK_BYTES = 4 * 4 * 8
 _SCALE_BYTES = 4
 
 
