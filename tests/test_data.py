@@ -218,6 +218,38 @@ if sys.argv[2] == "kill":
     while True:
         next(stream)
 """
+INTERRUPTED_AT_THE_END = """
+import os, signal, sys, torch
+from gradcache_clip.train.data import ImageCaptionLoader, LoaderOptions
+
+loaders = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+original, kept = loaders._shutdown_workers, []
+
+def interrupted(self):
+    if not self._shutdown:
+        # As if it came when torch had noted this, and told no worker yet.
+        self._shutdown = True
+        kept.append(self)
+        os.kill(os.getpid(), signal.SIGINT)
+    original(self)
+
+def read():
+    options = LoaderOptions(workers=2, image_size=8)
+    stream = iter(ImageCaptionLoader(sys.argv[1], 10, options=options))
+    next(stream)
+    loaders._shutdown_workers = interrupted
+    try:
+        stream.close()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+
+process = torch.multiprocessing.get_context("fork").Process(target=read)
+process.start()
+process.join(10)
+stuck = process.is_alive()
+process.kill()
+sys.exit(stuck)
+"""
 
 
 def test_a_worker_that_is_killed_ends_the_process(folder: Path) -> None:
@@ -234,10 +266,13 @@ def test_an_interrupt_while_workers_start_is_not_lost(folder: Path) -> None:
     assert done.stderr.endswith("\nKeyboardInterrupt\n") and "ignored" not in done.stderr
 
 
-def test_workers_do_not_outlive_a_script(folder: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(folder)]
-    done = subprocess.run([*command, "end"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    ("script", "said"), [(KILLED, ""), (INTERRUPTED_AT_THE_END, "interrupted\n")]
+)
+def test_workers_do_not_outlive_a_script(folder: Path, script: str, said: str) -> None:
+    command = [sys.executable, "-c", script, str(folder), "end"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, cast
-from weakref import WeakSet
 
 import psutil
 import torch
@@ -60,7 +59,6 @@ def pieces_of_workers(
         with _signals_put_off():
             watched = _Watched(loader, timeout_s)
             at_end.callback(watched.end)
-            _with_workers.add(watched)
         yield from watched
 
 
@@ -80,6 +78,9 @@ class _Watched:
         self._awaited: int | None = None
         self._late = ""
         self._over = threading.Event()
+        # Else the interpreter would wait at its end for workers, which ignore its polite signal. At
+        # 10 it closes the queues that tell them to end.
+        self._end_once = Finalize(None, self._end, exitpriority=11)
         threading.Thread(target=self._watch, name="workers", daemon=True).start()
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,6 +94,10 @@ class _Watched:
 
     def end(self) -> None:
         """End the workers, also one that is stopped and hears no polite signal."""
+        with _signals_put_off():
+            self._end_once()
+
+    def _end(self) -> None:
         self._over.set()
         self._iterator._shutdown_workers()
         for worker in self._workers:
@@ -170,9 +175,10 @@ def _described(worker: Any) -> str:
 
 @contextmanager
 def _signals_put_off() -> Iterator[None]:
-    """Handle SIGINT and SIGTERM at the end, not while processes start.
+    """Handle SIGINT and SIGTERM at the end, not while processes start or are ended.
 
-    What a handler raises in the middle of a fork is printed by Python, and lost.
+    What a handler raises in the middle of a fork is printed by Python, and lost. Raised while
+    workers are told to end it would leave some of them alive.
     """
     noted: list[int] = []
 
@@ -199,16 +205,6 @@ def _on_signal(number: int, handler: Any) -> Any:
     """Set the handler and return the one before. Only the main thread may do so."""
     main = threading.current_thread() is threading.main_thread()
     return signal.signal(number, handler) if main and handler is not None else None
-
-
-_with_workers: WeakSet[_Watched] = WeakSet()
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Else the interpreter would wait for workers at its end, which ignore its polite signal."""
-    for watched in list(_with_workers):
-        watched.end()
 
 
 def _unchanged(piece: Any) -> Any:
