@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -115,14 +113,6 @@ def _peak_growth(task: Task, contestant: Contestant, size: int) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    _give_back_freed_memory()
     with PeakGrowth() as growth:
         step()
     return growth.bytes
-
-
-def _give_back_freed_memory() -> None:
-    """Freed memory that the allocator keeps is resident, and a step would grow into it unseen."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
