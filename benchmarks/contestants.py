@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -48,7 +49,7 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """A loss and its inputs; it is pickled for every process."""
 
     title: str
@@ -61,21 +62,21 @@ class Task:
     cases: ClassVar[tuple[str, ...]] = ("",)
     """Inputs at which errors are measured."""
 
+    @abstractmethod
     def contestants(self) -> list[Contestant]:
         """Those that compute this loss, in the order of the tables."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, contestant: Contestant) -> Step:
         """Build a contestant."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self, size: int) -> Any:
         """The same tensors for every contestant."""
-        raise NotImplementedError
 
+    @abstractmethod
     def errors(self, contestant: Contestant, case: str) -> dict[str, float]:
         """Errors against fp64 by name."""
-        raise NotImplementedError
 
     def product(self, times: int) -> Callable[[], object] | None:
         """A matrix product, that often, with whose rate steps are compared."""
