@@ -115,7 +115,8 @@ class SavedBytes:
         if not gathered and storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
-        return tensor, tensor._version
+        # The tensor itself may hold the node that keeps it, a cycle that nothing ever frees.
+        return tensor.detach(), tensor._version
 
 
 def _itself(value: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,12 @@ def device_for(parameters: Iterable[Tensor], inputs: Any) -> torch.device | None
         return None
     tensors = list(tensors_in(inputs, shared=False)) or tensors_in(inputs)
     return device if {tensor.device.type for tensor in tensors} == {"cpu"} else None
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device: the allocator keeps a pool of memory for every stream."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass
@@ -50,7 +57,7 @@ class HostInputs:
         self.inputs, self.device = inputs, device
         self._arriving: _Arriving | None = None
         on_cuda = device is not None and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_cuda else None
+        self._stream = _copy_stream(device) if on_cuda else None
 
     def expect(self, chunk: Chunk) -> None:
         """Start to copy the chunk that will be taken next."""

@@ -21,9 +21,10 @@ _COLLECTED_SHARE, _COLLECTED_BYTES = 4, 2**20
 
 _ON_ANOTHER_RANK = (
     "expected every rank's replay to repeat its embed, got another rank where it did not, whose "
-    "error says where. The gradients in .grad are not exact: call optimizer.zero_grad() and do not "
-    "step."
+    "error says where."
 )
+_LEFT = "The gradients in .grad are not exact: call optimizer.zero_grad() and do not step."
+_TAKEN_BACK = "Nothing of this step is left in .grad."
 
 
 class ReplayMismatchError(RuntimeError):
@@ -114,8 +115,10 @@ class ReplayCheck:
         return [failure for each in failing for failure in each.failures()]
 
 
-def failures_of(check: ReplayCheck, mode: str, strategy: LocalStrategy) -> str:
+def failures_of(check: ReplayCheck, mode: str, strategy: LocalStrategy, *, undone: bool) -> str:
     """Describe mismatches, on every rank if one has any; empty if there are none.
+
+    `undone`: whether an error takes the gradients of the step back.
 
     Raises:
         ReplayMismatchError: with mode "error", instead of a warning.
@@ -128,8 +131,8 @@ def failures_of(check: ReplayCheck, mode: str, strategy: LocalStrategy) -> str:
         return ""
     message = describe(failures) if failures else _ON_ANOTHER_RANK
     if mode == "error":
-        raise ReplayMismatchError(message)
-    return message
+        raise ReplayMismatchError(f"{message} {_TAKEN_BACK if undone else _LEFT}")
+    return f"{message} {_LEFT}"
 
 
 def _rows_of(chunks: Sequence[Chunk]) -> slice | Tensor:
@@ -149,8 +152,7 @@ def describe(failures: list[tuple[Tower, Chunk, float]]) -> str:
     return (
         f"{tower.name}, chunk {index} of {len(tower.chunks)}: expected the replay to repeat the "
         f"embed up to rounding, got features that changed by {change:.1e} (relative; "
-        f"{chunks} chunks in all). {_likely_cause(tower, chunk)} The gradients in .grad are "
-        "not exact: call optimizer.zero_grad() and do not step."
+        f"{chunks} chunks in all). {_likely_cause(tower, chunk)}"
     )
 
 

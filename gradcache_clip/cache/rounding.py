@@ -33,7 +33,7 @@ def relative_change(before: Tensor, after: Tensor) -> Tensor:
 
 def relative(moved: Tensor, features: Tensor) -> Tensor:
     """Divide distances of rows by the rows' sizes, or by the mean size if that is larger."""
-    sizes = row_norms(features.to(moved.dtype))
+    sizes = row_norms(features, moved.dtype)
     floor = sizes.mean().clamp_min(torch.finfo(torch.float32).tiny)
     return moved / torch.maximum(sizes, floor)
 
@@ -42,6 +42,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_norms(features: Tensor) -> Tensor:
+def row_norms(features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     flat = features if features.ndim == 2 else features.reshape(len(features), -1)
-    return torch.linalg.vector_norm(flat, dim=1)
+    return torch.linalg.vector_norm(flat, dim=1, dtype=dtype)

@@ -97,7 +97,8 @@ class CachedStep:
 
     def _finish(self, check: ReplayCheck) -> str:
         self._hooks.run_all()
-        failures = failures_of(check, self._plan.replay_check, self.strategy)
+        mode, undone = self._plan.replay_check, self._is_undone()
+        failures = failures_of(check, mode, self.strategy, undone=undone)
         self._history.stepped, self._history.rows_checked = True, self._rows_checked
         self._history.trims_checked = self._trims_checked
         return failures
@@ -107,10 +108,13 @@ class CachedStep:
         try:
             yield
         except BaseException:
-            # A snapshot takes back what was added, and there is nothing before the loss.
-            undone = self._snapshot is not None and self._snapshot.changed is None
-            self._history.broken_off = not undone and self.phase != "embed"
+            # There is nothing in .grad before the loss.
+            self._history.broken_off = not self._is_undone() and self.phase != "embed"
             raise
+
+    def _is_undone(self) -> bool:
+        """Whether an error takes back what the step has added to `.grad`."""
+        return self._snapshot is not None and self._snapshot.changed is None
 
     def embed(self) -> None:
         """Fill every tower's `features`; graphs are kept as far as the budget goes."""
@@ -176,7 +180,7 @@ class CachedStep:
         if not self.strategy.reduces:
             self._hooks.expect(tower for turn in order for tower, _ in turn.group)
         pairs = zip(order, [*upcoming, []], strict=False)
-        with draws_repeated(order), _casts_forgotten():
+        with draws_repeated(order), _casts_of_the_replay():
             for kept, same in groupby(pairs, key=lambda pair: pair[0].kept):
                 with (kept_running_statistics if kept else frozen_running_statistics)(norms):
                     for turn, following in same:
@@ -192,8 +196,6 @@ class CachedStep:
         reached: list[Tensor] = []
         gradients: list[Tensor] = []
         with self.strategy.replay_context(turn.modules, turn.finished):
-            if not turn.kept:
-                forget_autocast_casts()
             for tower, chunk in turn.group:
                 features = self._features(tower, chunk, check)
                 if looks and tower.name not in self._looked_behind:
@@ -225,8 +227,11 @@ class CachedStep:
             self._hooks.check_leaves(tower, leaves)
         if self._snapshot is not None:
             self._snapshot.set_aside(leaves)
-        # One chunk shows what an encoder hides; a function may use other parameters each time.
-        if tower.get_features is None or isinstance(tower.get_features, nn.Module):
+        # A walk is as long as the graph. One chunk shows what an encoder hides, but a function
+        # that holds parameters of its own may use others each time.
+        registered = {id(p) for module in tower.modules for p in module.parameters()}
+        is_function = not isinstance(tower.get_features, (nn.Module, type(None)))
+        if not is_function or registered.issuperset(map(id, leaves)):
             self._looked_behind.add(tower.name)
 
 
@@ -250,7 +255,10 @@ def device_types(towers: Iterable[Tower]) -> set[str]:
 
 
 @contextmanager
-def _casts_forgotten() -> Iterator[None]:
+def _casts_of_the_replay() -> Iterator[None]:
+    """Let replays share their casts: those of the embed have no graph, and a cast saves nothing
+    that a backward could free."""
+    forget_autocast_casts()
     try:
         yield
     finally:
