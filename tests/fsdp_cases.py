@@ -31,7 +31,7 @@ def mixed_precision(keep_gathered: bool) -> dict[str, Any]:
         encoder.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
     loss, true_loss = ClipLoss(), steps.PlainClip()
     strategy = FSDPStrategy(keep_gathered=keep_gathered)
-    cache = GradCache(ours, loss, chunk_size=3, strategy=strategy, check_rows=False)
+    cache = GradCache(ours, loss, chunk_size=3, strategy=strategy, check_rows="off")
     batch = [inputs.float() for inputs in steps.global_batch(0)]
     cache(*rows_of(dist.get_rank(), batch))
     steps.in_one_graph(truth, true_loss, 0, batch, 3)

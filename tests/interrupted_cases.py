@@ -107,7 +107,7 @@ def interrupted(
     truth = list(copy.deepcopy(nn.ModuleList(ours)))
     loss, true_loss = Loss().double(), steps.PlainClip().double()
     sides = nn.ModuleList([*ours, loss.pair]), nn.ModuleList([*truth, true_loss])
-    cache = GradCache(wrap(ours), loss, chunk_size=CHUNK, strategy=strategy(), check_rows=False)
+    cache = GradCache(wrap(ours), loss, chunk_size=CHUNK, strategy=strategy(), check_rows="off")
     inputs = steps.global_batch(1)
     mine = steps.rows_of(dist.get_rank(), inputs)
     errors: dict[str, float] = {}
@@ -166,7 +166,7 @@ def interrupted_under_zero(stage: int, place: str, call: int, backward: bool) ->
     """The engine adds up gradients that nothing can drop: then it says so, again and again."""
     engine = engine_for(steps.OneModule(towers()).float(), stage)
     loss, strategy = Loss(), DeepSpeedStrategy(engine)
-    cache = GradCache(engine, loss, chunk_size=CHUNK, strategy=strategy, check_rows=False)
+    cache = GradCache(engine, loss, chunk_size=CHUNK, strategy=strategy, check_rows="off")
     tower = engine.module.towers[0]
     mine = [rows.float() for rows in steps.rows_of(dist.get_rank(), steps.global_batch(1))]
     loss.interrupts = place == "loss"

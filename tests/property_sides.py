@@ -83,7 +83,7 @@ class Ours:
             get_features=get_features(case, side),
             memory_budget=case.budget,
             gradient_hooks="error" if case.hooks != "once" else "once",
-            replay_check="error" if checks else "off",
+            check_replay="error" if checks else "off",
             check_rows=checks,
         )
 

@@ -143,7 +143,7 @@ def test_a_frozen_encoder_is_embedded_and_never_replayed():
     calls = []
     frozen.register_forward_hook(lambda *_: calls.append("frozen"))
     trained.register_forward_hook(lambda *_: calls.append("trained"))
-    GradCache([frozen, trained], ClipLoss(), chunk_size=6, check_rows=False)(*batch())
+    GradCache([frozen, trained], ClipLoss(), chunk_size=6, check_rows="off")(*batch())
     # Four chunks are embedded; three are replayed, and the graph of the last one was kept.
     assert calls.count("frozen") == 4 and calls.count("trained") == 7
     assert compare([frozen, trained], batch(), chunk_size=6)[1] < 1e-5
@@ -269,7 +269,7 @@ def test_autocast_reaches_the_replay_and_the_weights(dtype):
     seen = []
     a[0].register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype):
-        GradCache([a, b], loss, chunk_size=ROWS, check_rows=False)(*inputs)
+        GradCache([a, b], loss, chunk_size=ROWS, check_rows="off")(*inputs)
         expected = true_loss(true_a(inputs[0]), true_b(inputs[1])).loss
     expected.backward()
     assert seen == [dtype, dtype]
@@ -344,7 +344,7 @@ class Unrepeatable(nn.Module):
 
 def test_an_encoder_that_cannot_be_replayed_is_named():
     encoder = nn.Sequential(nn.Linear(12, 16), Unrepeatable(), nn.Linear(16, 16))
-    message = r"encoder 0 \(Sequential\), chunk \d of 6.*Likely cause: 1 \(Unrepeatable\)"
+    message = r"encoder 0 \(Sequential\): 1 \(Unrepeatable\) draws from numpy"
     with pytest.raises(ReplayMismatchError, match=message):
         GradCache([encoder, mlp(20)], ClipLoss(), chunk_size=4)(*batch())
 
@@ -365,9 +365,9 @@ def test_an_input_changed_in_place_is_found():
 
 def test_the_replay_check_can_warn_or_be_off():
     encoder = nn.Sequential(nn.Linear(12, 16), Unrepeatable())
-    with pytest.warns(UserWarning, match="changed by"):
-        GradCache([encoder, mlp(20)], ClipLoss(), replay_check="warn")(*batch())
-    GradCache([encoder, mlp(20)], ClipLoss(), replay_check="off")(*batch())
+    with pytest.warns(UserWarning, match="(?s)draws from numpy.*changed by"):
+        GradCache([encoder, mlp(20)], ClipLoss(), check_replay="warn")(*batch())
+    GradCache([encoder, mlp(20)], ClipLoss(), check_replay="off")(*batch())
 
 
 class FirstToken(nn.Module):
@@ -392,11 +392,11 @@ def test_what_went_wrong_elsewhere_is_asked_on_the_device_of_the_features():
 
     asked: list[torch.device] = []
     encoders, inputs = [mlp(12), mlp(20)], batch()
-    options = {"chunk_size": 4, "strategy": Asked(), "check_rows": False}
+    options = {"chunk_size": 4, "strategy": Asked(), "check_rows": "off"}
     GradCache(encoders, ClipLoss(), **options)(*inputs)
-    assert asked == [inputs[0].device] * 2
-    GradCache(encoders, ClipLoss(), **options, replay_check="off")(*inputs)
-    assert len(asked) == 3, "features are looked at, the replay is not"
+    assert asked == [inputs[0].device] * 3
+    GradCache(encoders, ClipLoss(), **options, check_replay="off")(*inputs)
+    assert len(asked) == 4, "features are looked at, the replay is not"
 
 
 def test_memory_does_not_grow_with_the_batch_but_for_its_features():
@@ -458,7 +458,7 @@ def test_a_frozen_tower_of_one_module_is_not_replayed():
     both.towers[0].requires_grad_(False)
     both.towers[0].register_forward_hook(lambda *_: calls.append(0))
     both.towers[1].register_forward_hook(lambda *_: calls.append(1))
-    GradCache(both, ClipLoss(), chunk_size=6, check_rows=False)(*batch())
+    GradCache(both, ClipLoss(), chunk_size=6, check_rows="off")(*batch())
     assert (calls.count(0), calls.count(1)) == (4, 7)
 
 
@@ -524,7 +524,14 @@ def test_the_fast_path_of_transformer_layers_is_not_taken():
 
 
 def test_a_mismatch_is_raised_even_if_its_cause_cannot_be_found(monkeypatch):
-    encoder = nn.Sequential(nn.Linear(12, 16), Unrepeatable())
+    class Drifts(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) * (1 + 0.01 * self.calls)
+
+    encoder = Drifts(12, 16)
 
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError("no room for another pass")
@@ -630,7 +637,7 @@ def test_replay_order_with_joint_ends():
         ({"chunk_size": 64.0}, ValueError, "chunk_size: expected.*got 64.0"),
         ({"chunk_size": None}, ValueError, "chunk_size: expected.*got None"),
         ({"chunk_size": (4, 4, 4)}, ValueError, "chunk_size: expected one for each of 2 inputs"),
-        ({"replay_check": "loud"}, ValueError, "replay_check: expected 'error', 'warn' or 'off'"),
+        ({"check_replay": "loud"}, ValueError, "check_replay: expected 'error', 'warn' or 'off'"),
     ],
 )
 def test_bad_options(options, error, message):

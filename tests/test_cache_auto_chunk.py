@@ -238,7 +238,7 @@ def test_a_chunk_size_record_is_used_again(tmp_path, clock):
         ClipLoss(),
         chunk_size="auto",
         chunk_record=str(record),
-        check_rows=False,
+        check_rows="off",
     )
     again.encoders[0].register_forward_hook(lambda *_: counted.rows.append(1))
     again(*batch(16))

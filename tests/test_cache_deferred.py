@@ -57,7 +57,7 @@ class Pair:
     ) -> None:
         modules = [each.to(dtype) for each in (mlp(12, dropout), mlp(20, dropout), ClipLoss())]
         self.ours, self.truth = twins(*modules)
-        options = {"chunk_size": 4, "check_rows": False, **options}
+        options = {"chunk_size": 4, "check_rows": "off", **options}
         self.cache = GradCache(self.ours[:2], self.ours[2], **options)
 
     def deferred(self, inputs: tuple[Tensor, Tensor], **loss_kwargs: Any) -> Any:
@@ -277,7 +277,7 @@ def test_weights_that_changed_in_between_are_caught():
 
 def test_a_mismatch_may_be_a_warning_or_nothing():
     for replay_check, expected in (("warn", 1), ("off", 0)):
-        pair = Pair(replay_check=replay_check)
+        pair = Pair(check_replay=replay_check)
         loss = pair.deferred(batch()).loss
         with torch.no_grad():
             pair.ours[1][0].weight.mul_(1.5)

@@ -52,7 +52,9 @@ def test_a_replay_draws_what_its_embed_drew_whichever_chunks_draw(drawing: tuple
     expected = encoder.linear.weight.grad.clone()
     encoder.zero_grad()
     torch.manual_seed(0)
-    GradCache((encoder, encoder), loss, chunk_size=ROWS)(rows, rows)
+    # The first row of a chunk decides for the others.
+    options = {"chunk_size": ROWS, "check_rows": "off"}
+    GradCache((encoder, encoder), loss, **options)(rows, rows)
     torch.testing.assert_close(encoder.linear.weight.grad, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -62,7 +64,8 @@ def test_the_one_chunk_that_changes_is_named(index: int, sorting: ByLength | Non
     rows = torch.rand(ROWS * CHUNKS, 6)
     rows[:, 0] = torch.arange(ROWS * CHUNKS)
     encoders = Drifts(index), nn.Linear(6, 4)
-    cache = GradCache(encoders, loss, chunk_size=ROWS, sort_by_length=sorting)
+    options = {"sort_by_length": sorting, "check_rows": "off"}
+    cache = GradCache(encoders, loss, chunk_size=ROWS, **options)
     place = index if sorting is None else CHUNKS - 1 - index
     with pytest.raises(ReplayMismatchError, match=f"chunk {place} of {CHUNKS}: .*1 chunks in all"):
         cache(rows, rows)

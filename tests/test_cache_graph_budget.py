@@ -30,7 +30,7 @@ from gradcache_clip.distributed import DDPStrategy, LocalStrategy
 from gradcache_clip.memory import LiveBytes
 
 # Encoders count their calls, among which those of the check would be.
-GradCache = partial(GradCache, check_rows=False)
+GradCache = partial(GradCache, check_rows="off")
 
 ROWS, CHUNK = 24, 4
 CHUNKS = ROWS // CHUNK

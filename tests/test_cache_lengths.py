@@ -141,7 +141,7 @@ def test_chunks_are_trimmed_to_their_longest_row():
         ClipLoss(),
         chunk_size=4,
         sort_by_length=[ByLength(), None],
-        check_rows=False,
+        check_rows="off",
     )
     cache(padded(lengths), same_order(ROWS))
     assert bert.widths == [(4, 12), (4, 5), (4, 2), (2, 1)] * 2
@@ -155,7 +155,7 @@ def test_no_chunk_has_more_tokens_than_allowed(max_tokens):
         ClipLoss(),
         chunk_size=2,
         sort_by_length=[ByLength(max_tokens=max_tokens), None],
-        check_rows=False,
+        check_rows="off",
     )
     tokens = padded()
     cache(tokens, same_order(ROWS))

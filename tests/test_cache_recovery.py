@@ -254,7 +254,7 @@ def test_several_failures_down_to_one_row():
     ours, truth = copied([Encoder(memory), Encoder(memory), Loss(memory)])
     inputs = batch()
     existing = set_gradients(ours)
-    cache = GradCache(ours[:2], ours[2], chunk_size=(8, 3), embed_chunk_size=24, check_rows=False)
+    cache = GradCache(ours[:2], ours[2], chunk_size=(8, 3), embed_chunk_size=24, check_rows="off")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cache(*inputs)

@@ -17,7 +17,7 @@ from gradcache_clip import ByLength, ClipLoss, FrozenTrunk, GradCache
 from gradcache_clip.distributed import DDPStrategy
 
 # Encoders count their calls, among which those of the check would be.
-GradCache = partial(GradCache, check_rows=False)
+GradCache = partial(GradCache, check_rows="off")
 
 ROWS, CHUNK = 14, 4
 CHUNKS = 4

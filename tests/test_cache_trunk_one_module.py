@@ -23,7 +23,7 @@ from gradcache_clip.train.towers import build_towers
 from gradcache_clip.verification.compare import verify
 
 # Encoders count their calls, among which those of the check would be.
-GradCache = partial(GradCache, check_rows=False)
+GradCache = partial(GradCache, check_rows="off")
 
 ROWS, CHUNK, CHUNKS = 14, 4, 4
 INNER = 16

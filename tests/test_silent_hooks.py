@@ -333,7 +333,7 @@ def test_after_an_error_hooks_and_gradients_are_as_before(at, on_out_of_memory):
         for p in parameters(modules):
             p.grad = torch.full_like(p, 0.5)
     hook = ours[1][0].weight.register_hook(lambda _: calls.append("hook"))
-    options = {"on_out_of_memory": on_out_of_memory, "check_rows": False}
+    options = {"on_out_of_memory": on_out_of_memory, "check_rows": "off"}
     cache = GradCache([ours[0], broken], ours[2], chunk_size=CHUNK, **ONCE, **options)
     with pytest.raises(RuntimeError, match="broken"):
         cache(*batch())
@@ -360,7 +360,7 @@ def test_out_of_memory_after_an_optimizer_has_stepped(where, mode):
     # The replay of the first tower is over when the second one runs out of memory.
     breaking = Breaks(ours[1], 2 * CHUNKS - 1, torch.OutOfMemoryError("injected"))
     step_in_backward([ours[0] if where == "encoder" else ours[2]])
-    options = {"gradient_hooks": mode, "check_rows": False}
+    options = {"gradient_hooks": mode, "check_rows": "off"}
     cache = GradCache([ours[0], breaking], ours[2], chunk_size=CHUNK, **options)
     message = "cannot start again because hooks have run on gradients, such as an optimizer's"
     with pytest.raises(torch.OutOfMemoryError, match=message):
@@ -372,7 +372,7 @@ def test_out_of_memory_after_a_clamp_starts_again():
     for modules in (ours, truth):
         clip_in_backward(modules)
     breaking = Breaks(ours[1], 2 * CHUNKS - 1, torch.OutOfMemoryError("injected"))
-    cache = GradCache([ours[0], breaking], ours[2], chunk_size=CHUNK, check_rows=False, **ONCE)
+    cache = GradCache([ours[0], breaking], ours[2], chunk_size=CHUNK, check_rows="off", **ONCE)
     with pytest.warns(UserWarning, match="out of memory in the replay.*chunk_size=2"):
         cache(*batch())
     one_shot(truth[:2], truth[2], batch())

@@ -59,7 +59,7 @@ def break_off(cache: GradCache, ours: list[nn.Module], place: str, call: Any) ->
 @pytest.mark.parametrize("place", PLACES)
 def test_on_one_process(place, on_out_of_memory, earlier):
     ours, truth = pair()
-    options = {"on_out_of_memory": on_out_of_memory, "check_rows": False}
+    options = {"on_out_of_memory": on_out_of_memory, "check_rows": "off"}
     cache = GradCache(ours[:2], ours[2], chunk_size=CHUNK, **options)
     if earlier:
         cache(*batch(1))
@@ -82,7 +82,7 @@ def test_on_one_process(place, on_out_of_memory, earlier):
 @pytest.mark.parametrize("place", ["replay", "backward", "last replay"])
 def test_a_deferred_step(place):
     ours, truth = pair()
-    cache = GradCache(ours[:2], ours[2], chunk_size=CHUNK, check_rows=False)
+    cache = GradCache(ours[:2], ours[2], chunk_size=CHUNK, check_rows="off")
     break_off(cache, ours, place, lambda cache: deferred_step(cache, *batch()).loss.backward())
     with pytest.raises(RuntimeError, match="broken off; call optimizer.zero_grad()"):
         deferred_step(cache, *batch())
@@ -94,7 +94,7 @@ def test_a_deferred_step(place):
 
 def test_gradients_that_are_zero_may_stay():
     ours, truth = pair()
-    options = {"on_out_of_memory": "raise", "check_rows": False}
+    options = {"on_out_of_memory": "raise", "check_rows": "off"}
     cache = GradCache(ours[:2], ours[2], chunk_size=CHUNK, **options)
     break_off(cache, ours, "backward", lambda cache: cache(*batch()))
     nn.ModuleList(ours).zero_grad(set_to_none=False)
@@ -114,7 +114,7 @@ def test_a_replay_that_differs_is_a_step_broken_off(on_out_of_memory):
 
     encoder = Changes()
     encoder.inner = ours[0]
-    options = {"on_out_of_memory": on_out_of_memory, "check_rows": False}
+    options = {"on_out_of_memory": on_out_of_memory, "check_rows": "off"}
     cache = GradCache([encoder, ours[1]], ours[2], chunk_size=CHUNK, **options)
     with pytest.raises(RuntimeError, match="repeat the embed"):
         cache(*batch())
@@ -130,7 +130,7 @@ def test_a_replay_that_differs_is_a_step_broken_off(on_out_of_memory):
 @pytest.fixture
 def loss() -> Tensor:
     ours, _ = pair()
-    out = GradCache(ours[:2], ours[2], chunk_size=CHUNK, check_rows=False)(*batch())
+    out = GradCache(ours[:2], ours[2], chunk_size=CHUNK, check_rows="off")(*batch())
     assert type(out.loss) is FinishedLoss
     return out.loss
 
@@ -164,7 +164,7 @@ def test_backward_of_a_scaled_loss(loss):
 
 def test_a_bare_tensor_of_a_loss_function():
     ours, _ = pair()
-    out = GradCache(ours[:2], lambda a, b: (a * b).sum(), chunk_size=CHUNK, check_rows=False)(
+    out = GradCache(ours[:2], lambda a, b: (a * b).sum(), chunk_size=CHUNK, check_rows="off")(
         *batch()
     )
     with pytest.raises(RuntimeError, match=SAYS):

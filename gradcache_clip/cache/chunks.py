@@ -58,10 +58,10 @@ def merged(chunks: Sequence[Chunk]) -> Chunk:
         return Chunk(slice(first.rows.start, last.rows.stop))
     rows = torch.cat([chunk.rows for chunk in chunks if isinstance(chunk.rows, Tensor)])
     most = max(-(-chunk.size // len(chunk)) for chunk in chunks)
-    return Chunk(rows, _columns_of_all(chunks), None if first.cost is None else most * len(rows))
+    return Chunk(rows, all_columns(chunks), None if first.cost is None else most * len(rows))
 
 
-def _columns_of_all(chunks: Sequence[Chunk]) -> dict[int, slice] | None:
+def all_columns(chunks: Sequence[Chunk]) -> dict[int, slice] | None:
     """Keep the columns that any of the chunks keeps."""
     kept = [chunk.columns for chunk in chunks if chunk.columns is not None]
     if len(kept) < len(chunks):

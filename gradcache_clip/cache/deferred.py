@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -76,7 +76,8 @@ def deferred_step(
     versions = [f._version for tower in towers for f in tower.features] if with_graph else []
     # A copy of a weight that autocast made without a graph must not reach the loss.
     forget_autocast_casts()
-    output = evaluate(cache.plan, features, loss_kwargs or {})
+    with step.loss_context() if with_graph else nullcontext():
+        output = evaluate(cache.plan, features, loss_kwargs or {})
     if with_graph:
         check_unchanged(towers, versions)
         minimised(cache.plan, output)

@@ -35,7 +35,7 @@ from gradcache_clip.cache.lengths import ByLength
 from gradcache_clip.cache.packed import Division
 from gradcache_clip.cache.prepare import prepare
 from gradcache_clip.cache.recovery import StepSnapshot, is_out_of_memory
-from gradcache_clip.cache.settings import ChunkSize, GetFeatures, History, Settings
+from gradcache_clip.cache.settings import CHECK_MODES, ChunkSize, GetFeatures, History, Settings
 from gradcache_clip.cache.step import CachedStep
 from gradcache_clip.cache.torch_state import warn_of_batch_norm
 from gradcache_clip.distributed.strategies import LocalStrategy
@@ -85,7 +85,7 @@ class GradCache:
         embed_chunk_size: rows that are embedded at once where no random numbers are drawn; a
             multiple of the chunk size in effect. The embed keeps no graph, so it has room for more.
         strategy: how the backward is taken; `LocalStrategy()` by default.
-        replay_check: "error" raises `ReplayMismatchError` at the end of a step whose replay
+        check_replay: "error" raises `ReplayMismatchError` at the end of a step whose replay
             computed other features than its embed, "warn" warns, "off" does not look.
         on_out_of_memory: "halve" undoes the step, halves the chunk size and starts again, on one
             process; gradients of earlier steps are set aside meanwhile. "raise" does not.
@@ -93,9 +93,9 @@ class GradCache:
             `register_post_accumulate_grad_hook`): "error" refuses them; "once" runs them on the
             finished gradient, on one process after the last replay that adds to it, so that an
             optimizer may step in a hook; "every_chunk" lets autograd run them on parts.
-        check_rows: compare, in the first step, the first chunk of every encoder with its two
-            halves, and raise where rows of a chunk depend on each other. Costs two more forwards
-            of that chunk, once.
+        check_rows: "error" raises in the first step where features of a row depend on the other
+            rows of its chunk or on its padding, "warn" warns, "off" does not look. Every encoder
+            embeds its first chunk twice more for this, once in other company.
 
     Raises:
         ValueError, TypeError: before any gradient is touched, for inputs that disagree, features
@@ -127,10 +127,10 @@ class GradCache:
         auxiliary_losses: Mapping[str, float] | None = None,
         loss_key: str = "loss",
         strategy: LocalStrategy | None = None,
-        replay_check: Literal["error", "warn", "off"] = "error",
+        check_replay: Literal["error", "warn", "off"] = "error",
         on_out_of_memory: Literal["halve", "raise"] = "halve",
         gradient_hooks: Literal["error", "once", "every_chunk"] = "error",
-        check_rows: bool = True,
+        check_rows: Literal["error", "warn", "off"] = "error",
     ) -> None:
         chunks = chunk_size if chunk_size == "auto" else checked_chunk_size(chunk_size)
         self._settings = Settings(
@@ -146,10 +146,10 @@ class GradCache:
             auxiliary_losses=checked_auxiliary_losses(auxiliary_losses),
             loss_key=checked_loss_key(loss_key),
             strategy=checked_strategy(strategy),
-            replay_check=one_of("replay_check", replay_check, ("error", "warn", "off")),
+            check_replay=one_of("check_replay", check_replay, CHECK_MODES),
             on_out_of_memory=one_of("on_out_of_memory", on_out_of_memory, ("halve", "raise")),
             gradient_hooks=one_of("gradient_hooks", gradient_hooks, HOOK_MODES),
-            check_rows=check_rows,
+            check_rows=one_of("check_rows", check_rows, CHECK_MODES),
         )
         self._plan, self._history = self._settings, History()
         self._record = ChunkRecord(self._settings.chunk_record)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +40,36 @@ class RandomState:
         return torch.equal(self.cpu, other.cpu) and all(
             torch.equal(a, b) for (_, a), (_, b) in pairs
         )
+
+
+class HostState(NamedTuple):
+    """State of Python's and NumPy's global generators, which no replay restores."""
+
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def capture(cls) -> HostState:
+        numpy = sys.modules.get("numpy")
+        return cls(random.getstate(), None if numpy is None else numpy.random.get_state())
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    def drawn_from(self) -> list[str]:
+        """Name the generators that have gone on since."""
+        now = HostState.capture()
+        names = ["Python's random"] if now.python != self.python else []
+        return names + (["numpy"] if not _equal(now.numpy, self.numpy) else [])
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Compare two states of NumPy's generator."""
+    if one is None or other is None:
+        return one is other
+    return one[0] == other[0] and bool((one[1] == other[1]).all()) and one[2:] == other[2:]
 
 
 class _Repeatable(Protocol):

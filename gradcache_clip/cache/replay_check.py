@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradcache_clip.cache.batch_tree import chunk_of
 from gradcache_clip.cache.chunks import Chunk
+from gradcache_clip.cache.first_step import operations
 from gradcache_clip.cache.kept import Kept, named_tensors
 from gradcache_clip.cache.random_state import RandomState, accelerators_among
 from gradcache_clip.cache.rounding import relative, row_norms, tolerance_of, wide
@@ -74,11 +75,22 @@ class _Compared:
         self._compare_collected()
         return relative(self.moved, self.whole)
 
-    def failures(self) -> list[tuple[Tower, Chunk, float]]:
-        """List chunks beyond tolerance, each with its largest change."""
+    def failures(self, *, alone: bool) -> list[tuple[Tower, Chunk, float]]:
+        """List chunks beyond tolerance, each with its largest change.
+
+        `alone`: whether this rank can run the encoder by itself, to see what it computes in.
+        """
         relative = self.relative()
         worst = [(self.tower, chunk, float(relative[chunk.rows].amax())) for chunk in self.chunks]
-        return [each for each in worst if not each[2] <= self.tolerance]
+        found = [each for each in worst if not each[2] <= self.tolerance]
+        if not found:
+            return []
+        # An encoder may compute in 16 bits and return 32.
+        dtypes = {p.dtype for module in self.tower.modules for p in module.parameters()}
+        if alone:
+            dtypes |= operations(self.tower, found[0][1]).dtypes
+        tolerance = tolerance_of(self.whole, dtypes)
+        return [each for each in found if not each[2] <= tolerance]
 
 
 class ReplayCheck:
@@ -101,7 +113,7 @@ class ReplayCheck:
     def _begun(self) -> list[_Compared]:
         return [each for tower in self._compared.values() for each in tower if each.chunks]
 
-    def failures(self) -> list[tuple[Tower, Chunk, float]]:
+    def failures(self, *, alone: bool) -> list[tuple[Tower, Chunk, float]]:
         """List chunks beyond tolerance; the only place where the check waits for the device."""
         compared = self._begun()
         if not compared:
@@ -112,7 +124,7 @@ class ReplayCheck:
             for each, change in zip(compared, worst, strict=True)
             if not change <= each.tolerance
         )
-        return [failure for each in failing for failure in each.failures()]
+        return [failure for each in failing for failure in each.failures(alone=alone)]
 
 
 def failures_of(check: ReplayCheck, mode: str, strategy: LocalStrategy, *, undone: bool) -> str:
@@ -125,7 +137,7 @@ def failures_of(check: ReplayCheck, mode: str, strategy: LocalStrategy, *, undon
     """
     if mode == "off":
         return ""
-    failures = check.failures()
+    failures = check.failures(alone=not strategy.collective_forward)
     # On the features' device: NCCL reduces nothing that lies on the host.
     if not strategy.anywhere(bool(failures), check.device):
         return ""

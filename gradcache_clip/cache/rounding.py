@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,38 @@ _TOLERANCE = {
 }
 
 
-def tolerance_of(features: Tensor) -> float:
-    """Return the tolerance of the features' dtype, or of autocast's if that is coarser."""
+def tolerance_of(features: Tensor, dtypes: Iterable[torch.dtype] = ()) -> float:
+    """Return the tolerance of the coarsest of the features' dtype, autocast's and `dtypes`."""
     device_type = features.device.type
     coarse = (
         _TOLERANCE.get(torch.get_autocast_dtype(device_type), 0.0)
         if torch.is_autocast_enabled(device_type)
         else 0.0
     )
-    return max(coarse, _TOLERANCE.get(features.dtype, 3e-2))
+    inside = (_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+    return max(coarse, _TOLERANCE.get(features.dtype, 3e-2), *inside)
+
+
+def tolerance_between_sizes(
+    features: Iterable[Tensor], dtypes: Iterable[torch.dtype] = ()
+) -> float:
+    """Allow more than a replay: kernels for another number of rows or columns round differently."""
+    dtypes = list(dtypes)
+    tolerance = max(tolerance_of(each, dtypes) for each in features)
+    return min(10 * tolerance, max(0.1, tolerance))
+
+
+def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the largest relative change of a row of any floating tensor; NaN counts as one."""
+    floating = [pair for pair in zip(before, after, strict=True) if pair[0].is_floating_point()]
+    changes = (_apart(one, other) for one, other in floating)
+    return max(changes, key=lambda change: (change != change, change), default=0.0)
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    return float(relative_change(one, other)) if one.numel() else 0.0
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:

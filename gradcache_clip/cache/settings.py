@@ -16,6 +16,7 @@ from gradcache_clip.distributed.strategies import LocalStrategy
 
 GetFeatures = Callable[[Any], Any]
 ChunkSize = int | tuple[int, ...] | Literal["auto"]
+CHECK_MODES = ("error", "warn", "off")
 Sorting = ByLength | Sequence[ByLength | None] | None
 
 
@@ -38,10 +39,10 @@ class Settings:
     auxiliary_losses: Mapping[str, float] = field(default_factory=dict)
     loss_key: str = "loss"
     strategy: LocalStrategy = field(default_factory=LocalStrategy)
-    replay_check: str = "error"
+    check_replay: str = "error"
     on_out_of_memory: str = "halve"
     gradient_hooks: str = "error"
-    check_rows: bool = True
+    check_rows: str = "error"
 
     def halved(self, rows: int) -> Settings:
         """Plan smaller chunks than those of `rows`, which did not fit, and half the budget."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -20,13 +21,15 @@ from gradcache_clip.cache.checks import (
 )
 from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.finished_loss import finished
+from gradcache_clip.cache.first_step import check_rows
 from gradcache_clip.cache.gradient_hooks import HeldHooks
 from gradcache_clip.cache.graph_budget import GraphBudget
+from gradcache_clip.cache.padding_check import check_trims
 from gradcache_clip.cache.recovery import StepSnapshot
 from gradcache_clip.cache.replay_check import ReplayCheck, failures_of
-from gradcache_clip.cache.row_check import check_rows
 from gradcache_clip.cache.schedule import Turn, draws_repeated, retentions, turns
 from gradcache_clip.cache.settings import History, Settings
+from gradcache_clip.cache.side_effects import SideEffects
 from gradcache_clip.cache.torch_state import (
     autocast_off,
     forget_autocast_casts,
@@ -34,7 +37,6 @@ from gradcache_clip.cache.torch_state import (
     kept_running_statistics,
 )
 from gradcache_clip.cache.tower import Tower, modules_of, trained_modules
-from gradcache_clip.cache.trim_check import check_trims
 from gradcache_clip.distributed.graph import leaves_behind
 
 # Entered once per chunk.
@@ -60,10 +62,13 @@ class CachedStep:
         self._plan, self._hooks, self._budget = plan, hooks, budget
         self._history, self._rows_checked = history, history.rows_checked
         self._trims_checked = history.trims_checked
+        self._warnings: list[str] = []
         self._snapshot: StepSnapshot | None = None
         self._device_types: set[str] = set()
         self._autocasts = True
         self._looked_behind: set[str] = set()
+        checks = {plan.check_rows, plan.check_replay} != {"off"}
+        self._effects = SideEffects(towers) if checks and not history.stepped else None
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -97,11 +102,11 @@ class CachedStep:
 
     def _finish(self, check: ReplayCheck) -> str:
         self._hooks.run_all()
-        mode, undone = self._plan.replay_check, self._is_undone()
+        mode, undone = self._plan.check_replay, self._is_undone()
         failures = failures_of(check, mode, self.strategy, undone=undone)
         self._history.stepped, self._history.rows_checked = True, self._rows_checked
         self._history.trims_checked = self._trims_checked
-        return failures
+        return "\n".join([*self._warnings, *filter(None, [failures])])
 
     @contextmanager
     def _noting_errors(self) -> Iterator[None]:
@@ -118,6 +123,13 @@ class CachedStep:
 
     def embed(self) -> None:
         """Fill every tower's `features`; graphs are kept as far as the budget goes."""
+        with self._effects.watching() if self._effects else _NOTHING:
+            self._embed()
+            check_finite(self.towers, self.strategy)
+            self._check_encoders()
+        self._device_types = device_types(self.towers)
+
+    def _embed(self) -> None:
         unknown = [tower for tower in self.towers if tower.trainable is None]
         kept = retentions(self.towers, self._budget, self.strategy)
         for tower, retention in zip(self.towers, kept, strict=True):
@@ -131,12 +143,30 @@ class CachedStep:
             # What one rank's rows leave without a graph, those of another may train.
             device = tower.features[0].device
             tower.trainable = self.strategy.anywhere(bool(tower.trainable), device)
-        check_finite(self.towers, self.strategy)
-        if self._plan.check_rows:
-            # Before rows: two chunks of one row, side by side, may keep more padding.
-            self._trims_checked |= check_trims(self._not_in(self._trims_checked), self.strategy)
-            self._rows_checked |= check_rows(self._not_in(self._rows_checked), self.strategy)
-        self._device_types = device_types(self.towers)
+
+    def _check_encoders(self) -> None:
+        """Check what no earlier step has; on every rank, with the same passes."""
+        plan, strategy = self._plan, self.strategy
+        if self._effects is not None:
+            self._effects.check(plan, strategy, self._report)
+        if plan.check_rows != "off":
+            found = partial(self._report, plan.check_rows)
+            # Before rows: other rows, side by side, may keep more padding.
+            trims, rows = (self._not_in(c) for c in (self._trims_checked, self._rows_checked))
+            self._trims_checked |= check_trims(trims, strategy, found)
+            self._rows_checked |= check_rows(rows, strategy, found, self._warnings.append)
+
+    def loss_context(self) -> AbstractContextManager[object]:
+        """Surround the evaluation of the loss."""
+        mode = self._plan.check_rows
+        if self._effects is None or mode == "off":
+            return _NOTHING
+        return self._effects.unreadable(partial(self._report, mode))
+
+    def _report(self, mode: str, error: Exception) -> None:
+        if mode == "error":
+            raise error
+        self._warnings.append(str(error))
 
     def _not_in(self, checked: Set[str]) -> list[Tower]:
         return [tower for tower in self.towers if tower.name not in checked]
@@ -154,7 +184,8 @@ class CachedStep:
         ]
         versions = [feature._version for tower in self.towers for feature in tower.features]
         forget_autocast_casts()
-        output = evaluate(self._plan, features, loss_kwargs)
+        with self.loss_context():
+            output = evaluate(self._plan, features, loss_kwargs)
         loss = minimised(self._plan, output)
         check_unchanged(self.towers, versions)
         if self._snapshot is not None:
@@ -215,7 +246,7 @@ class CachedStep:
         if graph is not None:
             return graph
         features = tower.replay(chunk)
-        if self._plan.replay_check != "off":
+        if self._plan.check_replay != "off":
             check.compare(tower, chunk, features)
         return features
 

@@ -104,6 +104,10 @@ def warn_of_batch_norm(modules: Iterable[nn.Module]) -> bool:
     return True
 
 
+def batch_norms_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [part for module in modules for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
 def has_batch_statistics(module: nn.Module) -> bool:
     """Whether a row's features depend on the other rows of its chunk."""
     return any(map(normalises_by_chunk, module.modules()))

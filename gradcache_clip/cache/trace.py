@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.random_state import RandomState, accelerators_among
+from gradcache_clip.cache.random_state import HostState, RandomState, accelerators_among
 from gradcache_clip.cache.rounding import relative_change
 from gradcache_clip.cache.torch_state import (
     forget_autocast_casts,
@@ -126,13 +127,19 @@ class _Watcher:
         yield module.register_forward_pre_hook(enter, with_kwargs=True)
         yield module.register_forward_hook(leave)
 
+    @property
+    def place(self) -> str:
+        """The innermost module that is active."""
+        return self._stack[-1].label if self._stack else "the input"
+
     def note(self, place: Place, given: Any) -> None:
         """Record a moment, at the end of code that belongs to `place`."""
-        generators = self._read_generators()
-        for name, before, after in zip(GENERATORS, self._generators, generators, strict=True):
-            if before != after and place not in self.watched.drew[name]:
+        torch_state, host_state = self._generators
+        self._generators = self._read_generators()
+        drawn = ["torch"] if not torch_state.equals(self._generators[0]) else []
+        for name in drawn + host_state.drawn_from():
+            if place not in self.watched.drew[name]:
                 self.watched.drew[name].append(place)
-        self._generators = generators
         tensors = [tensor.detach() for tensor in tensors_in(given)]
         index = len(self.watched.moments)
         if self._expected is None:
@@ -145,22 +152,61 @@ class _Watcher:
             if label != place.label or not largest_change(before, tensors) <= self._tolerance:
                 self.watched.difference = place
 
-    def _read_generators(self) -> list[Any]:
-        torch_state = RandomState.capture(self._devices)
-        tensors = [torch_state.cpu, *(state for _, state in torch_state.devices)]
-        return [
-            [tensor.numpy().tobytes() for tensor in tensors],
-            _numpy_state(),
-            random.getstate(),
-        ]
+    def _read_generators(self) -> tuple[RandomState, HostState]:
+        return RandomState.capture(self._devices), HostState.capture()
 
 
-def _numpy_state() -> Any:
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    _, key, *rest = numpy.random.get_state()
-    return key.tobytes(), rest
+def maker_of(tower: Tower, chunk: Chunk, like: Tensor) -> str:
+    """Name the module in which a pass over the chunk makes a tensor like this one that stays."""
+    watcher = _Watcher(tower, None, 0.0)
+    makers = _Makers(watcher)
+    try:
+        with watcher.hooks(), eager(tower.bare_module), torch.no_grad(), makers:
+            tower.forward(tower.bare_module, chunk)
+    except Exception:  # The search must not hide what was found.
+        return ""
+    del watcher.watched
+    for made, place in makers.made:
+        tensor = made()
+        if tensor is not None and (tensor.shape, tensor.dtype) == (like.shape, like.dtype):
+            return place
+    return ""
+
+
+class _Makers(TorchDispatchMode):
+    def __init__(self, watcher: _Watcher) -> None:
+        super().__init__()
+        self._watcher = watcher
+        self.made: list[tuple[weakref.ref[Tensor], str]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        tensors = [each for each in pytree.tree_leaves(output) if isinstance(each, Tensor)]
+        self.made.extend((weakref.ref(tensor), self._watcher.place) for tensor in tensors)
+        return output
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of passes with the shapes and precisions of their results.
+
+    Equal operations on equal shapes run the same kernels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[tuple[Any, list[torch.Size]]] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        tensors = [each for each in pytree.tree_leaves(output) if isinstance(each, Tensor)]
+        self.kernels.append((function, [tensor.shape for tensor in tensors]))
+        self.dtypes.update(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+        return output
 
 
 def eager(module: nn.Module) -> AbstractContextManager[Any]:

@@ -117,8 +117,8 @@ class FakeStep:
             self.loss,
             auxiliary_losses=self._losses,
             strategy=_OnFakes(),
-            replay_check="off",
-            check_rows=False,
+            check_replay="off",
+            check_rows="off",
         )
 
     def cached(self, chunk_size: int, mark: Mark) -> CachedStep:

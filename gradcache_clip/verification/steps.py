@@ -55,7 +55,7 @@ class Trial:
         check_plain_backward(cache.strategy, "verify", "verify the encoders before wrapping them")
         # Mismatches, and what a first step would raise, are reported with their reasons.
         plan = with_small_chunks(cache.plan, inputs)
-        self._plan = replace(plan, replay_check="off", check_rows=False)
+        self._plan = replace(plan, check_replay="off", check_rows="off")
         self._inputs, self._loss_kwargs = inputs, loss_kwargs
         self.strategy = cache.strategy
         self.gradient_hooks = cache.settings.gradient_hooks

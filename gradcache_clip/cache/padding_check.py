@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.chunks import Chunk, indices
+from gradcache_clip.cache.first_step import operations, own_features, part_of, passes
 from gradcache_clip.cache.recovery import is_out_of_memory
-from gradcache_clip.cache.rounding import relative_change
-from gradcache_clip.cache.row_check import compute_again, part_of, tolerance_between_sizes
+from gradcache_clip.cache.rounding import largest_change, tolerance_between_sizes
 from gradcache_clip.cache.tower import Tower
 from gradcache_clip.distributed.strategies import LocalStrategy
 
@@ -26,43 +25,40 @@ class PaddingCountsError(ValueError):
     """Features of a row depend on its padding; raised on every rank."""
 
 
+def check_trims(
+    towers: Sequence[Tower], strategy: LocalStrategy, found: Callable[[Exception], None]
+) -> frozenset[str]:
+    """Embed the row of each tower that loses most columns, with and without them, in eval mode.
+
+    Returns:
+        Names of the towers that need not be asked again in a later step. Of others with a mask no
+        row was trimmed.
+    """
+    checked = (t for t in towers if t.chunks[0].columns is None or _check_trims(t, strategy, found))
+    return frozenset(tower.name for tower in checked)
+
+
 class _Trimmed(NamedTuple):
     row: Chunk
     columns: slice
     width: int
 
 
-def check_trims(towers: Sequence[Tower], strategy: LocalStrategy) -> frozenset[str]:
-    """Embed the row of each tower that loses most columns, with and without them.
-
-    Modules are in eval mode meanwhile, for dropout draws other numbers for other shapes. Random
-    state, buffers and running statistics are left as they were.
-
-    Returns:
-        Names of the towers that need not be asked again in a later step. Of others with a mask no
-        row was trimmed.
-
-    Raises:
-        PaddingCountsError: features depend on padding; on every rank.
-    """
-    checked = (t for t in towers if t.chunks[0].columns is None or _check(t, strategy))
-    return frozenset(tower.name for tower in checked)
-
-
-def _check(tower: Tower, strategy: LocalStrategy) -> bool:
-    device, found = tower.features[0].device, _most_trimmed(tower)
-    if not strategy.anywhere(found.width > 0, device):
+def _check_trims(tower: Tower, strategy: LocalStrategy, found: Callable[[Exception], None]) -> bool:
+    device, most = tower.features[0].device, _most_trimmed(tower)
+    if not strategy.anywhere(most.width > 0, device):
         return False
     # Ranks without such a row take the same passes.
-    with _evaluating(tower.modules):
-        change = _change(tower, found.row, replace(found.row, columns=None))
-        if not strategy.anywhere(not change <= _tolerance(tower), device):
-            return True
-        moves = not change <= _tolerance(tower)
-        repeats = _change(tower, found.row, found.row) <= _tolerance(tower)
+    padded = replace(most.row, columns=None)
+    change, tolerance = _change_of_row(tower, most.row, padded), _trim_tolerance(tower)
+    if not strategy.anywhere(not change <= tolerance, device):
+        return True
+    tolerance = _trim_tolerance(tower, operations(tower, padded, True).dtypes)
+    moves = not change <= tolerance
+    repeats = _change_of_row(tower, most.row, most.row) <= tolerance
     if strategy.anywhere(moves and repeats, device):
-        message = _message(tower, found, change) if moves else _elsewhere(tower)
-        raise PaddingCountsError(message)
+        message = _trim_message(tower, most, change) if moves else _trims_elsewhere(tower)
+        found(PaddingCountsError(message))
     return True
 
 
@@ -80,26 +76,23 @@ def _most_trimmed(tower: Tower) -> _Trimmed:
     return _Trimmed(part_of(chunk, 0, 1), columns, widths[part] if most else 0)
 
 
-def _tolerance(tower: Tower) -> float:
-    return max(_LEAST_TOLERANCE, tolerance_between_sizes(tower))
+def _trim_tolerance(tower: Tower, dtypes: Iterable[torch.dtype] = ()) -> float:
+    return max(_LEAST_TOLERANCE, tolerance_between_sizes(tower.features, dtypes))
 
 
-def _change(tower: Tower, one: Chunk, other: Chunk) -> float:
-    """Compute a row twice, and return the largest relative change of a feature."""
+def _change_of_row(tower: Tower, one: Chunk, other: Chunk) -> float:
     try:
-        (_, before), (_, after) = compute_again(tower, [one, other])
+        before, after = passes(tower, [one, other], everything=True)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise ValueError(_needs_one_row(tower, error)) from error
-    count = len(before) - len(tower.losses)
-    pairs = zip(_compared(before[:count]), _compared(after[:count]), strict=True)
-    changes = [_apart(a, b) for a, b in pairs]
-    # NaN counts as a change.
-    return max(changes, key=lambda change: (change != change, change), default=0.0)
+    return largest_change(
+        _unpadded(own_features(tower, before)), _unpadded(own_features(tower, after))
+    )
 
 
-def _compared(features: Sequence[Tensor]) -> list[Tensor]:
+def _unpadded(features: Sequence[Tensor]) -> list[Tensor]:
     """Take vectors of rows, and those of tokens that a mask beside them keeps.
 
     Vectors of tokens without a mask may be those of padding, which only the loss may know.
@@ -115,25 +108,7 @@ def _compared(features: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    if one.shape != other.shape:
-        return float("inf")
-    return float(relative_change(one, other)) if one.numel() else 0.0
-
-
-@contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    parts = [part for module in modules for part in module.modules() if part.training]
-    for part in parts:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.training = True
-
-
-def _message(tower: Tower, found: _Trimmed, change: float) -> str:
+def _trim_message(tower: Tower, found: _Trimmed, change: float) -> str:
     first, last = found.columns.start, found.width - found.columns.stop
     sides = [f"its first {first}"] * bool(first) + [f"its last {last}"] * bool(last)
     remedy = (
@@ -146,18 +121,18 @@ def _message(tower: Tower, found: _Trimmed, change: float) -> str:
         f"{tower.name}: expected features that do not depend on padding, got features of row "
         f"{int(indices(found.row)[0])} that change by {change:.1e} (relative) without "
         f"{' and '.join(sides)} of {found.width} columns; {remedy}, or leave sort_by_length out. "
-        "check_rows=False does not look"
+        'check_rows="off" does not look'
     )
 
 
 def _needs_one_row(tower: Tower, error: Exception) -> str:
     return (
         f"{tower.name}: expected an encoder that takes one row, by which the first step finds out "
-        f"whether padding counts, got {type(error).__name__} ({error}); pass check_rows=False"
+        f'whether padding counts, got {type(error).__name__} ({error}); pass check_rows="off"'
     )
 
 
-def _elsewhere(tower: Tower) -> str:
+def _trims_elsewhere(tower: Tower) -> str:
     return (
         f"{tower.name}: expected features that do not depend on padding, got another rank where "
         "they do, whose error says where"
