@@ -36,7 +36,7 @@ from watched_process import run_watched
 
 NAMES = (
     *("clip", "siglip", "filip", "beit3", "lit", "coco_drawn"),
-    *("moco", "moco_image", "simclr", "text_embedding"),
+    *("moco", "moco_image", "simclr", "text_embedding", "text_distillation"),
 )
 FILE = "recipes.json"
 _SETTINGS = ("batch_size", "chunk_size", "steps")
@@ -198,7 +198,8 @@ def _chance(metrics: Mapping[str, float], key: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    # With one decimal a chance among thousands would read 0.0.
+    return f"{100 * share:.{2 if 0 < share < 1e-3 else 1}f} %"
 
 
 def _records(results: Path) -> dict[str, Any]:

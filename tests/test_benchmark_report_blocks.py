@@ -170,7 +170,9 @@ def test_what_recipes_came_to_and_which_are_still_to_train(tmp_path: Path):
     recall = {"image_to_text_recall_at_1": 0.5, "image_to_text_recall_at_1_chance": 0.01}
     recall["image_to_text_mean_rank"] = 7.0
     classes = {"knn_accuracy": 0.4, "probe_accuracy": 0.6, "label_chance": 0.2}
-    records = {"clip": {**took, "metrics": recall}, "simclr": {**took, "metrics": classes}}
+    rare = {"query_to_document_recall_at_1": 0.3, "query_to_document_recall_at_1_chance": 1 / 2059}
+    metrics = {"clip": recall, "simclr": classes, "text_embedding": rare}
+    records = {name: {**took, "metrics": each} for name, each in metrics.items()}
     (tmp_path / recipes.FILE).write_text(json.dumps(records))
     text = BLOCKS["recipe-clip"](tmp_path)
     assert text.splitlines()[2:4] == ["| R@1 image → text | 50.0 % | 1.0 % |", ""]
@@ -178,7 +180,9 @@ def test_what_recipes_came_to_and_which_are_still_to_train(tmp_path: Path):
     lines = BLOCKS["recipe-simclr"](tmp_path)
     assert "| named by a linear classifier | 60.0 % | 20.0 % |" in lines
     assert BLOCKS["recipe-lit"](tmp_path) == UNMEASURED
-    assert len(BLOCKS["recipes"](tmp_path).splitlines()) == 4
+    *_, last = BLOCKS["recipes"](tmp_path).splitlines()[2:]
+    assert last.endswith("| R@1 query → document | 30.0 % | 0.05 % |")
+    assert len(BLOCKS["recipes"](tmp_path).splitlines()) == 5
 
 
 def test_a_known_recipe_is_kept_and_a_failed_one_is_told(tmp_path: Path, monkeypatch, capsys):
