@@ -351,7 +351,7 @@ ENGINES: dict[str, Callable[[dict[str, Any]], Ready]] = {
 }
 
 
-# The section of docs/benchmarks.md, and the table of docs/scaling.md
+# The section of docs/benchmarks.md
 
 
 def section(results: Path) -> str:
@@ -370,36 +370,6 @@ def section(results: Path) -> str:
         for row in read_rows(Row, results / _FILE)
     ]
     return f"{paragraph(text)}\n\n{table(head, lines, 'llrrrrr')}"
-
-
-def strategies(results: Path) -> str:
-    """A cached step under each strategy, by the number of processes."""
-    rows = [row for row in read_rows(Row, results / _FILE) if row.part == "engine"]
-    worlds = list(dict.fromkeys(row.world for row in rows))
-    head = [
-        "engine",
-        *(f"time, {world} processes" for world in worlds),
-        "collectives",
-        *(f"received, {world} processes" for world in worlds),
-        "gradient error at most",
-    ]
-    names = dict.fromkeys(row.contestant for row in rows)
-    own = {name: [row for row in rows if row.contestant == name] for name in names}
-    return table(head, [_line(name, own[name]) for name in names])
-
-
-def _line(name: str, rows: Sequence[Row]) -> list[str]:
-    """One strategy, its rows by the number of processes."""
-    return [
-        f"`{name}`" if "Strategy" in name and "," not in name else name,
-        *(f"{row.time_ratio:.2f}" for row in rows),
-        " / ".join(dict.fromkeys(str(row.collectives) for row in rows)),
-        *(bytes_text(row.bytes_received) for row in rows),
-        f"{max(row.error for row in rows):.0e}".replace("e-0", "e-"),
-    ]
-
-
-BLOCKS = {"distributed": strategies}
 
 
 def _parser() -> argparse.ArgumentParser:

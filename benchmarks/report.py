@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, zip_longest
 from pathlib import Path
 
@@ -36,7 +37,17 @@ import objectives
 import retrieval_losses
 import scaling
 from catalogue import BENCHMARKS, LATE_INTERACTION, PAIR_LOSSES, RETRIEVAL, find
-from results import FOLDER, ROOT, origin_words, paragraph, parser, read_csv, read_json, table
+from results import (
+    FOLDER,
+    ROOT,
+    measured_words,
+    origin_words,
+    paragraph,
+    parser,
+    read_csv,
+    read_json,
+    table,
+)
 
 import recipes
 
@@ -83,19 +94,32 @@ def _demo(results: Path) -> str:
     return to_markdown([RunFigures(**figures) for figures in record["figures"]]).strip()
 
 
+def _measured(results: Path, names: Sequence[str]) -> str:
+    return measured_words(_origins(names, results))
+
+
+QUOTED = {
+    "demo": ("demo.json",),
+    "memory": ("memory_vs_batch.csv",),
+    "negatives": ("negatives.csv",),
+    "engine": ("engine.json",),
+    "loss": PAIR_LOSSES,
+    "objectives": (RETRIEVAL, LATE_INTERACTION),
+}
+"""Files whose commits pages name beside what they quote, as the blocks `measured-NAME`."""
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "demo": _demo,
     **memory_vs_batch.BLOCKS,
     **negatives.BLOCKS,
     **engine.BLOCKS,
     **loss_figures.BLOCKS,
-    **distributed.BLOCKS,
     **scaling.BLOCKS,
     **recipes.BLOCKS,
     **objectives.BLOCKS,
     **integrations.BLOCKS,
+    **{f"measured-{name}": partial(_measured, names=names) for name, names in QUOTED.items()},
 }
-NOT_YET = {"demo": "demo.json"}
+NOT_YET = {"demo": "demo.json", "measured-demo": "demo.json"}
 """Blocks that stay as they are until their file is there."""
 
 
@@ -232,7 +256,7 @@ def _section(section: Section, results: Path) -> str:
         *_picture(section, results),
         section.body(results),
         f"    {find(section.benchmark).command()}",
-        paragraph(f"{origin_words(_origins(section, results))}. Data: {links}."),
+        paragraph(f"{origin_words(_origins(section.reads(), results))}. Data: {links}."),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -243,10 +267,10 @@ def _picture(section: Section, results: Path) -> list[str]:
     return [f"![{section.title}]({FOLDER}/{section.picture})"]
 
 
-def _origins(section: Section, results: Path) -> list[Mapping[str, str]]:
+def _origins(names: Sequence[str], results: Path) -> list[Mapping[str, str]]:
     """Where each row of each file comes from."""
     found: list[Mapping[str, str]] = []
-    for name in section.reads():
+    for name in names:
         if name.endswith(".json"):
             record = read_json(results / name)
             # A part that can be measured alone has an origin of its own.

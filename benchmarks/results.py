@@ -183,8 +183,12 @@ def origin_words(rows: Iterable[Mapping[str, str]]) -> str:
     versions = [f"{name} {_values(rows, name)}" for name in _LIBRARIES if _values(rows, name)]
     if python := _values(rows, "python"):
         versions.insert(0, f"Python {python}")
-    measured = f"commit {_values(rows, 'commit')}, {_values(rows, 'date')}"
-    return "; ".join(filter(None, [machine, ", ".join(versions), measured]))
+    return "; ".join(filter(None, [machine, ", ".join(versions), measured_words(rows)]))
+
+
+def measured_words(rows: Sequence[Mapping[str, str]]) -> str:
+    """Commit and date of results, all that occur."""
+    return f"commit {_values(rows, 'commit')}, {_values(rows, 'date')}"
 
 
 def _values(rows: Sequence[Mapping[str, str]], name: str) -> str:

@@ -218,7 +218,7 @@ def test_recall_of_objectives_is_a_mean_over_seeds_beside_the_plain_one(tmp_path
     assert "5 steps of 8 triplets" in took and "Before the first step R@1 is 10.0 %" in took
 
 
-def test_negatives_and_engines_as_the_pages_quote_them(tmp_path: Path):
+def test_negatives_as_the_pages_quote_them(tmp_path: Path):
     from negatives_training import Row
     from results import append_row
 
@@ -233,12 +233,7 @@ def test_negatives_and_engines_as_the_pages_quote_them(tmp_path: Path):
     assert lines[0] == "| pairs that compete | 16 | 1,024 (the batch) | chance |"
     assert lines[2] == "| emoji, R@1, image → name | 10.0 ± 0.0 % | 15.0 ± 0.0 % | 0.2 % |"
     assert lines[5] == "| emoji, of a plain step over as many pairs | 1 MiB | 1.00 GiB |  |"
-    engine = {"part": "engine", "contestant": "DDPStrategy", "collectives": 18, "error": 1e-6}
-    row = {**engine, "bytes_received": 2**20, "time_ratio": 1.3, **ORIGIN}
-    both = [{**row, "world": 2}, {**row, "world": 4, "time_ratio": 1.4, "error": 2e-6}]
-    write_csv(tmp_path / "distributed.csv", both)
-    line = BLOCKS["distributed"](tmp_path).splitlines()[-1]
-    assert line == "| `DDPStrategy` | 1.30 | 1.40 | 18 | 1 MiB | 1 MiB | 2e-6 |"
+    assert BLOCKS["measured-negatives"](tmp_path) == "commit abc, 2026-01-01"
 
 
 def test_drop_ins_of_a_library_and_those_not_measured(tmp_path: Path):
