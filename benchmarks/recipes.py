@@ -137,7 +137,7 @@ def recipe(results: Path, name: str) -> str:
     rows, unit = record.get("rows", "pairs"), record.get("chunk_of", "")
     took = (
         f"{record['steps']:,} steps of {record['batch_size']:,} {rows} in chunks of "
-        f"{record['chunk_size']:,}{unit and f' {unit}'}; {record['cpu_minutes']:.0f} CPU minutes, "
+        f"{record['chunk_size']:,}{unit and f' {unit}'}; {_minutes(record)} CPU minutes, "
         f"peak memory of the process {bytes_text(record['peak_memory_bytes'])} "
         f"({record['machine']}; torch {record['torch']}, commit {record['commit']}, "
         f"{record['date']}; one seed)."
@@ -160,10 +160,15 @@ def _line(name: str, record: Mapping[str, Any]) -> list[str]:
     return [
         f"`{name}`",
         *(f"{record[key]:,}" for key in ("batch_size", "steps")),
-        f"{record['cpu_minutes']:.0f}",
+        _minutes(record),
         bytes_text(record["peak_memory_bytes"]),
         *(_label(first), _percent(metrics[first]), _chance(metrics, first)),
     ]
+
+
+def _minutes(record: Mapping[str, Any]) -> str:
+    minutes = record["cpu_minutes"]
+    return f"{minutes:.{0 if minutes >= 1.5 else 1}f}"
 
 
 def _label(key: str) -> str:
