@@ -215,7 +215,7 @@ _HEAD = """# Benchmarks
 {about}
 
     python benchmarks/run_all.py           # measures all of it again; hours
-    python benchmarks/run_all.py --quick   # small versions, about five minutes
+    python benchmarks/run_all.py --quick   # small versions, minutes
     python benchmarks/report.py            # writes the figures into all pages
 """
 _ABOUT = (

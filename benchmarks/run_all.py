@@ -1,7 +1,7 @@
 """All benchmarks with one command; what is already measured is not measured again.
 
     python benchmarks/run_all.py                     # everything; about three hours on two cores
-    python benchmarks/run_all.py --quick             # small versions of all, about five minutes
+    python benchmarks/run_all.py --quick             # small versions of all; minutes
     python benchmarks/run_all.py --only loss engine  # these
     python benchmarks/run_all.py --list              # what there is, and how long it takes
 
@@ -289,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     made = parser(__doc__)
     made.set_defaults(results=None)
     add = made.add_argument
-    add("--quick", action="store_true", help="small versions, about five minutes in all")
+    add("--quick", action="store_true", help="small versions, which take minutes")
     add("--only", nargs="+", metavar="NAME", help="these alone, in this order; see --list")
     add("--list", action="store_true", help="show what there is and run nothing")
     add("--fresh", action="store_true", help="run again what is finished, too")
