@@ -577,8 +577,7 @@ def _line(row: Row) -> list[str]:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "integrations": quoted,
-    **{f"integrations-{name}": partial(quoted, library=f"{name}.") for name in _LIBRARIES},
+    f"integrations-{name}": partial(quoted, library=f"{name}.") for name in _LIBRARIES
 }
 
 
