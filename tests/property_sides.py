@@ -84,7 +84,7 @@ class Ours:
             memory_budget=case.budget,
             gradient_hooks="error" if case.hooks != "once" else "once",
             check_replay="error" if checks else "off",
-            check_rows=checks,
+            check_rows="error" if checks else "off",
         )
 
     def _embed_sizes(self) -> list[int] | None:

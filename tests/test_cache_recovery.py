@@ -92,8 +92,9 @@ PLACES = {
     "embed, second tower": ("forward", 5, "embed"),
     "loss": ("loss", 1, "loss"),
     "backward of the loss": ("loss backward", 1, "loss"),
-    "replay, first forward": ("forward", 7, "replay"),
-    "replay, a later forward": ("forward", 9, "replay"),
+    # After six of the embed, and two in which each tower's rows are checked.
+    "replay, first forward": ("forward", 11, "replay"),
+    "replay, a later forward": ("forward", 13, "replay"),
     "replay, backward of the kept graph": ("backward", 1, "replay"),
     "replay, backward half-way": ("backward", 2, "replay"),
 }

@@ -121,7 +121,7 @@ def measured(plan: Settings, inputs: Sequence[Any], record: ChunkRecord) -> Sett
     """Fill in the sizes and budgets that are "auto", recorded or measured, equal on all ranks."""
     refuse_cached_parametrizations()
     check_plain_backward(plan.strategy, "chunk_size='auto'", "pass a number")
-    towers = build_towers(replace(plan, chunk_size=1), inputs)
+    towers = build_towers(replace(plan, chunk_size=1, sort_by_length=None), inputs)
     check_inputs(towers)
     modules, found = modules_of(towers, plan.loss), list[int]()
     sorting = one_for_each(plan.sort_by_length, len(towers), "sort_by_length")

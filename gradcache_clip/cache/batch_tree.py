@@ -42,6 +42,9 @@ _WHOLE = (
 )
 
 
+AS_PASSED: Mapping[int, int] = {}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shared:
     """An input that every chunk gets whole: the encoder is given `value` itself.
@@ -137,13 +140,17 @@ def pick_rows(inputs: Any, indices: Tensor) -> Any:
     return _cut(inputs, lambda part: _rows_of(part, indices))
 
 
-def chunk_of(inputs: Any, chunk: Chunk) -> Any:
-    """Take the rows of a chunk, without the columns that it trims."""
+def chunk_of(inputs: Any, chunk: Chunk, passed: Mapping[int, int] = AS_PASSED) -> Any:
+    """Take the rows of a chunk, without the columns that it trims.
+
+    `passed`: by id of a part that was brought into another order, the id of the one passed.
+    """
     rows = chunk.rows
 
     def take(part: Any) -> Any:
         taken = _rows_of(part, rows)
-        columns = None if chunk.columns is None else chunk.columns.get(id(part))
+        key = passed.get(id(part), id(part))
+        columns = None if chunk.columns is None else chunk.columns.get(key)
         return taken if columns is None else taken[:, columns]
 
     return _cut(inputs, take)
@@ -173,6 +180,42 @@ def _rows_of(part: Any, rows: slice | Tensor) -> Any:
     if isinstance(part, Tensor):
         return part[rows.to(part.device)]
     return part[rows if is_tensor_collection(part) else rows.numpy()]
+
+
+def reordered(inputs: Any, order: Tensor, moved: dict[int, Any]) -> Any:
+    """Bring the rows of everything inside `inputs` into another order, and leave it a batch.
+
+    `moved` receives, by id of a part, what takes its place.
+    """
+    if isinstance(inputs, Shared):
+        return inputs
+    if not _has_rows(inputs):
+        return map_children(inputs, lambda child: reordered(child, order, moved))
+    if id(inputs) not in moved:
+        moved[id(inputs)] = _part_in_order(inputs, order)
+    return moved[id(inputs)]
+
+
+def _part_in_order(part: Any, order: Tensor) -> Any:
+    if (own := own_rows(part)) is not None:
+        return own.take(order.tolist())
+    if isinstance(part, Tensor) and part.requires_grad:
+        return _Reordered.apply(part, order.to(part.device))
+    return _rows_of(part, order)
+
+
+class _Reordered(torch.autograd.Function):
+    """Rows in another order; every chunk takes a backward of its own through it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        # Not saved: what is saved, the first backward frees.
+        ctx.order = order
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(gradient).index_copy_(0, ctx.order, gradient), None
 
 
 def repeat_rows(inputs: Any, count: int) -> Any:

@@ -68,7 +68,7 @@ def check_same_chunks(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
 
 def _refuse_input_gradients(strategy: LocalStrategy, towers: Sequence[Tower]) -> None:
     for tower in towers:
-        if any(tensor.requires_grad for tensor in tensors_in(tower.inputs)):
+        if any(tensor.requires_grad for tensor in tensors_in(tower.passed)):
             raise ValueError(
                 f"{tower.name}: expected inputs that ask for no gradient, got one with "
                 f"requires_grad=True under {type(strategy).__name__} over several processes, where "
@@ -129,11 +129,8 @@ def check_plain_backward(strategy: LocalStrategy, what: str, remedy: str) -> Non
         )
 
 
-def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
-    """Refuse NaN and infinity, by encoder and chunk; a good batch costs one synchronisation.
-
-    All ranks raise together: one that stopped alone would leave the others waiting for it.
-    """
+def all_finite(towers: Sequence[Tower]) -> Tensor | None:
+    """Compute, without waiting for it, whether all features are finite; None if there are none."""
     flags = [
         # The extremes, which pass NaN on, cost one pass and no mask.
         torch.stack(feature.aminmax()).isfinite().all()
@@ -141,10 +138,15 @@ def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
         for feature in tower.features
         if feature.is_floating_point() and feature.numel()
     ]
-    if not flags:
-        return
-    broken = ~torch.stack([flag.to(flags[0].device) for flag in flags]).all()
-    if not strategy.on_any_rank(broken):
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all() if flags else None
+
+
+def check_finite(finite: Tensor | None, towers: Sequence[Tower], strategy: LocalStrategy) -> None:
+    """Refuse NaN and infinity, by encoder and chunk; a good batch costs one synchronisation.
+
+    All ranks raise together: one that stopped alone would leave the others waiting for it.
+    """
+    if finite is None or not strategy.on_any_rank(~finite):
         return
     for tower in towers:
         for index, chunk in enumerate(tower.chunks):
@@ -163,7 +165,7 @@ def check_finite(towers: Sequence[Tower], strategy: LocalStrategy) -> None:
 def check_inputs(towers: Sequence[Tower]) -> None:
     """Refuse meta tensors, inference tensors, and graphs that the first replay would free."""
     for tower in towers:
-        tensors = list(tensors_in(tower.inputs))
+        tensors = list(tensors_in(tower.passed))
         _check_tensors(tower, tensors)
         computed = any(tensor.requires_grad and not tensor.is_leaf for tensor in tensors)
         if computed and len(tower.chunks) > 1:
@@ -200,10 +202,9 @@ def check_no_partial_gradients(modules: Sequence[nn.Module], strategy: LocalStra
         )
 
 
-def check_unchanged(towers: Sequence[Tower], versions: Sequence[int]) -> None:
+def check_unchanged(features: Sequence[Tensor], versions: Sequence[int]) -> None:
     """Refuse a loss that changes features in place: the replay would not see the change."""
-    now = [feature._version for tower in towers for feature in tower.features]
-    if now != list(versions):
+    if [feature._version for feature in features] != list(versions):
         raise ValueError(
             "loss: expected features to be left as they are, got features that the loss changed in "
             "place; let it work on a copy"

@@ -17,13 +17,15 @@ class Chunk:
     """Rows that go through an encoder at once."""
 
     rows: slice | Tensor
-    """A range of the batch, or (after sorting) the indices of its rows."""
+    """A range of the batch as its tower holds it, or the indices of rows."""
     columns: Mapping[int, slice] | None = None
-    """By id of a tensor of the batch, the columns that the chunk keeps of it; None keeps all."""
+    """By id of a tensor that was passed, the columns that the chunk keeps; None keeps all."""
     cost: int | None = None
     """Tokens, or whatever else `ByLength` counts, padding included; None counts rows."""
     random_state: RandomState | None = None
     """The generators before its embed, if it drew from them and will be replayed."""
+    numbers: Tensor | None = None
+    """Of its rows among those that were passed, where the tower holds them in another order."""
     graph: list[Tensor] | None = None
     """Its features with their graph, if that was retained: then it is never replayed."""
 
@@ -32,17 +34,24 @@ class Chunk:
         return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
     @property
+    def span(self) -> slice:
+        """Its rows as a range, as those of a tower's chunks are."""
+        assert isinstance(self.rows, slice), "towers hold rows in the order of their chunks"
+        return self.rows
+
+    @property
     def size(self) -> int:
         """Its cost where that is known, rows otherwise."""
         return len(self) if self.cost is None else self.cost
 
     @property
     def name(self) -> str:
-        """The rows, for error messages."""
-        if isinstance(self.rows, Tensor):
-            shown = ", ".join(map(str, self.rows[:8].tolist()))
+        """The rows as they were passed, for error messages."""
+        rows = self.rows if self.numbers is None else self.numbers
+        if isinstance(rows, Tensor):
+            shown = ", ".join(map(str, rows[:8].tolist()))
             return f"rows {shown}" + (", ..." if len(self) > 8 else "")
-        return f"rows {self.rows.start} to {self.rows.stop - 1}"
+        return f"rows {rows.start} to {rows.stop - 1}"
 
 
 def even_chunks(rows: int, chunk_size: int, at_least: int = 1) -> list[Chunk]:
@@ -53,12 +62,13 @@ def even_chunks(rows: int, chunk_size: int, at_least: int = 1) -> list[Chunk]:
 
 def merged(chunks: Sequence[Chunk]) -> Chunk:
     """Join consecutive chunks."""
-    first, last = chunks[0], chunks[-1]
-    if isinstance(first.rows, slice) and isinstance(last.rows, slice):
-        return Chunk(slice(first.rows.start, last.rows.stop))
-    rows = torch.cat([chunk.rows for chunk in chunks if isinstance(chunk.rows, Tensor)])
+    rows = slice(chunks[0].span.start, chunks[-1].span.stop)
+    if chunks[0].numbers is None:
+        return Chunk(rows)
+    numbers = torch.cat([chunk.numbers for chunk in chunks if chunk.numbers is not None])
     most = max(-(-chunk.size // len(chunk)) for chunk in chunks)
-    return Chunk(rows, all_columns(chunks), None if first.cost is None else most * len(rows))
+    cost = None if chunks[0].cost is None else most * len(numbers)
+    return Chunk(rows, all_columns(chunks), cost, numbers=numbers)
 
 
 def all_columns(chunks: Sequence[Chunk]) -> dict[int, slice] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,15 @@ class Columns:
     trimmed: tuple[int, ...]
     """By id, the mask and the tensors that are trimmed with it."""
 
-    def widths(self, rows: Tensor, multiple: int) -> Tensor:
+    def in_order(self, order: Tensor) -> Columns:
+        return replace(self, first=self.first[order], stop=self.stop[order])
+
+    def widths(self, rows: slice, multiple: int) -> Tensor:
         """Count the columns that the first row needs, the first two, the first three, ..."""
         needed = self.stop[rows].cummax(0).values - self.first[rows].cummin(0).values
         return (-(-needed // multiple) * multiple).clamp_max(self.width)
 
-    def kept(self, rows: Tensor, multiple: int) -> slice:
+    def kept(self, rows: slice, multiple: int) -> slice:
         """Return the columns that a chunk of these rows keeps; padding fills up a multiple."""
         first, stop = int(self.first[rows].min()), int(self.stop[rows].max())
         columns = min(-(-(stop - first) // multiple) * multiple, self.width)

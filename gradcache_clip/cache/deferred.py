@@ -73,14 +73,16 @@ def deferred_step(
     flat = _Deferred(step).features() if with_graph else _without_graph(towers)
     features = [pytree.tree_unflatten(flat[i], tower.structure) for i, tower in enumerate(towers)]
     # Tensors of inference mode have no versions, and nothing is replayed there.
-    versions = [f._version for tower in towers for f in tower.features] if with_graph else []
+    given = [feature for parts in flat for feature in parts]
+    versions = [feature._version for feature in given] if with_graph else []
     # A copy of a weight that autocast made without a graph must not reach the loss.
     forget_autocast_casts()
     with step.loss_context() if with_graph else nullcontext():
         output = evaluate(cache.plan, features, loss_kwargs or {})
     if with_graph:
-        check_unchanged(towers, versions)
+        check_unchanged(given, versions)
         minimised(cache.plan, output)
+        step.check_finite()
     return LossOnly(output) if isinstance(output, Tensor) else output
 
 
@@ -102,7 +104,7 @@ def _prepared(cache: GradCache, inputs: Sequence[Any]) -> CachedStep:
 def _without_graph(towers: Sequence[Tower]) -> list[list[Tensor]]:
     for tower in towers:
         tower.embed()
-    return [tower.features for tower in towers]
+    return [[tower.as_passed(feature) for feature in tower.features] for tower in towers]
 
 
 class _Deferred:
@@ -113,7 +115,7 @@ class _Deferred:
         self._step: CachedStep | None = step
         towers = step.towers
         self._autocast = _autocast_now(device_types(towers))
-        self.embedded = [feature for tower in towers for feature in tower.features]
+        self.embedded = [t.as_passed(feature) for t in towers for feature in t.features]
         self._counts = [len(tower.features) for tower in towers]
         self.frozen = [not tower.trainable for tower in towers for _ in tower.features]
 

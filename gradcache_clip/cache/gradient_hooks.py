@@ -204,7 +204,7 @@ def held_hooks(mode: str, towers: Sequence[Tower], strategy: LocalStrategy) -> H
 def _named_leaves(tower: Tower) -> Iterator[tuple[str, Tensor]]:
     for module in tower.modules:
         yield from module.named_parameters()
-    for tensor in tensors_in(tower.inputs):
+    for tensor in tensors_in(tower.passed):
         if tensor.requires_grad and tensor.is_leaf:
             yield "an input", tensor
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradcache_clip.cache.batch_tree import chunk_of, map_tensors, tensors_in
+from gradcache_clip.cache.batch_tree import AS_PASSED, chunk_of, map_tensors, tensors_in
 from gradcache_clip.cache.chunks import Chunk
 
 
@@ -51,10 +51,13 @@ class HostInputs:
     Args:
         inputs: the batch of one encoder, nested as it wants it.
         device: where tensors on the host have to go; None leaves everything where it is.
+        passed: as for `chunk_of`.
     """
 
-    def __init__(self, inputs: Any, device: torch.device | None) -> None:
-        self.inputs, self.device = inputs, device
+    def __init__(
+        self, inputs: Any, device: torch.device | None, passed: Mapping[int, int] = AS_PASSED
+    ) -> None:
+        self.inputs, self.device, self._passed = inputs, device, passed
         self._arriving: _Arriving | None = None
         on_cuda = device is not None and device.type == "cuda"
         self._stream = _copy_stream(device) if on_cuda else None
@@ -69,7 +72,7 @@ class HostInputs:
         if self.device is None:
             if type(self.inputs) is Tensor and type(chunk.rows) is slice and chunk.columns is None:
                 return self.inputs[chunk.rows]
-            return chunk_of(self.inputs, chunk)
+            return chunk_of(self.inputs, chunk, self._passed)
         arriving, self._arriving = self._arriving, None
         if arriving is None or arriving.chunk is not chunk:
             arriving = self._started(chunk)
@@ -83,7 +86,7 @@ class HostInputs:
         return arriving.inputs
 
     def _started(self, chunk: Chunk) -> _Arriving:
-        rows = chunk_of(self.inputs, chunk)
+        rows = chunk_of(self.inputs, chunk, self._passed)
         if self._stream is None:
             return _Arriving(chunk, map_tensors(self._on_device, rows), None)
         with torch.cuda.stream(self._stream):

@@ -145,6 +145,8 @@ class ByLength:
                 "ByLength(mask=...)"
             )
         order = lengths.argsort(descending=True, stable=True)
+        columns = [each.in_order(order) for each in columns]
+        costs = None if costs is None else costs[order]
         return SortedRows(order, columns, self.pad_to_multiple_of, costs, packed)
 
     def _columns(self, inputs: Any, name: str) -> list[Columns]:

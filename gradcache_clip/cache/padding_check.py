@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradcache_clip.cache.batch_tree import tensors_in
-from gradcache_clip.cache.chunks import Chunk, indices
+from gradcache_clip.cache.chunks import Chunk
 from gradcache_clip.cache.first_step import operations, own_features, part_of, passes
 from gradcache_clip.cache.recovery import is_out_of_memory
 from gradcache_clip.cache.rounding import largest_change, tolerance_between_sizes
@@ -64,7 +64,7 @@ def _check_trims(tower: Tower, strategy: LocalStrategy, found: Callable[[Excepti
 
 def _most_trimmed(tower: Tower) -> _Trimmed:
     """Find the chunk that cuts most columns off a tensor; width 0 if none cuts any."""
-    widths = {id(tensor): tensor.shape[1] for tensor in tensors_in(tower.given) if tensor.ndim > 1}
+    widths = {id(tensor): tensor.shape[1] for tensor in tensors_in(tower.passed) if tensor.ndim > 1}
     cuts = [
         (widths[part] - (kept.stop - kept.start), index, part)
         for index, chunk in enumerate(tower.chunks)
@@ -109,6 +109,8 @@ def _unpadded(features: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _trim_message(tower: Tower, found: _Trimmed, change: float) -> str:
+    numbers = found.row.numbers
+    row = found.row.span.start if numbers is None else int(numbers[0])
     first, last = found.columns.start, found.width - found.columns.stop
     sides = [f"its first {first}"] * bool(first) + [f"its last {last}"] * bool(last)
     remedy = (
@@ -119,7 +121,7 @@ def _trim_message(tower: Tower, found: _Trimmed, change: float) -> str:
     )
     return (
         f"{tower.name}: expected features that do not depend on padding, got features of row "
-        f"{int(indices(found.row)[0])} that change by {change:.1e} (relative) without "
+        f"{row} that change by {change:.1e} (relative) without "
         f"{' and '.join(sides)} of {found.width} columns; {remedy}, or leave sort_by_length out. "
         'check_rows="off" does not look'
     )

@@ -20,6 +20,7 @@ from gradcache_clip.cache.gradient_hooks import held_hooks
 from gradcache_clip.cache.graph_budget import GraphBudget
 from gradcache_clip.cache.own_rows import with_own_rows
 from gradcache_clip.cache.settings import History, Settings
+from gradcache_clip.cache.sorted_rows import in_order
 from gradcache_clip.cache.step import CachedStep
 from gradcache_clip.cache.torch_state import refuse_cached_parametrizations
 from gradcache_clip.cache.tower import Encode, Tower, device_of, surely_trainable
@@ -55,6 +56,7 @@ def build_towers(plan: Settings, inputs: Sequence[Any]) -> list[Tower]:
         unwrapped = plan.strategy.unwrap(module)
         # A trunk cannot be called by itself where a forward gathers the parameters.
         own = index if one_for_all and not plan.strategy.collective_forward else None
+        held = in_order(given, cut[index])
         towers.append(
             Tower(
                 name=f"encoder {index} ({type(unwrapped).__name__})",
@@ -62,8 +64,11 @@ def build_towers(plan: Settings, inputs: Sequence[Any]) -> list[Tower]:
                 bare_module=unwrapped,
                 encode=encode,
                 get_features=extractors[index],
-                inputs=given,
-                chunks=cut[index],
+                inputs=held.inputs,
+                chunks=held.chunks,
+                passed=given,
+                order=held.order,
+                replaced=held.passed,
                 # One module for all inputs may be frozen for this one; only its graph tells.
                 trainable=True if not one_for_all and surely_trainable(module, given) else None,
                 embed_chunk_size=embed_sizes[index],

@@ -26,7 +26,7 @@ class StepSnapshot:
         self.changed: str | None = None
         """Changes of this step that cannot be undone, as an error says them."""
         self._modules = list({id(module): module for module in modules}.values())
-        inputs = [tensor for tower in towers for tensor in tensors_in(tower.inputs)]
+        inputs = [tensor for tower in towers for tensor in tensors_in(tower.passed)]
         parameters = (p for module in self._modules for p in module.parameters())
         self._aside: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.set_aside(chain(parameters, inputs))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -51,11 +49,12 @@ class _Compared:
     def add(self, chunk: Chunk, again: Tensor) -> None:
         self.chunks.append(chunk)
         stop = self._filled + again.shape[0]
-        if stop > self._room:
+        follows = not self._collected or self._collected[-1].span.stop == chunk.span.start
+        if stop > self._room or not follows:
             self._compare_collected()
             stop = again.shape[0]
         if stop > self._room:
-            self._note(chunk.rows, again.detach().to(self.moved.dtype) - self.whole[chunk.rows])
+            self._note(chunk.span, again.detach().to(self.moved.dtype) - self.whole[chunk.rows])
         else:
             self._rows[self._filled : stop] = again.detach()
             self._filled = stop
@@ -63,11 +62,11 @@ class _Compared:
 
     def _compare_collected(self) -> None:
         if self._collected:
-            rows = _rows_of(self._collected)
+            rows = slice(self._collected[0].span.start, self._collected[-1].span.stop)
             self._note(rows, self._rows[: self._filled].sub_(self.whole[rows]))
             self._collected, self._filled = [], 0
 
-    def _note(self, rows: slice | Tensor, change: Tensor) -> None:
+    def _note(self, rows: slice, change: Tensor) -> None:
         self.moved[rows] = row_norms(change)
 
     def relative(self) -> Tensor:
@@ -147,15 +146,6 @@ def failures_of(check: ReplayCheck, mode: str, strategy: LocalStrategy, *, undon
     return f"{message} {_LEFT}"
 
 
-def _rows_of(chunks: Sequence[Chunk]) -> slice | Tensor:
-    """Return the rows of chunks, as a range if they are consecutive."""
-    rows = [chunk.rows for chunk in chunks]
-    ranges = [each for each in rows if isinstance(each, slice)]
-    if len(ranges) == len(rows) and ranges[-1].stop - ranges[0].start == sum(map(len, chunks)):
-        return slice(ranges[0].start, ranges[-1].stop)
-    return torch.cat([torch.arange(r.start, r.stop) if isinstance(r, slice) else r for r in rows])
-
-
 def describe(failures: list[tuple[Tower, Chunk, float]]) -> str:
     """Describe the worst chunk, and the module that most likely causes it."""
     tower, chunk, change = max(failures, key=lambda failure: failure[2])
@@ -171,7 +161,7 @@ def describe(failures: list[tuple[Tower, Chunk, float]]) -> str:
 def _likely_cause(tower: Tower, chunk: Chunk) -> str:
     state = RandomState.capture(accelerators_among(tower.features))
     try:
-        rows = chunk_of(tower.inputs, chunk)
+        rows = chunk_of(tower.inputs, chunk, tower.replaced)
         kept = {path: Kept(each) for path, each in named_tensors(rows, "input")}
         first = _watched(tower, chunk)
         if changed := [path for path, each in kept.items() if each.changed]:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from gradcache_clip.cache.auxiliary import evaluate, minimised
 from gradcache_clip.cache.checks import (
+    all_finite,
     check_finite,
     check_leaves,
     check_same_chunks,
@@ -63,6 +64,7 @@ class CachedStep:
         self._history, self._rows_checked = history, history.rows_checked
         self._trims_checked = history.trims_checked
         self._warnings: list[str] = []
+        self._finite: Tensor | None = None
         self._snapshot: StepSnapshot | None = None
         self._device_types: set[str] = set()
         self._autocasts = True
@@ -94,7 +96,8 @@ class CachedStep:
         """Fill `.grad` from the gradients of all features; return mismatches to warn of."""
         self.phase, flat, factor = "replay", iter(gradients), self.strategy.gradient_factor()
         for tower in self.towers:
-            tower.gradients = [_times(next(flat), factor) for _ in tower.features]
+            given = (tower.as_held(next(flat)) for _ in tower.features)
+            tower.gradients = [_times(gradient, factor) for gradient in given]
         with self._noting_errors(), self._hooks.held():
             with self.strategy.step_context(trained_modules(self.towers)):
                 check = self.replay()
@@ -125,7 +128,9 @@ class CachedStep:
         """Fill every tower's `features`; graphs are kept as far as the budget goes."""
         with self._effects.watching() if self._effects else _NOTHING:
             self._embed()
-            check_finite(self.towers, self.strategy)
+            self._finite = all_finite(self.towers)
+            if self._effects is not None or _has_state(self._plan.loss):
+                self.check_finite()
             self._check_encoders()
         self._device_types = device_types(self.towers)
 
@@ -143,6 +148,14 @@ class CachedStep:
             # What one rank's rows leave without a graph, those of another may train.
             device = tower.features[0].device
             tower.trainable = self.strategy.anywhere(bool(tower.trainable), device)
+
+    def check_finite(self) -> None:
+        """Refuse features that are not finite; waits for the device, once."""
+        finite, self._finite = self._finite, None
+        # All ranks raise, and nothing is in .grad yet, wherever the answer is read.
+        phase, self.phase = self.phase, "embed"
+        check_finite(finite, self.towers, self.strategy)
+        self.phase = phase
 
     def _check_encoders(self) -> None:
         """Check what no earlier step has; on every rank, with the same passes."""
@@ -175,19 +188,24 @@ class CachedStep:
         """Fill every tower's `gradients`, and `.grad` of the loss's own parameters."""
         self.phase = "loss"
         leaves = [
-            [feature.requires_grad_(_takes_gradient(tower, feature)) for feature in tower.features]
+            [
+                tower.as_passed(feature).requires_grad_(_takes_gradient(tower, feature))
+                for feature in tower.features
+            ]
             for tower in self.towers
         ]
         features = [
             pytree.tree_unflatten(flat, tower.structure)
             for tower, flat in zip(self.towers, leaves, strict=True)
         ]
-        versions = [feature._version for tower in self.towers for feature in tower.features]
+        versions = [leaf._version for flat in leaves for leaf in flat]
         forget_autocast_casts()
         with self.loss_context():
             output = evaluate(self._plan, features, loss_kwargs)
         loss = minimised(self._plan, output)
-        check_unchanged(self.towers, versions)
+        # Now that the device has the loss to compute meanwhile.
+        self.check_finite()
+        check_unchanged([leaf for flat in leaves for leaf in flat], versions)
         if self._snapshot is not None:
             reached = list(leaves_behind([loss]))
             self._snapshot.set_aside(reached)
@@ -196,7 +214,7 @@ class CachedStep:
             self.strategy.backward_of_loss(loss, [leaf for flat in leaves for leaf in flat])
         factor = self.strategy.gradient_factor()
         for tower, flat in zip(self.towers, leaves, strict=True):
-            tower.gradients = [_taken_gradient(leaf, factor) for leaf in flat]
+            tower.gradients = [tower.as_held(_taken_gradient(leaf, factor)) for leaf in flat]
         return finished(output, loss)
 
     def replay(self) -> ReplayCheck:
@@ -264,6 +282,11 @@ class CachedStep:
         is_function = not isinstance(tower.get_features, (nn.Module, type(None)))
         if not is_function or registered.issuperset(map(id, leaves)):
             self._looked_behind.add(tower.name)
+
+
+def _has_state(loss: Any) -> bool:
+    """Whether it may keep what it is given, such as a queue."""
+    return isinstance(loss, nn.Module) and any(True for _ in loss.buffers())
 
 
 def _takes_gradient(tower: Tower, feature: Tensor) -> bool:

@@ -52,6 +52,12 @@ class Tower:
     """Runs once a step; the module is then given its outputs."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of losses that it may return beside its features, by name."""
+    passed: Any = None
+    """The inputs as they were passed, where `inputs` hold their rows in another order."""
+    order: Tensor | None = None
+    """(B,) numbers of the rows of `inputs` among those that were passed; None if they agree."""
+    replaced: Mapping[int, int] = field(default_factory=dict)
+    """By id of a tensor in `inputs`, the id of the one that was passed."""
     losses: tuple[str, ...] = ()
     """Those that it returned, which are the last of `features`."""
     features: list[Tensor] = field(default_factory=list)
@@ -67,6 +73,8 @@ class Tower:
 
     def __post_init__(self) -> None:
         self.given = self.inputs
+        if self.order is None:
+            self.passed = self.inputs
 
     @property
     def embed_together(self) -> int:
@@ -120,7 +128,9 @@ class Tower:
         if self.trunk is not None:
             # One module for all inputs hands on what it is given.
             call = call_encoder if self.encode is call_encoder else _call
-            self.inputs = run_trunk(self.trunk, self.inputs, self.chunks, self.name, call)
+            self.inputs = run_trunk(
+                self.trunk, self.inputs, self.chunks, self.name, call, self.replaced
+            )
             for chunk in self.chunks:
                 chunk.cost = None
 
@@ -185,7 +195,8 @@ class Tower:
     def _host_inputs(self) -> HostInputs:
         if self._host is None or self._host.inputs is not self.inputs:
             parameters = chain.from_iterable(module.parameters() for module in self.modules)
-            self._host = HostInputs(self.inputs, device_for(parameters, self.inputs))
+            device = device_for(parameters, self.inputs)
+            self._host = HostInputs(self.inputs, device, self.replaced)
         return self._host
 
     def replay(self, chunk: Chunk) -> list[Tensor]:
@@ -198,6 +209,18 @@ class Tower:
             chunk.random_state.restore()
         # Its embed has told that its features can be cached.
         return self._forward(module, chunk)
+
+    def as_passed(self, feature: Tensor) -> Tensor:
+        """Bring rows of `features` into the order in which they were passed."""
+        if self.order is None:
+            return feature
+        return feature.index_select(0, self.order.to(feature.device).argsort())
+
+    def as_held(self, gradient: Tensor | None) -> Tensor | None:
+        """Bring rows that stand as they were passed into the order of `features`."""
+        if self.order is None or gradient is None:
+            return gradient
+        return gradient.index_select(0, self.order.to(gradient.device))
 
     def cached(self, chunk: Chunk) -> list[Tensor]:
         return [feature[chunk.rows] for feature in self.features]

@@ -99,12 +99,13 @@ def run_trunk(
     inputs: Any,
     chunks: Sequence[Chunk],
     name: str,
-    call: Callable[[Callable[..., Any], Any], Any] = call_encoder,
+    call: Callable[[Callable[..., Any], Any], Any],
+    passed: Mapping[int, int],
 ) -> TrunkOutput:
     """Run the trunk over all rows, chunk by chunk; return outputs in the order of the rows."""
     wholes: list[Tensor] = []
     structure: Any = None
-    host = HostInputs(inputs, device_for(encoder.parameters(), inputs))
+    host = HostInputs(inputs, device_for(encoder.parameters(), inputs), passed)
     for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
         output = call(encoder.through_trunk, host.take(chunk))
         if following is not None:

@@ -187,7 +187,7 @@ class Experiments:
 
     def _trimmed(self, chunk: Chunk) -> str:
         """Name the tensors that are cut."""
-        named = named_tensors(self._tower.inputs, self._input)
+        named = named_tensors(self._tower.passed, self._input)
         return ", ".join(path for path, tensor in named if id(tensor) in (chunk.columns or ()))
 
     def _apart(self, quiet: Sequence[Place]) -> tuple[float, Place | None]:

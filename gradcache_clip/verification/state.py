@@ -40,7 +40,7 @@ class Start(StepSnapshot):
         self.inputs = {
             path: Kept(tensor)
             for index, tower in enumerate(towers)
-            for path, tensor in named_tensors(tower.inputs, f"input {index}")
+            for path, tensor in named_tensors(tower.passed, f"input {index}")
         }
         children = (child for module in modules for child in innermost(module).modules())
         self._attributes = {id(child): _Attributes(child) for child in children}

@@ -122,7 +122,9 @@ class Trial:
         if reduces_itself(self.strategy):
             sum_over_ranks(self._reduced)
         kept = [
-            (f.detach(), bool(t.trainable)) for t in towers for f in _mean_losses(t, t.features)
+            (t.as_passed(f.detach()), bool(t.trainable))
+            for t in towers
+            for f in _mean_losses(t, t.features)
         ]
         features, trained = map(list, zip(*kept, strict=True))
         state = self.start.random_state()
@@ -248,7 +250,8 @@ class Trial:
                 # By number, for chunks that are views of one tensor could not be written to.
                 chunk = replace(chunk, rows=indices(chunk))
             parts.append(tower.replay(chunk))
-        return [in_order(torch.cat(part), chunks) for part in zip(*parts, strict=True)]
+        held = (in_order(torch.cat(part), chunks) for part in zip(*parts, strict=True))
+        return [tower.as_passed(feature) for feature in held]
 
 
 def _mean_losses(tower: Tower, features: Sequence[Tensor]) -> list[Tensor]:
