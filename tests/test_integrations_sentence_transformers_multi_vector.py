@@ -94,12 +94,27 @@ def test_in_batch_negatives(
     assert loss.get_config_dict().items() >= wanted.items()
 
 
-def test_in_fp32_it_is_the_loss_as_the_library_has_it(folder: Path) -> None:
+@pytest.mark.parametrize("similarity", ["maxsim", "meanmaxsim"])
+@pytest.mark.parametrize(
+    ("cached", "exact"),
+    [
+        (
+            "CachedMultiVectorMultipleNegativesRankingLoss",
+            "MultiVectorMultipleNegativesRankingLoss",
+        ),
+        ("CachedMultiVectorMarginMSELoss", "MultiVectorMarginMSELoss"),
+        ("CachedMultiVectorDistillKLDivLoss", "MultiVectorDistillKLDivLoss"),
+    ],
+)
+def test_in_fp32_it_is_the_loss_as_the_library_has_it(
+    folder: Path, cached: str, exact: str, similarity: str
+) -> None:
+    """Without a `similarity_fct`, whose default depends on the version and on the model."""
     mine, plain = (tiny_tokens(folder).float() for _ in range(2))
-    columns = token_columns(mine, 3)
-    loss = ours.CachedMultiVectorMultipleNegativesRankingLoss(mine, mini_batch_size=4)
-    got = gradients(loss, columns)
-    expected = gradients(theirs.MultiVectorMultipleNegativesRankingLoss(plain), columns)
+    columns, labels = token_columns(mine, 3), scores(2).float()
+    losses = getattr(ours, cached)(mine, mini_batch_size=4), getattr(theirs, exact)(plain)
+    mine.similarity_fn_name = plain.similarity_fn_name = similarity
+    got, expected = (gradients(each, columns, labels) for each in losses)
     torch.testing.assert_close(got, expected)
     assert worst_error(mine, plain)[1] < 1e-4
 

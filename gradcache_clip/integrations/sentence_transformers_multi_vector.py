@@ -6,7 +6,7 @@ C columns (queries, documents, K columns of negatives), b rows of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -15,6 +15,7 @@ from sentence_transformers.multi_vector_encoder import scoring
 from sentence_transformers.util import check_teacher_targets, similarity_fct_name
 from torch import Tensor, nn
 
+from gradcache_clip.distributed.wrappers import innermost
 from gradcache_clip.integrations import sentence_transformers_checks as checks
 from gradcache_clip.integrations.sentence_transformers_base import fixed_scale
 from gradcache_clip.integrations.sentence_transformers_teacher_checks import margins_of, scores_of
@@ -25,18 +26,22 @@ from gradcache_clip.integrations.sentence_transformers_tokens import (
 )
 from gradcache_clip.losses import MaxSimDistillationLoss, MaxSimLoss
 from gradcache_clip.losses.options import check_positive
+from gradcache_clip.ops.token_pieces import TokenReduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Similarity = Callable[..., Tensor]
-Reduction = Literal["sum", "mean"]
 
 
 class _MultiVectorLoss(TokenLoss):
     """The base of these losses; the first column are queries, and the model is told so."""
 
     fixed_options = "similarity_fct", "student_temperature", "teacher_temperature"
+    counterpart: Any
+    """The loss of sentence-transformers whose gradients these are."""
+    similarity: str
+    """The similarity it may be given, besides `mean_` and this name."""
     shown: tuple[str, ...] = ()
     """Further options in the model card, by the names of their attributes."""
 
@@ -44,7 +49,7 @@ class _MultiVectorLoss(TokenLoss):
         self,
         model: nn.Module,
         contrast: nn.Module,
-        similarity_fct: Similarity,
+        similarity_fct: Similarity | None,
         options: TokenOptions,
     ) -> None:
         if isinstance(model, SentenceTransformer):
@@ -52,8 +57,17 @@ class _MultiVectorLoss(TokenLoss):
                 f"model: expected a MultiVectorEncoder, got {type(model).__name__}, which pools; "
                 "use the losses of gradcache_clip.integrations.sentence_transformers"
             )
+        known = [getattr(scoring, each) for each in (self.similarity, f"mean_{self.similarity}")]
+        if similarity_fct not in (None, *known):
+            got = getattr(similarity_fct, "__name__", type(similarity_fct).__name__)
+            raise ValueError(
+                f"similarity_fct: expected {' or '.join(each.__name__ for each in known)} of "
+                f"sentence_transformers, got {got}; use sentence-transformers' own loss for "
+                "another one"
+            )
         super().__init__(model, contrast, options)
-        self.similarity_fct = similarity_fct
+        # Since sentence-transformers 6.3 its default is None: the similarity of the model.
+        self.similarity_fct = similarity_fct or self.counterpart(model).similarity_fct
 
     def forward(
         self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None
@@ -73,8 +87,20 @@ class _MultiVectorLoss(TokenLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the options, for the model card."""
-        similarity = {"similarity_fct": similarity_fct_name(self.similarity_fct)}
+        given = self.similarity_fct
+        similarity = {"similarity_fct": None if given is None else similarity_fct_name(given)}
         return similarity | {key: getattr(self, key) for key in self.shown} | self._shared_config()
+
+    def _max_sim(self, columns: Sequence[Any], **given: Any) -> Tensor:
+        contrast = getattr(self.contrast, "loss", self.contrast)
+        contrast.token_reduction = self._token_reduction()
+        return max_sim(self.contrast, columns, **given)
+
+    def _token_reduction(self) -> TokenReduction:
+        if self.similarity_fct is not None:
+            return "mean" if self.similarity_fct.__name__.startswith("mean_") else "sum"
+        chosen = getattr(innermost(self.model), "similarity_fn_name", "maxsim")
+        return "mean" if chosen == "meanmaxsim" else "sum"
 
 
 class CachedMultiVectorMultipleNegativesRankingLoss(_MultiVectorLoss):
@@ -87,8 +113,10 @@ class CachedMultiVectorMultipleNegativesRankingLoss(_MultiVectorLoss):
     Args:
         model: the `MultiVectorEncoder` to train.
         scale: multiplier of the scores, 1/temperature.
-        similarity_fct: `colbert_scores`, the default, or `mean_colbert_scores` of
-            `sentence_transformers.multi_vector_encoder.scoring`.
+        similarity_fct: `colbert_scores` or `mean_colbert_scores` of
+            `sentence_transformers.multi_vector_encoder.scoring`. The default is that of the
+            installed sentence-transformers: the model's `similarity_fn_name` since 6.3, before
+            `colbert_scores`.
         score_mini_batch_size: has no effect, since scores are computed in tiles.
         **options: `mini_batch_size=32`, `mini_batch_num_tokens=None`,
             `gather_across_devices=False`, `show_progress_bar=False`, `matryoshka_dims=None`,
@@ -107,7 +135,9 @@ class CachedMultiVectorMultipleNegativesRankingLoss(_MultiVectorLoss):
     """
 
     shown = "scale", "score_mini_batch_size", "gather_across_devices"
-    citation = theirs.CachedMultiVectorMultipleNegativesRankingLoss.citation
+    similarity = "colbert_scores"
+    counterpart = theirs.CachedMultiVectorMultipleNegativesRankingLoss
+    citation = counterpart.citation
 
     def __init__(
         self,
@@ -120,15 +150,14 @@ class CachedMultiVectorMultipleNegativesRankingLoss(_MultiVectorLoss):
     ) -> None:
         check_positive("scale", scale, "1.0 is a temperature of 1")
         checks.check_score_rows(score_mini_batch_size)
-        similarity, reduction = _similarity(similarity_fct, "colbert_scores")
-        contrast = MaxSimLoss(token_reduction=reduction, normalize=False)
-        super().__init__(model, contrast, similarity, options)
+        contrast = MaxSimLoss(normalize=False)
+        super().__init__(model, contrast, similarity_fct, options)
         self.scale, self.score_mini_batch_size = scale, score_mini_batch_size
 
     def compute_loss_from_embeddings(self, columns: Sequence[Any], beside: Any = None) -> Tensor:
         """Compute the loss of C columns of `Tokens`."""
         scale = fixed_scale(self.scale, columns[0].vectors)
-        return max_sim(self.contrast, columns, logit_scale=scale)
+        return self._max_sim(columns, logit_scale=scale)
 
 
 class CachedMultiVectorMarginMSELoss(_MultiVectorLoss):
@@ -141,14 +170,17 @@ class CachedMultiVectorMarginMSELoss(_MultiVectorLoss):
 
     Args:
         model: the `MultiVectorEncoder` to train.
-        similarity_fct: `colbert_scores_pairwise`, the default, or `mean_colbert_scores_pairwise`.
+        similarity_fct: `colbert_scores_pairwise` or `mean_colbert_scores_pairwise`; by default as
+            in `CachedMultiVectorMultipleNegativesRankingLoss`.
         **options: as in `CachedMultiVectorMultipleNegativesRankingLoss`.
 
     Source: Hofstätter et al. 2020 (arXiv 2010.02666); Gao et al. 2021 (2101.06983).
     """
 
     least_columns = 3
-    citation = theirs.MultiVectorMarginMSELoss.citation
+    similarity = "colbert_scores_pairwise"
+    counterpart = theirs.MultiVectorMarginMSELoss
+    citation = counterpart.citation
 
     def __init__(
         self,
@@ -157,15 +189,16 @@ class CachedMultiVectorMarginMSELoss(_MultiVectorLoss):
         similarity_fct: Similarity | None = None,
         **options: Unpack[TokenOptions],
     ) -> None:
-        similarity, reduction = _similarity(similarity_fct, "colbert_scores_pairwise")
-        contrast = MaxSimDistillationLoss("margin_mse", token_reduction=reduction, normalize=False)
+        contrast = MaxSimDistillationLoss("margin_mse", normalize=False)
         # The mean over the rows of all processes is what data parallelism gives anyway.
-        super().__init__(model, contrast, similarity, {**options, "gather_across_devices": True})
+        super().__init__(
+            model, contrast, similarity_fct, {**options, "gather_across_devices": True}
+        )
 
     def compute_loss_from_embeddings(self, columns: Sequence[Any], beside: Any) -> Tensor:
         """Compute the loss of C columns of `Tokens` and the labels."""
         scores = margins_of(beside, len(columns[0].mask), len(columns) - 1)
-        return max_sim(self.contrast, columns, scores=scores)
+        return self._max_sim(columns, scores=scores)
 
 
 class CachedMultiVectorDistillKLDivLoss(_MultiVectorLoss):
@@ -178,7 +211,8 @@ class CachedMultiVectorDistillKLDivLoss(_MultiVectorLoss):
 
     Args:
         model: the `MultiVectorEncoder` to train.
-        similarity_fct: `colbert_kd_scores`, the default, or `mean_colbert_kd_scores`.
+        similarity_fct: `colbert_kd_scores` or `mean_colbert_kd_scores`; by default as
+            in `CachedMultiVectorMultipleNegativesRankingLoss`.
         temperature: divisor of both kinds of scores.
         student_temperature: divisor of the MaxSim scores instead.
         teacher_temperature: divisor of the teacher's scores instead.
@@ -190,7 +224,9 @@ class CachedMultiVectorDistillKLDivLoss(_MultiVectorLoss):
 
     least_columns = 3
     shown = "temperature", "student_temperature", "teacher_temperature"
-    citation = theirs.MultiVectorDistillKLDivLoss.citation
+    similarity = "colbert_kd_scores"
+    counterpart = theirs.MultiVectorDistillKLDivLoss
+    citation = counterpart.citation
 
     def __init__(
         self,
@@ -205,11 +241,10 @@ class CachedMultiVectorDistillKLDivLoss(_MultiVectorLoss):
         student, teacher = checks.temperatures(
             temperature, student_temperature, teacher_temperature
         )
-        similarity, reduction = _similarity(similarity_fct, "colbert_kd_scores")
-        contrast = MaxSimDistillationLoss(
-            "kl", teacher_scale=1 / teacher, token_reduction=reduction, normalize=False
+        contrast = MaxSimDistillationLoss("kl", teacher_scale=1 / teacher, normalize=False)
+        super().__init__(
+            model, contrast, similarity_fct, {**options, "gather_across_devices": True}
         )
-        super().__init__(model, contrast, similarity, {**options, "gather_across_devices": True})
         self.temperature = temperature
         self.student_temperature, self.teacher_temperature = student, teacher
         self._checked_scores = False
@@ -222,19 +257,6 @@ class CachedMultiVectorDistillKLDivLoss(_MultiVectorLoss):
             check_teacher_targets(torch.softmax(scores / T, 1), scores, T, type(self).__name__)
         self._checked_scores = True
         scale_of_student = fixed_scale(scale, columns[0].vectors)
-        loss = max_sim(self.contrast, columns, scores=scores, logit_scale=scale_of_student)
+        loss = self._max_sim(columns, scores=scores, logit_scale=scale_of_student)
         # As Hinton et al. have it: gradients at any temperature are of one size.
         return loss / scale**2
-
-
-def _similarity(given: Similarity | None, name: str) -> tuple[Similarity, Reduction]:
-    """Return the similarity, and how it reduces the tokens of a query."""
-    known: dict[str, Reduction] = {name: "sum", f"mean_{name}": "mean"}
-    for each, reduction in known.items():
-        if given is None or given is getattr(scoring, each):
-            return getattr(scoring, each), reduction
-    got = getattr(given, "__name__", type(given).__name__)
-    raise ValueError(
-        f"similarity_fct: expected {' or '.join(known)} of sentence_transformers, got {got}; use "
-        "sentence-transformers' own loss for another one"
-    )
