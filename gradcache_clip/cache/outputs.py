@@ -105,6 +105,10 @@ def _known_features(output: Mapping[str, Any], named: Mapping[str, Any], name: s
     # Other mappings hold much beside features, such as the hidden states of a transformers model.
     if type(output) is dict and output:
         return named
+    # Scores of whole rows, as classifiers and rerankers return; those of tokens have three axes.
+    logits = output.get("logits")
+    if isinstance(logits, Tensor) and logits.dim() < 3 and "last_hidden_state" not in output:
+        return logits
     raise TypeError(
         f"{name}: expected features (a tensor or a tuple of tensors), got "
         f"{type(output).__name__} with {', '.join(map(str, output))}; say which with "
