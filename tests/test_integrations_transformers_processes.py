@@ -14,9 +14,10 @@ import torch.distributed as dist
 from lora_models import contrast, decoder, info_nce, texts, with_lora
 from packed_inputs import compute_in_double
 from strategy_processes import result_of, run_cases
+from tiny_reranker import batches, listwise, reranker, towers
 from tiny_trainer import BATCH, BATCHES, STEPS, FirstGradients, clip, pairs, trainer
 
-from gradcache_clip.distributed import strategy_all_reduce
+from gradcache_clip.distributed import gather_rows, strategy_all_reduce
 from gradcache_clip.integrations.transformers import GradCacheTrainer
 
 
@@ -65,6 +66,19 @@ def embedder_on_each_rank(folder: Path) -> dict[str, Any]:
     return {name: gradient.tolist() for name, gradient in seen.gradients.items()}
 
 
+def reranker_on_each_rank(folder: Path) -> dict[str, Any]:
+    """Queries of its own on each rank; what a loss of these alone gives, and one of all."""
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
+    seen = FirstGradients()
+    more = {**BATCHES, "max_grad_norm": 0.0, "ddp_backend": "gloo", "callbacks": [seen]}
+    more |= {"towers": towers, "max_steps": 1}
+    build = functools.partial(trainer, GradCacheTrainer, reranker(), folder, batches(), **more)
+    with pytest.raises(ValueError, match="loss: expected that of the rows of all.*gather_rows"):
+        build(loss=listwise).train()
+    build(loss=lambda model, scores: listwise(model, gather_rows(scores))).train()
+    return {name: gradient.tolist() for name, gradient in seen.gradients.items()}
+
+
 def embedder(patch: pytest.MonkeyPatch) -> torch.nn.Module:
     torch.manual_seed(5)
     model = with_lora(decoder()).double()
@@ -96,8 +110,10 @@ def test_two_processes_equal_one(tmp_path: Path):
         f"accumulated-{n}": functools.partial(on_each_rank, tmp_path / "out", n) for n in (1, 2)
     }
     cases["embedder"] = functools.partial(embedder_on_each_rank, tmp_path / "out")
+    cases["reranker"] = functools.partial(reranker_on_each_rank, tmp_path / "out")
     results = run_cases(cases, 2, tmp_path)
     assert_same_embedder(result_of(results, "embedder"))
+    assert_same_reranker(result_of(results, "reranker"))
     for accumulated in (1, 2):
         found = result_of(results, f"accumulated-{accumulated}")
         assert (found["kind"], found["reductions"]) == ("MULTI_CPU", STEPS)
@@ -127,6 +143,17 @@ def assert_same_embedder(gradients: dict[str, Any]) -> None:
             for side in ("query", "document")
         ]
         contrast(*sides).loss.backward()
+    assert_same(gradients, truth)
+
+
+def assert_same_reranker(gradients: dict[str, Any]) -> None:
+    truth = reranker()
+    for batch in batches()[:2]:
+        (listwise(truth, truth(**batch["pairs"]).logits) / 2).backward()
+    assert_same(gradients, truth)
+
+
+def assert_same(gradients: dict[str, Any], truth: torch.nn.Module) -> None:
     expected = {name: p.grad for name, p in truth.named_parameters() if p.grad is not None}
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -56,16 +56,21 @@ def pooled_output(output: Any, inputs: Any, pooling: Pooling) -> dict[str, Tenso
     return {**losses, "sentence_embedding": pool(hidden, mask, pooling)}
 
 
-def check_pooling(pooling: Any, rows: Any) -> None:
+def check_pooling(pooling: Any, rows: Any, get_features: Any) -> None:
     """Refuse other names, and packed sequences, of which several are one row of a model's output.
 
     Raises:
-        ValueError: not a pooling, or one of packed sequences.
+        ValueError: not a pooling, one of packed sequences, or one beside `get_features`.
     """
     if pooling is not None and pooling not in get_args(Pooling):
         raise ValueError(
             f"pooling: expected 'last', 'mean', 'cls' or None, got {pooling!r}; take 'last' for "
             "causal models"
+        )
+    if pooling and get_features is not None:
+        raise ValueError(
+            f"get_features: expected None with pooling={pooling!r}, which extracts the features, "
+            "got a function; leave one of them out"
         )
     several = rows if isinstance(rows, (list, tuple)) else [rows]
     if pooling and any(isinstance(division, PackedTokens) for division in several):

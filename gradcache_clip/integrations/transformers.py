@@ -20,6 +20,7 @@ from gradcache_clip.cache.checks import loss_in
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.graph_budget import MemoryBudget
 from gradcache_clip.cache.packed import Division
+from gradcache_clip.cache.settings import GetFeatures
 from gradcache_clip.cache.trunk import call_encoder
 from gradcache_clip.distributed import AllReduceStrategy
 from gradcache_clip.integrations.arguments import ENGINE_ARGUMENTS, translate_errors
@@ -33,6 +34,7 @@ from gradcache_clip.integrations.pooling import (
 from gradcache_clip.integrations.transformers_checks import (
     METHODS,
     check_columns,
+    check_loss_of_all_processes,
     check_methods,
     check_parts,
     check_scale,
@@ -57,11 +59,8 @@ _OWN_NAMES = {
     "output.last_hidden_state[:, 0] for a BERT; around a causal model write a module that returns "
     "each row's last token, hidden[torch.arange(len(mask)), mask.sum(1) - 1] where padding is on "
     "the right": 'pass pooling="last" for a causal model, pooling="mean" or "cls" for a BERT, or '
-    "let towers return a method of the model that pools",
+    "say which with get_features",
     "} to GradCache (0.0 leaves": "} (0.0 leaves",
-    "or drop it with get_features": "or let towers return an encoder that drops it",
-    "extract them with get_features": "let the encoder that towers returns return them",
-    "give get_features a function that returns": "let the encoder that towers returns return",
     "pass strategy=DDPStrategy()": "give the Trainer the model itself",
 }
 """Texts in errors of the engine -> texts with the arguments of this trainer."""
@@ -83,21 +82,26 @@ class GradCacheTrainer(Trainer):
         sort_by_length: `ByLength()` for texts of unequal length, for all towers or per tower; see
             `GradCache`.
         towers: function of model and batch that returns one (encoder, inputs) per tower. An encoder
-            is a submodule or method of the model, called like those of `GradCache`.
+            is a submodule or method of the model, called like those of `GradCache`. A reranker is
+            one tower: pairs go in, and the `logits` of its output are the features.
         loss: function of the model and the features of each tower that returns a scalar, an
             object with `.loss`, or a dict of parts, which are logged. Its parameters must be in the
-            model, for the optimizer.
+            model, for the optimizer. On several processes it must be that of all rows: losses of
+            this library are, others call `gather_rows`.
         loss_key: which part of the loss is minimised.
         pooling: takes one vector per row from `last_hidden_state`: the "last" token that
             `attention_mask` keeps, "cls", the first one, or the "mean" of all, padded on either
             side. Without `towers`, each entry of a batch is a dict of the model's arguments and a
             tower, such as "query" and "document".
+        get_features: extracts features from an encoder's output in place of `pooling`, for all
+            towers or per tower; see `GradCache`.
         rows: `PackedPatches()` for packed images, or another division, for all towers or per tower;
             see `GradCache`.
         auxiliary_losses: weights of losses that encoders return beside features; see `GradCache`.
 
     Raises:
-        ValueError: settings of the Trainer that would give wrong gradients, such as FSDP.
+        ValueError: settings of the Trainer that would give wrong gradients, such as FSDP; in the
+            first step, a loss that differs between processes.
         TypeError: a loss that is a module outside of the model.
 
     Example:
@@ -119,17 +123,18 @@ class GradCacheTrainer(Trainer):
         loss: ModelLoss | None = None,
         loss_key: str = "loss",
         pooling: Pooling | None = None,
+        get_features: GetFeatures | Sequence[GetFeatures | None] | None = None,
         rows: Division | Sequence[Division | None] | None = None,
         auxiliary_losses: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         refuse_settings(self)
-        check_pooling(pooling, rows)
+        check_pooling(pooling, rows, get_features)
         if pooling and towers is None:
             check_columns(self.args)
             towers = entries_of_batch
-        refuse_functions(self.model, towers, loss)
+        refuse_functions(self.model, towers, loss, get_features)
         if loss is None and not hasattr(self.model, "logit_bias"):
             refuse_a_single_pair(self)
         # The loss is a mean over the batch and needs no labels; evaluation should compute it too.
@@ -142,12 +147,14 @@ class GradCacheTrainer(Trainer):
             self._contrasted,
             chunk_size=chunk_size,
             memory_budget=memory_budget,
+            get_features=get_features,
             rows=rows,
             sort_by_length=sort_by_length,
             auxiliary_losses=auxiliary_losses,
             strategy=_OnceAStep(self.accelerator),
         )
         self._parts: dict[str, list[Tensor]] = {}
+        self._checked_loss = False
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and leave the model unwrapped on several processes."""
@@ -171,6 +178,9 @@ class GradCacheTrainer(Trainer):
             output = deferred_step(self.cache, *batches)
         contrasted = output.output if isinstance(output, AuxiliaryOutput) else output
         if torch.is_grad_enabled():
+            if not self._checked_loss:
+                check_loss_of_all_processes(contrasted.loss)
+            self._checked_loss = True
             self._remember(contrasted.parts, getattr(output, "auxiliary", {}))
         return (output.loss, (output.loss, *contrasted.features)) if return_outputs else output.loss
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_utils import has_length
+
+from gradcache_clip.distributed.collectives import all_gather, world_size
 
 METHODS = ("get_image_features", "get_text_features")
 _TOWERS = (
@@ -56,6 +58,20 @@ def check_parts(parts: Mapping[str, Any]) -> None:
         raise ValueError(
             f"loss: expected parts with names that the Trainer does not log itself, got "
             f"{taken[0]!r}; rename it, or name it with loss_key if it is what to minimise"
+        )
+
+
+def check_loss_of_all_processes(loss: Tensor) -> None:
+    """Raise ValueError unless all processes found one loss: gradients are summed over them."""
+    if (ranks := world_size()) == 1:
+        return
+    losses = loss.detach().new_empty(ranks)
+    all_gather(losses, loss.detach().reshape(1))
+    if losses.max() - losses.min() > 1e-5 * losses.abs().max():
+        raise ValueError(
+            "loss: expected that of the rows of all processes, the same on each, got "
+            f"{losses.tolist()}; gather features first, such as loss=lambda model, scores: "
+            "listwise(gather_rows(scores)) with gather_rows of gradcache_clip.distributed"
         )
 
 
@@ -114,8 +130,15 @@ def refuse_settings(trainer: Any) -> None:
             raise ValueError(message)
 
 
-def refuse_functions(model: Any, towers: Any, loss: Any) -> None:
+def refuse_functions(model: Any, towers: Any, loss: Any, get_features: Any) -> None:
     """Raise TypeError for arguments that are not functions, and for models without the defaults."""
+    several = get_features if isinstance(get_features, (list, tuple)) else [get_features]
+    if heads := [type(each).__name__ for each in several if isinstance(each, nn.Module)]:
+        raise TypeError(
+            f"get_features: expected a function of an encoder's output, got {heads[0]}, whose "
+            "parameters the optimizer would not find; make it a submodule of the model and pass "
+            "get_features=lambda output: model.head(output.pooler_output)"
+        )
     if towers is None:
         check_methods(model)
     elif not callable(towers):
