@@ -39,6 +39,8 @@ _CORES = {"1": "one CPU core", "2": "two CPU cores"}
 # A library that takes less than this share of the plain loss's memory stores no matrix.
 _NO_MATRIX = 0.1
 _PLAIN_TORCH, _OBJECTIVE_PEERS = "plain PyTorch", ("sentence-transformers", "PyLate")
+# The library compares pairs without a matrix product here: the loss alone says little of a step.
+_NOT_QUOTED = ("guide", "sentence-transformers cached")
 
 # The section of docs/benchmarks.md: all contestants of every loss
 
@@ -249,7 +251,8 @@ def quoted_objectives(results: Path) -> str:
     for kind, name, unit in kinds:
         rows, where = read_file(kind, file(name, results, *_QUOTED))
         for (title, size), each in groupby(rows, _title_and_size):
-            lines.append([f"{title}, {size:,} {unit}", *_objective_cells(list(each))])
+            quoted = [row for row in each if (title, row.contestant) != _NOT_QUOTED]
+            lines.append([f"{title}, {size:,} {unit}", *_objective_cells(quoted)])
     head = "loss", "memory", "plain", "time of the plain loss", "of the library's"
     setting = paragraph(f"Objectives of retrieval, and MaxSim with hard negatives ({where}):")
     return f"{setting}\n\n{table(head, lines)}"

@@ -16,11 +16,9 @@ import objectives
 from loss_figures import contestants, quoted_losses
 from loss_rows import ErrorRow, MemoryRow, Results, TimeRow, write_results
 from report import BLOCKS, page
-from results import UNMEASURED, read_rows
+from results import ROOT, UNMEASURED, read_rows
 
 import recipes
-
-ROOT = Path(__file__).resolve().parent.parent
 
 ORIGIN = {"machine": "a machine", "torch": "2.6", "commit": "abc", "date": "2026-01-01"}
 OURS, PLAIN = "gradcache_clip tiled", "plain loss"
@@ -201,6 +199,12 @@ def test_a_known_recipe_is_kept_and_a_failed_one_is_told(tmp_path: Path, monkeyp
     record["clip"]["steps"] += 1
     (tmp_path / recipes.FILE).write_text(json.dumps(record))
     assert recipes.main(["--only", "clip", *folders]) == 1, "other settings are another run"
+
+
+def test_the_loss_phase_of_the_library_with_a_guide_is_no_headline():
+    block = BLOCKS["loss-objectives"](ROOT / "benchmarks" / "results")
+    (line,) = (each for each in block.splitlines() if "guide" in each)
+    assert line.endswith(" x ours |  |")
 
 
 def test_recall_of_objectives_is_a_mean_over_seeds_beside_the_plain_one(tmp_path: Path):
