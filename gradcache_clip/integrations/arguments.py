@@ -10,10 +10,9 @@ ENGINE_ARGUMENTS = {
     'pass gradient_hooks="once" to run hooks on the finished gradient, or "every_chunk" if parts '
     "are what they want": "remove the hooks, or write your own loop with "
     'GradCache(..., gradient_hooks="once")',
-    "or pass check_rows=False if chunks are meant to stand alone": "or write your own loop with "
-    "GradCache(..., check_rows=False) if chunks are meant to stand alone",
-    "or leave sort_by_length out. check_rows=False does not look": "or write your own loop with "
+    'or leave sort_by_length out. check_rows="off" does not look': "or write your own loop with "
     "GradCache(...) without sort_by_length",
+    'pass check_rows="off"': 'write your own loop with GradCache(..., check_rows="off")',
 }
 """Texts in errors of the engine that name arguments of `GradCache` -> texts for trainers."""
 

@@ -87,7 +87,7 @@ class CachedContrastive(_ColBERTLoss):
         **options: `mini_batch_size=32`, `mini_batch_num_tokens=None`,
             `gather_across_devices=False`, `show_progress_bar=False`, `matryoshka_dims=None`,
             `matryoshka_weights=None`, `pad_to_multiple_of=1`, `memory_budget=None` and
-            `replay_check="error"`, as in `CachedMultipleNegativesRankingLoss`.
+            `check_replay="error"`, as in `CachedMultipleNegativesRankingLoss`.
 
     Source: Khattab and Zaharia 2020 (arXiv 2004.12832), section 3; Gao et al. 2021 (2101.06983).
 

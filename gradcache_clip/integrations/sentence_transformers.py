@@ -72,7 +72,7 @@ class CachedMultipleNegativesRankingLoss(CachedLoss):
             `matryoshka_weights=None`, their weights, 1 each;
             `pad_to_multiple_of=1`, a multiple of tokens that chunks of padded inputs keep, so that
             a step has few shapes; `memory_budget=None`, for graphs that need no replay, see
-            `GradCache`; `replay_check="error"`, "warn" or "off", what to do if a replay differs
+            `GradCache`; `check_replay="error"`, "warn" or "off", what to do if a replay differs
             from its embed.
 
     Raises:

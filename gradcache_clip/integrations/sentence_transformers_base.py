@@ -28,7 +28,7 @@ class CacheOptions(TypedDict, total=False):
     matryoshka_weights: Sequence[float] | None
     pad_to_multiple_of: int
     memory_budget: MemoryBudget
-    replay_check: Literal["error", "warn", "off"]
+    check_replay: Literal["error", "warn", "off"]
 
 
 class CachedLoss(nn.Module):
@@ -44,7 +44,7 @@ class CachedLoss(nn.Module):
         options: `matryoshka_dims` and `matryoshka_weights`, widths of embedding prefixes to train
             and their weights, as in sentence-transformers' `MatryoshkaLoss`;
             `pad_to_multiple_of=1`, a multiple of tokens that chunks of padded inputs keep;
-            `memory_budget`, for graphs that need no replay; `replay_check="error"`, "warn" or
+            `memory_budget`, for graphs that need no replay; `check_replay="error"`, "warn" or
             "off", what to do if a replay differs from its embed.
     """
 
@@ -80,7 +80,7 @@ class CachedLoss(nn.Module):
         )
         self.pad_to_multiple_of = options.get("pad_to_multiple_of", 1)
         self.memory_budget = options.get("memory_budget")
-        self.replay_check = options.get("replay_check", "error")
+        self.check_replay = options.get("check_replay", "error")
         self._contrasts = tuple(contrasts)
         for name, contrast in contrasts.items():
             setattr(self, name, contrast)
@@ -134,7 +134,7 @@ class CachedLoss(nn.Module):
             self.mini_batch_num_tokens,
             self.pad_to_multiple_of,
             self.memory_budget,
-            self.replay_check,
+            self.check_replay,
             self.show_progress_bar,
         )
 

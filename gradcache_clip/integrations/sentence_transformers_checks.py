@@ -18,7 +18,7 @@ from gradcache_clip.losses.options import check_finite, check_positive, check_po
 
 _OPTIONS = (
     *("matryoshka_dims", "matryoshka_weights", "pad_to_multiple_of"),
-    *("memory_budget", "replay_check"),
+    *("memory_budget", "check_replay"),
 )
 
 _WRAPPERS = {
@@ -58,7 +58,7 @@ def check_chunking(rows: Any, tokens: Any, options: Mapping[str, Any]) -> None:
     remedy = "such as 64, or leave it out to trim chunks to their longest row"
     check_positive_int("pad_to_multiple_of", options.get("pad_to_multiple_of", 1), remedy)
     checked_budget(options.get("memory_budget"))
-    one_of("replay_check", options.get("replay_check", "error"), ("error", "warn", "off"))
+    one_of("check_replay", options.get("check_replay", "error"), ("error", "warn", "off"))
 
 
 def temperatures(temperature: Any, student: Any, teacher: Any) -> tuple[float, float]:

@@ -133,7 +133,7 @@ class CachedMarginMSELoss(_CachedDistillation):
         in_batch_weight: weight of `CachedMultipleNegativesRankingLoss` of the same batch beside it.
         in_batch_scale: its multiplier of the cosine similarity.
         **options: `matryoshka_dims`, `matryoshka_weights`, `pad_to_multiple_of`, `memory_budget`
-            and `replay_check`, as in `CachedMultipleNegativesRankingLoss`.
+            and `check_replay`, as in `CachedMultipleNegativesRankingLoss`.
 
     Source: Hofstätter et al. 2020 (arXiv 2010.02666); Gao et al. 2021 (2101.06983).
 
@@ -209,7 +209,7 @@ class CachedDistillKLDivLoss(_CachedDistillation):
         in_batch_weight: weight of `CachedMultipleNegativesRankingLoss` of the same batch beside it.
         in_batch_scale: its multiplier of the cosine similarity.
         **options: `matryoshka_dims`, `matryoshka_weights`, `pad_to_multiple_of`, `memory_budget`
-            and `replay_check`, as in `CachedMultipleNegativesRankingLoss`.
+            and `check_replay`, as in `CachedMultipleNegativesRankingLoss`.
 
     Source: Hinton et al. 2015; Lin et al. 2020 (arXiv 2010.11386); Gao et al. 2021 (2101.06983).
 

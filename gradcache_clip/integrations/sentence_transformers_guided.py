@@ -56,7 +56,7 @@ class CachedGISTEmbedLoss(CachedLoss):
         gather_across_devices: use candidates of all processes. Must be True on several processes;
             each then returns the loss of the whole batch.
         **options: `matryoshka_dims`, `matryoshka_weights`, `pad_to_multiple_of`, `memory_budget`
-            and `replay_check`, as in `CachedMultipleNegativesRankingLoss`.
+            and `check_replay`, as in `CachedMultipleNegativesRankingLoss`.
 
     Raises:
         ValueError: an unknown strategy, or texts that the guide cannot tokenize.

@@ -121,7 +121,7 @@ class CachedMultiVectorMultipleNegativesRankingLoss(_MultiVectorLoss):
         **options: `mini_batch_size=32`, `mini_batch_num_tokens=None`,
             `gather_across_devices=False`, `show_progress_bar=False`, `matryoshka_dims=None`,
             `matryoshka_weights=None`, `pad_to_multiple_of=1`, `memory_budget=None` and
-            `replay_check="error"`, as in `CachedMultipleNegativesRankingLoss`.
+            `check_replay="error"`, as in `CachedMultipleNegativesRankingLoss`.
 
     Raises:
         TypeError: a `SentenceTransformer`, which pools.

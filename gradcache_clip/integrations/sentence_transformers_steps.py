@@ -47,7 +47,7 @@ class Chunking(NamedTuple):
     tokens: int | None
     multiple: int
     memory_budget: MemoryBudget
-    replay_check: Literal["error", "warn", "off"]
+    check_replay: Literal["error", "warn", "off"]
     show_progress_bar: bool
 
 
@@ -155,7 +155,7 @@ class ColumnSteps:
                 rows=inputs.divided,
                 sort_by_length=sorting,
                 strategy=strategy,
-                replay_check=chunking.replay_check,
+                check_replay=chunking.check_replay,
             )
         return self._caches[kind]
 
