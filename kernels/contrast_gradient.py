@@ -31,7 +31,8 @@ def contrast_gradient(
     columns: Side | None,
     needs: tuple[bool, bool, bool],
     *,
-    column_sums: Tensor | None = None,
+    column_sums: Tensor | None,
+    dtype: torch.dtype,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward: for each panel of G the tile kernel, then at most two vendor products.
@@ -47,11 +48,12 @@ def contrast_gradient(
         needs: which of q, k and logit_scale need a gradient.
         column_sums: (N,) fp32, to which the sums of G over rows are added, the gradient of
             column_bias; None where nobody asks, and in a self-contrast.
+        dtype: of dq and dk: that of q, or fp32 where they are added to others.
         config: launch parameters; those of the table when None.
 
     Returns:
-        dq, dk in the dtype of q, dlogit_scale in fp32; None where not needed. Of a self-contrast dq
-        is the gradient through both sides, and dk is None.
+        dq, dk, dlogit_scale in fp32; None where not needed. Of a self-contrast dq is the gradient
+        through both sides, and dk is None.
     """
     if config is None:
         kernel = "gradient" if competition.described and column_sums is None else None
@@ -60,8 +62,8 @@ def contrast_gradient(
         config = with_column_sums(config)
     panels = _Panels(q, k, logit_scale, competition, rows, columns, config)
     if competition.self_contrast:
-        return _self_contrast(panels, q, k, needs)
-    return _two_sided(panels, q, k, needs, column_sums)
+        return _self_contrast(panels, q, k, needs, dtype)
+    return _two_sided(panels, q, k, needs, column_sums, dtype)
 
 
 def softmax_products(
@@ -110,12 +112,13 @@ def _two_sided(
     k: Tensor,
     needs: tuple[bool, bool, bool],
     column_sums: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     needs_q, needs_k, needs_scale = needs
     logit_scale, factor = panels.logit_scale, panels.factor
     # <q, G k> and <k, G^T q> are the same sum, so the scale needs only one of the two products.
     through_q = needs_q or (needs_scale and not needs_k)
-    dq = torch.empty_like(q) if needs_q else None
+    dq = torch.empty_like(q, dtype=dtype) if needs_q else None
     dk = torch.zeros_like(k, dtype=torch.float32) if needs_k else None
     dlogit_scale = torch.zeros_like(logit_scale) if needs_scale else None
     for stripe in panels.stripes():
@@ -134,12 +137,16 @@ def _two_sided(
     if not through_q and dk is not None and dlogit_scale is not None:
         dlogit_scale += (k * dk).sum()
     if dk is not None:
-        dk = dk.mul_(factor * logit_scale).to(k.dtype)
+        dk = dk.mul_(factor * logit_scale).to(dtype)
     return dq, dk, None if dlogit_scale is None else dlogit_scale * factor
 
 
 def _self_contrast(
-    panels: _Panels, q: Tensor, k: Tensor, needs: tuple[bool, bool, bool]
+    panels: _Panels,
+    q: Tensor,
+    k: Tensor,
+    needs: tuple[bool, bool, bool],
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """G is symmetric: what a stripe holds beyond its own columns also serves those, transposed."""
     needs_q, needs_k, needs_scale = needs
@@ -156,7 +163,7 @@ def _self_contrast(
     dlogit_scale = (q * dq).sum() * (panels.factor / 2) if needs_scale else None
     if not (needs_q or needs_k):
         return None, None, dlogit_scale
-    return dq.mul_(panels.factor * panels.logit_scale).to(q.dtype), None, dlogit_scale
+    return dq.mul_(panels.factor * panels.logit_scale).to(dtype), None, dlogit_scale
 
 
 class _Panels(Panels):

@@ -120,6 +120,7 @@ def prefix_gradient(
     positive_shift: int,
     largest_inverse_norm: float,
     needs: Needs,
+    dtype: torch.dtype,
     *,
     config: LaunchConfig | None = None,
 ) -> Gradients:
@@ -137,10 +138,11 @@ def prefix_gradient(
         positive_shift: the positive of row i is column (i + positive_shift) mod N.
         largest_inverse_norm: rows that have it were divided by a constant, not by their norm.
         needs: which of q, k and logit_scale need a gradient.
+        dtype: of dq and dk: that of q, or fp32 where they are added to others.
         config: launch parameters; those of `prefix_config` when None.
 
     Returns:
-        dq, dk in the dtype of q, dlogit_scale in fp32; None where not needed.
+        dq, dk, dlogit_scale in fp32; None where not needed.
     """
     needs_q, needs_k, needs_scale = needs
     config = config or prefix_config(q, gradient=True)
@@ -148,7 +150,7 @@ def prefix_gradient(
     rows_chain = _Chain(q, factors[1], widths, largest_inverse_norm)
     columns_chain = _Chain(k, factors[2], widths, largest_inverse_norm)
     through_q = needs_q or not needs_k
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_q else None
+    dq = torch.empty(q.shape, dtype=dtype, device=q.device) if needs_q else None
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device) if needs_k else None
     # Either side gives the gradient of the scale; the other one adds to a sum nobody reads.
     dscale = torch.zeros_like(logit_scale)
@@ -166,7 +168,7 @@ def prefix_gradient(
         if dq is not None:
             torch.mul(sums, logit_scale / panels.gradient_scale, out=dq[rows])
     if dk is not None:
-        dk = dk.mul_(logit_scale / panels.gradient_scale).to(k.dtype)
+        dk = dk.mul_(logit_scale / panels.gradient_scale).to(dtype)
     return dq, dk, dscale / panels.gradient_scale if needs_scale else None
 
 

@@ -48,7 +48,7 @@ from gradcache_clip.losses.retrieval import RetrievalLoss
 from gradcache_clip.losses.retrieval_contrasts import DIRECTIONS
 from gradcache_clip.ops import clip_loss, clip_loss_with_accuracy, contrast
 from gradcache_clip.ops.info_nce import info_nce_loss
-from gradcache_clip.ops.pairing import Pairing
+from gradcache_clip.ops.pairing import Pairing, SideGradient
 from gradcache_clip.ops.self_contrast import nt_xent_loss, sup_con_loss
 
 # A positive, or what repeats it beyond the edge, is computed like a negative and then replaced.
@@ -115,6 +115,24 @@ def test_equals_the_reference(
 ) -> None:
     for size in sizes:
         equals_the_reference(rules, size, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("rules", "widths"), [("", ()), ("self", ()), ("", (16, 40))])
+def test_gradients_come_unrounded_where_they_are_added(
+    rules: str, widths: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    q, k, scale = (x.detach() for x in unequal_inputs(66, 66, 40, dtype, DEVICE))
+    k, pairs = q if rules else k, pairing(rules, 66, 66, DEVICE)
+    passes = contrast.ContrastPasses("triton", widths)
+    found = passes.statistics(q, k, scale, pairs)
+    ones = torch.ones_like(found.row_max)
+    rows, columns = (SideGradient(x, ones, -ones) for x in (found.row_max, found.column_max))
+    given = q, k, scale, pairs, rows, columns if pairs.both_ways else None, (True,) * 3, None
+    wide, narrow = (passes.gradient(*given, each)[:2] for each in (torch.float32, dtype))
+    for before, after in zip(wide, narrow, strict=True):
+        assert before is after is None or torch.equal(before.to(dtype), after)
+        assert before is None or not torch.equal(before, after.float())
 
 
 def equals_the_reference(rules: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:

@@ -133,11 +133,12 @@ def errors_without_positives(
     passes, (images, texts, scale) = TokenPasses(impl), (x.detach() for x in inputs)
     statistics = passes.statistics(images, texts, scale, rules)
     sides = [SideGradient(*(x.to(scale.dtype) for x in side)) for side in sides]
+    asked = (True,) * 3, None, images.dtype
     if texts_first:
-        turned = texts, images, scale, rules.transposed(), *sides[::-1], (True,) * 3
-        dtexts, dimages, dscale = passes.gradient(*turned)
+        turned = texts, images, scale, rules.transposed(), *sides[::-1]
+        dtexts, dimages, dscale = passes.gradient(*turned, *asked)
     else:
-        dimages, dtexts, dscale = passes.gradient(images, texts, scale, rules, *sides, (True,) * 3)
+        dimages, dtexts, dscale = passes.gradient(images, texts, scale, rules, *sides, *asked)
     pairs = zip((*statistics, dimages, dtexts, dscale), true, strict=True)
     return [float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs]
 

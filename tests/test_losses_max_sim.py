@@ -375,7 +375,7 @@ def test_passes_over_packed_tokens_never_allocate_a_matrix(seen: list[int]) -> N
     with Largest() as largest:
         found = passes.statistics(tokens, queries, scale, rules)
         sides = (SideGradient(peak, peak, peak) for peak in (found.row_max, found.column_max))
-        passes.gradient(tokens, queries, scale, rules, *sides, (True, True, True))
+        passes.gradient(tokens, queries, scale, rules, *sides, (True,) * 3, None, tokens.dtype)
     # A stripe of at most 20 documents keeps its scores with all queries.
     assert largest.numel <= max(tokens.numel() + D, queries.numel(), 400, 20 * 100)
     assert max(seen) <= 400

@@ -115,7 +115,7 @@ def check(q: Tensor, k: Tensor, pairing: Pairing, shape: TileShape) -> None:
     expected_gradients = list(torch.autograd.grad(sum(weighted), [*inputs, *learned]))
     rows = SideGradient(got.row_max, d.row_sum, d.row_positive)
     columns = SideGradient(got.column_max, d.column_sum, d.column_positive)
-    asked = (True,) * 3, None if bias is None else torch.zeros_like(bias)
+    asked = (True,) * 3, None if bias is None else torch.zeros_like(bias), q.dtype
     with poisoned_memory(), torch.no_grad():
         gradients = gradient_tiled(
             *leaves, pairing, rows, columns if pairing.both_ways else None, *asked, shape=shape
@@ -265,7 +265,8 @@ def flops(pairing: Pairing, q: Tensor, k: Tensor, needs: tuple[bool, bool, bool]
     if pairing.both_ways:
         columns = SideGradient(*statistics[5:7], statistics[5])
     with Products() as backward:
-        gradient_tiled(q, k, SCALE, pairing, rows, columns, needs, shape=TileShape(16, 16))
+        asked = needs, None, q.dtype
+        gradient_tiled(q, k, SCALE, pairing, rows, columns, *asked, shape=TileShape(16, 16))
     return [forward.flops, backward.flops]
 
 

@@ -157,7 +157,7 @@ def watched(
     sides = (SideGradient(peak, ones, -ones) for peak in (found.row_max, found.column_max))
     with Watch() as backward:
         tiles = TokenPasses("tiled").tiles(x, y, scale.dtype, rules)
-        gradient(tiles, scale, rules.pairing, tuple(sides), needs)
+        gradient(tiles, scale, rules.pairing, tuple(sides), needs, x.dtype)
     return forward, backward
 
 

@@ -32,7 +32,7 @@ def test_each_token_is_in_a_piece_of_its_sample(
     values = pieces.values(pieces.all)
     if pieces.last is not None:
         values[torch.arange(values.shape[1]) > pieces.last[:, None]] = 0
-    assert torch.equal(pieces.of_given(values), tokens[0] * used[:, None])
+    assert torch.equal(pieces.of_given(values, values.dtype), tokens[0] * used[:, None])
     runs = [pieces.run(part) for part in pieces.cut(slice(0, len(samples)), most)]
     for run in runs:
         taken = torch.arange(run.pieces.start, run.pieces.stop)

@@ -79,7 +79,7 @@ class DistributedContrast:
         # Features travel while the own block is computed.
         columns_arriving = self.arrived or self.ranks.others(k)
         rows_arriving = self.ranks.others(q) if needs[1] and not self._symmetric else ()
-        total = _Total(logit_scale, self._of_own_block(q, k, logit_scale, sides, needs, dbias))
+        total = _Total(self._of_own_block(q, k, logit_scale, sides, needs, dbias))
         if needs[0] or needs[2] or dbias is not None:
             wanted = needs[0], False, needs[2]
             for where, block in columns_arriving:
@@ -102,8 +102,8 @@ class DistributedContrast:
         rows, columns = self._own(q), self._own(k)
         rules, of_columns = self.pairing.of_block(rows, columns), sides.columns
         own_sides = sides.rows.of(rows), of_columns and of_columns.of(columns)
-        own_bias = None if dbias is None else dbias[columns]
-        return self.passes.gradient(q, k, logit_scale, rules, *own_sides, needs, own_bias)
+        asked: Any = needs, None if dbias is None else dbias[columns], logit_scale.dtype
+        return self.passes.gradient(q, k, logit_scale, rules, *own_sides, *asked)
 
     def _of_columns(
         self,
@@ -121,7 +121,7 @@ class DistributedContrast:
         columns = sides.rows if self._symmetric else sides.columns
         rules = self._apart(rows, where)._replace(both_ways=columns is not None)
         both = sides.rows.of(rows), columns and columns.of(where)
-        asked = needs, None if dbias is None else dbias[where]
+        asked: Any = needs, None if dbias is None else dbias[where], logit_scale.dtype
         dq, _, dlogit_scale = self.passes.gradient(q, block, logit_scale, rules, *both, *asked)
         if dlogit_scale is not None and self._symmetric:
             # The other rank counts this block as well.
@@ -140,7 +140,7 @@ class DistributedContrast:
             # Without labels there are no positives here, nor gradients of any.
             own = SideGradient(max, dsum, dpositive if dpositive.numel() else own.dpositive)
         both = own, sides.rows.of(where)
-        asked = (True, False, False), None
+        asked: Any = (True, False, False), None, logit_scale.dtype
         return self.passes.gradient(k, block, logit_scale, rules, *both, *asked)[0]
 
     def _apart(self, rows: slice, columns: slice) -> Any:
@@ -165,13 +165,11 @@ class _TwoSides(NamedTuple):
 
 
 class _Total:
-    """Sums the gradients of blocks, in the dtype of the logits."""
+    """Sums the gradients of blocks, which come in the dtype of the logits."""
 
-    def __init__(self, logit_scale: Tensor, first: Gradients) -> None:
-        self.dtype = logit_scale.dtype
-        self.dq, self.dk, self.dlogit_scale = (
-            None if each is None else each.to(self.dtype) for each in first
-        )
+    # What cancels between blocks would not cancel in 16-bit roundings of them.
+    def __init__(self, first: Gradients) -> None:
+        self.dq, self.dk, self.dlogit_scale = first
 
     def add(self, part: Gradients) -> None:
         """Add the gradients of own rows and of the scale."""

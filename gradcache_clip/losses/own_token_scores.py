@@ -96,7 +96,7 @@ def _gradients(
         tiles.add_gradients((own, queries), maxima, (None, found), (dcandidates, dqueries))
     unscale = factor / tiles.panels.gradient_scale
     return [
-        None if each is None else side.of_given(each.mul_(unscale))
+        None if each is None else side.of_given(each.mul_(unscale), side.given.dtype)
         for each, side in zip(into, sides, strict=True)
     ]
 

@@ -152,13 +152,16 @@ class ContrastPasses(NamedTuple):
         rows: SideGradient,
         columns: SideGradient | None,
         needs: Needs,
-        column_sums: Tensor | None = None,
+        column_sums: Tensor | None,
+        dtype: torch.dtype,
     ) -> Gradients:
-        """Compute dq, dk and dlogit_scale; None where not needed, and for dk of a self-contrast.
+        """Compute dq and dk in `dtype`, and dlogit_scale.
+
+        None where not needed, and for dk of a self-contrast.
 
         Adds the gradient of column_bias to `column_sums` if there are any.
         """
-        asked: Any = needs, column_sums
+        asked: Any = needs, column_sums, dtype
         with autocast_disabled(q.device):
             if not self.widths:
                 return _GRADIENT[self.impl](q, k, logit_scale, pairing, rows, columns, *asked)

@@ -45,20 +45,20 @@ def gradient_triton(
     rows: SideGradient,
     columns: SideGradient | None,
     needs: Needs,
-    column_sums: Tensor | None = None,
+    column_sums: Tensor | None,
+    dtype: torch.dtype,
 ) -> Gradients:
-    """Compute dq, dk and dlogit_scale; None where `needs` says False. A self-contrast has no dk.
+    """Compute dq and dk in `dtype`, and dlogit_scale; None where `needs` says False.
 
-    Adds the gradient of column_bias to `column_sums` if there are any.
+    A self-contrast has no dk. Adds the gradient of column_bias to `column_sums` if there are any.
     """
     from gradcache_clip.kernels.contrast_gradient import contrast_gradient
 
     q, k = _contiguous(q, k, pairing)
     column_side = None if columns is None else _in_log2(columns)
     sides = _in_log2(rows), column_side
-    return contrast_gradient(
-        q, k, logit_scale, _competition(pairing), *sides, needs, column_sums=column_sums
-    )
+    given = q, k, logit_scale, _competition(pairing), *sides, needs
+    return contrast_gradient(*given, column_sums=column_sums, dtype=dtype)
 
 
 def _contiguous(q: Tensor, k: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:

@@ -101,21 +101,23 @@ class TokenPasses(NamedTuple):
         row_side: SideGradient,
         column_side: SideGradient | None,
         needs: Needs,
-        column_sums: Tensor | None = None,
+        column_sums: Tensor | None,
+        dtype: torch.dtype,
     ) -> Gradients:
-        """Compute the gradients of the tokens and of the scale; None where not needed.
+        """Compute the gradients of the tokens in `dtype`, and of the scale; None where not needed.
 
         `column_sums` are None: a bias of scores is a constant.
         """
         assert column_side is not None
         if rules.texts_first:
-            turned = rules.transposed(), column_side, row_side, (needs[1], needs[0], needs[2])
+            wanted = (needs[1], needs[0], needs[2]), None, dtype
+            turned = rules.transposed(), column_side, row_side, *wanted
             dimages, dtexts, dlogit_scale = self.gradient(columns, rows, logit_scale, *turned)
             return dtexts, dimages, dlogit_scale
         with autocast_disabled(rows.device):
             tiles = self.tiles(rows, columns, logit_scale.dtype, rules)
             given = logit_scale, rules.pairing, (row_side, column_side), needs
-            drows, dcolumns, dscale = gradient(tiles, *given)
+            drows, dcolumns, dscale = gradient(tiles, *given, dtype)
         drows = None if drows is None else drows.view(rows.shape)
         dcolumns = None if dcolumns is None else dcolumns.view(columns.shape)
         return drows, dcolumns, dscale

@@ -83,11 +83,12 @@ def gradient(
     pairing: Pairing,
     sides: tuple[SideGradient, SideGradient],
     needs: Needs,
+    dtype: torch.dtype,
 ) -> Gradients:
-    """Run the backward from the gradients of both sides' statistics."""
+    """Run the backward from the gradients of both sides' statistics; those of tokens in `dtype`."""
     needs_images, needs_texts, needs_scale = needs
     images, texts = tiles.images, tiles.texts
-    dimages = torch.zeros_like(images.given) if needs_images else None
+    dimages = torch.zeros_like(images.given, dtype=dtype) if needs_images else None
     dtexts = texts.zeros(texts.all) if needs_texts else None
     dlogit_scale = torch.zeros_like(logit_scale)
     sides, factor = _in_units(sides)
@@ -106,7 +107,7 @@ def gradient(
         if dimages is not None and rows is not None:
             images.put(rows.mul_(unscale), own, dimages)
     if dtexts is not None:
-        dtexts = texts.of_given(dtexts.mul_(unscale))
+        dtexts = texts.of_given(dtexts.mul_(unscale), dtype)
     return dimages, dtexts, dlogit_scale.mul_(factor) if needs_scale else None
 
 

@@ -100,11 +100,12 @@ def prefix_gradient_tiled(
     rows: Sequence[SideGradient],
     columns: Sequence[SideGradient | None],
     needs: Needs,
-    column_sums: Tensor | None = None,
+    column_sums: Tensor | None,
+    dtype: torch.dtype,
     *,
     shape: TileShape = PREFIX_TILE,
 ) -> Gradients:
-    """Compute dq, dk and dlogit_scale in a second pass; None where `needs` says False.
+    """Compute dq and dk in `dtype`, and dlogit_scale; None where `needs` says False.
 
     Adds the sums of all G^p over rows, the gradient of column_bias, to `column_sums` if there are
     any. In a self-contrast dq is the gradient through both sides, and dk is None.
@@ -112,50 +113,50 @@ def prefix_gradient_tiled(
     products = _Products(Tiles(q, k, logit_scale, tile_shape(shape, pairings[0])), widths)
     weighted = _WeightedTiles(products, pairings, rows, columns, column_sums)
     if pairings[0].self_contrast:
-        return _self_contrast(weighted, needs)
-    return _two_sided(weighted, needs)
+        return _self_contrast(weighted, needs, dtype)
+    return _two_sided(weighted, needs, dtype)
 
 
-def _two_sided(weighted: _WeightedTiles, needs: Needs) -> Gradients:
+def _two_sided(weighted: _WeightedTiles, needs: Needs, dtype: torch.dtype) -> Gradients:
     needs_q, needs_k, needs_scale = needs
     tiles, logit_scale = weighted.tiles, weighted.tiles.logit_scale
-    q, k, dtype = tiles.q, tiles.k, logit_scale.dtype
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_q else None
-    dk = torch.zeros(k.shape, dtype=dtype, device=k.device) if needs_k else None
+    q, k, wide = tiles.q, tiles.k, logit_scale.dtype
+    dq = torch.empty(q.shape, dtype=dtype, device=q.device) if needs_q else None
+    dk = torch.zeros(k.shape, dtype=wide, device=k.device) if needs_k else None
     for stripe in tiles.stripes():
         product = logit_scale.new_zeros(q[stripe].shape) if needs_q else None
         for panel in tiles.panels():
             for segment, tile in weighted.add(stripe, panel, multiply=needs_q or needs_k):
                 if product is not None:
-                    product[:, segment].addmm_(tile, k[panel, segment].to(dtype))
+                    product[:, segment].addmm_(tile, k[panel, segment].to(wide))
                 if dk is not None:
-                    dk[panel, segment].addmm_(tile.T, q[stripe, segment].to(dtype))
+                    dk[panel, segment].addmm_(tile.T, q[stripe, segment].to(wide))
         if dq is not None and product is not None:
             weighted.project_rows(product, stripe)
             torch.mul(product, logit_scale, out=dq[stripe])
     if dk is not None:
         for panel in tiles.panels():
             weighted.project_columns(dk[panel], panel)
-        dk = dk.mul_(logit_scale).to(k.dtype)
+        dk = dk.mul_(logit_scale).to(dtype)
     return dq, dk, weighted.row_sums.sum() if needs_scale else None
 
 
-def _self_contrast(weighted: _WeightedTiles, needs: Needs) -> Gradients:
+def _self_contrast(weighted: _WeightedTiles, needs: Needs, dtype: torch.dtype) -> Gradients:
     """Multiply each tile above the diagonal into its rows and, transposed, into its columns."""
     tiles, logit_scale = weighted.tiles, weighted.tiles.logit_scale
-    q, dtype = tiles.q, logit_scale.dtype
+    q, wide = tiles.q, logit_scale.dtype
     needed = needs[0] or needs[1]
-    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    dq = torch.zeros(q.shape, dtype=wide, device=q.device)
     for stripe, panel in walk(tiles, weighted.pairings[0]):
         for segment, tile in weighted.add(stripe, panel, multiply=needed):
-            dq[stripe, segment].addmm_(tile, q[panel, segment].to(dtype))
+            dq[stripe, segment].addmm_(tile, q[panel, segment].to(wide))
             if stripe != panel:
-                dq[panel, segment].addmm_(tile.T, q[stripe, segment].to(dtype))
+                dq[panel, segment].addmm_(tile.T, q[stripe, segment].to(wide))
     for stripe in tiles.stripes():
         weighted.project_rows(dq[stripe], stripe)
     # dq came from G + G^T, which meets each entry of S twice.
     dlogit_scale = weighted.row_sums.sum() / 2 if needs[2] else None
-    return dq.mul_(logit_scale).to(q.dtype) if needed else None, None, dlogit_scale
+    return dq.mul_(logit_scale).to(dtype) if needed else None, None, dlogit_scale
 
 
 class _WeightedTiles:

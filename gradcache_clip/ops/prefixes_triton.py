@@ -57,7 +57,8 @@ def prefix_gradient_triton(
     rows: Sequence[SideGradient],
     columns: Sequence[SideGradient | None],
     needs: Needs,
-    column_sums: None = None,
+    column_sums: None,
+    dtype: torch.dtype,
 ) -> Gradients:
     """Compute the gradients through all prefixes by one tile kernel and the vendor's products.
 
@@ -82,6 +83,7 @@ def prefix_gradient_triton(
         pairings[0].positive_shift,
         1 / SMALLEST_NORM,
         needs,
+        dtype,
     )
 
 

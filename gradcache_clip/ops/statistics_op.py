@@ -41,9 +41,10 @@ class Passes(Protocol):
         columns: SideGradient | None,
         needs: Needs,
         column_sums: Tensor | None,
+        dtype: torch.dtype,
         /,
     ) -> Gradients:
-        """Compute dq, dk and dlogit_scale; None where not needed.
+        """Compute dq and dk in this dtype, and dlogit_scale; None where not needed.
 
         Adds the gradient of a bias of the columns to `column_sums` if there are any.
         """
@@ -86,7 +87,8 @@ def register(name: str, unpack: Unpack) -> tuple[Any, Any]:
         # A bias of columns alone is not symmetric.
         assert not (needs_bias and unpacked.self_contrast)
         dbias = logit_scale.new_zeros(len(k)) if needs_bias else None
-        found = passes.gradient(q, k, logit_scale, unpacked, *sides, tuple(needs), dbias)
+        asked: Any = tuple(needs), dbias, q.dtype
+        found = passes.gradient(q, k, logit_scale, unpacked, *sides, *asked)
         return tuple(q.new_empty(0) if each is None else each for each in (*found, dbias))
 
     @gradient.register_fake

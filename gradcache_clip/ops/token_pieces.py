@@ -186,9 +186,9 @@ class Pieces(NamedTuple):
         # Of the numbers that are added up all but one are zeros, so their order does not matter.
         dgiven.index_add_(0, self.token[pieces].flatten(), flat)
 
-    def of_given(self, dvalues: Float[Tensor, "n l d"]) -> Float[Tensor, "t d"]:
+    def of_given(self, dvalues: Float[Tensor, "n l d"], dtype: torch.dtype) -> Float[Tensor, "t d"]:
         """Turn the gradients of all `values` into those of the tokens."""
-        dgiven = torch.zeros_like(self.given)
+        dgiven = torch.zeros_like(self.given, dtype=dtype)
         self.put(dvalues, self.all, dgiven)
         return dgiven
 
