@@ -61,7 +61,7 @@ class _Running:
 
     def fold(self, columns: Tensor, values: Tensor) -> None:
         """Add columns, tile by tile."""
-        tiles = Tiles(self.rows, columns, self.scale, DEFAULT_TILE)
+        tiles = Tiles(self.rows, columns, self.scale, DEFAULT_TILE.on(columns.device))
         for stripe in tiles.stripes():
             for panel in tiles.panels():
                 self._fold(tiles.logits(stripe, panel), stripe, values[panel])
@@ -156,7 +156,8 @@ def _gradient_of_values(
         if impl == "triton":
             dvalues += softmax_average_gradient(of_rows, columns, scale, of_lse, d)
         else:
-            _add_tiles(dvalues, Tiles(of_rows, columns, scale, DEFAULT_TILE), of_lse, d)
+            shape = DEFAULT_TILE.on(columns.device)
+            _add_tiles(dvalues, Tiles(of_rows, columns, scale, shape), of_lse, d)
     return dvalues
 
 

@@ -22,10 +22,11 @@ def statistics_tiled(
     logit_scale: Tensor,
     pairing: Pairing,
     *,
-    shape: TileShape = DEFAULT_TILE,
+    shape: TileShape | None = None,
 ) -> Statistics:
     """Compute the statistics in one pass; allocate nothing larger than one tile."""
-    tiles = Tiles(q, k, logit_scale, tile_shape(shape, pairing))
+    shape = tile_shape(shape or DEFAULT_TILE.on(q.device), pairing)
+    tiles = Tiles(q, k, logit_scale, shape)
     statistics = TileStatistics(tiles, pairing)
     for stripe, panel in walk(tiles, pairing):
         statistics.fold(stripe, panel)
@@ -43,14 +44,15 @@ def gradient_tiled(
     column_sums: Tensor | None,
     dtype: torch.dtype,
     *,
-    shape: TileShape = DEFAULT_TILE,
+    shape: TileShape | None = None,
 ) -> Gradients:
     """Compute dq and dk in `dtype`, and dlogit_scale; None where `needs` says False.
 
     Adds the sums of G over rows, the gradient of column_bias, to `column_sums` if there are any.
     In a self-contrast dq is the gradient through both sides, and dk is None.
     """
-    tiles = Tiles(q, k, logit_scale, tile_shape(shape, pairing))
+    shape = tile_shape(shape or DEFAULT_TILE.on(q.device), pairing)
+    tiles = Tiles(q, k, logit_scale, shape)
     gradient = TileGradient(tiles, pairing, rows, columns)
     if pairing.self_contrast:
         return _self_contrast(gradient, needs, dtype)

@@ -17,27 +17,29 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from gradcache_clip.ops.late_interaction_tiles import Maxima
+from gradcache_clip.ops.tiles import times_on
 from gradcache_clip.ops.token_pieces import Pieces, Run
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# Tokens along the image side of a tile, and all its similarities: 4 MB in fp32.
+# Tokens along the image side of a CPU's tile, and all its similarities: 4 MB in fp32.
 _SIDE, _ELEMENTS = 1024, 2**20
 # The longest and the shortest piece of packed tokens.
 _PIECES = 16, 1
 
 
 class TorchPanels:
-    """Tiles from matrix products, in buffers that stay in the cache."""
+    """Tiles from matrix products, in buffers that stay in a CPU's cache."""
 
     gradient_scale, ignores_nan = 1.0, False
 
     def __init__(self, images: Pieces, texts: Pieces, *, one_way: bool) -> None:
         self.images, self.texts, self.one_way = images, texts, one_way
         P, R = images.weight.shape[1], texts.weight.shape[1]
-        stripe = max(1, _SIDE // P)
-        self.shape = stripe, max(1, _ELEMENTS // (max(stripe, images.most) * P * R))
+        rows, columns = times_on(images.given.device)
+        stripe, elements = max(1, rows * _SIDE // P), rows * columns * _ELEMENTS
+        self.shape = stripe, max(1, elements // (max(stripe, images.most) * P * R))
         self._buffers: dict[str, Tensor] = {}
         self._stripe: tuple[slice, Tensor] | None = None
 

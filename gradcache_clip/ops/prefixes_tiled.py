@@ -37,10 +37,11 @@ def prefix_statistics_tiled(
     pairings: Sequence[Pairing],
     widths: Sequence[int],
     *,
-    shape: TileShape = PREFIX_TILE,
+    shape: TileShape | None = None,
 ) -> list[Statistics]:
     """Compute the statistics of every prefix; allocate nothing larger than one tile."""
-    products = _Products(Tiles(q, k, logit_scale, tile_shape(shape, pairings[0])), widths)
+    shape = tile_shape(shape or PREFIX_TILE.on(q.device), pairings[0])
+    products = _Products(Tiles(q, k, logit_scale, shape), widths)
     prefixes = [
         TileStatistics(tiles, pairing)
         for tiles, pairing in zip(products.prefixes(), pairings, strict=True)
@@ -103,14 +104,15 @@ def prefix_gradient_tiled(
     column_sums: Tensor | None,
     dtype: torch.dtype,
     *,
-    shape: TileShape = PREFIX_TILE,
+    shape: TileShape | None = None,
 ) -> Gradients:
     """Compute dq and dk in `dtype`, and dlogit_scale; None where `needs` says False.
 
     Adds the sums of all G^p over rows, the gradient of column_bias, to `column_sums` if there are
     any. In a self-contrast dq is the gradient through both sides, and dk is None.
     """
-    products = _Products(Tiles(q, k, logit_scale, tile_shape(shape, pairings[0])), widths)
+    shape = tile_shape(shape or PREFIX_TILE.on(q.device), pairings[0])
+    products = _Products(Tiles(q, k, logit_scale, shape), widths)
     weighted = _WeightedTiles(products, pairings, rows, columns, column_sums)
     if pairings[0].self_contrast:
         return _self_contrast(weighted, needs, dtype)

@@ -70,13 +70,13 @@ def siglip_tiled(
     wanted: Wanted,
     *,
     paired: bool = True,
-    shape: TileShape = DEFAULT_TILE,
+    shape: TileShape | None = None,
 ) -> SigmoidPass:
     """Walk once over the tiles; allocate nothing larger than the features or one tile.
 
     Without labels the positives are those of the diagonal if `paired`, or none.
     """
-    tiles = Tiles(q, k, logit_scale, shape)
+    tiles = Tiles(q, k, logit_scale, shape or DEFAULT_TILE.on(q.device))
     positives = _Positives(tiles, labels, paired)
     gradients = _Gradients(tiles, wanted)
     best = _Best(tiles, positives) if wanted.accuracy else None
