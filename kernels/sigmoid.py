@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gradcache_clip.kernels.cuts import program_grid, up_to_whole
+from gradcache_clip.kernels.cuts import program_grid
 from gradcache_clip.kernels.launch_config import (
     FLOAT16_GRADIENT_SCALE,
     LaunchConfig,
@@ -115,23 +115,17 @@ class _Panels(Panels):
         self._allocate(*self.shape)
 
     def _allocate(self, rows: int, columns: int) -> None:
-        panels = [(r, c) for r in self.stripes() for c in self.columns_from()]
-        self.sums = self.scale.new_zeros(3, sum(self._slots(*panel) for panel in panels))
-        self.slots_done = 0
+        tiles_m, slots_n = self.tiles.count(rows, columns)
+        self.sums = self.scale.new_empty(3, tiles_m * slots_n)
+        self.total = self.scale.new_zeros(3, dtype=torch.float64)
         # What is not wanted is neither read nor written: any pointer will do.
         self.workspace = self.row_best = self.column_best = self.scale
         if self.gradient_wanted:
             self.workspace = self.allocated()
         if self.best_wanted:
-            tiles_m, slots_n = self.tiles.count(rows, columns)
             self.row_best = self.scale.new_empty(2 * slots_n * rows)
             self.column_best = self.scale.new_empty(2 * tiles_m * columns)
             self.best = [self.scale.new_full((2, len(x)), -torch.inf) for x in (self.q, self.k)]
-
-    def _slots(self, rows: slice, columns: slice) -> int:
-        tiles_m, slots_n = self.tiles.count(rows.stop - rows.start, columns.stop - columns.start)
-        # Every panel starts at an aligned address, or Triton would compile for both cases.
-        return up_to_whole(tiles_m * slots_n, 16)
 
     def compute(self, rows: slice, columns: slice) -> Tensor:
         """G of these rows and columns, times gradient_scale; overwritten by the next call."""
@@ -140,8 +134,10 @@ class _Panels(Panels):
         if self.best_wanted:
             row_best = self.row_best[: 2 * slots_n * height].fill_(-torch.inf)
             column_best = self.column_best[: 2 * tiles_m * width].fill_(-torch.inf)
+        # Not every part of a tile has sums of its own.
+        self.sums.zero_()
         self._launch(rows, columns, height, width)
-        self.slots_done += self._slots(rows, columns)
+        self.total += self.sums.sum(1, dtype=torch.float64)
         if self.best_wanted:
             _raise(self.best[0][:, rows], row_best.view(2, slots_n, height))
             _raise(self.best[1][:, columns], column_best.view(2, tiles_m, width))
@@ -162,7 +158,7 @@ class _Panels(Panels):
                     self.bias,
                     self.sign,
                     *(self.labels or (self.scale, self.scale)),
-                    self.sums[:, self.slots_done :],
+                    self.sums,
                     self.workspace,
                     self.row_best,
                     self.column_best,
@@ -189,8 +185,8 @@ class _Panels(Panels):
         return program_grid(self.tiles.inner, height, width, self.q.device)
 
     def totals(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss and its gradients of scale and bias, from the sums of the tiles."""
-        loss, bias, scale = self.sums.sum(1, dtype=torch.float64)
+        """The loss and its gradients of scale and bias."""
+        loss, bias, scale = self.total
         return loss.float(), (scale * self.sign / LOG2_E.value).float(), bias.float()
 
     def largest(self) -> list[Tensor]:
