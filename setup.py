@@ -27,7 +27,7 @@ TRAIN = [
     "transformers>=4.56",
     "webdataset>=0.2.100",
 ]
-DEEPSPEED = ["deepspeed>=0.16; platform_system == 'Linux'"]
+DEEPSPEED = ["deepspeed>=0.19.4; platform_system == 'Linux'"]
 DOCS = ["math-core>=0.9,<0.10", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 INTEGRATIONS = [
     "accelerate>=1.3",

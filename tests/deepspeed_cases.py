@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import pytest
 import strategy_steps as steps
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from strategy_steps import ROWS, WIDTHS, OneModule, rows_of, two_towers
 from strategy_wraps import REDUCE, Counted
 from torch import Tensor, nn
@@ -29,13 +31,17 @@ from gradcache_clip.distributed import (
 )
 from gradcache_clip.ops import clip_loss
 
+DEEPSPEED = importlib.util.find_spec("deepspeed")
 NEEDS_DEEPSPEED = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None,
+    DEEPSPEED is None,
     reason="needs DeepSpeed: pip install 'gradcache-clip[deepspeed]'",
 )
+# Earlier releases are refused under two settings; see `lost_reductions`.
+REDUCES_ALL = bool(DEEPSPEED) and Version(version("deepspeed")) >= Version("0.19.8")
 LR = 0.1
 # What is scaled in fp16 is tried with gradients of features that would otherwise vanish there.
 TINY = 1e-5
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 14.2857
 
@@ -81,6 +87,8 @@ def engine_for(model: nn.Module, stage: int, precision: str = "fp32", **settings
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own optimizer for the host would have to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
         # Only what is tiny stays gathered under ZeRO-3.
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10},
         **settings,
@@ -269,6 +277,19 @@ def wrong_engines() -> dict[str, Any]:
     return {}
 
 
+def lost_reductions() -> dict[str, Any]:
+    """Settings under which DeepSpeed before 0.19.8 steps on the gradients of one rank."""
+    offloaded = engine_for(both_towers(), 1, "bf16", zero_optimization={"stage": 1, **OFFLOAD})
+    pieces = {"stage": 2, "contiguous_gradients": False}
+    with mock.patch("deepspeed.__version__", "0.19.7"):
+        refuses(offloaded, "grad_accum_dtype: expected .* under ZeRO-1 and DeepSpeed 0.19.7")
+        refuses(
+            engine_for(both_towers(), 2, zero_optimization=pieces),
+            "contiguous_gradients: expected true on CPUs under DeepSpeed 0.19.7",
+        )
+    return {}
+
+
 def unequal_chunks() -> dict[str, Any]:
     """Under ZeRO-3 a rank with more chunks would wait for ever."""
     engine = engine_for(both_towers(), 3)
@@ -291,7 +312,8 @@ def without_a_step_between() -> dict[str, Any]:
 # What a quick run takes of the cases below.
 QUICK = (
     *("two towers", "one chunk", "graphs kept", "scale inside", "reductions"),
-    *("wrong engines", "unequal chunks", "without a step between"),
+    *("ZeRO-1: bf16", "ZeRO-2: offload", "tied, bf16, overlap"),
+    *("wrong engines", "lost reductions", "unequal chunks", "without a step between"),
 )
 
 
@@ -318,10 +340,18 @@ def deepspeed_cases(world: int) -> dict[str, Any]:
             cases[f"ZeRO-{stage}: reductions"] = partial(reductions, stage)
     cases["ZeRO-3: scale after two chunks"] = partial(three_steps, 3, with_scale, chunk=5)
     for stage in (1, 2):
-        zero = {"overlap_comm": True}
-        cases[f"ZeRO-{stage}: overlap"] = partial(three_steps, stage, with_scale, zero=zero)
+        case, overlap = partial(three_steps, stage), {"overlap_comm": True}
+        cases[f"ZeRO-{stage}: overlap"] = partial(case, with_scale, zero=overlap)
+        cases[f"ZeRO-{stage}: offload"] = partial(case, zero=OFFLOAD)
+        if stage == 2 or REDUCES_ALL:
+            cases[f"ZeRO-{stage}: bf16, offload"] = partial(case, with_scale, "bf16", zero=OFFLOAD)
+        if REDUCES_ALL:
+            cases[f"ZeRO-{stage}: in pieces"] = partial(case, zero={"contiguous_gradients": False})
+        cases[f"ZeRO-{stage}: bf16, scale outside"] = partial(case, precision="bf16")
+        cases[f"ZeRO-{stage}: tied, bf16, overlap"] = partial(case, tied, "bf16", zero=overlap)
     if world > 1:
         cases["wrong engines"] = wrong_engines
+        cases["lost reductions"] = lost_reductions
         cases["unequal chunks"] = unequal_chunks
         cases["without a step between"] = without_a_step_between
     return cases

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +15,8 @@ from strategy_cases import plain_cases
 from strategy_processes import run_cases
 from strategy_refusals import REFUSALS
 from unreached_cases import unreached_cases, unreached_under_deepspeed
+
+from gradcache_clip.distributed import DeepSpeedStrategy
 
 FP64, FP32 = 1e-10, 1e-5
 # Of features and gradients in 16 bits, beside 64.
@@ -99,6 +104,35 @@ def test_parameters_not_used_under_deepspeed(world, tmp_path):
 @pytest.mark.distributed
 def test_modules_that_would_get_wrong_gradients(tmp_path):
     finished(REFUSALS, 2, tmp_path)
+
+
+class OtherEngine:
+    """What an engine of another release of DeepSpeed shows to a strategy."""
+
+    def zero_optimization_stage(self) -> int:
+        return 2
+
+
+@pytest.fixture
+def other_release(monkeypatch) -> types.ModuleType:
+    deepspeed = types.ModuleType("deepspeed")
+    deepspeed.DeepSpeedEngine = OtherEngine
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+    return deepspeed
+
+
+@pytest.mark.parametrize("version", ["0.9.5", "0.18.2", "0.18.4", "0.19.3+cuda"])
+def test_releases_of_deepspeed_that_lose_gradients_are_refused(version, other_release):
+    other_release.__version__ = version
+    message = f"deepspeed: expected 0.19.4 or newer, got {re.escape(version)};.*7718.*8224.*7981"
+    with pytest.raises(ImportError, match=message):
+        DeepSpeedStrategy(OtherEngine())
+
+
+@pytest.mark.parametrize("version", ["0.19.4", "0.19.10+cuda", "1.0.0"])
+def test_later_releases_of_deepspeed_are_not_refused(version, other_release):
+    other_release.__version__ = version
+    assert DeepSpeedStrategy(OtherEngine()).engine
 
 
 @NEEDS_DEEPSPEED

@@ -8,14 +8,35 @@ from typing import Any
 
 from gradcache_clip.distributed.collectives import world_size
 
+OLDEST = "0.19.4"
+
+
+def check_version() -> None:
+    """Several backwards of one step lose gradients, in silence, in releases before `OLDEST`."""
+    if _is_older_than(OLDEST):
+        raise ImportError(
+            f"deepspeed: expected {OLDEST} or newer, got {_version()}; earlier releases lose "
+            "gradients where a step has several backwards (DeepSpeed issues 7718 and 8224, pull "
+            f"request 7981); pip install 'deepspeed>={OLDEST}'"
+        )
+
+
+def _version() -> str:
+    import deepspeed
+
+    return str(deepspeed.__version__)
+
+
+def _is_older_than(release: str) -> bool:
+    from packaging.version import Version
+
+    return Version(_version()) < Version(release)
+
 
 def loss_scale(engine: Any) -> float:
     """Loss scale of the engine; read once a step, because reading may wait for the device."""
-    scalers = (
-        getattr(engine.optimizer, "torch_autocast_gradscaler", None),
-        getattr(engine, "torch_autocast_z0_gradscaler", None),
-    )
-    for scaler in scalers:
+    scaler_of_zero = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    for scaler in (scaler_of_zero, engine.torch_autocast_z0_gradscaler):
         if scaler is not None:
             return float(scaler.get_scale())
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
@@ -28,10 +49,7 @@ def one_prologue(engine: Any) -> Iterator[None]:
     Each output prepares for itself, at the moment that the backward reaches it; with bf16 that
     drops the gradients which the outputs before have given.
     """
-    prepare = getattr(engine, "_backward_prologue", None)
-    if prepare is None:
-        yield
-        return
+    prepare = engine._backward_prologue
     done: list[bool] = []
 
     def once() -> None:
@@ -54,7 +72,7 @@ def check_settings(engine: Any) -> None:
             f"whatever its chunk_size, got {steps} in the DeepSpeed configuration; set it to 1 and "
             "train_batch_size to the rows of all ranks"
         )
-    if not getattr(engine, "managed_gradient_accumulation", lambda: True)():
+    if not engine.managed_gradient_accumulation():
         raise ValueError(
             "managed_gradient_accumulation: expected true, for the cached step says which backward "
             "is the last, got false in the DeepSpeed configuration; leave it out"
@@ -69,6 +87,25 @@ def check_settings(engine: Any) -> None:
         raise ValueError(
             f"engine: expected data parallelism over all {world_size()} ranks, got "
             f"{engine.dp_world_size}; leave model, pipeline and sequence parallelism out"
+        )
+    if world_size() > 1 and _is_older_than("0.19.8"):
+        _check_reductions(engine)
+
+
+def _check_reductions(engine: Any) -> None:
+    """Releases before 0.19.8 step on the gradients of one rank under these settings."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    own_sums = getattr(optimizer, "use_grad_accum_attribute", False)
+    if stage == 1 and own_sums and optimizer.cpu_offload:
+        raise ValueError(
+            "grad_accum_dtype: expected that of the weights with offload_optimizer under ZeRO-1 "
+            f"and DeepSpeed {_version()}, which reduces no other, got another; leave it out, set "
+            "zero_optimization.stage to 2, or pip install 'deepspeed>=0.19.8'"
+        )
+    if engine.device.type == "cpu" and not getattr(optimizer, "contiguous_gradients", True):
+        raise ValueError(
+            f"contiguous_gradients: expected true on CPUs under DeepSpeed {_version()}, which "
+            "reduces no others there, got false; leave it out, or pip install 'deepspeed>=0.19.8'"
         )
 
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gradcache_clip.distributed.collectives import world_size
-from gradcache_clip.distributed.deepspeed_engine import check_settings, loss_scale, one_prologue
+from gradcache_clip.distributed.deepspeed_engine import (
+    check_settings,
+    check_version,
+    loss_scale,
+    one_prologue,
+)
 from gradcache_clip.distributed.deepspeed_steps import DeepSpeedSteps
 from gradcache_clip.distributed.graph import leaves_behind
 from gradcache_clip.distributed.same_backward import same_backward
@@ -47,6 +52,8 @@ class DeepSpeedStrategy(DeepSpeedSteps):
 
     Raises:
         TypeError: not a DeepSpeed engine.
+        ImportError: DeepSpeed before 0.19.4, some releases of which give wrong gradients in
+            silence: ZeRO-2 with an offloaded optimizer, ZeRO-1 and 2 with bf16.
 
     Example:
         model = TwoTowers(image_encoder, text_encoder)  # forward(tower, inputs)
@@ -68,6 +75,7 @@ class DeepSpeedStrategy(DeepSpeedSteps):
                 f"{type(engine).__name__}; write engine, *_ = deepspeed.initialize(model=model, "
                 "config=config)"
             )
+        check_version()
         super().__init__(engine)
         # ZeRO-3 gathers parameters in every forward, ZeRO-2 reduces in every backward.
         self._stage = engine.zero_optimization_stage()
