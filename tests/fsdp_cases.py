@@ -15,6 +15,7 @@ from strategy_steps import optimizer_steps, rows_of, two_towers
 from strategy_wraps import GATHER, Counted, each_sharded, sharded
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor.debug import CommDebugMode
 
 from gradcache_clip import ClipLoss, FrozenTrunk, GradCache
 from gradcache_clip.cache.graph_budget import SavedBytes
@@ -58,6 +59,24 @@ def gathered_once() -> dict[str, Any]:
         for group in (g for layer in layers for g in layer._get_fsdp_state()._fsdp_param_groups):
             assert group.reshard_after_backward and group.post_forward_mesh_info is not None
     return counts
+
+
+def norm_of_all_shards() -> dict[str, Any]:
+    """The norm of all gradients, sharded and whole, after one collective."""
+    encoders, loss = each_sharded([module.double() for module in two_towers()]), ClipLoss().double()
+    strategy = FSDPStrategy()
+    GradCache(encoders, loss, chunk_size=3, strategy=strategy)(
+        *rows_of(dist.get_rank(), steps.global_batch(0))
+    )
+    modules = [*encoders, loss]
+    gradients = [steps.full(p.grad) for module in modules for p in module.parameters()]
+    with CommDebugMode() as collectives:
+        norm = strategy.clip(modules, max_norm=0.0)
+        nothing = strategy.clip([nn.Linear(2, 2)], max_norm=1.0)
+    assert collectives.get_total_counts() == (dist.get_world_size() > 1)
+    assert nothing == 0
+    expected = nn.utils.get_total_norm(gradients)
+    return {"error": float((norm - expected).abs() / expected)}
 
 
 def after_an_error(keep_gathered: bool) -> dict[str, Any]:
@@ -153,6 +172,7 @@ def fsdp_cases() -> dict[str, Any]:
     cases: dict[str, Any] = {
         "FSDP: gathers": gathered_once,
         "FSDP: graph bytes": graph_bytes,
+        "FSDP: norm": norm_of_all_shards,
         "FSDP: frozen trunk": frozen_trunk,
         "FSDP: frozen shards": frozen_shards,
         "FSDP: budgets that differ": budgets_that_differ,

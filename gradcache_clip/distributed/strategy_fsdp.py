@@ -154,8 +154,7 @@ class FSDPStrategy(ManyRanks):
         for part in sharded_parts(modules):
             part.reshard()
         gradients = [p.grad for p in trained_parameters(modules) if p.grad is not None]
-        norms = [_full(torch.linalg.vector_norm(gradient)) for gradient in gradients]
-        norm = nn.utils.get_total_norm(norms)
+        norm = _norm_of(gradients)
         if max_norm > 0:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for gradient in gradients:
@@ -192,8 +191,14 @@ def _is_sharded(value: Any) -> TypeGuard[DTensor]:
     return isinstance(value, DTensor)
 
 
-def _full(value: Tensor) -> Tensor:
-    return value.full_tensor() if _is_sharded(value) else value
+def _norm_of(gradients: Iterable[Tensor]) -> Tensor:
+    """The global norm; ranks add up once for each mesh, not once for each gradient."""
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        mesh = gradient.device_mesh if _is_sharded(gradient) else None
+        by_mesh.setdefault(mesh, []).append(gradient)
+    norms = [nn.utils.get_total_norm(each) for each in by_mesh.values()]
+    return nn.utils.get_total_norm([n.full_tensor() if _is_sharded(n) else n for n in norms])
 
 
 def _roots(modules: Iterable[nn.Module]) -> list[Any]:
