@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import strategy_steps as steps
@@ -77,6 +80,28 @@ def norm_of_all_shards() -> dict[str, Any]:
     assert nothing == 0
     expected = nn.utils.get_total_norm(gradients)
     return {"error": float((norm - expected).abs() / expected)}
+
+
+def requests_to_the_store() -> dict[str, Any]:
+    """A rank that waits for a late one leaves the store alone."""
+    encoders = each_sharded([module.double() for module in two_towers()])
+    cache = GradCache(encoders, ClipLoss().double(), chunk_size=100, strategy=FSDPStrategy())
+    late = [0.5 * dist.get_rank()]
+    encoders[0].register_forward_pre_hook(lambda *_: time.sleep(late.pop()) if late else None)
+    requests: list[str] = []
+    with ExitStack() as stack:
+        for name in ("add", "check", "get", "set", "wait"):
+            original = getattr(dist.Store, name)
+
+            def counted(*args: Any, name: str = name, original: Any = original) -> Any:
+                requests.append(name)
+                return original(*args)
+
+            stack.enter_context(mock.patch.object(dist.Store, name, counted))
+        cache(*rows_of(dist.get_rank(), steps.global_batch(0)))
+    # Four for each of seven parts and for the end, of embed and replay, and a few that torch makes.
+    assert len(requests) < 100, len(requests)
+    return {}
 
 
 def after_an_error(keep_gathered: bool) -> dict[str, Any]:
@@ -173,6 +198,7 @@ def fsdp_cases() -> dict[str, Any]:
         "FSDP: gathers": gathered_once,
         "FSDP: graph bytes": graph_bytes,
         "FSDP: norm": norm_of_all_shards,
+        "FSDP: requests": requests_to_the_store,
         "FSDP: frozen trunk": frozen_trunk,
         "FSDP: frozen shards": frozen_shards,
         "FSDP: budgets that differ": budgets_that_differ,

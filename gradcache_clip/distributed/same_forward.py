@@ -8,10 +8,10 @@ and not by a collective, which would wait as well.
 from __future__ import annotations
 
 import json
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from itertools import count, zip_longest
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from gradcache_clip.distributed.collectives import world_size
 
-_POLL_S, _PATIENCE_S = 0.0005, 1800.0
+_PATIENCE = timedelta(seconds=1800)
 _END, _TALK = "the end of the embed", "the end of a chunk"
 # One for all logs of a process: a store forgets nothing.
 _numbers = count(1)
@@ -91,15 +91,17 @@ class ForwardLog:
             dist.distributed_c10d._get_default_store(),
             f"gradcache_clip/{next(_numbers)}",
         )
-        same = f"{place}/{self._sum}"
+        same, complete = f"{place}/{self._sum}", f"{place}/complete"
         store.add(same, 1)
-        store.add(place, 1)
-        _wait_for_all(store, place)
+        if store.add(place, 1) == world_size():
+            store.set(complete, "")
+        else:
+            _wait_for_all(store, place, complete)
         if dist.get_rank() == 0:
             # All are past the one before.
             for key in self._read:
                 store.delete_key(key)
-        self._read = (same, place)
+        self._read = (same, place, complete)
         if store.add(same, 0) != world_size():
             raise RuntimeError(self._message(store, place))
 
@@ -115,15 +117,15 @@ class ForwardLog:
         )
 
 
-def _wait_for_all(store: Any, place: str) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while store.add(place, 0) < world_size():
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"encoders: expected every rank to come this far, got only "
-                f"{store.add(place, 0)} of {world_size()} after {_PATIENCE_S:.0f} s"
-            )
-        time.sleep(_POLL_S)
+def _wait_for_all(store: Any, place: str, complete: str) -> None:
+    try:
+        # The store answers once the last rank has come; asking it again and again would swamp it.
+        store.wait([complete], _PATIENCE)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"encoders: expected every rank to come this far, got only {store.add(place, 0)} of "
+            f"{world_size()} after {_PATIENCE.total_seconds():.0f} s"
+        ) from error
 
 
 def _host_waits() -> bool:
