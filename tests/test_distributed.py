@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcache_clip import ClipLoss, GradCache
-from gradcache_clip.distributed import DDPStrategy, LocalStrategy, gather_rows, world_size
+from gradcache_clip.distributed import (
+    DDPStrategy,
+    LocalStrategy,
+    gather_rows,
+    world_size,
+)
 
 WORLD, LOCAL = 2, 10
 
@@ -154,6 +159,15 @@ CHECKS = [
 @pytest.mark.parametrize("check", CHECKS)
 def test_two_processes(check, tmp_path):
     in_two_processes(check, tmp_path)
+
+
+def test_data_parallel_is_refused():
+    image, text, loss = build()
+    # In use by this process alone, on any number of devices.
+    for encoders in ([nn.DataParallel(image), text], [nn.Sequential(nn.DataParallel(image)), text]):
+        cache = GradCache(encoders, loss, chunk_size=4)
+        with pytest.raises(ValueError, match=r"encoder 0: .*DataParallel.*random.*torchrun"):
+            cache(*global_batch(0))
 
 
 def test_one_process_gathers_nothing():

@@ -109,7 +109,7 @@ class LocalStrategy:
             heads: modules in `get_features`.
 
         Raises:
-            ValueError: a module is in DistributedDataParallel, sharded, or a DeepSpeed engine; or
+            ValueError: a module is in a wrapper (DataParallel, DDP, FSDP, a DeepSpeed engine), or
                 torch.distributed runs several processes and `reduce_myself` is not set.
         """
         refuse_wrappers([*modules, *heads], self)

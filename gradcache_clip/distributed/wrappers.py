@@ -7,19 +7,26 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-DDP, FSDP1, FSDP2, DEEPSPEED = (
+DP, DDP, FSDP1, FSDP2, DEEPSPEED = (
+    "DataParallel",
     "DistributedDataParallel",
     "FullyShardedDataParallel",
     "FSDPModule",
     "DeepSpeedEngine",
 )
 _HOMES = {
+    DP: "torch.nn.parallel",
     DDP: "torch.nn.parallel",
     FSDP1: "torch.distributed.fsdp",
     FSDP2: "torch.distributed.fsdp",
     DEEPSPEED: "deepspeed",
 }
+_REASONS = {
+    # Its threads draw masks on every device, and a replay restores the generator of one.
+    DP: "which draws random numbers on devices whose generators no replay restores",
+}
 _REMEDIES = {
+    DP: "start one process per GPU with torchrun and pass strategy=DDPStrategy()",
     DDP: "pass strategy=DDPStrategy()",
     FSDP1: "shard with torch.distributed.fsdp.fully_shard and pass strategy=FSDPStrategy()",
     FSDP2: "pass strategy=FSDPStrategy()",
@@ -72,10 +79,10 @@ def refuse_wrappers(
     for index, module in enumerate(modules):
         wrapper = wrapper_in(module)
         if wrapper is not None and wrapper not in allowed:
+            reason = _REASONS.get(wrapper, "which reduces or shards them in its own way")
             raise ValueError(
                 f"encoder {index}: expected one that {type(strategy).__name__} gives the right "
-                f"gradients to, got a {wrapper}, which reduces or shards them in its own way; "
-                f"{_REMEDIES[wrapper]}"
+                f"gradients to, got a {wrapper}, {reason}; {_REMEDIES[wrapper]}"
             )
 
 
