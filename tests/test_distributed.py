@@ -12,9 +12,11 @@ from gloo_processes import start
 from one_shot import gradient_errors, one_shot, worst
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradcache_clip import ClipLoss, GradCache
 from gradcache_clip.distributed import (
+    AllReduceStrategy,
     DDPStrategy,
     LocalStrategy,
     gather_rows,
@@ -168,6 +170,29 @@ def test_data_parallel_is_refused():
         cache = GradCache(encoders, loss, chunk_size=4)
         with pytest.raises(ValueError, match=r"encoder 0: .*DataParallel.*random.*torchrun"):
             cache(*global_batch(0))
+
+
+class Waits(TorchDispatchMode):
+    """How often the host asks for a number that a device may still compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_comparing_weights_waits_once_for_all_parameters():
+    counts = []
+    for layers in (1, 10):
+        encoders = [nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers))) for _ in range(2)]
+        cache = GradCache(encoders, ClipLoss(), chunk_size=4, strategy=AllReduceStrategy())
+        with Waits() as waits:
+            cache(torch.randn(8, 6), torch.randn(8, 6))
+        counts.append(waits.count)
+    assert counts[0] == counts[1], counts
 
 
 def test_one_process_gathers_nothing():

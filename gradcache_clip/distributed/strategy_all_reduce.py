@@ -73,7 +73,7 @@ class AllReduceStrategy(ManyRanks):
         parameters = [parameter for _, parameter in named]
         same = len(parameters) == len(self._agreed)
         if not same or any(a is not b for a, b in zip(parameters, self._agreed, strict=True)):
-            _check_same_everywhere(self.gathered([_described(*each) for each in named]))
+            _check_same_everywhere(self.gathered(_described(named)))
             self._agreed = parameters
 
     @contextmanager
@@ -143,11 +143,22 @@ def _refuse_sparse(modules: Iterable[nn.Module]) -> None:
                 )
 
 
-@torch.no_grad()
-def _described(name: str, parameter: nn.Parameter) -> tuple[str, tuple[int, ...], str, int]:
+def _described(
+    named: Sequence[tuple[str, nn.Parameter]],
+) -> list[tuple[str, tuple[int, ...], str, int]]:
     """Name, shape, dtype and sum of bits, equal on every rank; float sums depend on order."""
+    sums = [_sum_of_bits(parameter) for _, parameter in named]
+    # Stacked, so that the host waits for the devices once.
+    bits = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else []
+    return [
+        (name, tuple(parameter.shape), str(parameter.dtype), total)
+        for (name, parameter), total in zip(named, bits, strict=True)
+    ]
+
+
+def _sum_of_bits(parameter: nn.Parameter) -> Tensor:
     bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
-    return name, tuple(parameter.shape), str(parameter.dtype), int(bits.sum(dtype=torch.int64))
+    return bits.sum(dtype=torch.int64)
 
 
 def _check_same_everywhere(by_rank: Sequence[Sequence[tuple]]) -> None:
