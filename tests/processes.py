@@ -25,7 +25,7 @@ from gradcache_clip.train.checkpoint import load_latest
 from gradcache_clip.train.config_file import load_config
 from gradcache_clip.train.failures import PeerFailure
 
-# A rank's part of this batch is one group of samples, so that both worlds fill it with the same.
+# Dropout would differ: each rank draws its own masks.
 SAME_BATCHES = (*NO_DROPOUT, "train.batch_size=64", "train.checkpoint_every=0")
 
 # DeepSpeed compiles an extension the first time that a machine runs it.
@@ -36,8 +36,8 @@ Fault = Callable[[int, int], None]
 
 
 def alone(data: Path, output: Path, *more: str) -> Path:
-    """A run of one process over the lanes of two ranks."""
-    settings = overrides(data, output, *SAME_BATCHES, "data.workers=2", *more)
+    """A run of one process, with the batches that any number of ranks share out."""
+    settings = overrides(data, output, *SAME_BATCHES, *more)
     # Pictures take longer than such a run.
     with mock.patch.object(training, "draw_run"):
         training.train(load_config(None, settings), console=Console(quiet=True))
