@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import WORST_ERROR
 from deepspeed_cases import NEEDS_DEEPSPEED, QUICK, deepspeed_cases
+from deepspeed_refusals import DEEPSPEED_REFUSALS
 from strategy_cases import plain_cases
 from strategy_processes import run_cases
 from strategy_refusals import REFUSALS
@@ -145,6 +146,7 @@ def test_gradients_under_deepspeed(world, quick, tmp_path, record_property):
     cases = deepspeed_cases(world)
     if world == 2:
         cases = {name: case for name, case in cases.items() if name.endswith(QUICK) == quick}
+        cases |= DEEPSPEED_REFUSALS if quick else {}
     results = finished(cases, world, tmp_path)
     for name, result in results.items():
         tolerance = max((t for precision, t in SIXTEEN.items() if precision in name), default=FP32)
