@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "matryoshka_weights: expected a number above zero, got -1.0",
         ),
         ({"memory_budget": -1}, "memory_budget: expected bytes"),
-        ({"check_replay": "no"}, "replay_check: expected 'error', 'warn' or 'off'"),
+        ({"check_replay": "no"}, "check_replay: expected 'error', 'warn' or 'off'"),
     ],
     ids=str,
 )

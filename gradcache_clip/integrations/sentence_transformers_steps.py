@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradcache_clip.cache import ByLength, GradCache
 from gradcache_clip.cache.deferred import deferred_step
 from gradcache_clip.cache.graph_budget import MemoryBudget
-from gradcache_clip.cache.trim_check import PaddingCountsError
+from gradcache_clip.cache.padding_check import PaddingCountsError
 from gradcache_clip.distributed import LocalStrategy
 from gradcache_clip.integrations import sentence_transformers_checks as checks
 from gradcache_clip.integrations import sentence_transformers_inputs as inputs
