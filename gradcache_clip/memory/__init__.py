@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradcache_clip.memory.cards import Card, find_card
     from gradcache_clip.memory.counter import LiveBytes, cuda_block_bytes
+    from gradcache_clip.memory.plan_named import plan
     from gradcache_clip.memory.plan_options import Plan, PlanOptions
-    from gradcache_clip.memory.planner import plan, plan_config
+    from gradcache_clip.memory.planner import plan_config
     from gradcache_clip.memory.resident import (
         peak_resident_bytes,
         reset_peak_resident_bytes,
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
     )
     from gradcache_clip.memory.step_memory import StepMemory, count_cached_step, count_plain_step
 
-# Imported on first use: `plan` needs timm and transformers, its options do not even need torch.
+# Imported on first use: plans need timm and transformers when made, options not even torch.
 _HOMES = {
     "cards": ("Card", "find_card"),
     "counter": ("LiveBytes", "cuda_block_bytes"),
     "step_memory": ("StepMemory", "count_cached_step", "count_plain_step"),
+    "plan_named": ("plan",),
     "plan_options": ("Plan", "PlanOptions"),
-    "planner": ("plan", "plan_config"),
+    "planner": ("plan_config",),
     "resident": ("peak_resident_bytes", "reset_peak_resident_bytes", "resident_bytes"),
 }
 

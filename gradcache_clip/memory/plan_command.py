@@ -77,7 +77,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    from gradcache_clip.memory.planner import options_of, plan, plan_config
+    from gradcache_clip.memory.plan_named import plan
+    from gradcache_clip.memory.planner import options_of, plan_config
     from gradcache_clip.train.config_file import load_config
 
     given = _given(arguments)

@@ -1,4 +1,4 @@
-"""`gradcache-clip plan`: will these models and this batch fit a card? Needs no GPU or weights."""
+"""Plans the step of given towers, or of a training configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from gradcache_clip.memory.plan_models import (
     Sizes,
     build_on_meta,
     configured_pair,
-    named_pair,
     train_last,
 )
 from gradcache_clip.memory.plan_options import Plan, PlanOptions
@@ -32,49 +31,6 @@ from gradcache_clip.train.towers import DualEncoder
 
 if TYPE_CHECKING:
     from gradcache_clip.train.programs.pairs import PairsConfig
-
-
-def plan(image: str, text: str, gpu: str, options: PlanOptions | None = None) -> Plan:
-    """Plan a step of gradient caching for two models on a card, and find the largest sizes.
-
-    Builds and traces the models on the meta device, so no GPU is needed and no weights are loaded.
-    Each tower runs at two numbers of rows; the size of every tensor is extrapolated linearly to the
-    batch and chunk in question, and PyTorch's caching allocator is simulated.
-
-    Args:
-        image: a timm name.
-        text: a short name such as "bert-base", a published name, or a transformers model type.
-        gpu: a card such as "RTX 4090", or an amount of memory such as "24GB".
-        options: of the step; defaults when None.
-
-    Raises:
-        ValueError: an unknown model or card (with the nearest names), or options that contradict
-            each other or the card.
-        TypeError: a model that is not given by name.
-
-    Example:
-        >>> options = PlanOptions(batch_size=4096, chunk_size=32, image_size=32)
-        >>> found = plan("convnext_atto", "bert-tiny", "24GB", options)
-        >>> found.fits, found.largest_chunk >= 32
-        (True, True)
-    """
-    started, options = time.perf_counter(), options or PlanOptions()
-    for which, name in (("image", image), ("text", text)):
-        if not isinstance(name, str):
-            raise TypeError(
-                f"{which}: expected the name of a model, got {type(name).__name__}; count a step "
-                "of your own modules with gradcache_clip.memory.count_cached_step(encoders, loss, "
-                "example_inputs, ...)"
-            )
-    model, sizes = named_pair(
-        image,
-        text,
-        image_size=options.image_size,
-        context_length=options.context_length,
-        feature_dim=options.feature_dim,
-    )
-    encoder = build_on_meta(model, sizes)
-    return _planned((image, text), encoder, sizes, gpu, options, started)
 
 
 def plan_config(config: PairsConfig, gpu: str, options: PlanOptions | None = None) -> Plan:
@@ -93,7 +49,7 @@ def plan_config(config: PairsConfig, gpu: str, options: PlanOptions | None = Non
     found: Any = config.model
     dual = found.architecture == "dual"
     names = (found.image, found.text) if dual else (found.architecture,) * 2
-    return _planned(names, encoder, sizes, gpu, options or options_of(config), started)
+    return planned(names, encoder, sizes, gpu, options or options_of(config), started)
 
 
 def options_of(config: PairsConfig) -> PlanOptions:
@@ -136,7 +92,7 @@ def _check_counted(config: Config) -> None:
         )
 
 
-def _planned(
+def planned(
     names: tuple[str, str],
     encoder: DualEncoder,
     sizes: Sizes,

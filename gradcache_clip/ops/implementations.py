@@ -47,7 +47,7 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why the kernels cannot run here; None if they can. Imports triton only if it must."""
     if not _TRITON_IS_INSTALLED:
-        return "triton is not installed"
+        return "triton is not installed (torch for NVIDIA GPUs brings it; else pip install triton)"
     if dtype == torch.float64:
         return "the kernels have no float64"
     if device.type == "cpu":
