@@ -2,8 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= emoji
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
+CONSTRAINTS = constraints.txt
+# A CUDA build of torch is gigabytes, so its version changes by hand, not with `make constraints`.
+TORCH = 2.13.0
 
-.PHONY: demo demo-deepspeed test test-all lint format docs clean
+.PHONY: demo demo-deepspeed test test-all test-latest test-oldest lint format docs constraints clean
 
 demo: $(VENV)/train.done  ## train on real image-caption pairs, evaluate, draw, print a table
 	$(BIN)/python examples/demo.py --data $(DATA) $(if $(FRESH),--fresh) $(DEMO_FLAGS)
@@ -23,6 +27,16 @@ test: $(VENV)/test.done  ## what this machine can run in ten minutes: all but wh
 test-all: $(VENV)/test.done  ## everything that this machine can run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST_FLAGS)
 
+test-latest:  ## `make test` beside the newest versions that setup.py admits
+	rm -f $(VENV)-latest/test.done
+	PIP_UPGRADE=1 PIP_UPGRADE_STRATEGY=eager $(MAKE) test VENV=$(VENV)-latest CONSTRAINTS=
+
+test-oldest: $(VENV)-oldest.txt  ## `make test` beside the oldest; also on the oldest Python with PYTHON=python3.10
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$<
+
+$(VENV)-oldest.txt: setup.py
+	grep -oE '[A-Za-z][A-Za-z0-9_-]*>=[0-9.]+' $< | sed 's/>=/==/' | sort -u > $@
+
 lint: $(VENV)/test.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -32,12 +46,18 @@ format: $(VENV)/test.done
 docs: $(VENV)/docs.done  ## the documentation as a site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+constraints: $(VENV)/bin/python  ## the newest versions for every Python and platform, into constraints.txt
+	$(PIP) uv
+	echo torch==$(TORCH) | $(BIN)/uv pip compile setup.py --extra test --extra docs --constraints - \
+	  --universal --python-version 3.10 --upgrade --no-annotate \
+	  --custom-compile-command "make constraints" --output-file constraints.txt
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/%.done: setup.py $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[$*]"
+$(VENV)/%.done: setup.py $(CONSTRAINTS) $(VENV)/bin/python
+	$(PIP) $(addprefix --constraint ,$(CONSTRAINTS)) -e ".[$*]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info

@@ -1,6 +1,7 @@
 """Packaging: metadata, extras, and the kernels folder as gradcache_clip.kernels."""
 
 import re
+from itertools import chain
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,9 +11,15 @@ VERSION = re.search(
     r'__version__ = "(.+)"', (HERE / "gradcache_clip" / "__init__.py").read_text()
 ).group(1)
 
+# A range ends before the next major version where private parts of a library are used.
+# What asks for a library says the same range everywhere, and `make test-oldest` reads it here.
+ACCELERATE, DATASETS = "accelerate>=1.3", "datasets>=3.0"
+OPEN_CLIP = "open_clip_torch>=3.3,<4"
+SENTENCE_TRANSFORMERS = "sentence-transformers>=6.2,<7"
+TRANSFORMERS = "transformers>=5.0,<6"
 TRAIN = [
-    "datasets>=3.0",
-    "matplotlib>=3.8",
+    DATASETS,
+    "matplotlib>=3.10.8",
     "numpy>=1.26",
     "omegaconf>=2.3",
     "pillow>=10.3",
@@ -21,21 +28,22 @@ TRAIN = [
     "rich>=13.7",
     "safetensors>=0.4.3",
     "scikit-learn>=1.5",
-    "tensorboard>=2.16",
+    "tensorboard>=2.17",
     "timm>=1.0.31",
-    "tokenizers>=0.22",
-    "transformers>=4.56",
-    "webdataset>=0.2.100",
+    "tokenizers>=0.22.2",
+    TRANSFORMERS,
+    "webdataset>=0.2.100,<2",
 ]
 DEEPSPEED = ["deepspeed>=0.19.4; platform_system == 'Linux'"]
+# PyLate pins another sentence-transformers, so nothing asks for both.
+DROP_INS = {
+    "lightning": ["lightning>=2.5.5,<3"],
+    "open-clip": [OPEN_CLIP],
+    "sentence-transformers": [ACCELERATE, DATASETS, SENTENCE_TRANSFORMERS],
+    "transformers": [ACCELERATE, TRANSFORMERS],
+}
 DOCS = ["math-core>=0.9,<0.10", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
-INTEGRATIONS = [
-    "accelerate>=1.3",
-    "lightning>=2.4",
-    "open_clip_torch>=3.3",
-    "sentence-transformers>=6.2",
-]
-BENCH = ["matplotlib>=3.8", "psutil>=5.9", "rich>=13.7"]
+BENCH = ["matplotlib>=3.10.8", "psutil>=5.9", "rich>=13.7"]
 # What benchmarks compare with; none of it is needed to use the library.
 PEERS = [
     "cut-cross-entropy>=25.1.1",
@@ -44,23 +52,26 @@ PEERS = [
     "liger-kernel>=0.8.5",
     "lightly>=1.6",
     "memeff>=0.3.1; platform_system == 'Linux'",
-    "open_clip_torch>=3.3",
+    OPEN_CLIP,
     "pytorch-metric-learning>=2.9",
-    "sentence-transformers>=6.2",
+    SENTENCE_TRANSFORMERS,
     "siglip-kernel>=0.1.2; platform_system == 'Linux'",
 ]
+ALL = {*TRAIN, *DEEPSPEED, *chain(*DROP_INS.values())}
 TEST = [
     "bitsandbytes>=0.46",
     "hypothesis>=6.100",
     "jaxtyping>=0.2.30",
     "mypy>=1.11",
-    "peft>=0.17",
+    "peft>=0.18",
     "pytest>=8.2",
-    "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-timeout>=2.3.1",
+    "pytest-xdist>=3.6.1",
     "ruff>=0.6",
-    "tensordict>=0.15",
+    "tensordict>=0.10",
     "torch_geometric>=2.6,<3",
+    # A CUDA build of torch brings its own; the interpreter and the compiler run beside others too.
+    "triton>=3.4; platform_system == 'Linux'",
 ]
 
 setup(
@@ -82,16 +93,17 @@ setup(
         "gradcache_clip.kernels": ["README.md"],
         "gradcache_clip.memory": ["cards.json"],
     },
-    install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
+    install_requires=["torch>=2.8,<3"],
     extras_require={
-        "train": TRAIN,
+        **DROP_INS,
         "deepspeed": DEEPSPEED,
-        "docs": DOCS,
+        "pylate": ["pylate>=1.6,<2"],
+        "train": TRAIN,
+        "all": sorted(ALL),
         "bench": BENCH,
+        "docs": DOCS,
         "peers": sorted({*BENCH, *PEERS}),
-        "integrations": sorted({*TRAIN, *INTEGRATIONS}),
-        "test": sorted({*TRAIN, *DEEPSPEED, *BENCH, *INTEGRATIONS, *TEST}),
-        "all": sorted({*TRAIN, *DEEPSPEED, *BENCH, *INTEGRATIONS, *TEST}),
+        "test": sorted({*ALL, *BENCH, *TEST}),
     },
     entry_points={"console_scripts": ["gradcache-clip = gradcache_clip.cli:command [train]"]},
     classifiers=[

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from recipe_runs import RECIPES, run_recipe
 from tiny_run import logged
 
@@ -44,6 +45,19 @@ def golden() -> dict[str, Any]:
     return json.loads(FILE.read_text())
 
 
+@pytest.fixture(scope="module")
+def as_written(golden: dict[str, Any]) -> None:
+    """Skip beside other libraries: their initial weights and kernels give other figures."""
+    here, written = libraries(), golden["libraries"]
+    if here != written:
+        pytest.skip(f"golden.json was written beside {written}, here are {here}")
+
+
+def libraries() -> dict[str, str]:
+    """Name -> version, in which all builds of a release are one."""
+    return {name: Version(version(name)).public for name in LIBRARIES}
+
+
 def figures_of(recipe: str, data: Path, output: Path) -> dict[str, Any]:
     """Figure -> its value after each step; and the held-out metrics at the end."""
     settings = short_runs.settings(recipe, data, output)
@@ -52,6 +66,7 @@ def figures_of(recipe: str, data: Path, output: Path) -> dict[str, Any]:
     return {**figures, "metrics": summary.metrics}
 
 
+@pytest.mark.usefixtures("as_written")
 @pytest.mark.parametrize("recipe", short_runs.RECIPES)
 def test_five_steps_are_those_of_the_golden_file(recipe, data, tmp_path, golden):
     found, expected = figures_of(recipe, data, tmp_path / "run"), golden["recipes"][recipe]
@@ -59,7 +74,7 @@ def test_five_steps_are_those_of_the_golden_file(recipe, data, tmp_path, golden)
     for name, values in expected.items():
         tolerance = TOLERANCES.get(name, 1e-5)
         assert found[name] == pytest.approx(values, rel=tolerance, abs=tolerance), (
-            f"{name} of {recipe}; the file was written with {golden['libraries']}"
+            f"{name} of {recipe}"
         )
 
 
@@ -82,9 +97,8 @@ def write() -> None:
         folder = Path(temporary)
         data = short_runs.make_data(folder / "data")
         recipes = {name: figures_of(name, data, folder / name) for name in short_runs.RECIPES}
-    libraries = {name: version(name) for name in LIBRARIES}
     runs = ",\n".join(f'"{name}": {_lines(figures)}' for name, figures in recipes.items())
-    FILE.write_text(f'{{"libraries": {json.dumps(libraries)},\n"recipes": {{\n{runs}\n}}}}\n')
+    FILE.write_text(f'{{"libraries": {json.dumps(libraries())},\n"recipes": {{\n{runs}\n}}}}\n')
 
 
 def _lines(figures: dict[str, Any]) -> str:
