@@ -42,6 +42,7 @@ class SideEffects:
     @contextmanager
     def watching(self) -> Iterator[None]:
         # Frozen objects are not listed: what is listed afterwards was made meanwhile.
+        frozen_before = gc.get_freeze_count() > 0
         gc.freeze()
         try:
             yield
@@ -49,6 +50,8 @@ class SideEffects:
             self._left = [made for made in _tensors() if id(made) not in features]
         finally:
             gc.unfreeze()
+            if frozen_before:
+                gc.freeze()
 
     def check(self, plan: Settings, strategy: LocalStrategy, report: Report) -> None:
         """Report, on every rank, draws that no replay repeats and parameters written to."""

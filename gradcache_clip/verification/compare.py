@@ -214,7 +214,8 @@ class _Verification:
         return Reason(
             BACKWARD,
             "every encoder repeats itself and gives the same features over chunks, so the "
-            f"difference arises in the backward or in the loss: look at {suspects}",
+            f"difference arises in the backward or in the loss: something may look at the "
+            f"gradient of all rows, and be given that of a chunk; look at {suspects}",
         )
 
     def _refuse_infinite_gradients(self) -> None:
