@@ -568,6 +568,41 @@ def hard_negatives() -> str:
     return "exact" if error < 1e-10 else f"wrong by {error:.1e} in {name}"
 
 
+class SetsItself(nn.Linear):
+    """Takes the mean of the first rows that it sees for its bias."""
+
+    ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.ready, self.bias.data = True, -x.mean(0)[:4]
+        return super().forward(x)
+
+
+@habit
+def writes_to_a_parameter() -> str:
+    return outcome((SetsItself(6, 4), nn.Linear(5, 4)), (rows(6), rows(5)))
+
+
+@habit
+def embedding_of_a_largest_norm() -> str:
+    encoders = nn.Sequential(nn.Embedding(9, 2, max_norm=0.5), nn.Flatten()), nn.Linear(5, 4)
+    return outcome(encoders, (torch.randint(9, (B, 2)), rows(5)))
+
+
+@habit
+def loss_reads_what_an_encoder_keeps() -> str:
+    class Keeps(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            features = super().forward(x)
+            self.size = features.square().mean()
+            return features
+
+    encoders = Keeps(6, 4).double(), nn.Linear(5, 4).double()
+    cache = GradCache(encoders, lambda x, y: dot_product(x, y) + encoders[0].size, chunk_size=5)
+    return words_of(cache, rows(6), rows(5))
+
+
 # Several processes.
 
 

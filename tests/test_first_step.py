@@ -456,6 +456,72 @@ def test_verify_finds_what_looks_at_the_gradient_of_all_rows():
     }
 
 
+class DrawsByRows(nn.Linear):
+    """Draws as many numbers as its rows have positive entries, and mixes rows while it trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x > 0
+        noise = torch.zeros_like(x).masked_scatter(kept, torch.randn(int(kept.sum())).to(x))
+        x = x + noise
+        return super().forward(x - x.mean(0) if self.training else x)
+
+
+def test_mixing_in_training_mode_that_draws_by_its_rows():
+    """As the page says, this is not seen; in eval mode, where such rows are compared, none mix."""
+    torch.manual_seed(0)
+    cache_of(DrawsByRows(WIDTH, WIDTH))(*batch())
+
+
+def test_rows_that_mix_later():
+    encoder, inputs = nn.Sequential(nn.Linear(WIDTH, WIDTH), Mixing(0.0)), batch()
+    cache = cache_of(encoder)
+    cache(*inputs)
+    encoder[1].strength = 1.0
+    cache(*inputs)
+    report = verify(cache, *inputs)
+    assert not report.exact and any("rows look at other rows" in each for each in report.reasons)
+
+
+class Counts(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_buffers_count_embed_and_replay():
+    ours, truth = twins(Counts(), nn.Linear(WIDTH, WIDTH))
+    for module in (*ours, *truth):
+        module.double()
+    inputs = batch()
+    GradCache(ours, clip, chunk_size=CHUNK)(*inputs)
+    one_shot(truth, clip, inputs)
+    assert worst(gradient_errors(ours, truth))[1] < 1e-10
+    assert (ours[0].calls, truth[0].calls) == (2 * ROWS // CHUNK, 1)
+
+
+class DelayedScaling(Counts):
+    """Rounds to 16 steps of the largest value that its earlier forwards have seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.calls.clamp_min(1.0) / 16
+        self.calls.copy_(torch.maximum(self.calls, x.abs().amax()))
+        x = x + ((x / scale).round() * scale - x).detach()
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_delayed_scaling():
+    encoder, (images, texts) = DelayedScaling(), batch()
+    images[:, 0] = torch.arange(ROWS) + 1
+    with pytest.raises(ReplayMismatchError, match="expected the replay to repeat the embed"):
+        cache_of(encoder)(images, texts)
+    # Once that it has seen the largest value, nothing moves.
+    cache_of(encoder)(images, texts)
+
+
 # Costs.
 
 

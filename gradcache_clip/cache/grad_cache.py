@@ -66,9 +66,9 @@ class GradCache:
             folder.
         get_features: extracts features from an encoder's output, for all or one for each.
             Without it a tensor or tuple of tensors is taken as it is, and of a mapping
-            `image_embeds`, `text_embeds`, `audio_embeds`, `sentence_embedding` or
-            `pooler_output`; a dict with none of these reaches the loss as a dict, without its
-            0-dim tensors.
+            `image_embeds`, `text_embeds`, `audio_embeds`, `sentence_embedding`, `pooler_output` or
+            `logits` of one row a sample; a dict with none of these reaches the loss as a dict,
+            without its 0-dim tensors.
         auxiliary_losses: weights of losses that encoders return beside features, as 0-dim tensors
             in a dict, by name: `{"router": 0.01}`. A chunk's loss is weighted by its share of the
             rows of all ranks, so a mean over rows is exact. Any other (router balance, a mean over
