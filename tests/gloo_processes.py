@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.context import ForkServerContext
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -40,7 +39,6 @@ def forkserver() -> ForkServerContext:
 def start(
     check: Callable[..., object],
     world: int,
-    folder: Path,
     *arguments: Any,
     patience: timedelta = PATIENCE,
     start_method: str = "forkserver",
@@ -48,14 +46,16 @@ def start(
     """Call `check(*arguments)` on every rank; raise what the first one raises."""
     if start_method == "forkserver":
         forkserver()
-    given = world, f"file://{folder}/rendezvous-{world}", patience, check, arguments
+    # Held here, at a port that is free. A store in a file would be asked every 10 ms, not woken.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = world, store.port, patience, check, arguments
     mp.start_processes(_run, given, nprocs=world, start_method=start_method)
 
 
 def _run(
     rank: int,
     world: int,
-    rendezvous: str,
+    port: int,
     patience: timedelta,
     check: Callable[..., object],
     arguments: tuple[Any, ...],
@@ -67,8 +67,9 @@ def _run(
     torch.set_num_threads(1)
     # DeepSpeed collects garbage for each engine: what is imported by now is none.
     gc.freeze()
+    store = dist.TCPStore("127.0.0.1", port, timeout=patience)
     options = {"rank": rank, "world_size": world, "timeout": patience}
-    dist.init_process_group("gloo", init_method=rendezvous, **options)
+    dist.init_process_group("gloo", store=store, **options)
     try:
         check(*arguments)
         # A rank that leaves early resets the connections of those that are still busy.

@@ -27,7 +27,7 @@ def failures(
     A check that fails an assertion lets the others go on. After any other error the rank is out of
     step with the others, and gives up.
     """
-    start(_run, world, folder, suite, folder, patience=_PATIENCE, start_method=start_method)
+    start(_run, world, suite, folder, patience=_PATIENCE, start_method=start_method)
     found: list[str] = []
     for rank in range(world):
         report = json.loads((folder / f"rank-{rank}.json").read_text())

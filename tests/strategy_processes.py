@@ -21,7 +21,7 @@ def run_cases(cases: Mapping[str, Case], world: int, folder: Path) -> dict[str, 
     """Results by case; those after a failure are missing, and the failure says why."""
     failure = None
     try:
-        start(_run, world, folder, dict(cases), folder)
+        start(_run, world, dict(cases), folder)
     except Exception as error:
         failure = str(error)
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -373,5 +372,5 @@ def ranks_agree(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes(tmp_path: Path):
-    in_two_processes(ranks_agree, tmp_path)
+def test_two_processes():
+    in_two_processes(ranks_agree)

@@ -388,5 +388,5 @@ def every_way(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes(tmp_path):
-    in_two_processes(every_way, tmp_path)
+def test_two_processes():
+    in_two_processes(every_way)

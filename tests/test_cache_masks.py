@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -422,5 +421,5 @@ class Other(nn.Linear):
 
 
 @pytest.mark.distributed
-def test_all_ranks_refuse_what_one_has_seen(tmp_path: Path):
-    in_two_processes(one_rank_trims, tmp_path)
+def test_all_ranks_refuse_what_one_has_seen():
+    in_two_processes(one_rank_trims)

@@ -306,5 +306,5 @@ def two_parts(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes(tmp_path):
-    in_two_processes(two_parts, tmp_path)
+def test_two_processes():
+    in_two_processes(two_parts)

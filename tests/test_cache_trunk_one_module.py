@@ -266,5 +266,5 @@ def one_wrapper(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes(tmp_path):
-    in_two_processes(one_wrapper, tmp_path)
+def test_two_processes():
+    in_two_processes(one_wrapper)

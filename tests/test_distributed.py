@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,8 +49,8 @@ class OneModule(nn.Module):
         return self.towers[tower](inputs)
 
 
-def in_two_processes(check: Callable[[int], None], folder: Path) -> None:
-    start(with_rank, WORLD, folder, check)
+def in_two_processes(check: Callable[[int], None]) -> None:
+    start(with_rank, WORLD, check)
 
 
 def with_rank(check: Callable[[int], None]) -> None:
@@ -159,8 +158,8 @@ CHECKS = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("check", CHECKS)
-def test_two_processes(check, tmp_path):
-    in_two_processes(check, tmp_path)
+def test_two_processes(check):
+    in_two_processes(check)
 
 
 def test_data_parallel_is_refused():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,5 +153,5 @@ def without_and_with_masks() -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes(tmp_path: Path) -> None:
-    start(without_and_with_masks, WORLD, tmp_path)
+def test_two_processes() -> None:
+    start(without_and_with_masks, WORLD)

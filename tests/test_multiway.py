@@ -225,8 +225,8 @@ def two_ranks(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_two_ranks_have_the_gradients_of_one(tmp_path):
-    in_two_processes(two_ranks, tmp_path)
+def test_two_ranks_have_the_gradients_of_one():
+    in_two_processes(two_ranks)
 
 
 @pytest.mark.distributed

@@ -194,8 +194,8 @@ def compare_with_one_process(rank: int, settings: list[str]) -> None:
 
 
 @pytest.mark.distributed
-def test_groups_over_two_ranks(tmp_path):
-    in_two_processes(groups_over_two_ranks, tmp_path)
+def test_groups_over_two_ranks():
+    in_two_processes(groups_over_two_ranks)
 
 
 @pytest.mark.distributed

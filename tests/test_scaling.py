@@ -33,7 +33,7 @@ def count(results: Path) -> None:
 @pytest.mark.distributed
 def test_a_step_of_the_loss_exchanges_what_the_formula_says(tmp_path):
     world = 4
-    start(count, world, tmp_path, tmp_path / "counted.pt")
+    start(count, world, tmp_path / "counted.pt")
     checks = (world - 1) * _CHECK_BYTES + 2 * _SCALE_BYTES * (world - 1) // world
     for exchange, (calls, received) in torch.load(tmp_path / "counted.pt").items():
         found = cost(Setting(world, ROWS, WIDTH, feature_bytes=4, parameters=0, exchange=exchange))
