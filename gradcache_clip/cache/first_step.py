@@ -30,14 +30,23 @@ from gradcache_clip.cache.torch_state import (
     has_batch_statistics,
     kernels_as_with_gradients,
 )
-from gradcache_clip.cache.tower import Tower
+from gradcache_clip.cache.tower import Tower, device_of
 from gradcache_clip.cache.trace import Operations, eager, watch
 from gradcache_clip.distributed.strategies import LocalStrategy
 
 # Repeats of a pass that shows how far rows move by themselves, and how many times as far they may.
 _REPEATS, _NOISE_FACTOR = 3, 10
 
-Passes = list[list[Tensor]]
+
+class Passes(NamedTuple):
+    """Features of chunks, losses of the encoder last, and whether any drew random numbers."""
+
+    features: list[list[Tensor]]
+    losses: tuple[str, ...]
+    drew: bool
+
+    def without_losses(self) -> list[list[Tensor]]:
+        return [each[: len(each) - len(self.losses)] for each in self.features]
 
 
 class _Company(NamedTuple):
@@ -53,28 +62,27 @@ def check_rows(
     towers: Sequence[Tower],
     strategy: LocalStrategy,
     found: Callable[[Exception], None],
+    later: Callable[[Exception], None],
     warn: Callable[[str], None],
 ) -> frozenset[str]:
-    """Embed chunk 0 again with half of its rows exchanged for others, and compare those that stay.
+    """Embed chunk 0 twice, once with half of its rows exchanged, and compare those that stay.
 
     Shapes are equal, so kernels and random draws are: rows that are their own stay to the bit, with
     dropout as well. Only where the company changes the shapes inside (rows padded to the longest of
     a list, tokens sent to experts) rounding of other sizes is allowed for, in eval mode if the
     encoder draws random numbers. Batch norms, which have a warning of their own, are in eval mode.
 
+    `later` receives what the embed may raise with better reason: an encoder that does not run.
+
     Returns:
         Names of the towers that need not be asked again in a later step; a single row has no
         company.
     """
-    checked = [tower for tower in towers if not _single_row(tower, strategy)]
+    checked = [t for t in towers if not strategy.anywhere(row_count(t.chunks) == 1, device_of([t]))]
     for tower in checked:
-        if not strategy.anywhere(_normalises_in_eval(tower), _device(tower)):
-            _check_rows(tower, strategy, found, warn)
+        if not strategy.anywhere(_normalises_in_eval(tower), device_of([tower])):
+            _check_rows(tower, strategy, found, later, warn)
     return frozenset(tower.name for tower in checked)
-
-
-def _single_row(tower: Tower, strategy: LocalStrategy) -> bool:
-    return strategy.anywhere(row_count(tower.chunks) == 1, _device(tower))
 
 
 def _normalises_in_eval(tower: Tower) -> bool:
@@ -86,23 +94,24 @@ def _check_rows(
     tower: Tower,
     strategy: LocalStrategy,
     found: Callable[[Exception], None],
+    later: Callable[[Exception], None],
     warn: Callable[[str], None],
 ) -> None:
     """Every rank runs the same passes, also those after a difference on another one."""
     company = _company(tower)
     try:
-        change, tolerance = _moved(tower, company, strategy)
-        for message in _losses_that_are_no_means(tower, company.first) if tower.losses else ():
+        change, tolerance, losses = _moved(tower, company, strategy)
+        for message in _losses_that_are_no_means(tower, company.first) if losses else ():
             warn(message)
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise ValueError(_needs_other_rows(tower, error)) from error
         # Two rows may be more than memory holds.
-        if not (strategy.recovers and len(tower.chunks[0]) == 1):
+        if is_out_of_memory(error) and not (strategy.recovers and len(tower.chunks[0]) == 1):
             raise
+        if not is_out_of_memory(error):
+            later(ValueError(_needs_other_rows(tower, error)))
         return
     mixes = not change <= tolerance
-    if strategy.anywhere(mixes, _device(tower)):
+    if strategy.anywhere(mixes, device_of([tower])):
         place = _first_module(tower, company.first)
         found(ValueError(_rows_message(tower, change, place) if mixes else _rows_elsewhere(tower)))
 
@@ -143,47 +152,43 @@ def _has_length(row: Any) -> bool:
     return hasattr(row, "__len__") and (not isinstance(row, Tensor) or row.ndim > 0)
 
 
-def _moved(tower: Tower, company: _Company, strategy: LocalStrategy) -> tuple[float, float]:
-    """Return how far rows moved in other company, and how far they may have."""
-    pair, device = [company.first, company.other], _device(tower)
-    drew = strategy.anywhere(any(chunk.random_state for chunk in tower.chunks), device)
-    change, tolerance = 0.0, 0.0
-    for everything in (False, True) if drew else (False,):
-        change = _change(tower, passes(tower, pair, everything), company.same)
+def _moved(
+    tower: Tower, company: _Company, strategy: LocalStrategy
+) -> tuple[float, float, tuple[str, ...]]:
+    """Return how far rows moved in other company, how far they may have, and losses that came."""
+    pair = [company.first, company.other]
+    for everything in (False, True):
+        found = passes(tower, pair, everything)
+        change, device = _change(found, company.same), found.features[0][0].device
         if not strategy.anywhere(change != 0, device):
-            break
-        noise = _noise(tower, company.first, everything)
-        if strategy.anywhere(noise > max(map(tolerance_of, tower.features)), device):
+            return 0.0, 0.0, found.losses
+        noise, features = _noise(tower, company.first, everything), found.without_losses()[0]
+        if strategy.anywhere(noise > max(map(tolerance_of, features)), device):
             # What moves by itself says nothing of rows; the replay will tell.
-            return 0.0, 0.0
-        first, other = (operations(tower, chunk, everything) for chunk in pair)
+            return 0.0, 0.0, found.losses
         tolerance = noise * _NOISE_FACTOR
+        first, other = (operations(tower, chunk, everything) for chunk in pair)
         if not strategy.anywhere(first.kernels != other.kernels, device):
-            break
-        tolerance = max(tolerance, tolerance_between_sizes(tower.features, first.dtypes))
-        if strategy.anywhere(first.draws, device):
-            # Other shapes draw other numbers; in eval mode there may be none.
-            change = 0.0
-    return change, tolerance
+            return change, tolerance, found.losses
+        if not strategy.anywhere(found.drew, device):
+            tolerance = max(tolerance, tolerance_between_sizes(features, first.dtypes))
+            return change, tolerance, found.losses
+        # Other shapes draw other numbers; in eval mode there may be none.
+    return 0.0, 0.0, found.losses
 
 
 def _noise(tower: Tower, chunk: Chunk, everything: bool) -> float:
     """Return the largest change between passes over the very same rows."""
-    first, *others = passes(tower, [chunk] * (1 + _REPEATS), everything)
-    every = torch.arange(len(chunk))
-    changes = [_change(tower, [first, other], every) for other in others]
+    found = passes(tower, [chunk] * (1 + _REPEATS), everything)
+    first, *others = found.without_losses()
+    changes = [largest_change(first, other) for other in others]
     # Not finite where a pass gives NaN: nothing can be compared then.
     return max(changes) if all(change == change for change in changes) else float("inf")
 
 
-def _change(tower: Tower, pair: Passes, rows: Tensor) -> float:
-    one, other = ([f[rows.to(f.device)] for f in own_features(tower, each)] for each in pair)
+def _change(found: Passes, rows: Tensor) -> float:
+    one, other = ([f[rows.to(f.device)] for f in each] for each in found.without_losses())
     return largest_change(one, other)
-
-
-def own_features(tower: Tower, features: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Leave out losses, which the company may change."""
-    return features[: len(features) - len(tower.losses)]
 
 
 def passes(tower: Tower, chunks: Sequence[Chunk], everything: bool) -> Passes:
@@ -197,7 +202,7 @@ def passes(tower: Tower, chunks: Sequence[Chunk], everything: bool) -> Passes:
     quiet = modules if everything else batch_norms_of(modules)
     devices = accelerators_among(tower.known_tensors())
     state, host = RandomState.capture(devices), HostState.capture()
-    features: Passes = []
+    features, drew = list[list[Tensor]](), False
     try:
         with restored(modules), evaluating(quiet), frozen_running_statistics(modules):
             for chunk in chunks:
@@ -205,10 +210,11 @@ def passes(tower: Tower, chunks: Sequence[Chunk], everything: bool) -> Passes:
                 host.restore()
                 forget_autocast_casts()
                 features.append(_copies(alone, chunk))
+                drew = drew or not state.equals(RandomState.capture(devices))
     finally:
         state.restore()
         host.restore()
-    return features
+    return Passes(features, alone.losses, drew)
 
 
 @torch.no_grad()
@@ -229,10 +235,11 @@ def _losses_that_are_no_means(tower: Tower, chunk: Chunk) -> Iterator[str]:
     """Say of which losses of the encoder the mean over chunks depends on the cut."""
     half = len(chunk) // 2
     parts = [chunk, part_of(chunk, 0, half), part_of(chunk, half, len(chunk))]
-    whole, *halves = passes(tower, parts, everything=any(c.random_state for c in tower.chunks))
+    found = passes(tower, parts, everything=True)
+    whole, *halves = found.features
     # A mean over rows rounds less than they do.
-    tolerance = max(map(tolerance_of, tower.features)) / 10
-    for index, name in enumerate(tower.losses, len(whole) - len(tower.losses)):
+    tolerance = max(map(tolerance_of, whole)) / 10
+    for index, name in enumerate(found.losses, len(whole) - len(found.losses)):
         before = whole[index].mean()
         after = torch.cat([features[index] for features in halves]).mean()
         changes = not float(relative_change(before[None], after[None])) <= tolerance
@@ -256,20 +263,17 @@ def part_of(chunk: Chunk, start: int, stop: int) -> Chunk:
     return replace(chunk, rows=part, random_state=None, graph=None)
 
 
-def _device(tower: Tower) -> torch.device:
-    return tower.features[0].device
-
-
 @torch.no_grad()
 def _first_module(tower: Tower, chunk: Chunk) -> str:
     """Name the first module in which half of a chunk is other than within all of it."""
     alone = replace(tower, inputs=tower.given, trunk=None, features=[])
-    drew = any(each.random_state for each in tower.chunks)
-    quiet = tower.modules if drew else batch_norms_of(tower.modules)
-    tolerance = tolerance_between_sizes(tower.features)
+    half = part_of(chunk, 0, len(chunk) // 2)
     try:
+        found = passes(tower, [half], everything=False)
+        quiet = tower.modules if found.drew else batch_norms_of(tower.modules)
+        tolerance = tolerance_between_sizes(found.without_losses()[0])
         with restored(tower.modules), evaluating(quiet), frozen_running_statistics(tower.modules):
-            few = watch(alone, part_of(chunk, 0, len(chunk) // 2))
+            few = watch(alone, half)
             place = watch(alone, chunk, expected=few, tolerance=tolerance).difference
     except Exception:  # The search must not hide what was found.
         return ""

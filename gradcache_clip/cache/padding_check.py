@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradcache_clip.cache.batch_tree import tensors_in
 from gradcache_clip.cache.chunks import Chunk
-from gradcache_clip.cache.first_step import operations, own_features, part_of, passes
+from gradcache_clip.cache.first_step import operations, part_of, passes
 from gradcache_clip.cache.recovery import is_out_of_memory
 from gradcache_clip.cache.rounding import largest_change, tolerance_between_sizes
 from gradcache_clip.cache.tower import Tower
@@ -82,14 +82,12 @@ def _trim_tolerance(tower: Tower, dtypes: Iterable[torch.dtype] = ()) -> float:
 
 def _change_of_row(tower: Tower, one: Chunk, other: Chunk) -> float:
     try:
-        before, after = passes(tower, [one, other], everything=True)
+        before, after = passes(tower, [one, other], everything=True).without_losses()
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise ValueError(_needs_one_row(tower, error)) from error
-    return largest_change(
-        _unpadded(own_features(tower, before)), _unpadded(own_features(tower, after))
-    )
+    return largest_change(_unpadded(before), _unpadded(after))
 
 
 def _unpadded(features: Sequence[Tensor]) -> list[Tensor]:

@@ -41,6 +41,7 @@ class SideEffects:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Note which tensors are made, and stay, other than features."""
         # Frozen objects are not listed: what is listed afterwards was made meanwhile.
         frozen_before = gc.get_freeze_count() > 0
         gc.freeze()
@@ -95,8 +96,10 @@ class SideEffects:
         return ""
 
     def unreadable(self, report: Callable[[Exception], None]) -> AbstractContextManager[object]:
-        """Report a loss that reads what the embed has left somewhere."""
-        return _Unreadable(self._left, self._towers, report) if self._left else nullcontext()
+        """Report a loss that reads what the embed has left somewhere; once."""
+        # Held no longer than that: among them are tensors of graphs that the replay frees.
+        left, self._left = self._left, []
+        return _Unreadable(left, self._towers, report) if left else nullcontext()
 
 
 def _parameters(towers: Sequence[Tower]) -> Iterator[tuple[str, Tensor]]:

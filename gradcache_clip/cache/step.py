@@ -32,6 +32,7 @@ from gradcache_clip.cache.schedule import Turn, draws_repeated, retentions, turn
 from gradcache_clip.cache.settings import History, Settings
 from gradcache_clip.cache.side_effects import SideEffects
 from gradcache_clip.cache.torch_state import (
+    SharedCasts,
     autocast_off,
     forget_autocast_casts,
     frozen_running_statistics,
@@ -64,6 +65,7 @@ class CachedStep:
         self._history, self._rows_checked = history, history.rows_checked
         self._trims_checked = history.trims_checked
         self._warnings: list[str] = []
+        self._unchecked: list[Exception] = []
         self._finite: Tensor | None = None
         self._snapshot: StepSnapshot | None = None
         self._device_types: set[str] = set()
@@ -126,12 +128,15 @@ class CachedStep:
 
     def embed(self) -> None:
         """Fill every tower's `features`; graphs are kept as far as the budget goes."""
-        with self._effects.watching() if self._effects else _NOTHING:
+        looks = self._effects is not None and self._plan.check_rows != "off"
+        with self._effects.watching() if self._effects and looks else _NOTHING:
+            # Before any graph is kept.
+            self._check_rows()
             self._embed()
             self._finite = all_finite(self.towers)
             if self._effects is not None or _has_state(self._plan.loss):
                 self.check_finite()
-            self._check_encoders()
+            self._check_embedded()
         self._device_types = device_types(self.towers)
 
     def _embed(self) -> None:
@@ -157,24 +162,28 @@ class CachedStep:
         check_finite(finite, self.towers, self.strategy)
         self.phase = phase
 
-    def _check_encoders(self) -> None:
-        """Check what no earlier step has; on every rank, with the same passes."""
+    def _check_rows(self) -> None:
+        """Check encoders that no earlier step has; on every rank, with the same passes."""
+        if self._plan.check_rows != "off":
+            found, later = partial(self._report, self._plan.check_rows), self._unchecked.append
+            rows, warn = self._not_in(self._rows_checked), self._warnings.append
+            self._rows_checked |= check_rows(rows, self.strategy, found, later, warn)
+
+    def _check_embedded(self) -> None:
         plan, strategy = self._plan, self.strategy
+        for error in self._unchecked:
+            self._report(plan.check_rows, error)
         if self._effects is not None:
             self._effects.check(plan, strategy, self._report)
         if plan.check_rows != "off":
-            found = partial(self._report, plan.check_rows)
-            # Before rows: other rows, side by side, may keep more padding.
-            trims, rows = (self._not_in(c) for c in (self._trims_checked, self._rows_checked))
+            found, trims = partial(self._report, plan.check_rows), self._not_in(self._trims_checked)
             self._trims_checked |= check_trims(trims, strategy, found)
-            self._rows_checked |= check_rows(rows, strategy, found, self._warnings.append)
 
     def loss_context(self) -> AbstractContextManager[object]:
         """Surround the evaluation of the loss."""
-        mode = self._plan.check_rows
-        if self._effects is None or mode == "off":
+        if self._effects is None:
             return _NOTHING
-        return self._effects.unreadable(partial(self._report, mode))
+        return self._effects.unreadable(partial(self._report, self._plan.check_rows))
 
     def _report(self, mode: str, error: Exception) -> None:
         if mode == "error":
@@ -229,10 +238,11 @@ class CachedStep:
         if not self.strategy.reduces:
             self._hooks.expect(tower for turn in order for tower, _ in turn.group)
         pairs = zip(order, [*upcoming, []], strict=False)
-        with draws_repeated(order), _casts_of_the_replay():
+        with draws_repeated(order), SharedCasts() as casts:
             for kept, same in groupby(pairs, key=lambda pair: pair[0].kept):
                 with (kept_running_statistics if kept else frozen_running_statistics)(norms):
                     for turn, following in same:
+                        casts.of([tower for tower, _ in turn.group])
                         self._take(turn, check)
                         for tower, chunk in following:
                             if chunk.graph is None:
@@ -306,14 +316,3 @@ def _times(gradient: Tensor | None, factor: float) -> Tensor | None:
 
 def device_types(towers: Iterable[Tower]) -> set[str]:
     return {feature.device.type for tower in towers for feature in tower.features} | {"cpu"}
-
-
-@contextmanager
-def _casts_of_the_replay() -> Iterator[None]:
-    """Let replays share their casts: those of the embed have no graph, and a cast saves nothing
-    that a backward could free."""
-    forget_autocast_casts()
-    try:
-        yield
-    finally:
-        forget_autocast_casts()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -19,6 +19,29 @@ def forget_autocast_casts() -> None:
     has no graph, would silently cut the replay off from its weights.
     """
     torch.clear_autocast_cache()
+
+
+class SharedCasts:
+    """Lets the replays of a tower share their casts, of which a backward frees nothing.
+
+    Those of the embed have no graph, and those of another tower would take memory for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._sharing: list[int] = []
+
+    def __enter__(self) -> SharedCasts:
+        forget_autocast_casts()
+        return self
+
+    def of(self, towers: Sequence[object]) -> None:
+        sharing = list(map(id, towers))
+        if sharing != self._sharing:
+            forget_autocast_casts()
+        self._sharing = sharing
+
+    def __exit__(self, *_: object) -> None:
+        forget_autocast_casts()
 
 
 def autocast_off(device_types: Iterable[str]) -> AbstractContextManager[object]:

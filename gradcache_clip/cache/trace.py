@@ -204,7 +204,6 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.kernels: list[tuple[Any, list[torch.Size]]] = []
         self.dtypes: set[torch.dtype] = set()
-        self.draws = False
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -212,7 +211,6 @@ class Operations(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         tensors = [each for each in pytree.tree_leaves(output) if isinstance(each, Tensor)]
         self.kernels.append((function, [tensor.shape for tensor in tensors]))
-        self.draws |= torch.Tag.nondeterministic_seeded in function.tags
         self.dtypes.update(tensor.dtype for tensor in tensors if tensor.is_floating_point())
         return output
 

@@ -6,7 +6,7 @@ C columns (queries, documents, K columns of negatives), b rows of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -26,7 +26,6 @@ from gradcache_clip.integrations.sentence_transformers_tokens import (
 )
 from gradcache_clip.losses import MaxSimDistillationLoss, MaxSimLoss
 from gradcache_clip.losses.options import check_positive
-from gradcache_clip.ops.token_pieces import TokenReduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,7 +95,7 @@ class _MultiVectorLoss(TokenLoss):
         contrast.token_reduction = self._token_reduction()
         return max_sim(self.contrast, columns, **given)
 
-    def _token_reduction(self) -> TokenReduction:
+    def _token_reduction(self) -> Literal["mean", "sum"]:
         if self.similarity_fct is not None:
             return "mean" if self.similarity_fct.__name__.startswith("mean_") else "sum"
         chosen = getattr(innermost(self.model), "similarity_fn_name", "maxsim")

@@ -191,18 +191,36 @@ class _Replays:
         """Replay the other chunks: both towers together on several processes, else in turn."""
         towers = [tower for tower in self.work.towers if self._left.get(id(tower), 0) > 0]
         for group in [towers] if self.work.world_size > 1 else [[tower] for tower in towers]:
-            for number in range(min(2, max(self._left[id(tower)] for tower in group))):
+            several = max(self._left[id(tower)] for tower in group) > 1
+            self._replay(group, "replay", 0, ends=not several)
+            if several:
+                # Autocast's casts are there, so their gradients wait for the end of a backward.
+                self._replay(group, "shared", 1, without=_CAST)
                 for tower in group:
-                    self.timeline.run(tower.trace, "forward replay", rows=self.chunk, again=number)
-                for tower in reversed(group):
-                    self._backward(tower, self.chunk, number)
+                    self.timeline.run(tower.trace, "end replay", rows=self.chunk)
+
+    def _replay(
+        self, group: list[TowerWork], kind: str, number: int, without: str = "", ends: bool = True
+    ) -> None:
+        for tower in group:
+            self.timeline.run(
+                tower.trace, f"forward {kind}", rows=self.chunk, again=number, without=without
+            )
+        for tower in reversed(group):
+            self._backward(tower, self.chunk, number, kind, without, ends)
 
     def _backward(
-        self, tower: TowerWork, rows: int, number: int, kind: str = "replay", without: str = ""
+        self,
+        tower: TowerWork,
+        rows: int,
+        number: int,
+        kind: str,
+        without: str,
+        ends: bool = True,
     ) -> None:
         added = _ADDED if id(tower) in self._has_gradients else ""
         self._has_gradients.add(id(tower))
-        segments = f"backward {kind}{added}", f"end {kind}"
+        segments = [f"backward {kind}{added}", *[f"end {kind}"] * ends]
         self.timeline.run(tower.trace, *segments, rows=rows, again=number, without=without)
 
 

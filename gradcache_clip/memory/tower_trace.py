@@ -18,7 +18,7 @@ _ROWS = (8, 16)
 # Errors that torch raises when the value of a meta tensor is needed.
 _NEEDS_DATA = (RuntimeError, NotImplementedError)
 
-Pass = Literal["plain", "replay"]
+Pass = Literal["plain", "replay", "shared"]
 """A forward and backward either outside of the engine, where autocast drops its casts before the
 backward, or as a replay, which keeps them until the next one."""
 
@@ -36,7 +36,8 @@ def trace_tower(
 
     Segments: "embed", and "embed end", which drops casts; for each pass, e.g. "plain": "forward
     plain", "backward plain", "end plain", which drops the remaining casts, and "backward plain,
-    added", which adds to existing gradients.
+    added", which adds to existing gradients. After "replay" also "shared", a replay that finds the
+    casts of an earlier one.
 
     Args:
         encode: inputs -> features (rows, D).
@@ -79,6 +80,11 @@ def _recorded(
                 _clear(parameters)
                 recorder.cut("")
                 _record_pass(recorder, rules, lambda: encode(inputs), name)
+                if name == "replay":
+                    _clear(parameters)
+                    encode(inputs)
+                    recorder.cut("")
+                    _record_pass(recorder, rules, lambda: encode(inputs), "shared")
     finally:
         for hook in hooks:
             hook.remove()
