@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradcache_clip.distributed.wrappers import FSDP2, is_kind, uncompiled
 
@@ -29,9 +29,18 @@ def has_gradient(parameter: Any) -> bool:
     )
 
 
-def zeros_of(parameter: Any) -> Tensor:
+def give_zeros(parameter: Any) -> None:
     unsharded = parameter._unsharded_param
-    return torch.zeros_like(unsharded, dtype=parameter.reduce_dtype or unsharded.dtype)
+    if _accumulates_apart(parameter):
+        dtype = parameter.reduce_dtype or unsharded.dtype
+        parameter.unsharded_accumulated_grad = torch.zeros_like(unsharded, dtype=dtype)
+    else:
+        unsharded.grad = torch.zeros_like(unsharded, dtype=unsharded.grad_dtype)
+
+
+def _accumulates_apart(parameter: Any) -> bool:
+    # In torch 2.15 this only reads the gradient of the unsharded parameter.
+    return not hasattr(type(parameter), "unsharded_accumulated_grad")
 
 
 def sharded_parts(modules: Iterable[nn.Module]) -> list[Any]:
@@ -74,6 +83,7 @@ def forget_gradients(parts: Iterable[Any]) -> None:
             part.reset_iter_state()
         for group in groups_of(part):
             for sharded in group.fsdp_params:
-                sharded.unsharded_accumulated_grad = None
+                if _accumulates_apart(sharded):
+                    sharded.unsharded_accumulated_grad = None
                 if hasattr(sharded, "_unsharded_param"):
                     sharded._unsharded_param.grad = None

@@ -16,12 +16,12 @@ from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.fsdp_parts import (
     forget_gradients,
     gather_all,
+    give_zeros,
     groups_of,
     has_gradient,
     put_back,
     resharding_of,
     sharded_parts,
-    zeros_of,
 )
 from gradcache_clip.distributed.many_ranks import ManyRanks
 from gradcache_clip.distributed.same_backward import same_backward
@@ -236,7 +236,7 @@ def _reduce(root: Any, *, reshard: bool) -> None:
     for group in reversed(groups):
         for parameter in group.fsdp_params:
             if id(parameter.sharded_param) in missing - nobody:
-                parameter.unsharded_accumulated_grad = zeros_of(parameter)
+                give_zeros(parameter)
         group.post_backward()
     root._get_fsdp_state()._root_post_backward_final_callback()
 
