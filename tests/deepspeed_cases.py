@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -95,7 +96,7 @@ def engine_for(model: nn.Module, stage: int, precision: str = "fp32", **settings
     optimizer = torch.optim.SGD(trained, lr=LR / (TINY if precision == "fp16" else 1.0))
     # It would compile a collective for CPUs.
     with (
-        mock.patch("deepspeed.comm.torch.build_shm_op", lambda: None),
+        mock.patch.object(sys.modules["deepspeed.comm.torch"], "build_shm_op", lambda: None),
         mock.patch("deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported", _yes),
     ):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -431,7 +431,7 @@ class DiskFull:
         for owner, name in [
             (os, "fsync"),
             (os, "mkdir"),
-            (os, "rename"),
+            (Path, "rename"),
             (safetensors.torch, "save_file"),
             (Path, "write_text"),
         ]:
@@ -489,14 +489,14 @@ class TestDiskFull:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         save(tmp_path, 1)
-        rename = os.rename
+        rename = Path.rename
 
         def refuse_the_new_one(source: Path, target: Path) -> None:
             if ".tmp-" in str(source):
                 raise OSError(errno.ENOSPC, "full")
             rename(source, target)
 
-        monkeypatch.setattr(os, "rename", refuse_the_new_one)
+        monkeypatch.setattr(Path, "rename", refuse_the_new_one)
         with pytest.raises(OSError, match="step-00000001 is untouched"):
             save(tmp_path, 1, value=7)
         assert names_in(tmp_path) == ["step-00000001"]

@@ -77,10 +77,12 @@ def field_of(schema: type[BaseModel], keys: Sequence[str]) -> FieldInfo | None:
 
 
 def _classes_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+    origin = get_origin(annotation)
+    if origin in (Annotated, Union, types.UnionType):
         for part in get_args(annotation):
             yield from _classes_in(part)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    # In Python 3.10 dict[str, Any] passes for a type.
+    elif origin is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
 
 
