@@ -29,9 +29,11 @@ from gradcache_clip.cli import main
 
 FILE = Path(__file__).parent / "golden.json"
 FIGURES = ("loss", "accuracy", "grad_norm", "logit_scale")
-# Processors (SSE, AVX2, AVX-512) and numbers of threads moved losses by up to 3e-6 and norms of
-# gradients by up to 1.3e-5; ranks and accuracies were the same.
-TOLERANCES = {"grad_norm": 1e-4}
+# Processors (SSE, AVX2, AVX-512) and numbers of threads moved losses by up to 3e-6, norms of
+# gradients by up to 1.3e-5, and a mean rank by one place of one query.
+TOLERANCES = {"grad_norm": 1e-4, "metrics": 1e-3}
+# Batch norm amplifies rounding: another instruction set of MKL moved norms by 8e-3.
+ROUGH = {"moco_image": 2e-2}
 LIBRARIES = ("torch", "timm", "transformers", "tokenizers")
 
 
@@ -72,7 +74,7 @@ def test_five_steps_are_those_of_the_golden_file(recipe, data, tmp_path, golden)
     found, expected = figures_of(recipe, data, tmp_path / "run"), golden["recipes"][recipe]
     assert found.keys() == expected.keys()
     for name, values in expected.items():
-        tolerance = TOLERANCES.get(name, 1e-5)
+        tolerance = ROUGH.get(recipe, TOLERANCES.get(name, 1e-5))
         assert found[name] == pytest.approx(values, rel=tolerance, abs=tolerance), (
             f"{name} of {recipe}"
         )
