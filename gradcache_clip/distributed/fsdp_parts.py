@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,16 +74,28 @@ def put_back(settings: tuple[Any, bool, list[tuple[Any, Any, bool]]]) -> None:
     state._auto_reshard_after_forward = automatic
 
 
-def forget_gradients(parts: Iterable[Any]) -> None:
+def end_backward(root: Any) -> None:
+    state = root._get_fsdp_state()
+    # In torch 2.15 a backward says that it began; on this rank there may have been none.
+    if getattr(state._state_ctx, "manual_backward_finalization_active", False) is None:
+        state._state_ctx.manual_backward_finalization_active = False
+    state._root_post_backward_final_callback()
+
+
+def forget_gradients(parts: Sequence[Any]) -> None:
     """Gradients of replays before an error must not be added to those of the next step."""
+    sharded = [p for part in parts for group in groups_of(part) for p in group.fsdp_params]
+    # The reset of torch 2.15 also drops the gradients of earlier steps.
+    earlier = [(p.sharded_param, p.sharded_param.grad) for p in sharded]
     for part in parts:
         state = part._get_fsdp_state()
         begun = state._is_root and hasattr(state._comm_ctx, "all_gather_state")
         if begun and hasattr(part, "reset_iter_state"):
             part.reset_iter_state()
-        for group in groups_of(part):
-            for sharded in group.fsdp_params:
-                if _accumulates_apart(sharded):
-                    sharded.unsharded_accumulated_grad = None
-                if hasattr(sharded, "_unsharded_param"):
-                    sharded._unsharded_param.grad = None
+    for each in sharded:
+        if _accumulates_apart(each):
+            each.unsharded_accumulated_grad = None
+        if hasattr(each, "_unsharded_param"):
+            each._unsharded_param.grad = None
+    for parameter, gradient in earlier:
+        parameter.grad = gradient

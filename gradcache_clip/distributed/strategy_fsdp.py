@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gradcache_clip.distributed.collectives import world_size
 from gradcache_clip.distributed.fsdp_parts import (
+    end_backward,
     forget_gradients,
     gather_all,
     give_zeros,
@@ -238,7 +239,7 @@ def _reduce(root: Any, *, reshard: bool) -> None:
             if id(parameter.sharded_param) in missing - nobody:
                 give_zeros(parameter)
         group.post_backward()
-    root._get_fsdp_state()._root_post_backward_final_callback()
+    end_backward(root)
 
 
 def _check_sharded(module: nn.Module, index: int) -> None:
