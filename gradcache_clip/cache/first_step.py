@@ -36,6 +36,7 @@ from gradcache_clip.distributed.strategies import LocalStrategy
 
 # Repeats of a pass that shows how far rows move by themselves, and how many times as far they may.
 _REPEATS, _NOISE_FACTOR = 3, 10
+_EPSILONS = 64
 
 
 class Passes(NamedTuple):
@@ -166,7 +167,7 @@ def _moved(
         if strategy.anywhere(noise > max(map(tolerance_of, features)), device):
             # What moves by itself says nothing of rows; the replay will tell.
             return 0.0, 0.0, found.losses
-        tolerance = noise * _NOISE_FACTOR
+        tolerance = max(noise * _NOISE_FACTOR, max(map(_least_tolerance, features)))
         first, other = (operations(tower, chunk, everything) for chunk in pair)
         if not strategy.anywhere(first.kernels != other.kernels, device):
             return change, tolerance, found.losses
@@ -175,6 +176,12 @@ def _moved(
             return change, tolerance, found.losses
         # Other shapes draw other numbers; in eval mode there may be none.
     return 0.0, 0.0, found.losses
+
+
+def _least_tolerance(feature: Tensor) -> float:
+    """Rounding of sums in another order, which the same kernel may take for another address."""
+    is_double = feature.dtype is torch.float64
+    return _EPSILONS * torch.finfo(torch.float64 if is_double else torch.float32).eps
 
 
 def _noise(tower: Tower, chunk: Chunk, everything: bool) -> float:
