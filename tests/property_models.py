@@ -17,7 +17,10 @@ FEATURES = 6
 
 
 class Noise(nn.Module):
-    """Dropout that notes what it drew for each row first, or repeats what it is given."""
+    """Dropout that notes what it drew last for each row in training, or repeats what it is given.
+
+    The first step checks rows before it embeds them, and padding in eval mode.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,8 +34,8 @@ class Noise(nn.Module):
             masks = [self.given.get(row, torch.zeros(FEATURES)) for row in rows]
             return features * torch.stack(masks).to(features.dtype)
         kept = (torch.rand(features.shape, dtype=torch.float64) < 0.7) / 0.7
-        for row, mask in zip(rows, kept, strict=True):
-            self.drawn.setdefault(row, mask)
+        if self.training:
+            self.drawn.update(zip(rows, kept, strict=True))
         return features * kept.to(features.dtype)
 
 
