@@ -51,12 +51,7 @@ def sharded_parts(modules: Iterable[nn.Module]) -> list[Any]:
 
 def groups_of(part: Any) -> list[Any]:
     """Parameters that are gathered together; torch offers no public way to read their settings."""
-    state = part._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        # Before torch 2.12 a module had one, or none.
-        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-    return groups
+    return list(part._get_fsdp_state()._fsdp_param_groups)
 
 
 def resharding_of(part: Any) -> tuple[Any, bool, list[tuple[Any, Any, bool]]]:
@@ -89,8 +84,7 @@ def forget_gradients(parts: Sequence[Any]) -> None:
     earlier = [(p.sharded_param, p.sharded_param.grad) for p in sharded]
     for part in parts:
         state = part._get_fsdp_state()
-        begun = state._is_root and hasattr(state._comm_ctx, "all_gather_state")
-        if begun and hasattr(part, "reset_iter_state"):
+        if state._is_root and hasattr(state._comm_ctx, "all_gather_state"):
             part.reset_iter_state()
     for each in sharded:
         if _accumulates_apart(each):
