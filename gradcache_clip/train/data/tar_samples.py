@@ -159,7 +159,7 @@ class _Scan:
     def _members(self, file: IO[bytes]) -> Iterator[_Member]:
         try:
             with tarfile.open(fileobj=file, mode=self._mode, tarinfo=BoundedHeader) as archive:  # type: ignore[call-overload]
-                while (member := archive.next()) is not None:
+                for member in archive:
                     # Kept by tarfile for looking members up by name, which nobody does.
                     archive.members = []
                     if archive.offset <= member.offset:
