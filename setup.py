@@ -13,10 +13,10 @@ VERSION = re.search(
 
 # A range ends before the next major version where private parts of a library are used.
 # What asks for a library says the same range everywhere, and `make test-oldest` reads it here.
-ACCELERATE, DATASETS = "accelerate>=1.3", "datasets>=3.0"
+ACCELERATE, DATASETS = "accelerate>=1.10", "datasets>=4.0"
 OPEN_CLIP = "open_clip_torch>=3.3,<4"
 SENTENCE_TRANSFORMERS = "sentence-transformers>=6.2,<7"
-TRANSFORMERS = "transformers>=5.0,<6"
+TRANSFORMERS = "transformers>=5.19,<6"
 TRAIN = [
     DATASETS,
     "matplotlib>=3.10.8",
@@ -25,12 +25,12 @@ TRAIN = [
     "pillow>=10.3",
     "psutil>=5.9",
     "pydantic>=2.8",
-    "rich>=13.7",
-    "safetensors>=0.4.3",
+    "rich>=15.0",
+    "safetensors>=0.8",
     "scikit-learn>=1.5",
     "tensorboard>=2.17",
     "timm>=1.0.31",
-    "tokenizers>=0.22.2",
+    "tokenizers>=0.23.1",
     TRANSFORMERS,
     "webdataset>=0.2.100,<2",
 ]
@@ -43,7 +43,7 @@ DROP_INS = {
     "transformers": [ACCELERATE, TRANSFORMERS],
 }
 DOCS = ["math-core>=0.9,<0.10", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
-BENCH = ["matplotlib>=3.10.8", "psutil>=5.9", "rich>=13.7"]
+BENCH = ["matplotlib>=3.10.8", "psutil>=5.9", "rich>=15.0"]
 # What benchmarks compare with; none of it is needed to use the library.
 PEERS = [
     "cut-cross-entropy>=25.1.1",
@@ -59,19 +59,19 @@ PEERS = [
 ]
 ALL = {*TRAIN, *DEEPSPEED, *chain(*DROP_INS.values())}
 TEST = [
-    "bitsandbytes>=0.46",
-    "hypothesis>=6.100",
+    "bitsandbytes>=0.50",
+    "hypothesis>=6.150",
     "jaxtyping>=0.2.30",
     "mypy>=1.11",
-    "peft>=0.18",
-    "pytest>=8.2",
+    "peft>=0.19",
+    "pytest>=8.4",
     "pytest-timeout>=2.3.1",
     "pytest-xdist>=3.6.1",
     "ruff>=0.6",
-    "tensordict>=0.10",
+    "tensordict>=0.15",
     "torch_geometric>=2.6,<3",
     # A CUDA build of torch brings its own; the interpreter and the compiler run beside others too.
-    "triton>=3.4; platform_system == 'Linux'",
+    "triton>=3.7.1; platform_system == 'Linux'",
 ]
 
 setup(
@@ -93,7 +93,7 @@ setup(
         "gradcache_clip.kernels": ["README.md"],
         "gradcache_clip.memory": ["cards.json"],
     },
-    install_requires=["torch>=2.8,<3"],
+    install_requires=["torch>=2.13,<3"],
     extras_require={
         **DROP_INS,
         "deepspeed": DEEPSPEED,
