@@ -31,12 +31,6 @@ def around(target: str, change: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-def order(chunks: Sequence[Chunk]) -> Tensor:
-    """Rows of a batch as its chunks follow each other."""
-    rows = [chunk.rows for chunk in chunks]
-    return torch.cat([r if isinstance(r, Tensor) else torch.arange(r.start, r.stop) for r in rows])
-
-
 # One process.
 
 
@@ -91,14 +85,8 @@ def shared_is_cut(original: Any, inputs: Any, take: Callable[[Any], Any]) -> Any
     return original(inputs.value if isinstance(inputs, batch_tree.Shared) else inputs, take)
 
 
-def trunk_as_embedded(original: Any, encoder: Any, inputs: Any, chunks: Any, *rest: Any) -> Any:
-    output = original(encoder, inputs, chunks, *rest)
-    return replace(output, parts=tuple(part[order(chunks)] for part in output.parts))
-
-
-def features_as_embedded(original: Any, tower: Tower, *args: Any) -> None:
-    original(tower, *args)
-    tower.features = [feature[order(tower.chunks)] for feature in tower.features]
+def as_it_came(original: Any, tower: Tower, rows: Any) -> Any:
+    return rows
 
 
 def trims_one_column_more(original: Any, *args: Any) -> Any:

@@ -37,8 +37,8 @@ ON_ONE: Mapping[str, Change] = {
         "host_inputs.chunk_of", partial(faults.cuts, change=faults.too_few)
     ),
     "Shared is cut": _same_chunks("batch_tree._cut", faults.shared_is_cut),
-    "a trunk's output stays sorted": _same_chunks("tower.run_trunk", faults.trunk_as_embedded),
-    "features stay sorted": _same_chunks("tower.Tower.embed", faults.features_as_embedded),
+    "features stay sorted": _same_chunks("tower.Tower.as_passed", faults.as_it_came),
+    "gradients do not get sorted": _same_chunks("tower.Tower.as_held", faults.as_it_came),
     "a column of tokens is lost": _same_chunks(
         "lengths.ByLength.chunks", faults.trims_one_column_more
     ),
@@ -134,7 +134,8 @@ EQUIVALENT = ["FSDP: every replay reduces"]
 FIRST = {
     "draws are not noticed": 139,
     "Shared is cut": 71,
-    "a trunk's output stays sorted": 57,
+    "features stay sorted": 57,
+    "gradients do not get sorted": 57,
     "the first chunk tells what is trained": 33,
     "the second feature gets none": 13,
     "DDP: every backward reduces": 8,

@@ -202,14 +202,18 @@ def test_positions_counted_from_the_left_are_refused(name, budget):
     assert all(module.training for module in encoder.modules())
 
 
-VISION_ENCODERS = {"SigLIP 2": (Siglip2, siglip2_images), "NaFlexViT": (NaFlex, naflex_images)}
+# SigLIP 2 of older transformers resizes its positions in fp32 on a CPU.
+VISION_ENCODERS = {
+    "SigLIP 2": (Siglip2, siglip2_images, 1e-6),
+    "NaFlexViT": (NaFlex, naflex_images, 1e-10),
+}
 
 
 @pytest.mark.parametrize("by", TRIMMED)
 @pytest.mark.parametrize("name", VISION_ENCODERS)
 def test_images_of_any_number_of_patches(name, by, record_property, all_in_fp64):
-    build, given = VISION_ENCODERS[name]
+    build, given, allowed = VISION_ENCODERS[name]
     encoder = build()
     errors = step_errors(encoder, given(), TRIMMED[by])
     record_property(WORST_ERROR, (f"{name} trimmed to its patches, {by}, fp64", *worst(errors)))
-    assert worst(errors)[1] < 1e-10 and min(encoder.widths) < LENGTH - 1
+    assert worst(errors)[1] < allowed and min(encoder.widths) < LENGTH - 1
