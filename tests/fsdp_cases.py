@@ -99,8 +99,8 @@ def requests_to_the_store() -> dict[str, Any]:
 
             stack.enter_context(mock.patch.object(dist.Store, name, counted))
         cache(*rows_of(dist.get_rank(), steps.global_batch(0)))
-    # Four for each of seven parts and for the end, of the two forwards that check rows, of embed and
-    # of replay, and a few that torch makes.
+    # Four for each of seven parts and for the end, of the two forwards that check rows, of the
+    # embed and of the replay, and a few that torch makes.
     assert len(requests) < 200, len(requests)
     return {}
 
