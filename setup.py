@@ -20,7 +20,7 @@ TRANSFORMERS = "transformers>=5.19,<6"
 TRAIN = [
     DATASETS,
     "matplotlib>=3.10.8",
-    "numpy>=1.26",
+    "numpy>=2.0",
     "omegaconf>=2.3",
     "pillow>=10.3",
     "psutil>=5.9",
